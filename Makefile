@@ -1,0 +1,66 @@
+# `make` prints what there is to make. Every target uses the environment in .venv, which `make setup` makes.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+WORKERS ?= 2
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-all lint format bench clean
+
+help: ## print this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{printf "make %-10s %s\n", $$1, $$2}'
+
+setup: $(STAMP) ## make .venv with emma-train and emma-data in it (PYTHON=... chooses another Python 3.11+)
+
+# torch goes first, because an open range would take the newest release with gigabytes of CUDA packages. A machine without
+# an NVIDIA GPU asks for the CPU build, which sorts above the plain version wherever pip is told to look for it.
+$(STAMP): setup.cfg pyproject.toml constraints.txt
+	@test -x $(BIN)/python || { echo "setup: making $(VENV) with $(PYTHON)"; $(PYTHON) -m venv $(VENV); }
+	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11) and "setup: Python 3.11 or newer is needed; set PYTHON=")'
+	@if $(BIN)/python -m pip show torch 2>/dev/null | grep -q '^Version: $(TORCH)\(+.*\)\?$$'; then \
+	  echo "setup: torch $(TORCH) is there"; \
+	elif command -v nvidia-smi >/dev/null || [ -e /dev/nvidia0 ] || [ "$$(uname)" != Linux ]; then \
+	  echo "setup: installing torch $(TORCH)"; $(PIP) install -c constraints.txt torch==$(TORCH); \
+	elif echo "setup: no NVIDIA GPU here, looking for torch $(TORCH)+cpu"; \
+	  $(PIP) install -c constraints.txt torch==$(TORCH)+cpu 2>/dev/null; then :; \
+	else \
+	  echo "setup: no CPU build found, installing torch $(TORCH) with its CUDA packages (gigabytes)." \
+	    "For the small one, stop and set PIP_EXTRA_INDEX_URL to PyTorch's CPU package index."; \
+	  $(PIP) install -c constraints.txt torch==$(TORCH); \
+	fi
+	@echo "setup: installing emma-train and what it needs"
+	@$(PIP) install -c constraints.txt -e ".[test]"
+	@touch $@
+	@echo "setup: done; try $(BIN)/emma-train doctor"
+
+# The lead fills in this recipe.
+demo: setup ## train every stage on real pictures with two processes and write runs/demo/report.html
+	@echo "demo: not there yet" >&2; exit 1
+
+test: setup ## the tests that need no GPU and little time
+	$(PYTEST) -m "not slow and not gpu"
+
+test-all: setup ## every test; those that need a GPU skip themselves without one
+	$(PYTEST)
+
+lint: setup ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup ## let ruff put the code in order
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup ## every benchmark in tests/bench
+	@for bench in $(sort $(wildcard tests/bench/[a-z]*.py)); do \
+	  echo "bench: $$bench"; $(BIN)/python "$$bench" || exit 1; \
+	done
+
+clean: ## remove caches and build leftovers; runs/ and .venv stay
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,210 @@
+"""The command `emma-data`: makes data sets and says what is in them."""
+
+import argparse
+import json
+import logging
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from emma_train.config.errors import UserError
+
+TINY_TOKENIZER = Path(__file__).parents[1] / "recipes" / "tiny" / "assets" / "tokenizer" / "tokenizer.json"
+COLUMNS = ("split", "shards", "kB", "records", "i2t", "t2i", "it2i", "stem")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code: 0 done, 1 a check failed, 2 bad input (one line on stderr)."""
+    arguments = build_parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        code: int = arguments.run(arguments)
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    return code
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="emma-data", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    importing = commands.add_parser("import", help="a public source -> WebDataset shards with index and manifest")
+    sources = importing.add_subparsers(required=True, metavar="SOURCE")
+    add_fluent_emoji(sources.add_parser("fluent-emoji", help="named drawings of the npm package fluentui-emoji"))
+
+    index = commands.add_parser("index", help="write the index and manifest of a folder of shards")
+    index.add_argument("folder", type=Path)
+    index.add_argument("--tokenizer", type=Path, default=TINY_TOKENIZER, help="tokenizer.json that counts the text")
+    index.set_defaults(run=run_index)
+
+    latents = commands.add_parser("cache-latents", help="encode every picture once, for training from latents")
+    latents.add_argument("folder", type=Path)
+    latents.add_argument("--autoencoder", type=Path, required=True, help="folder of a diffusers AutoencoderDC")
+    latents.add_argument("--mode", choices=("square", "native", "buckets"), default="square", help="as in the recipe")
+    latents.add_argument("--side", type=int, nargs="+", default=[512], help="as in the recipe; several are allowed")
+    latents.add_argument("--batch-size", type=int, default=32, help="pictures encoded at once")
+    latents.set_defaults(run=run_cache_latents)
+
+    check = commands.add_parser("check", help="verify shards against their index and manifest; exit 1 on a difference")
+    check.add_argument("folder", type=Path)
+    check.set_defaults(run=run_check)
+
+    stats = commands.add_parser("stats", help="what a data set holds")
+    stats.add_argument("folder", type=Path)
+    stats.set_defaults(run=run_stats)
+    return parser
+
+
+def add_fluent_emoji(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("out", type=Path, metavar="OUT", help="an empty or new folder")
+    parser.add_argument("--package", type=Path, help="unpacked fluentui-emoji (default: fetched with npm)")
+    parser.add_argument(
+        "--unicode-table", type=Path, help="data-by-emoji.json of unicode-emoji-json (default: fetched with npm)"
+    )
+    parser.add_argument("--world", choices=("tiny", "full"), default="full", help="64 concepts, or all of the package")
+    parser.add_argument("--size", type=int, default=128, help="picture side in pixels")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--samples", type=int, nargs=3, metavar=("SINGLES", "PAIRS", "STEM"), help="records of each kind in train"
+    )
+    parser.add_argument("--quality", type=int, default=70, help="WebP quality")
+    parser.add_argument("--shard-samples", type=int, default=500, help="records per shard at most")
+    parser.add_argument("--tokenizer", type=Path, default=TINY_TOKENIZER, help="tokenizer.json for the index")
+    parser.set_defaults(run=run_import_fluent_emoji)
+
+
+def run_import_fluent_emoji(arguments: argparse.Namespace) -> int:
+    from data_pipelines.prepare.concepts import WORLDS, Amounts
+    from data_pipelines.prepare.package import DRAWINGS, UNICODE_TABLE, fetch
+    from data_pipelines.stream.index import index_folder
+
+    try:
+        from data_pipelines.prepare.drawings import read_catalogue
+        from data_pipelines.prepare.fluent_emoji import Settings, build_set, provenance
+    except ModuleNotFoundError as error:
+        raise UserError(f"importing drawings needs {error.name}; pip install 'emma-train[data]'") from error
+
+    check_range("--size", arguments.size, 32, 2048)
+    check_range("--quality", arguments.quality, 1, 100)
+    check_range("--shard-samples", arguments.shard_samples, 1, 1_000_000)
+    check_range("--seed", arguments.seed, 0, 2**63)
+    require_file(arguments.tokenizer, "--tokenizer")
+    world = WORLDS[arguments.world]
+    if arguments.samples:
+        for count in arguments.samples:
+            check_range("--samples", count, 0, 100_000_000)
+        world = replace(world, train=Amounts(*arguments.samples))
+    with tempfile.TemporaryDirectory() as temporary:
+        package = arguments.package or fetch(DRAWINGS, Path(temporary))
+        table = arguments.unicode_table or fetch(UNICODE_TABLE, Path(temporary)) / "data-by-emoji.json"
+        catalogue = read_catalogue(package, table)
+        settings = Settings(arguments.size, arguments.seed, arguments.quality, arguments.shard_samples)
+        splits = build_set(catalogue, world, arguments.out, settings)
+    for name in splits:
+        index_folder(arguments.out / name, arguments.tokenizer, provenance(catalogue, world, settings, name))
+    return 0
+
+
+def run_index(arguments: argparse.Namespace) -> int:
+    from data_pipelines.stream.index import index_folder
+
+    require_file(arguments.tokenizer, "--tokenizer")
+    for folder in shard_folders(arguments.folder):
+        index_folder(folder, arguments.tokenizer, known_provenance(folder))
+    return 0
+
+
+def run_cache_latents(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from data_pipelines.prepare.latents import cache_latents
+    from emma_train.config.schema import AutoencoderConfig, ImageConfig
+
+    check_range("--batch-size", arguments.batch_size, 1, 65_536)
+    autoencoder = AutoencoderConfig(path=str(arguments.autoencoder), chunk=arguments.batch_size)
+    images = [ImageConfig(mode=arguments.mode, side=side) for side in arguments.side]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for folder in shard_folders(arguments.folder):
+        cache_latents(folder, autoencoder, images, device)
+    return 0
+
+
+def run_check(arguments: argparse.Namespace) -> int:
+    from data_pipelines.stream.index import check_folder
+
+    folders = shard_folders(arguments.folder)
+    problems = [f"{folder.name}: {problem}" for folder in folders for problem in check_folder(folder)]
+    for problem in problems:
+        sys.stdout.write(f"{problem}\n")
+    names = ", ".join(folder.name for folder in folders)
+    sys.stdout.write(f"{names}: {f'{len(problems)} problems' if problems else 'as the index says'}\n")
+    return 1 if problems else 0
+
+
+def run_stats(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{arguments.folder}: records, and how many of them each task can use")
+    for column in COLUMNS:
+        table.add_column(column, justify="left" if column == "split" else "right")
+    for folder in shard_folders(arguments.folder):
+        numbers = folder_numbers(folder)
+        table.add_row(folder.name, *(f"{numbers[column]:,}" for column in COLUMNS[1:]))
+    Console().print(table)
+    return 0
+
+
+def folder_numbers(folder: Path) -> dict[str, int]:
+    """What a folder of shards holds, from its manifest and indexes: shards, kB, records, STEM records, task rows."""
+    import pyarrow.parquet as parquet
+
+    from data_pipelines.stream.index import index_path, read_manifest
+
+    manifest = read_manifest(folder)
+    stem: dict[str, bool] = {}
+    for shard in manifest["shards"]:
+        rows = parquet.read_table(index_path(folder / shard["name"]), columns=["key", "tags"])
+        stem.update(zip(rows["key"].to_pylist(), ("stem" in tags for tags in rows["tags"].to_pylist()), strict=True))
+    return {
+        "shards": len(manifest["shards"]),
+        "kB": sum(shard["bytes"] for shard in manifest["shards"]) // 1000,
+        "records": len(stem),
+        "stem": sum(stem.values()),
+        **manifest["samples"],
+    }
+
+
+def shard_folders(folder: Path) -> list[Path]:
+    """The folder itself if it holds shards, else its subfolders that do (the splits). UserError where none does."""
+    if any(folder.glob("*.tar")):
+        return [folder]
+    found = sorted(path.parent for path in folder.glob("*/*.tar"))
+    if not found:
+        raise UserError(f"{folder}: no *.tar in it or in its subfolders; give a folder of shards")
+    return list(dict.fromkeys(found))
+
+
+def known_provenance(folder: Path) -> dict[str, Any]:
+    """The provenance in the folder's manifest, so that indexing again keeps it; empty where there is none yet."""
+    path = folder / "manifest.json"
+    if not path.exists():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")).get("provenance", {}))
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}: not readable ({error}); remove it and index again") from error
+
+
+def check_range(option: str, value: int, low: int, high: int) -> None:
+    if not low <= value <= high:
+        raise UserError(f"{option} is {value}; give a number from {low} to {high}")
+
+
+def require_file(path: Path, option: str) -> None:
+    if not path.is_file():
+        raise UserError(f"{option} {path}: no such file; give the path of a tokenizer.json")

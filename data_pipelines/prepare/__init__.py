@@ -1,0 +1,1 @@
+"""From public sources to WebDataset shards with an index and a manifest."""

@@ -1,0 +1,22 @@
+"""Random draws as a function of (seed, key): records are the same whatever was made before them."""
+
+import hashlib
+from collections.abc import Sequence
+from typing import TypeVar
+
+import numpy as np
+
+T = TypeVar("T")
+
+
+def generator(seed: int, key: str) -> np.random.Generator:
+    return np.random.default_rng(int.from_bytes(hashlib.sha256(f"{seed}/{key}".encode()).digest()[:16], "big"))
+
+
+def pick(rng: np.random.Generator, options: Sequence[T]) -> T:
+    return options[int(rng.integers(len(options)))]
+
+
+def pick_some(rng: np.random.Generator, options: Sequence[T], count: int) -> list[T]:
+    """Up to `count` different options in a random order."""
+    return [options[int(i)] for i in rng.permutation(len(options))[:count]]

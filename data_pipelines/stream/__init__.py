@@ -1,0 +1,1 @@
+"""Shards to packed batches: index, plan, samplers, loader. Knows nothing about optimizers or engines."""

@@ -1,0 +1,167 @@
+"""Which samples make optimizer step k (contract 2): a pure function of (seed, k, manifests), the same on every rank.
+
+A step takes a fixed number of samples of each task, so that the ratio is exact, and spreads them over the slots so that
+every pack holds every task of the mix and costs about the same. World size never enters: ranks only decide who computes
+which slot. Sample p of a task stands at place p mod n of epoch p div n, each epoch in an order of its own.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from data_pipelines.stream.index import index_path, read_manifest
+from emma_train.config.check import phases, samples_per_task
+from emma_train.config.errors import UserError
+from emma_train.config.schema import ImageConfig, Recipe, SourceConfig
+from emma_train.sequence.geometry import picture_size
+from emma_train.sequence.seeds import choice_of, seed_of
+from emma_train.sequence.tokens import TextTokenizer
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One sample of a plan: where it is, which alternative is drawn, and what it costs at most."""
+
+    key: str
+    task: str
+    tar: Path
+    offset: int
+    size: int
+    crc32: int
+    epoch: int
+    alternative: int
+    num_tokens: int
+    """LLM tokens before any condition dropout."""
+    num_visual: int
+    """Visual tokens that the vision encoder sees."""
+
+    @property
+    def cost(self) -> int:
+        """Work of the sample in LLM tokens; four patches a visual token at a quarter of the decoder's work each."""
+        return self.num_tokens + self.num_visual
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    step: int
+    slots: tuple[tuple[Planned, ...], ...]
+    digest: str
+    """Hash of the keys, choices and places of all samples of the step."""
+
+    @property
+    def straggler(self) -> float:
+        """Cost of the heaviest slot over the mean."""
+        costs = [sum(s.cost for s in slot) for slot in self.slots]
+        return max(costs) * len(costs) / sum(costs)
+
+
+class Planner:
+    """The plan of any step. Holds the index of the sources; every answer is a pure function of its arguments."""
+
+    def __init__(self, recipe: Recipe, tokenizer: TextTokenizer) -> None:
+        """Reads manifests and indexes. Raises UserError where one is missing, of another tokenizer, or without samples."""
+        self.data, self.pixels = recipe.data, recipe.model.autoencoder.pixels
+        self.manifest_hash = hashlib.sha256()
+        self._phases: list[tuple[int, dict[str, int], dict[str, list[dict[str, Any]]]]] = []
+        start = 0
+        for phase in phases(recipe):
+            counts = samples_per_task(phase.mix, self.data.samples_per_step)
+            rows = {task: self._rows(phase.sources, task, tokenizer) for task in counts}
+            self._phases.append((start, counts, rows))
+            start += phase.steps
+        self.fingerprint = self.manifest_hash.hexdigest()[:16]
+
+    @lru_cache(maxsize=4)  # noqa: B019 - one planner a process, and loader and trainer ask for the same step
+    def plan(self, step: int) -> StepPlan:
+        """The slots of optimizer step `step`, from 1. Raises UserError where they exceed data.pack_tokens."""
+        start, counts, rows = next(p for p in reversed(self._phases) if step > p[0])
+        slots: list[list[Planned]] = [[] for _ in range(self.data.slots)]
+        costs = [0] * len(slots)
+        for task, count in counts.items():
+            first = (step - 1 - start) * count
+            samples = [self._sample(rows[task], task, first + i) for i in range(count)]
+            _spread(samples, slots, costs)
+        for slot in slots:
+            if (tokens := sum(s.num_tokens for s in slot)) > self.data.pack_tokens:
+                raise UserError(
+                    f"step {step} packs {tokens} tokens into one slot, more than data.pack_tokens={self.data.pack_tokens}; "
+                    f"raise it, or data.slots, or lower data.samples_per_step={self.data.samples_per_step}"
+                )
+        lines = "\n".join(f"{s.key} {s.task} {s.alternative} {s.epoch}" for slot in slots for s in slot)
+        digest = hashlib.blake2b(lines.encode(), digest_size=8).hexdigest()
+        return StepPlan(step, tuple(tuple(slot) for slot in slots), digest)
+
+    def epochs(self, step: int) -> dict[str, float]:
+        """How often each task's samples have been seen in the current phase after `step` steps."""
+        start, counts, rows = next(p for p in reversed(self._phases) if step > p[0])
+        return {task: (step - start) * count / len(rows[task]) for task, count in counts.items()}
+
+    def _rows(self, sources: list[SourceConfig], task: str, tokenizer: TextTokenizer) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = []
+        for source in sources:
+            if source.tasks and task not in source.tasks:
+                continue
+            folder = Path(source.path)
+            manifest = read_manifest(folder)
+            if manifest["tokenizer_sha256"] != tokenizer.sha256:
+                raise UserError(
+                    f"{folder}: was indexed with another tokenizer than data.tokenizer ({tokenizer.path}); "
+                    f"run `emma-data index {folder} --tokenizer {tokenizer.path}`"
+                )
+            for shard in manifest["shards"]:
+                self.manifest_hash.update(f"{shard['sha256']}{task}".encode())
+                tar = folder / shard["name"]
+                for row in pq.read_table(index_path(tar), filters=[("task", "=", task)]).to_pylist():
+                    if set(source.require_tags) <= set(row["tags"]):
+                        rows.append({**row, "tar": tar})
+        if not rows:
+            raise UserError(
+                f"mix.{task} is above 0, but no sample of {', '.join(s.path for s in sources)} has that task"
+                + " and the required tags" * any(s.require_tags for s in sources)
+            )
+        return rows
+
+    def _sample(self, rows: list[dict[str, Any]], task: str, position: int) -> Planned:
+        epoch, place = divmod(position, len(rows))
+        row = rows[int(_order(self.data.seed, task, epoch, len(rows))[place])]
+        alternative = choice_of(len(row["text_tokens"]), self.data.seed, epoch, row["key"], f"{task} alternative")
+        image = self.data.und if task == "i2t" else self.data.gen
+        seen = sum(self._visual_tokens(row, number, image) for number in row["context"][alternative])
+        target = row["target"][alternative]
+        made = self._visual_tokens(row, target, image) if target >= 0 else 0
+        return Planned(
+            key=row["key"],
+            task=task,
+            tar=row["tar"],
+            offset=row["offset"],
+            size=row["size"],
+            crc32=row["crc32"],
+            epoch=epoch,
+            alternative=alternative,
+            num_tokens=row["text_tokens"][alternative] + seen + made,
+            num_visual=seen,
+        )
+
+    def _visual_tokens(self, row: dict[str, Any], number: int, image: ImageConfig) -> int:
+        height, width = picture_size(row["widths"][number], row["heights"][number], image, self.pixels)
+        return height * width // self.pixels**2
+
+
+def _spread(samples: list[Planned], slots: list[list[Planned]], costs: list[int]) -> None:
+    """Deal the samples of one task to the slots, in place: as many to each, the costliest to the lightest slot first."""
+    room = [len(samples) // len(slots) + (i < len(samples) % len(slots)) for i in range(len(slots))]
+    for sample in sorted(samples, key=lambda s: (-s.cost, s.key)):
+        lightest = min((i for i in range(len(slots)) if room[i]), key=lambda i: (costs[i], i))
+        slots[lightest].append(sample)
+        costs[lightest] += sample.cost
+        room[lightest] -= 1
+
+
+@lru_cache(maxsize=16)
+def _order(seed: int, task: str, epoch: int, num: int) -> np.ndarray:
+    return np.random.Generator(np.random.Philox(seed_of(seed, epoch, task, "order"))).permutation(num)

@@ -1,0 +1,341 @@
+"""emma-train: the only place that joins the parts. A command is a function here; the work is done in the rooms."""
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from emma_train.config.errors import UserError
+
+log = logging.getLogger("emma_train")
+SCORE_SPLITS = ("heldout_drawings", "heldout_concepts")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Exit codes: 0 done, 1 failed, 2 bad usage or config, 75 stopped by a signal after a checkpoint."""
+    parser = _parser()
+    arguments, overrides = parser.parse_known_args(argv)
+    takes_overrides = arguments.command in ("train", "plan", "launch")
+    wrong = [word for word in overrides if not takes_overrides or word.startswith("-") or "=" not in word]
+    if wrong:
+        parser.error(f"{arguments.command}: did not understand {wrong[0]!r}" + "; overrides are key=value" * takes_overrides)
+    _set_up_logging()
+    try:
+        run: Callable[[argparse.Namespace, list[str]], int] = arguments.run
+        return run(arguments, overrides)
+    except UserError as error:
+        print(f"emma-train {arguments.command}: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        return 1
+
+
+def train(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    """Train a stage or a pipeline; resumes where its run folder has a checkpoint."""
+    from emma_train.config.load import is_pipeline, load_recipe
+
+    path = Path(arguments.recipe)
+    if is_pipeline(path):
+        return _train_pipeline(path, overrides)
+    return _train_stage(path, load_recipe(path, overrides))
+
+
+def _train_pipeline(path: Path, overrides: list[str]) -> int:
+    """Train the stages one after another, each from the one before; all are checked before the first starts."""
+    from emma_train.config.load import load_pipeline, load_recipe
+    from emma_train.stages.stage import stage_of
+
+    pipeline, for_stages = load_pipeline(path, overrides)
+    root = Path(pipeline.run.root) / pipeline.run.name
+    recipes, previous = [], None
+    for name in pipeline.pipeline:
+        file = path.parent / name
+        stage_name = file.stem
+        own = [f"run.root={root}", f"run.name={stage_name}", *([f"init.from={root / previous}"] if previous else [])]
+        recipes.append((file, load_recipe(file, [*for_stages, *own])))
+        stage_of(recipes[-1][1], str(file))
+        previous = stage_name
+    for file, recipe in recipes:
+        if code := _train_stage(file, recipe):
+            return code
+    return 0
+
+
+def _train_stage(path: Path, recipe) -> int:  # type: ignore[no-untyped-def]
+    """Join stream, model, engine and loop for one stage."""
+    from data_pipelines.stream.loader import Stream
+    from data_pipelines.stream.requests import read_requests
+    from emma_train.checkpoint import folder as folders
+    from emma_train.engine.world import join
+    from emma_train.generate.generator import FlowSettings, Generator, TextSettings
+    from emma_train.generate.samples import write_samples
+    from emma_train.model.autoencoder import Autoencoder, fingerprint
+    from emma_train.sequence.tokens import TextTokenizer
+    from emma_train.stages.stage import stage_of
+    from emma_train.training.build import build
+    from emma_train.training.loop import Trainer
+    from emma_train.training.run_folder import RunFolder
+
+    stage = stage_of(recipe, str(path))
+    run = RunFolder(recipe)
+    with join(recipe.engine.device, recipe.engine.timeout_s) as world:
+        if not world.is_main:
+            logging.getLogger().setLevel(logging.ERROR)
+        stream = Stream(recipe, world.rank, world.size, fingerprint(Path(recipe.model.autoencoder.path)))
+        checkpoint = folders.newest(run.checkpoints) if run.checkpoints.is_dir() else None
+        if checkpoint is not None and (folders.whole(checkpoint) or {}).get("step", 0) >= recipe.train.steps:
+            log.info("%s is complete: nothing to do", run.path)
+            return 0
+        built = build(recipe, stage, world, resuming=checkpoint is not None)
+        if built.handoff is not None:
+            log.info("from %s: %s", recipe.init.source, "; ".join(built.handoff.lines()))
+        autoencoder = Autoencoder(recipe.model.autoencoder, world.device)
+        requests = []
+        if recipe.train.sample_from and stage.loss == "tokens":
+            for task in stage.tasks:
+                pixels = recipe.model.autoencoder.pixels
+                folder = Path(recipe.train.sample_from)
+                requests += read_requests(folder, task, recipe.data, pixels, recipe.train.sample_num)
+        vision = recipe.model.vision
+        generator = Generator(
+            built.engine.model, autoencoder, TextTokenizer(recipe.data.tokenizer), vision.patch, vision.shuffle
+        )
+
+        def draw_samples(step: int) -> list[Path]:
+            flow, text = FlowSettings(shift=recipe.flow.shift), TextSettings(max_tokens=8, fixed_length=True)
+            return write_samples(generator, requests, run.samples(step), flow, text, write=world.is_main)
+
+        trainer = Trainer(recipe, stage, world, built, autoencoder, stream, draw_samples if requests else None)
+        if checkpoint is not None:
+            trainer.resume(checkpoint)
+        if world.is_main:
+            run.prepare(recipe, world)
+        world.barrier()
+        return trainer.train()
+
+
+def inspect(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    """Say what a checkpoint is."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from emma_train.checkpoint import folder as folders
+
+    checkpoint = folders.resolve(arguments.checkpoint, "CHECKPOINT")
+    meta = folders.whole(checkpoint)
+    assert meta is not None
+    if arguments.json:
+        print(json.dumps({k: v for k, v in meta.items() if k != "files"}, indent=1))
+        return 0
+    table = Table(title=str(checkpoint), show_header=False)
+    size = sum(meta["files"].values()) / 2**20
+    rows = {
+        "stage": meta["stage"],
+        "step": f"{meta['step']} of {meta['config']['train']['steps']}",
+        "trainable": ", ".join(f"{group} ({n:,})" for group, n in meta["trainable"].items()),
+        "EMA": meta["ema_decay"] or "none",
+        "config": meta["config_hash"],
+        "from": meta["config"]["init"]["from"] or "seed",
+        "data": ", ".join(f"{k} {v}" for k, v in meta["data"].items()),
+        "samples seen": ", ".join(f"{k} {v:,}" for k, v in meta["done"]["seen"].items()),
+        "written": f"{meta['time']} by {meta['world_size']} processes",
+        "tracker run": meta["tracker_run"] or "none",
+        "size": f"{size:,.1f} MiB in {len(meta['files'])} files",
+    }
+    for name, value in rows.items():
+        table.add_row(name, str(value))
+    Console().print(table)
+    return 0
+
+
+def export(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    """Write a checkpoint as safetensors, config and tokenizer, loadable without torch.distributed."""
+    from emma_train.generate.load import export_checkpoint
+
+    out = export_checkpoint(arguments.checkpoint, Path(arguments.out), use_ema=not arguments.no_ema)
+    print(out)
+    return 0
+
+
+def generate(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    """Answer a question about pictures, or make or edit a picture."""
+    from PIL import Image
+
+    from data_pipelines.stream.reader import load_picture
+    from emma_train.generate.generator import FlowSettings, TextSettings
+    from emma_train.generate.load import load_generator
+    from emma_train.sequence.geometry import picture_size
+    from emma_train.sequence.request import Request
+    from emma_train.sequence.seeds import seed_of
+
+    if arguments.task != "t2i" and not arguments.image:
+        raise UserError(f"--task {arguments.task} needs a picture: --image FILE")
+    if arguments.task == "t2i" and arguments.image:
+        raise UserError("--task t2i takes no --image; --task it2i edits a picture")
+    generator, recipe, _ = load_generator(arguments.model, arguments.device, not arguments.no_ema)
+    image, pixels = (recipe.data.und if arguments.task == "i2t" else recipe.data.gen), recipe.model.autoencoder.pixels
+    pictures = []
+    for file in arguments.image:
+        try:
+            with Image.open(file) as picture:
+                pictures.append(load_picture(picture, *picture_size(*picture.size, image, pixels)).copy())
+        except OSError as error:
+            raise UserError(f"--image {file}: cannot be read ({error})") from None
+    if arguments.size:
+        width, height = arguments.size
+        if width % pixels or height % pixels or min(width, height) <= 0:
+            raise UserError(f"--size {width} {height}: both must be multiples of {pixels}")
+    elif pictures:
+        height, width = pictures[0].shape[:2]
+    else:
+        width = height = recipe.data.gen.side
+    prompts = arguments.prompt
+    requests = [
+        Request(f"{n}", arguments.task, text, pictures, (height, width), seed_of(arguments.seed, 0, str(n), "generate"))
+        for text in prompts
+        for n in range(arguments.num)
+    ]
+    if arguments.task == "i2t":
+        for answer in generator.answer(requests, TextSettings(arguments.max_tokens, arguments.temperature)):
+            print(answer)
+        return 0
+    flow = FlowSettings(arguments.steps, arguments.text_guidance, arguments.image_guidance, recipe.flow.shift)
+    out = Path(arguments.out)
+    out.mkdir(parents=True, exist_ok=True)
+    for start in range(0, len(requests), arguments.batch):
+        for number, made in enumerate(generator.draw(requests[start : start + arguments.batch], flow), start):
+            path = out / f"{arguments.task}-{number:04d}.png"
+            Image.fromarray(np.asarray(made)).save(path)
+            print(path)
+    return 0
+
+
+def evaluate(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    """Score a model on the held-out splits of the emoji set."""
+    from data_pipelines.stream.requests import read_requests
+    from emma_train.generate.load import load_generator
+    from emma_train.generate.scores import score_split
+
+    generator, recipe, meta = load_generator(arguments.model, arguments.device, not arguments.no_ema)
+    folder, pixels = Path(arguments.data), recipe.model.autoencoder.pixels
+    scores = []
+    seen = read_requests(folder / "train", "t2i", recipe.data, pixels, 600)
+    for split in SCORE_SPLITS:
+        requests = {task: read_requests(folder / split, task, recipe.data, pixels) for task in ("i2t", "t2i", "it2i")}
+        scores += score_split(generator, split, requests, seen, recipe, arguments.limit)
+    result = {"model": str(arguments.model), "stage": meta["stage"], "step": meta["step"], "scores": scores}
+    out = Path(arguments.out) if arguments.out else Path(arguments.model) / "scores.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=1) + "\n")
+    for score in scores:
+        print(f"{score['split']:18} {score['name']:34} {score['value']:8.3f}   (chance or baseline {score['baseline']:.3f})")
+    print(out)
+    return 0
+
+
+def report(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    """Write one self-contained HTML page about a run."""
+    from emma_train.monitor.report import write_report
+
+    print(write_report(Path(arguments.run_folder)))
+    return 0
+
+
+def plan(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    """Memory, throughput and batch arithmetic of a recipe, without a GPU."""
+    from emma_train.config.load import load_recipe
+    from emma_train.plan import print_plan
+
+    recipe = load_recipe(Path(arguments.recipe), overrides)
+    return print_plan(recipe, arguments.recipe, arguments.gpus, arguments.gpu)
+
+
+def doctor(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    """What this machine can run, and what to install for the rest."""
+    from emma_train.doctor import doctor as check_machine
+
+    return check_machine()
+
+
+def launch(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    """Start or submit a run; prints the exact command or script."""
+    from emma_train.config.load import is_pipeline, load_pipeline, load_recipe
+    from launchers import LaunchOptions
+    from launchers import launch as start
+
+    path = Path(arguments.recipe)
+    run = (load_pipeline(path, overrides)[0] if is_pipeline(path) else load_recipe(path, overrides)).run
+    return start(str(path), overrides, LaunchOptions.from_arguments(arguments), Path(run.root) / run.name / "logs")
+
+
+def _parser() -> argparse.ArgumentParser:
+    from launchers import add_launch_arguments
+
+    parser = argparse.ArgumentParser(prog="emma-train", description="Train EMMA: understand, make and edit pictures.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(run: Callable[[argparse.Namespace, list[str]], int]) -> argparse.ArgumentParser:
+        command = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
+        command.set_defaults(run=run)
+        return command
+
+    def add_model(command: argparse.ArgumentParser) -> None:
+        command.add_argument("model", metavar="MODEL", help="run folder, checkpoint or export")
+        command.add_argument("--device", default="auto", help="auto, cpu or cuda")
+        command.add_argument("--no-ema", action="store_true", help="use the weights, not their average")
+
+    command = add(train)
+    command.add_argument("recipe", metavar="RECIPE", help="recipe file; key=value overrides may follow")
+    command = add(plan)
+    command.add_argument("recipe", metavar="RECIPE", help="recipe file; key=value overrides may follow")
+    command.add_argument("--gpus", type=int, default=8, help="number of GPUs (%(default)s)")
+    command.add_argument("--gpu", default="h100-80g", help="kind of GPU (%(default)s)")
+    command = add(inspect)
+    command.add_argument("checkpoint", metavar="CHECKPOINT", help="run folder or checkpoint")
+    command.add_argument("--json", action="store_true", help="print the metadata as JSON")
+    command = add(export)
+    command.add_argument("checkpoint", metavar="CHECKPOINT", help="run folder or checkpoint")
+    command.add_argument("out", metavar="OUT", help="folder to write")
+    command.add_argument("--no-ema", action="store_true", help="export the weights, not their average")
+    command = add(generate)
+    add_model(command)
+    command.add_argument("--task", choices=("i2t", "t2i", "it2i"), required=True)
+    command.add_argument("--prompt", nargs="+", required=True, help="questions, prompts or instructions")
+    command.add_argument("--image", nargs="+", default=[], help="pictures to ask about or to edit")
+    command.add_argument("--out", default="generated", help="folder for pictures (%(default)s)")
+    command.add_argument("--num", type=int, default=1, help="answers or pictures per prompt (%(default)s)")
+    command.add_argument("--size", type=int, nargs=2, metavar=("WIDTH", "HEIGHT"), help="of the picture in pixels")
+    command.add_argument("--steps", type=int, default=30, help="Euler steps (%(default)s)")
+    command.add_argument("--text-guidance", type=float, default=4.0, help="strength of the prompt (%(default)s)")
+    command.add_argument("--image-guidance", type=float, default=1.5, help="strength of the reference (%(default)s)")
+    command.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
+    command.add_argument("--max-tokens", type=int, default=64, help="longest answer (%(default)s)")
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--batch", type=int, default=16, help="pictures at once (%(default)s)")
+    command = add(evaluate)
+    add_model(command)
+    command.add_argument("--benchmark", choices=("emoji",), default="emoji")
+    command.add_argument("--data", default="recipes/tiny/assets/emoji", help="folder with the held-out splits")
+    command.add_argument("--limit", type=int, default=96, help="requests per score; 0 takes all (%(default)s)")
+    command.add_argument("--out", help="where to write the scores (MODEL/scores.json)")
+    command = add(report)
+    command.add_argument("run_folder", metavar="RUN", help="run folder of a stage or a pipeline")
+    add(doctor)
+    add_launch_arguments(add(launch))
+    return parser
+
+
+def _set_up_logging() -> None:
+    rank = os.environ.get("RANK", "0")
+    logging.basicConfig(level=logging.INFO, format=f"%(asctime)s [{rank}] %(message)s", datefmt="%H:%M:%S", force=True)
+    for noisy in ("httpx", "filelock", "torch", "PIL"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

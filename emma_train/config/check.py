@@ -1,0 +1,123 @@
+"""Checks that join several fields of a recipe. Each failure names the fields, their values and a way out."""
+
+from emma_train.config.errors import UserError
+from emma_train.config.schema import MixConfig, PhaseConfig, Recipe
+
+TASKS = ("i2t", "t2i", "it2i")
+SHAREABLE = ("q_proj", "k_proj", "v_proj", "o_proj", "mlp", "input_norm", "mlp_norm", "norm")
+CHOICES = {
+    "schedule.kind": ("constant", "cosine"),
+    "engine.kind": ("fsdp", "deepspeed"),
+    "engine.precision": ("bf16", "fp32"),
+    "engine.device": ("auto", "cpu", "cuda"),
+    "attention.backend": ("auto", "flash", "flex", "sdpa"),
+    "tracker.kind": ("jsonl", "wandb"),
+    "data.und.mode": ("square", "native", "buckets"),
+    "data.gen.mode": ("square", "native", "buckets"),
+}
+POSITIVE = (
+    "train.steps",
+    "train.log_every",
+    "train.save_every",
+    "train.keep",
+    "data.slots",
+    "data.samples_per_step",
+    "data.pack_tokens",
+    "data.und.side",
+    "data.gen.side",
+    "optimizer.lr",
+)
+BETWEEN_0_AND_1 = ("data.text_dropout", "data.reference_dropout", "ema.decay", "model.vision.stem_threshold")
+
+
+def check_recipe(recipe: Recipe, where: str) -> None:
+    """Raise UserError on the first contradiction in a recipe."""
+    for key, allowed in CHOICES.items():
+        if (value := get(recipe, key)) not in allowed:
+            raise UserError(f"{where}: {key} is {value!r}; it is one of {', '.join(allowed)}")
+    for key in POSITIVE:
+        if (value := get(recipe, key)) <= 0:
+            raise UserError(f"{where}: {key} is {value}; it must be more than 0")
+    for key in BETWEEN_0_AND_1:
+        if not 0 <= (value := get(recipe, key)) <= 1:
+            raise UserError(f"{where}: {key} is {value}; it lies between 0 and 1")
+    _check_model(recipe, where)
+    for phase in phases(recipe):
+        _check_mix(recipe, phase, where)
+
+
+def phases(recipe: Recipe) -> list[PhaseConfig]:
+    """The recipe's phases; a stage without any is one phase over all its steps."""
+    if recipe.data.phases:
+        return [
+            PhaseConfig(p.name, p.steps, p.mix, p.sources or recipe.data.sources) for p in recipe.data.phases
+        ]
+    return [PhaseConfig(recipe.stage.name, recipe.train.steps, recipe.mix, recipe.data.sources)]
+
+
+def samples_per_task(mix: MixConfig, samples_per_step: int) -> dict[str, int]:
+    """Samples of each task in one optimizer step; exact, so samples_per_step is a multiple of the shares' sum."""
+    total = mix.i2t + mix.t2i + mix.it2i
+    return {task: getattr(mix, task) * samples_per_step // total for task in TASKS if getattr(mix, task)}
+
+
+def get(recipe: Recipe, key: str) -> object:
+    """The value at a dotted key."""
+    value: object = recipe
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def check_world(slots: int, world: int) -> None:
+    """Raise UserError where `world` ranks cannot share the slots evenly."""
+    if slots % world:
+        fits = ", ".join(str(n) for n in range(1, slots + 1) if slots % n == 0)
+        raise UserError(f"data.slots is {slots}, which {world} processes cannot share evenly; it fits {fits} processes")
+
+
+def _check_mix(recipe: Recipe, phase: PhaseConfig, where: str) -> None:
+    mix, total = phase.mix, phase.mix.i2t + phase.mix.t2i + phase.mix.it2i
+    name = f"mix of phase {phase.name}"
+    if min(mix.i2t, mix.t2i, mix.it2i) < 0 or total == 0:
+        raise UserError(f"{where}: {name} needs shares of 0 or more, and at least one above 0 (mix.i2t=1)")
+    if recipe.data.samples_per_step % total:
+        fits = recipe.data.samples_per_step // total * total or total
+        raise UserError(
+            f"{where}: data.samples_per_step is {recipe.data.samples_per_step}, which the {name} "
+            f"({mix.i2t}:{mix.t2i}:{mix.it2i}) cannot divide exactly; {fits} would do"
+        )
+    for task, count in samples_per_task(mix, recipe.data.samples_per_step).items():
+        if count < recipe.data.slots:
+            raise UserError(
+                f"{where}: {count} {task} samples per step cannot reach each of {recipe.data.slots} slots (data.slots); "
+                f"raise data.samples_per_step or lower data.slots"
+            )
+    if not phase.sources:
+        raise UserError(f"{where}: data.sources is empty; name a folder of shards ({{path: FOLDER}})")
+
+
+def _check_model(recipe: Recipe, where: str) -> None:
+    vision, decoder = recipe.model.vision, recipe.model.decoder
+    if recipe.model.autoencoder.pixels != vision.patch * vision.shuffle:
+        raise UserError(
+            f"{where}: model.autoencoder.pixels is {recipe.model.autoencoder.pixels}, but vision.patch * vision.shuffle is "
+            f"{vision.patch * vision.shuffle}; both grids must agree to be fused channel by channel"
+        )
+    if not 0 <= decoder.shallow <= decoder.layers:
+        raise UserError(f"{where}: model.decoder.shallow is {decoder.shallow}; it lies between 0 and layers ({decoder.layers})")
+    if unknown := [name for name in decoder.shared if name not in SHAREABLE]:
+        raise UserError(f"{where}: model.decoder.shared names {unknown[0]!r}; it may name {', '.join(SHAREABLE)}")
+    if decoder.heads % decoder.kv_heads:
+        raise UserError(f"{where}: model.decoder.heads ({decoder.heads}) is no multiple of kv_heads ({decoder.kv_heads})")
+    if decoder.head_dim % 2:
+        raise UserError(f"{where}: model.decoder.head_dim is {decoder.head_dim}; rotary embedding needs an even number")
+    if not 0 < vision.expert_layers < vision.layers:
+        raise UserError(f"{where}: model.vision.expert_layers is {vision.expert_layers}; it lies between 1 and layers - 1")
+    if vision.hidden % vision.heads:
+        raise UserError(f"{where}: model.vision.hidden ({vision.hidden}) is no multiple of heads ({vision.heads})")
+    pixels = recipe.model.autoencoder.pixels
+    for key in ("und", "gen"):
+        image: object = getattr(recipe.data, key)
+        if image.side % pixels:  # type: ignore[attr-defined]
+            raise UserError(f"{where}: data.{key}.side is {image.side}; it must be a multiple of {pixels}")  # type: ignore[attr-defined]

@@ -1,0 +1,275 @@
+"""What this machine can run, and what to install for the rest: `emma-train doctor`. `checks` looks, `doctor` prints."""
+
+import importlib
+import os
+import platform
+import shutil
+import sys
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+Status = Literal["ok", "warn", "missing"]
+
+GIB = 1024**3
+LEAST_TORCH = (2, 11)
+LEAST_FREE_GIB = 10  # a few checkpoints of the tiny model and a small data set
+
+# Optional packages: import name, distribution, what it is for, how to get it. Installed or not, training goes on.
+OPTIONAL = (
+    ("deepspeed", "deepspeed", "engine.kind=deepspeed", "deepspeed"),
+    ("liger_kernel", "liger-kernel", "fused kernels on CUDA", "liger"),
+    ("ray", "ray", "preparing data on a cluster", "ray"),
+    ("resvg_py", "resvg-py", "emma-data import of drawings", "data"),
+    ("matplotlib", "matplotlib", "emma-data formulas and charts", "data"),
+)
+ESSENTIAL = ("transformers", "diffusers", "safetensors", "tokenizers", "omegaconf", "webdataset", "pyarrow", "wandb")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the report. Only what is missing *and* essential keeps a machine from training."""
+
+    group: str
+    name: str
+    status: Status
+    found: str
+    advice: str = ""
+    essential: bool = False
+
+
+def doctor(folder: Path = Path("runs")) -> int:
+    """Prints the report. Returns 0, or 1 if something essential is missing."""
+    found = checks(folder)
+    Console().print(_table(found))
+    lacking = [check.name for check in found if check.essential and check.status == "missing"]
+    if lacking:
+        print(f"This machine can't train yet: {', '.join(lacking)}.")
+        return 1
+    return 0
+
+
+def checks(folder: Path = Path("runs")) -> list[Check]:
+    """Everything looked at, in the order of the report. `folder` is where runs are written; it need not exist."""
+    return [
+        *_software(),
+        *_devices(),
+        *_communication(),
+        *_attention(),
+        *(_optional(*row) for row in OPTIONAL),
+        _compiler(),
+        _torchvision(),
+        _disk(folder),
+    ]
+
+
+def _table(found: list[Check]) -> Table:
+    colour = {"ok": "green", "warn": "yellow", "missing": "red"}
+    table = Table(title="emma-train doctor", title_justify="left")
+    for column in ("", "check", "status", "found", "what to do"):
+        table.add_column(column, overflow="fold")
+    last = ""
+    for check in found:
+        look = colour[check.status] if check.essential or check.status != "missing" else "dim"
+        group = check.group if check.group != last else ""
+        table.add_row(group, check.name, f"[{look}]{check.status}[/]", escape(check.found), escape(check.advice))
+        last = check.group
+    return table
+
+
+def _software() -> list[Check]:
+    python = sys.version_info >= (3, 11)
+    numbers = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    new_enough = numbers >= LEAST_TORCH
+    torchrun = shutil.which("torchrun") or shutil.which("torchrun", path=str(Path(sys.executable).parent))
+    lines = [
+        Check(
+            "software",
+            "python",
+            "ok" if python else "missing",
+            platform.python_version(),
+            "" if python else "make setup PYTHON=python3.11",
+            essential=True,
+        ),
+        Check(
+            "software",
+            "torch",
+            "ok" if new_enough else "missing",
+            torch.__version__,
+            "" if new_enough else f"needs {'.'.join(map(str, LEAST_TORCH))} or newer: make setup",
+            essential=True,
+        ),
+        Check(
+            "software",
+            "torchrun",
+            "ok" if torchrun else "warn",
+            torchrun or "not found",
+            "" if torchrun else "several processes need it: activate the environment",
+        ),
+    ]
+    for name in ESSENTIAL:
+        installed = _version(name)
+        lines.append(
+            Check(
+                "software",
+                name,
+                "ok" if installed else "missing",
+                installed or "not installed",
+                "" if installed else "make setup",
+                essential=True,
+            )
+        )
+    return lines
+
+
+def _devices() -> list[Check]:
+    cards = []
+    for index in range(torch.cuda.device_count()):
+        card = torch.cuda.get_device_properties(index)
+        cards.append(
+            Check("devices", f"cuda:{index}", "ok", f"{card.name}, {card.total_memory / GIB:.0f} GiB", essential=True)
+        )
+    if not cards:
+        has_card = shutil.which("nvidia-smi") is not None or Path("/dev/nvidia0").exists()
+        advice = "this torch can't use it: install its CUDA build (rm -r .venv; make setup)" if has_card else ""
+        found = (
+            "an NVIDIA GPU without its driver or CUDA torch"
+            if has_card
+            else "no NVIDIA GPU; the tiny recipes run on CPU"
+        )
+        cards.append(Check("devices", "cuda", "warn" if has_card else "missing", found, advice))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+    cards.append(Check("devices", "cpu", "ok", f"{cores} cores, {memory_gib:.0f} GiB memory", essential=True))
+    return cards
+
+
+def _communication() -> list[Check]:
+    group = "processes"
+    if not torch.distributed.is_available():
+        return [
+            Check(group, "torch.distributed", "missing", "not in this build of torch", "make setup", essential=True)
+        ]
+    gloo, nccl = torch.distributed.is_gloo_available(), torch.distributed.is_nccl_available()
+    needs_nccl = torch.cuda.is_available()
+    return [
+        Check(
+            group,
+            "gloo",
+            "ok" if gloo else "missing",
+            "CPU ranks, checkpoints" if gloo else "not in torch",
+            essential=True,
+        ),
+        Check(
+            group,
+            "nccl",
+            "ok" if nccl else "missing",
+            "GPU ranks" if nccl else "not in this build of torch",
+            "install the CUDA build of torch" if needs_nccl and not nccl else "",
+            essential=needs_nccl,
+        ),
+    ]
+
+
+def _attention() -> list[Check]:
+    cuda = torch.cuda.is_available()
+    group, needs_cuda = "attention", "needs an NVIDIA GPU"
+
+    def kernel(name: str, module: str, distribution: str, how: str) -> Check:
+        installed = _has(module)
+        if not cuda:
+            return Check(group, name, "missing", needs_cuda)
+        found = _version(distribution) or "installed" if installed else "not installed"
+        return Check(group, name, "ok" if installed else "missing", found, "" if installed else how)
+
+    varlen, flex = _has("torch.nn.attention.varlen"), _has("torch.nn.attention.flex_attention")
+    return [
+        Check(group, "sdpa", "ok", "the reference, any device", essential=True),
+        Check(
+            group,
+            "flex",
+            "ok" if flex and cuda else "missing",
+            "compiled, with gradients" if flex and cuda else f"training {needs_cuda}",
+        ),
+        Check(
+            group,
+            "torch varlen",
+            "ok" if varlen and cuda else "missing",
+            "in torch" if varlen and cuda else needs_cuda,
+        ),
+        kernel(
+            "flash-attn 2", "flash_attn", "flash-attn", 'pip install --no-build-isolation -e ".[flash]" (CUDA toolkit)'
+        ),
+        kernel(
+            "flash-attn 3", "flash_attn_interface", "flash-attn-3", "Hopper; built from flash-attention's hopper folder"
+        ),
+        kernel("flash-attn 4", "flash_attn.cute", "flash-attn-4", 'pip install -e ".[flash4]" (Hopper, Blackwell)'),
+    ]
+
+
+def _optional(module: str, distribution: str, purpose: str, extra: str) -> Check:
+    installed = _version(distribution) if _has(module) else None
+    if installed:
+        return Check("optional", distribution, "ok", installed)
+    return Check("optional", distribution, "missing", purpose, f'pip install -c constraints.txt -e ".[{extra}]"')
+
+
+def _compiler() -> Check:
+    found = next(
+        (path for name in (os.environ.get("CXX"), "c++", "g++", "clang++") if name and (path := shutil.which(name))),
+        None,
+    )
+    if found:
+        return Check("optional", "C++ compiler", "ok", found)
+    return Check("optional", "C++ compiler", "missing", "torch.compile on CPU, deepspeed", "apt-get install g++")
+
+
+def _torchvision() -> Check:
+    """Nothing here needs torchvision, but one that does not match torch breaks every model of transformers."""
+    if not _has("torchvision"):
+        return Check("optional", "torchvision", "ok", "absent; not needed")
+    try:
+        importlib.import_module("torchvision")
+    except Exception as error:  # a mismatch shows as RuntimeError, ImportError or OSError
+        advice = "it breaks transformers: pip uninstall torchvision, or install the one for this torch"
+        return Check("software", "torchvision", "missing", str(error), advice, essential=True)
+    return Check("optional", "torchvision", "ok", _version("torchvision") or "installed")
+
+
+def _disk(folder: Path) -> Check:
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    free_gib = shutil.disk_usage(place).free / GIB
+    if not os.access(place, os.W_OK):
+        return Check("disk", str(folder), "missing", f"{place} is not writable", "set run.root=FOLDER", essential=True)
+    enough = free_gib >= LEAST_FREE_GIB
+    return Check(
+        "disk",
+        str(folder),
+        "ok" if enough else "warn",
+        f"{free_gib:.0f} GiB free",
+        "" if enough else f"less than {LEAST_FREE_GIB} GiB: free some, or set run.root=FOLDER",
+    )
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
+def _has(module: str) -> bool:
+    """Whether the module can be found, without running it; its parent package does run."""
+    try:
+        return find_spec(module) is not None
+    except (ImportError, ValueError, RuntimeError, OSError):
+        return False

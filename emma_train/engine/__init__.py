@@ -1,0 +1,1 @@
+"""Sharding, precision and the optimizer behind one small protocol."""

@@ -1,0 +1,69 @@
+"""FSDP2 on gloo/CPU and NCCL/CUDA: fp32 master weights and reduction, bf16 or fp32 compute."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+from emma_train.config.schema import EngineConfig
+from emma_train.engine.world import World
+from emma_train.model.emma import Emma
+
+
+def shard(model: Emma, config: EngineConfig, world: World) -> None:
+    """Shard in place: the vision encoder and every decoder layer are units, the rest belongs to the root.
+
+    Every rank runs every unit in every micro-step (contract 3). Gradients are summed, not averaged: the loss account has
+    divided by the counts of the whole step already.
+    """
+    mesh = dist.init_device_mesh(world.device.type, (world.size,))
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    units: list[nn.Module] = [model.vision, *model.decoder.layers]
+    for unit in units:
+        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=config.reshard_after_forward)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=config.reshard_after_forward)
+    register_fsdp_forward_method(model, "route")
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # gloo has no pre-multiplied sum, and both setters reach one module only.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+class FsdpEngine:
+    """An FSDP2-sharded model and the optimizer on its shards (engine/protocol.py)."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, config: EngineConfig) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self._every_micro_step = config.reduce_every_micro_step
+
+    def accumulate(self, loss: Tensor, last: bool) -> None:
+        assert isinstance(self.model, FSDPModule)
+        self.model.set_requires_gradient_sync(last or self._every_micro_step)
+        self.model.set_is_last_backward(last)
+        loss.backward()
+
+    def clip(self, max_norm: float) -> float:
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        total = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        if max_norm > 0:
+            torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, total)
+        return float(total)
+
+    def update(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.discard()
+
+    def reshard(self) -> None:
+        """Give up gathered weights, so that named parameters are this rank's shards and the next forward gathers anew."""
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    def discard(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)

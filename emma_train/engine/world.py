@@ -1,0 +1,67 @@
+"""The processes of a run: who am I, on which device, and the few host-side collectives that the loop needs."""
+
+import logging
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from emma_train.config.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class World:
+    """One process among `size`."""
+
+    rank: int
+    size: int
+    device: torch.device
+    host_group: dist.ProcessGroup
+    """gloo group for host-side values, apart from the groups of the training collectives."""
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Sum host values over ranks, in float64. Touches no device."""
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(tensor, group=self.host_group)
+        return tensor.tolist()
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        dist.barrier(group=self.host_group)
+
+
+@contextmanager
+def join(device: str, timeout_s: int) -> Iterator[World]:
+    """Join the processes that torchrun or SLURM started, or be the only one; leave cleanly whatever happens."""
+    kind = pick_device(device)
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device("cpu")
+    if kind == "cuda":
+        torch.cuda.set_device(local)
+    backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+    store = None if "RANK" in os.environ else dist.HashStore()
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s))
+    try:
+        yield World(rank, size, local, dist.new_group(backend="gloo"))
+    finally:
+        dist.destroy_process_group()
+
+
+def pick_device(device: str) -> str:
+    """cpu or cuda. Raises UserError where cuda is asked for and absent."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"engine.device is cuda, but torch sees no CUDA device on {socket.gethostname()}; use engine.device=auto")
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return device

@@ -1,0 +1,1 @@
+"""Sampling: text token by token, pictures by integrating the flow. Uses the packs and the model of training."""

@@ -1,0 +1,54 @@
+"""Sample pictures and answers of a run: samples/step-XXXXXXXX/*.png and samples.json, which the report reads."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from emma_train.generate.generator import FlowSettings, Generator, TextSettings
+from emma_train.sequence.request import Request
+
+
+def write_samples(
+    generator: Generator,
+    requests: Sequence[Request],
+    folder: Path,
+    flow: FlowSettings,
+    text: TextSettings,
+    write: bool = True,
+) -> list[Path]:
+    """Answer and draw the requests; returns the pictures made. Ranks other than the main one pass write=False."""
+    listed: list[dict[str, Any]] = []
+    made: list[Path] = []
+    if write:
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def keep(name: str, picture: np.ndarray) -> str:
+        if write:
+            Image.fromarray(picture).save(folder / name)
+        return name
+
+    for task in ("i2t", "t2i", "it2i"):
+        asked = [r for r in requests if r.task == task]
+        if not asked:
+            continue
+        answers: list[Any] = generator.answer(asked, text) if task == "i2t" else generator.draw(asked, flow)
+        for number, (request, answer) in enumerate(zip(asked, answers, strict=True)):
+            name = f"{task}-{number}"
+            entry: dict[str, Any] = {"task": task, "key": request.key, "prompt": request.text, "kind": request.kind}
+            if request.pictures:
+                entry["reference"] = keep(f"{name}.reference.png", request.pictures[0])
+            if task == "i2t":
+                entry |= {"answer": answer, "truth": request.truth}
+            else:
+                entry["file"] = keep(f"{name}.png", answer)
+                made.append(folder / entry["file"])
+                if request.target is not None:
+                    entry["target"] = keep(f"{name}.target.png", request.target)
+            listed.append(entry)
+    if write:
+        (folder / "samples.json").write_text(json.dumps(listed, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return made if write else []

@@ -1,0 +1,1 @@
+"""EMMA as plain torch modules: no distributed code here."""

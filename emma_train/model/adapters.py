@@ -1,0 +1,73 @@
+"""Visual tokens on their way to the LLM: channel-wise fusion, the Und and Gen adapters, 2D positions, flow time (emma.md §1)."""
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Adapter(nn.Module):
+    """LayerNorm on the semantic channels, concatenated with the scaled latent, through a 2-layer MLP to the LLM width."""
+
+    def __init__(self, semantic: int, latent: int, hidden: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(semantic, eps=1e-6)
+        self.fc1 = nn.Linear(semantic + latent, hidden)
+        self.fc2 = nn.Linear(hidden, hidden)
+
+    def forward(self, semantic: Tensor, latent: Tensor) -> Tensor:
+        """semantic: [n, shuffle²*hidden], latent: [n, C] scaled -> [n, LLM hidden]."""
+        return self.project(self.norm(semantic), latent)
+
+    def project(self, semantic: Tensor, latent: Tensor) -> Tensor:
+        """The MLP on semantic channels that are already normalised."""
+        return self.fc2(F.gelu(self.fc1(torch.cat([semantic, latent.to(semantic.dtype)], dim=-1))))
+
+
+class GenAdapter(Adapter):
+    """The adapter of reference and target pictures: it also says how noisy they are."""
+
+    def __init__(self, semantic: int, latent: int, hidden: int, time_features: int) -> None:
+        super().__init__(semantic, latent, hidden)
+        self.placeholder = nn.Parameter(torch.zeros(semantic))
+        self.time_fc1 = nn.Linear(time_features, hidden)
+        self.time_fc2 = nn.Linear(hidden, hidden)
+
+    def forward_pictures(self, semantic: Tensor, latent: Tensor, time: Tensor) -> Tensor:
+        """semantic: [r, S] of the r reference tokens; latent: [r + n, C], references first, then noised targets;
+        time: [n] flow time of the targets -> [r + n, LLM hidden]. References take time 0.
+        """
+        stand_in = self.placeholder.to(semantic.dtype).expand(len(time), -1)
+        x = self.project(torch.cat([self.norm(semantic), stand_in]), latent)
+        time = torch.cat([time.new_zeros(len(semantic)), time])
+        features = time_features(time, self.time_fc1.in_features).to(x.dtype)
+        return x + self.time_fc2(F.silu(self.time_fc1(features)))
+
+
+def time_features(time: Tensor, num: int) -> Tensor:
+    """Sinusoidal features of flow time in [0, 1]: [n] -> float32 [n, num]."""
+    frequencies = torch.exp(-math.log(10000.0) * torch.arange(num // 2, device=time.device) / (num // 2))
+    angles = 1000.0 * time.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def position_2d(grids: Sequence[tuple[int, int]], hidden: int, device: torch.device) -> Tensor:
+    """Fixed 2D sin-cos position of every visual token of the pictures: float32 [tokens, hidden]."""
+    if not grids:
+        return torch.zeros(0, hidden, device=device)
+    return torch.cat([_sincos_2d(rows, columns, hidden) for rows, columns in grids]).to(device, non_blocking=True)
+
+
+@lru_cache(maxsize=1024)
+def _sincos_2d(rows: int, columns: int, hidden: int) -> Tensor:
+    quarter = hidden // 4
+    frequencies = 1.0 / 10000.0 ** (torch.arange(quarter, dtype=torch.float64) / quarter)
+    parts = []
+    for places in torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"):
+        angles = places.reshape(-1, 1).double() * frequencies
+        parts += [angles.sin(), angles.cos()]
+    table = torch.cat(parts, dim=-1).float()
+    return F.pad(table, (0, hidden - table.shape[-1]))

@@ -1,0 +1,71 @@
+"""Gen-Enc: DC-AE (diffusers' AutoencoderDC), frozen in every stage and always in float32: bf16 can give NaN (Sana #96)."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from emma_train.config.errors import UserError
+from emma_train.config.schema import AutoencoderConfig
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+class Autoencoder:
+    """Pictures <-> latents. Not a torch Module on purpose: no optimizer, wrapper or checkpoint can take hold of it."""
+
+    def __init__(self, config: AutoencoderConfig, device: torch.device) -> None:
+        """Raises UserError where the folder is not a DC-AE of the recipe's shape."""
+        from diffusers import AutoencoderDC
+
+        self.config, self.device = config, device
+        self.fingerprint = fingerprint(Path(config.path))
+        model = AutoencoderDC.from_pretrained(config.path, torch_dtype=torch.float32, local_files_only=True)
+        if model.config.latent_channels != config.channels or model.spatial_compression_ratio != config.pixels:
+            raise UserError(
+                f"model.autoencoder.path {config.path}: has {model.config.latent_channels} channels at "
+                f"{model.spatial_compression_ratio}x, but the recipe says {config.channels} at {config.pixels}x"
+            )
+        self._model = model.eval().requires_grad_(False).to(device)
+        self.scale = float(model.config.scaling_factor)
+
+    @torch.no_grad()
+    def encode(self, pictures: Sequence[Tensor]) -> list[Tensor]:
+        """uint8 [H, W, 3] pictures of any sizes -> unscaled latents, each float32 [rows*columns, channels] in raster order."""
+        latents: list[Tensor | None] = [None] * len(pictures)
+        by_size: dict[tuple[int, ...], list[int]] = {}
+        for index, picture in enumerate(pictures):
+            by_size.setdefault(tuple(picture.shape), []).append(index)
+        for indices in by_size.values():
+            for start in range(0, len(indices), self.config.chunk):
+                part = indices[start : start + self.config.chunk]
+                pixels = torch.stack([pictures[i] for i in part]).to(self.device)
+                encoded = self._model.encode(pixels.permute(0, 3, 1, 2).float() / 127.5 - 1.0).latent
+                for i, latent in zip(part, encoded, strict=True):
+                    latents[i] = latent.flatten(1).T.contiguous()
+        return [latent for latent in latents if latent is not None]
+
+    @torch.no_grad()
+    def decode(self, latent: Tensor, rows: int, columns: int) -> Tensor:
+        """Unscaled latent [rows*columns, channels] -> uint8 [H, W, 3]."""
+        grid = latent.float().T.reshape(1, -1, rows, columns).to(self.device)
+        pixels = self._model.decode(grid).sample[0].permute(1, 2, 0)
+        return ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
+
+
+def fingerprint(folder: Path) -> str:
+    """Sixteen hex digits of a DC-AE folder's config and weights. Raises UserError where files are missing."""
+    digest = hashlib.sha256()
+    for name in ("config.json", WEIGHTS):
+        try:
+            content = (folder / name).read_bytes()
+        except OSError as error:
+            raise UserError(f"{folder / name}: cannot read the autoencoder ({error.strerror}); set model.autoencoder.path") from None
+        if name == "config.json":
+            # The version of diffusers that wrote it changes no latent.
+            content = json.dumps({k: v for k, v in json.loads(content).items() if k[0] != "_"}, sort_keys=True).encode()
+        digest.update(content)
+    return digest.hexdigest()[:16]

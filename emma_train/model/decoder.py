@@ -1,0 +1,124 @@
+"""The shared-and-decoupled Qwen3 decoder (emma.md §2).
+
+The residual stream of a pack is [Und tokens | Gen tokens]. A module that the branches share sees all rows; one that each
+branch owns sees its slice. Self-attention joins the two. `und`, `gen` and `shared` hold the modules of a layer by owner, so
+that freezing, sharding and import go by name.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from emma_train.config.schema import DecoderConfig
+from emma_train.model.attention import attention, rotary, rotary_tables
+
+ROLES = ("input_norm", "q_proj", "k_proj", "v_proj", "q_norm", "k_norm", "o_proj", "mlp_norm", "mlp")
+FOLLOWS = {"q_norm": "q_proj", "k_norm": "k_proj"}
+
+
+class Decoder(nn.Module):
+    """Embedding, layers and final norms; the LM head is the embedding where `tied`."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab, config.hidden)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, config.shared if index < config.shallow else []) for index in range(config.layers)
+        )
+        owners = ("shared",) if "norm" in config.shared else ("und", "gen")
+        self.norm = nn.ModuleDict({owner: RMSNorm(config.hidden, config.eps) for owner in owners})
+        self.lm_head = None if config.tied else nn.Linear(config.hidden, config.vocab, bias=False)
+
+    def forward(self, x: Tensor, num_und: int, position: Tensor, mask: Tensor) -> Tensor:
+        """x: [T, hidden], the first num_und rows belong to the Und branch; position: [T]; mask: [T, T] -> [T, hidden]."""
+        tables = rotary_tables(position, self.config.head_dim, self.config.rope_theta, x.dtype)
+        for layer in self.layers:
+            x = layer(x, num_und, tables, mask)
+        return by_branch(self.norm, x, num_und)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[L, hidden] -> [L, vocab]."""
+        return F.linear(hidden, self.embed_tokens.weight) if self.lm_head is None else self.lm_head(hidden)
+
+
+class DecoderLayer(nn.Module):
+    """One layer; `shared` names the roles that both branches share, the others exist once per branch."""
+
+    def __init__(self, config: DecoderConfig, shared: list[str]) -> None:
+        super().__init__()
+        self.config = config
+        common = [role for role in ROLES if FOLLOWS.get(role, role) in shared]
+        own = [role for role in ROLES if role not in common]
+        self.shared = nn.ModuleDict({role: _module(role, config) for role in common})
+        self.und = nn.ModuleDict({role: _module(role, config) for role in own})
+        self.gen = nn.ModuleDict({role: _module(role, config) for role in own})
+
+    def forward(self, x: Tensor, num_und: int, tables: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
+        """x: [T, hidden] -> [T, hidden]."""
+        head_dim = self.config.head_dim
+        y = self._rows("input_norm", x, num_und)
+        q = self._rows("q_proj", y, num_und).view(len(x), -1, head_dim)
+        k = self._rows("k_proj", y, num_und).view(len(x), -1, head_dim)
+        v = self._rows("v_proj", y, num_und).view(len(x), -1, head_dim)
+        q = rotary(self._rows("q_norm", q, num_und), *tables)
+        k = rotary(self._rows("k_norm", k, num_und), *tables)
+        y = attention(q, k, v, mask).reshape(len(x), -1)
+        x = x + self._rows("o_proj", y, num_und)
+        return x + self._rows("mlp", self._rows("mlp_norm", x, num_und), num_und)
+
+    def _rows(self, role: str, x: Tensor, num_und: int) -> Tensor:
+        if role in self.shared:
+            return self.shared[role](x)
+        return torch.cat([self.und[role](x[:num_und]), self.gen[role](x[num_und:])])
+
+
+class MLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, hidden: int, mlp: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden, mlp, bias=False)
+        self.up_proj = nn.Linear(hidden, mlp, bias=False)
+        self.down_proj = nn.Linear(mlp, hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last dimension, in float32 as Qwen3 computes it."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.float()
+        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * y.to(x.dtype)
+
+
+def by_branch(modules: nn.ModuleDict, x: Tensor, num_und: int) -> Tensor:
+    """Apply the shared module to all rows, or each branch's own to its slice."""
+    if "shared" in modules:
+        return modules["shared"](x)
+    return torch.cat([modules["und"](x[:num_und]), modules["gen"](x[num_und:])])
+
+
+def _module(role: str, config: DecoderConfig) -> nn.Module:
+    query, key = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    if role in ("input_norm", "mlp_norm"):
+        return RMSNorm(config.hidden, config.eps)
+    if role in ("q_norm", "k_norm"):
+        return RMSNorm(config.head_dim, config.eps)
+    if role == "mlp":
+        return MLP(config.hidden, config.mlp)
+    sizes = {
+        "q_proj": (config.hidden, query),
+        "k_proj": (config.hidden, key),
+        "v_proj": (config.hidden, key),
+        "o_proj": (query, config.hidden),
+    }
+    return nn.Linear(*sizes[role], bias=False)

@@ -1,0 +1,86 @@
+"""EMMA: one pack of samples in, text logits and velocities out (emma.md §1-§3)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from emma_train.config.schema import ModelConfig
+from emma_train.model.adapters import Adapter, GenAdapter, position_2d
+from emma_train.model.attention import hybrid_mask
+from emma_train.model.decoder import Decoder
+from emma_train.model.vision import VERSATILE, VisionEncoder
+from emma_train.sequence.layout import Role
+from emma_train.sequence.pack import PackedBatch
+
+
+@dataclass
+class Prediction:
+    logits: Tensor
+    """[L, vocab] at the pack's predictors."""
+    velocity: Tensor
+    """[target tokens, channels]."""
+    router_logits: Tensor | None
+    """[understanding and reference pictures, 2]; None where there is no router."""
+
+
+class Emma(nn.Module):
+    """The trainable network. The autoencoder, which never trains, stays outside (model/autoencoder.py)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        semantic = config.vision.shuffle**2 * config.vision.hidden
+        latent, hidden = config.autoencoder.channels, config.decoder.hidden
+        self.config = config
+        self.vision = VisionEncoder(config.vision)
+        self.und_adapter = Adapter(semantic, latent, hidden)
+        self.gen_adapter = GenAdapter(semantic, latent, hidden, config.time_features)
+        self.decoder = Decoder(config.decoder)
+        self.velocity_head = nn.Linear(hidden, latent)
+
+    def forward(
+        self, batch: PackedBatch, latents: Tensor, time: Tensor, experts: Sequence[int] | None = None
+    ) -> Prediction:
+        """latents: [visual tokens, C], scaled, in stream order, target rows noised; time: [target tokens] in [0, 1].
+
+        Every module runs for every pack, on no rows where it has nothing to do, so that all ranks run the same modules in
+        the same order (contract 3).
+        """
+        num_text, num_und, num_reference, num_target = batch.counts
+        seen = [*batch.grids[Role.UND], *batch.grids[Role.REFERENCE]]
+        vision = self.vision(self.pixels(batch), seen, experts)
+        semantic = vision.features
+        text = self.decoder.embed_tokens(batch.text_ids)
+        und = self.und_adapter(semantic[:num_und], latents[:num_und])
+        gen = self.gen_adapter.forward_pictures(semantic[num_und:], latents[num_und:], time)
+        grids = [*seen, *batch.grids[Role.TARGET]]
+        visual = torch.cat([und, gen])
+        visual = visual + position_2d(grids, visual.shape[-1], visual.device).to(visual.dtype)
+        stream = torch.cat([text.to(visual.dtype), visual])
+        hidden = self.decoder(stream, num_text + num_und, batch.position, hybrid_mask(batch))
+        return Prediction(
+            logits=self.decoder.logits(hidden[batch.predictors]),
+            velocity=self.velocity_head(hidden[len(hidden) - num_target :]),
+            router_logits=vision.router_logits,
+        )
+
+    def route(self, batch: PackedBatch) -> Tensor:
+        """Router logits [understanding and reference pictures, 2], without running experts or decoder (Stage 4, router)."""
+        seen = [*batch.grids[Role.UND], *batch.grids[Role.REFERENCE]]
+        logits = self.vision(self.pixels(batch), seen, route_only=True).router_logits
+        assert logits is not None
+        return logits
+
+    def pixels(self, batch: PackedBatch) -> Tensor:
+        """Patches of the pictures to be seen, in [-1, 1]."""
+        num_seen = (batch.counts[1] + batch.counts[2]) * self.config.vision.shuffle**2
+        side = self.config.vision.patch
+        patches = batch.patches[:num_seen].reshape(num_seen, side * side * 3)
+        return patches.to(self.vision.patch_embedding.weight.dtype) / 127.5 - 1.0
+
+
+def training_experts(batch: PackedBatch) -> list[int]:
+    """Stage 4, expert: pictures labelled STEM take the STEM expert, all others the versatile one."""
+    num_reference = len(batch.grids[Role.REFERENCE])
+    return [max(VERSATILE, int(s)) for s in batch.stem.tolist()] + [VERSATILE] * num_reference

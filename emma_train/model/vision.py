@@ -1,0 +1,170 @@
+"""Und-Enc: a SigLIP2-shaped vision encoder for pictures of any size, with pixel shuffle and vision experts (emma.md §1, §4).
+
+Pictures of one pack are rows of one matrix, without padding: every projection sees all rows at once, and attention, which
+has no weights, runs over runs of equally large pictures. Patches stand in block order (sequence/geometry.py), so pixel
+shuffle is a reshape.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import groupby
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from emma_train.config.schema import VisionConfig
+
+Grids = Sequence[tuple[int, int]]
+VERSATILE, STEM = 0, 1
+
+
+@dataclass
+class VisionOutput:
+    features: Tensor
+    """[visual tokens, shuffle² * hidden], raster order within each picture."""
+    router_logits: Tensor | None
+    """[pictures, 2] (versatile, STEM); None where there is no router."""
+
+
+class VisionEncoder(nn.Module):
+    """SigLIP2 encoder; its last layers exist once more where the STEM expert does."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.patch_embedding = nn.Conv2d(3, config.hidden, config.patch, config.patch)
+        self.position_embedding = nn.Embedding(config.table**2, config.hidden)
+        self.layers = nn.ModuleList(VisionLayer(config) for _ in range(config.layers))
+        self.post_layernorm = nn.LayerNorm(config.hidden, eps=config.eps)
+        self.stem_layers = (
+            nn.ModuleList(VisionLayer(config) for _ in range(config.expert_layers)) if config.stem_expert else None
+        )
+        self.router = Router(config) if config.router else None
+
+    def forward(
+        self, patches: Tensor, grids: Grids, experts: Sequence[int] | None = None, route_only: bool = False
+    ) -> VisionOutput:
+        """patches: [P, patch*patch*3] in [-1, 1], block order; grids: (rows, columns) of visual tokens per picture.
+
+        `experts` says which expert each picture takes; None asks the router where there is one, and else takes the
+        versatile one. `route_only` stops after the router and returns no features.
+        """
+        side = self.config.shuffle
+        lengths = [rows * columns * side**2 for rows, columns in grids]
+        x = self._embed(patches, grids)
+        shared = len(self.layers) - self.config.expert_layers
+        for layer in self.layers[:shared]:
+            x = layer(x, lengths)
+        router_logits = self.router(x, lengths) if self.router is not None else None
+        if route_only:
+            return VisionOutput(x.new_zeros(0, side**2 * self.config.hidden), router_logits)
+        if self.stem_layers is None:
+            for layer in self.layers[shared:]:
+                x = layer(x, lengths)
+        else:
+            if experts is None:
+                experts = self.choose(router_logits, len(grids))
+            x = self._split_by_expert(x, lengths, experts)
+        x = self.post_layernorm(x)
+        return VisionOutput(x.reshape(-1, side**2 * self.config.hidden), router_logits)
+
+    def choose(self, router_logits: Tensor | None, num_pictures: int) -> list[int]:
+        """Expert of each picture: STEM where the router's probability exceeds the threshold."""
+        if router_logits is None:
+            return [VERSATILE] * num_pictures
+        stem = router_logits.float().softmax(-1)[:, STEM] > self.config.stem_threshold
+        return [int(s) for s in stem.tolist()]
+
+    def _embed(self, patches: Tensor, grids: Grids) -> Tensor:
+        weight = self.patch_embedding.weight.permute(0, 2, 3, 1).flatten(1)
+        x = F.linear(patches.to(weight.dtype), weight, self.patch_embedding.bias)
+        table = self.position_embedding.weight
+        sizes = {grid: self._positions(table, *grid) for grid in dict.fromkeys(grids)}
+        # The sum over an empty slice keeps the table in the graph of a pack without pictures (contract 3).
+        return x + torch.cat([*(sizes[grid] for grid in grids), table[:0]]).to(x.dtype)
+
+    def _positions(self, table: Tensor, rows: int, columns: int) -> Tensor:
+        side, shuffle = self.config.table, self.config.shuffle
+        height, width = rows * shuffle, columns * shuffle
+        if (height, width) != (side, side):
+            grid = table.float().reshape(1, side, side, -1).permute(0, 3, 1, 2)
+            grid = F.interpolate(grid, (height, width), mode="bicubic", align_corners=False)
+            table = grid.permute(0, 2, 3, 1).reshape(height * width, -1)
+        return table[block_order(rows, columns, shuffle).to(table.device)]
+
+    def _split_by_expert(self, x: Tensor, lengths: Sequence[int], experts: Sequence[int]) -> Tensor:
+        assert self.stem_layers is not None
+        shared = len(self.layers) - self.config.expert_layers
+        rows = list(torch.arange(len(x), device=x.device).split(list(lengths)))
+        outputs, order = [], []
+        for expert, layers in ((VERSATILE, self.layers[shared:]), (STEM, self.stem_layers)):
+            mine = [i for i, e in enumerate(experts) if e == expert]
+            index = torch.cat([*(rows[i] for i in mine), rows[0][:0] if rows else torch.arange(0, device=x.device)])
+            y = x[index]
+            for layer in layers:
+                y = layer(y, [lengths[i] for i in mine])
+            outputs.append(y)
+            order.append(index)
+        back = torch.empty(len(x), dtype=torch.int64, device=x.device)
+        back[torch.cat(order)] = torch.arange(len(x), device=x.device)
+        return torch.cat(outputs)[back]
+
+
+class VisionLayer(nn.Module):
+    """Pre-norm transformer layer of SigLIP2; names follow the public checkpoint."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.layer_norm1 = nn.LayerNorm(config.hidden, eps=config.eps)
+        self.q_proj = nn.Linear(config.hidden, config.hidden)
+        self.k_proj = nn.Linear(config.hidden, config.hidden)
+        self.v_proj = nn.Linear(config.hidden, config.hidden)
+        self.out_proj = nn.Linear(config.hidden, config.hidden)
+        self.layer_norm2 = nn.LayerNorm(config.hidden, eps=config.eps)
+        self.fc1 = nn.Linear(config.hidden, config.mlp)
+        self.fc2 = nn.Linear(config.mlp, config.hidden)
+
+    def forward(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
+        """x: [P, hidden]; each picture sees its own patches only."""
+        y = self.layer_norm1(x)
+        y = picture_attention(self.q_proj(y), self.k_proj(y), self.v_proj(y), lengths, self.heads)
+        x = x + self.out_proj(y)
+        return x + self.fc2(F.gelu(self.fc1(self.layer_norm2(x)), approximate="tanh"))
+
+
+class Router(nn.Module):
+    """MLP on the mean-pooled output of the last shared layer (emma.md §4)."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(config.hidden, eps=config.eps)
+        self.fc1 = nn.Linear(config.hidden, config.router_hidden)
+        self.fc2 = nn.Linear(config.router_hidden, 2)
+
+    def forward(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
+        """x: [P, hidden] -> [pictures, 2]."""
+        pooled = [part.mean(0, keepdim=True) for part in x.split(list(lengths))] if lengths else []
+        return self.fc2(F.gelu(self.fc1(self.norm(torch.cat([*pooled, x[:0]])))))
+
+
+def picture_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], heads: int) -> Tensor:
+    """Full attention within each picture. q, k, v: [P, hidden] -> [P, hidden]."""
+    outputs, start = [], 0
+    for length, run in groupby(lengths):
+        count = len(list(run))
+        stop = start + count * length
+        parts = [x[start:stop].view(count, length, heads, -1).transpose(1, 2) for x in (q, k, v)]
+        outputs.append(F.scaled_dot_product_attention(*parts).transpose(1, 2).reshape(stop - start, -1))
+        start = stop
+    # Without pictures the projections stay in the graph, so that every rank reduces the same gradients (contract 3).
+    return torch.cat(outputs) if outputs else q + k + v
+
+
+@lru_cache(maxsize=1024)
+def block_order(rows: int, columns: int, shuffle: int) -> Tensor:
+    """Raster index of each patch in block order: int64 [rows*columns*shuffle²]."""
+    raster = torch.arange(rows * columns * shuffle**2).view(rows, shuffle, columns, shuffle)
+    return raster.permute(0, 2, 1, 3).reshape(-1)

@@ -1,0 +1,339 @@
+"""Charts as strings of HTML and inline SVG that need no library: lines over the steps of a run, sparklines, score bars.
+
+Lines are drawn in a 1000 x 1000 box that the page stretches, with labels as HTML above it: so a chart is as wide as the
+page, and its letters keep their size on a phone. Without JavaScript all is there but the values under the pointer.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+import numpy as np
+
+from emma_train.monitor.progress import duration, si
+
+MAX_POINTS = 1000  # of a drawn line, over the whole run
+MAX_HOVER_POINTS = 400
+
+
+@dataclass(frozen=True)
+class Band:
+    """One stage's stretch of the x axis, [start, end] in steps since the beginning of the pipeline."""
+
+    label: str
+    short: str
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class Axis:
+    """The x axis that all charts of a page share. x, step, band: (num_records,), in order; band: index of bands."""
+
+    x: np.ndarray
+    step: np.ndarray
+    band: np.ndarray
+    bands: list[Band]
+
+    @property
+    def end(self) -> float:
+        return max((band.end for band in self.bands), default=1.0) or 1.0
+
+    def segments(self) -> Iterator[slice]:
+        """The records of each stage; lines do not run on from one stage to the next."""
+        edges = np.flatnonzero(np.diff(self.band)) + 1
+        for start, stop in zip([0, *edges], [*edges, len(self.band)], strict=True):
+            yield slice(int(start), int(stop))
+
+    def hover(self) -> np.ndarray:
+        """Indices of the records whose values the pointer shows."""
+        return np.unique(np.linspace(0, len(self.x) - 1, min(len(self.x), MAX_HOVER_POINTS)).round().astype(int))
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line. y: (num_records,), NaN where nothing was measured. color: a `c-…` class of the page."""
+
+    name: str
+    color: str
+    y: np.ndarray
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Its HTML, and what its tooltip shows: per line a name, a colour, raw values and smoothed ones or None."""
+
+    key: str
+    html: str
+    hover: list[dict[str, Any]]
+
+
+def line_chart(
+    axis: Axis,
+    key: str,
+    title: str,
+    note: str,
+    series: Sequence[Series],
+    smooth: bool = False,
+    log_switch: bool = False,
+    from_zero: bool = False,
+    tall: bool = False,
+) -> Chart | None:
+    """A chart of lines over the run, None where no line has a finite value. note: unit and meaning, under the title.
+
+    smooth: a bold smoothed line over the light raw one. log_switch: a switch between a logarithmic and a linear y axis.
+    """
+    series = [line for line in series if np.isfinite(line.y).any()]
+    if not series or not len(axis.x):
+        return None
+    averages = [smoothed(axis, line.y) if smooth else None for line in series]
+    bold = [line.y if average is None else average for line, average in zip(series, averages, strict=True)]
+    low, high = _value_range(series, bold, from_zero)
+    positive = min((float(y[y > 0].min()) for y in bold if (y > 0).any()), default=math.inf)
+    may_log = log_switch and low >= 0 and positive < high
+    starts_log = may_log and high / positive > 20
+    headroom = 0.1 if tall and len(axis.bands) > 1 else 0.04  # the names of the stages stand there
+    scales = [("lin", _Scale(low, high, headroom))]
+    if may_log:
+        floor = max(low, positive * 0.8)
+        scales.append(("log", _Scale(floor, high, headroom, log=True)))
+    groups, labels = [], []
+    for name, scale in scales:
+        ticks = scale.ticks()
+        grid = "".join(f'<path class="grid" d="M0,{scale(t):.1f}H1000"/>' for t in ticks)
+        lines = []
+        for line, average in zip(series, averages, strict=True):
+            if average is not None:
+                lines.append(f'<path class="raw {line.color}" d="{_path(axis, line.y, scale, envelope=True)}"/>')
+        for line, y in zip(series, bold, strict=True):
+            if len(series) == 1 and not tall:
+                lines.append(f'<path class="fill {line.color}" d="{_path(axis, y, scale, closed=True)}"/>')
+            lines.append(f'<path class="line {line.color}" d="{_path(axis, y, scale)}"/>')
+        groups.append(f'<g class="{name}">{grid}{"".join(lines)}</g>')
+        marks = "".join(f'<i style="top:{scale(t) / 10:.2f}%">{number(t)}</i>' for t in ticks)
+        labels.append(f'<div class="ys {name}">{marks}</div>')
+    switch = (
+        f'<label class="switch"><input type="checkbox"{" checked" if starts_log else ""}><span>log scale</span></label>'
+        if may_log
+        else ""
+    )
+    legend = (
+        '<ul class="legend">' + "".join(f'<li class="{s.color}">{escape(s.name)}</li>' for s in series) + "</ul>"
+        if len(series) > 1
+        else ""
+    )
+    html = (
+        f'<figure class="chart{" tall" if tall else ""}{"" if may_log else " linear"}" data-chart="{escape(key)}">'
+        f"<figcaption><div><h3>{escape(title)}</h3><p>{escape(note)}</p></div>{legend}{switch}</figcaption>"
+        f'<div class="plot" role="img" aria-label="{escape(_spoken(title, series, bold))}">{"".join(labels)}'
+        f'<div class="area"><svg viewBox="0 0 1000 1000" preserveAspectRatio="none" aria-hidden="true">'
+        f"{_band_shapes(axis)}{''.join(groups)}</svg>{_band_labels(axis) if tall else ''}"
+        f'<i class="cursor"></i></div>{_x_labels(axis)}</div></figure>'
+    )
+    hover = axis.hover()
+    shown = [
+        {"name": line.name, "color": line.color, "y": _rounded(line.y[hover]),
+         "mean": None if average is None else _rounded(average[hover])}
+        for line, average in zip(series, averages, strict=True)
+    ]  # fmt: skip
+    return Chart(key, html, shown)
+
+
+def sparkline(y: np.ndarray, color: str) -> str:
+    """A small line without axes. y: (num_points,), smoothed already."""
+    y = y[np.isfinite(y)]
+    if len(y) < 2:
+        return '<svg class="spark" viewBox="0 0 1000 1000" preserveAspectRatio="none" aria-hidden="true"></svg>'
+    y = y[np.unique(np.linspace(0, len(y) - 1, 120).round().astype(int))]
+    # A stage whose loss hardly moves is to look flat, not like a storm: the height is at least a third of the level.
+    middle, span = float(y.min() + y.max()) / 2, max(float(y.max() - y.min()), abs(float(y.mean())) / 3)
+    scale = _Scale(middle - span / 2, middle + span / 2)
+    x = np.linspace(0, 1000, len(y))
+    d = "M" + "L".join(f"{a:.0f},{scale(b) * 0.92 + 40:.0f}" for a, b in zip(x, y, strict=True))
+    return (
+        '<svg class="spark" viewBox="0 0 1000 1000" preserveAspectRatio="none" aria-hidden="true">'
+        f'<path class="fill {color}" d="{d}V1000H0Z"/><path class="line {color}" d="{d}"/></svg>'
+    )
+
+
+def score_bar(value: float, bar: float | None, baseline: float | None, higher_is_better: bool) -> str:
+    """One score as a bar, with a mark for the bar to reach and one for the baseline."""
+    known = [v for v in (value, bar, baseline) if v is not None and math.isfinite(v)]
+    top = 1.0 if higher_is_better and max(known, default=0.0) <= 1 else (max(known, default=1.0) * 1.12 or 1.0)
+
+    def at(v: float) -> str:
+        return f"{100 * min(max(v / top, 0.0), 1.0):.2f}%"
+
+    state = "plain" if bar is None else "met" if reaches(value, bar, higher_is_better) else "missed"
+    marks = f'<i class="base" style="left:{at(baseline)}"></i>' if baseline is not None else ""
+    marks += f'<i class="goal" style="left:{at(bar)}"></i>' if bar is not None else ""
+    width = at(value) if math.isfinite(value) else "0"
+    return f'<div class="track {state}"><b style="width:{width}"></b>{marks}</div>'
+
+
+def reaches(value: float, bar: float, higher_is_better: bool) -> bool:
+    """Whether a score meets its bar; a value that is not finite meets none."""
+    return value >= bar if higher_is_better else value <= bar
+
+
+def time_bar(label: str, parts: Sequence[tuple[str, str, float]], longest: float) -> str:
+    """A stacked bar of seconds, as long as its share of `longest`. parts: (name, colour, seconds)."""
+    total = sum(seconds for _, _, seconds in parts)
+    pieces = "".join(
+        f'<b class="{color}" style="width:{100 * seconds / longest if longest else 0:.2f}%" '
+        f'title="{escape(name)}: {seconds:.1f} s"></b>'
+        for name, color, seconds in parts
+        if seconds > 0
+    )
+    shares = ", ".join(f"{name} {seconds / total:.0%}" for name, _, seconds in parts[1:]) if total else "no times"
+    return (
+        f'<div class="timerow"><span>{escape(label)}</span><div class="split" role="img" '
+        f'aria-label="{escape(f"{label}: {total:.0f} s, {shares}")}">{pieces}</div>'
+        f"<em>{duration(total)}<small>{escape(shares)}</small></em></div>"
+    )
+
+
+def smoothed(axis: Axis, y: np.ndarray) -> np.ndarray:
+    """A Gaussian mean, stage by stage, that skips NaN and, being centred, does not lag. y: (num_records,)."""
+    result = np.full(len(y), np.nan)
+    for part in axis.segments():
+        values = y[part]
+        finite = np.isfinite(values)
+        if not finite.any():
+            continue
+        sigma = min(max(1.0, len(values) / 60), 500.0)
+        reach = min(int(3 * sigma), max(1, (len(values) - 1) // 2))
+        kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
+        if len(values) < len(kernel):
+            result[part] = values
+            continue
+        weight = np.convolve(finite.astype(float), kernel, "same")
+        total = np.convolve(np.where(finite, values, 0.0), kernel, "same")
+        result[part] = np.where(weight > 1e-9, total / np.maximum(weight, 1e-9), np.nan)
+    return result
+
+
+def downsample(y: np.ndarray, limit: int, envelope: bool) -> np.ndarray:
+    """Indices of at most `limit` values of y; with `envelope` the extremes of each bucket, so that spikes stay."""
+    indices = np.flatnonzero(np.isfinite(y))
+    if len(indices) <= limit:
+        return indices
+    if not envelope:
+        return indices[np.unique(np.linspace(0, len(indices) - 1, limit).round().astype(int))]
+    kept = []
+    for bucket in np.array_split(indices, max(1, limit // 2)):
+        kept += sorted({int(bucket[y[bucket].argmin()]), int(bucket[y[bucket].argmax()])})
+    return np.array(kept)
+
+
+def number(value: float) -> str:
+    """A value of a few digits: "0.0312", "1e-4", "12.3k"."""
+    if not math.isfinite(value):
+        return str(value)
+    if value and abs(value) < 1e-3:
+        mantissa, exponent = f"{value:.1e}".split("e")
+        return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
+    return si(value)
+
+
+class _Scale:
+    """Maps values to 1000 (bottom) .. 0 (top)."""
+
+    def __init__(self, low: float, high: float, headroom: float = 0.04, log: bool = False) -> None:
+        self.log = log
+        if not log and high <= low:
+            low, high = low - (abs(low) * 0.1 or 1), high + (abs(high) * 0.1 or 1)
+        self.low, self.high = (math.log10(low), math.log10(high)) if log else (low, high)
+        span = self.high - self.low
+        self.high += headroom * span
+        if log or self.low != 0:  # an axis that starts at zero starts at zero
+            self.low -= 0.04 * span
+
+    def __call__(self, value: float) -> float:
+        if self.log:
+            value = math.log10(value) if value > 0 else self.low
+        return 1000 - 1000 * min(max((value - self.low) / (self.high - self.low), 0.0), 1.0)
+
+    def ticks(self) -> list[float]:
+        if not self.log:
+            return nice_ticks(self.low, self.high, 4)
+        decades = range(math.floor(self.low), math.ceil(self.high) + 1)
+        for factors in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7)):
+            ticks = [f * 10.0**d for d in decades for f in factors if self.low <= math.log10(f * 10.0**d) <= self.high]
+            if len(ticks) >= 3:
+                break
+        return ticks if len(ticks) >= 2 else [10**v for v in (self.low, self.high)]
+
+
+def nice_ticks(low: float, high: float, about: int) -> list[float]:
+    """Round values within [low, high], some `about` of them."""
+    rough = (high - low) / max(1, about)
+    size = 10.0 ** math.floor(math.log10(rough)) if rough > 0 else 1.0
+    step = size * next(m for m in (1, 2, 2.5, 5, 10) if m * size >= rough * 0.999)
+    first = math.ceil(low / step - 1e-9)
+    return [round(i * step, 12) for i in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def _value_range(series: Sequence[Series], bold: Sequence[np.ndarray], from_zero: bool) -> tuple[float, float]:
+    """All of the bold lines, and the raw ones but for their wildest spikes."""
+    ends = [0.0] if from_zero else []
+    for line, y in zip(series, bold, strict=True):
+        raw, mean = line.y[np.isfinite(line.y)], y[np.isfinite(y)]
+        ends += [*np.quantile(raw, [0.002, 0.998]).tolist(), float(mean.min()), float(mean.max())]
+    return min(ends), max(ends)
+
+
+def _path(axis: Axis, y: np.ndarray, scale: _Scale, envelope: bool = False, closed: bool = False) -> str:
+    parts = []
+    for part in axis.segments():
+        limit = max(2, MAX_POINTS * (part.stop - part.start) // max(1, len(y)))
+        kept = part.start + downsample(y[part], limit, envelope)
+        if not len(kept):
+            continue
+        points = [(1000 * axis.x[i] / axis.end, scale(float(y[i]))) for i in kept]
+        if len(points) == 1:
+            points.append((points[0][0] + 0.5, points[0][1]))
+        d = "M" + "L".join(f"{a:.1f},{b:.1f}" for a, b in points)
+        parts.append(f"{d}V1000H{points[0][0]:.1f}Z" if closed else d)
+    return "".join(parts)
+
+
+def _band_shapes(axis: Axis) -> str:
+    return "".join(
+        f'<rect class="band" x="{1000 * band.start / axis.end:.1f}" y="0" '
+        f'width="{1000 * (band.end - band.start) / axis.end:.1f}" height="1000"/>'
+        for band in axis.bands[1::2]
+    )
+
+
+def _band_labels(axis: Axis) -> str:
+    if len(axis.bands) < 2:
+        return ""
+    labels = []
+    for band in axis.bands:
+        share = (band.end - band.start) / axis.end
+        roomy = "wide" if share > 0.3 else "some" if share > 0.11 else "tight" if share > 0.04 else "none"
+        labels.append(
+            f'<span class="{roomy}" style="left:{100 * band.start / axis.end:.2f}%;width:{100 * share:.2f}%">'
+            f"<b>{escape(band.label)}</b><b>{escape(band.short)}</b></span>"
+        )
+    return f'<div class="bands">{"".join(labels)}</div>'
+
+
+def _x_labels(axis: Axis) -> str:
+    marks = "".join(f'<i style="left:{100 * t / axis.end:.2f}%">{number(t)}</i>' for t in nice_ticks(0, axis.end, 5))
+    return f'<div class="xs">{marks}</div>'
+
+
+def _rounded(y: np.ndarray) -> list[float | None]:
+    return [float(f"{v:.4g}") if math.isfinite(v) else None for v in y]
+
+
+def _spoken(title: str, series: Sequence[Series], bold: Sequence[np.ndarray]) -> str:
+    parts = []
+    for line, y in zip(series, bold, strict=True):
+        finite = y[np.isfinite(y)]
+        parts.append(f"{line.name} from {number(float(finite[0]))} to {number(float(finite[-1]))}")
+    return f"{title} over the steps of training: {'; '.join(parts)}"

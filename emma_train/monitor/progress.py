@@ -1,0 +1,116 @@
+"""One line that says how a stage gets on: a live bar on a terminal, a plain log line now and then elsewhere."""
+
+import logging
+import time
+from collections.abc import Mapping
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn
+from rich.progress import Progress as RichProgress
+
+logger = logging.getLogger(__name__)
+
+
+class Progress:
+    """The progress of one stage; rank 0 alone makes one.
+
+    On a terminal, log through rich's `RichHandler(console=...)` with the same console, so that the two don't overwrite
+    each other. Elsewhere a line goes to the log at the first and last step, and when `every_steps` steps or
+    `every_seconds` seconds have passed since the last line, whichever is first.
+    """
+
+    def __init__(
+        self,
+        stage: str,
+        total: int,
+        start_step: int = 0,
+        console: Console | None = None,
+        every_steps: int = 100,
+        every_seconds: float = 30.0,
+    ) -> None:
+        self.stage, self.total = stage, total
+        self._start_step, self._start_time = start_step, time.monotonic()
+        self._every_steps, self._every_seconds = every_steps, every_seconds
+        self._said_step: int | None = None
+        self._said_time = self._start_time
+        self._detail = ""
+        console = console or Console(stderr=True)
+        self._live: RichProgress | None = None
+        if console.is_terminal:
+            self._live = RichProgress(
+                TextColumn("[bold]{task.description}"),
+                BarColumn(bar_width=None),
+                TextColumn("{task.completed}/{task.total}"),
+                TextColumn("[dim]{task.fields[detail]}"),
+                console=console,
+                expand=True,
+            )
+            self._task = self._live.add_task(stage, total=total, completed=start_step, detail="")
+            self._live.start()
+
+    def update(self, step: int, values: Mapping[str, float | int | str] | None = None) -> None:
+        """`step` steps are done. values: the metrics of this step, where they were read; else the last ones stay."""
+        if values:
+            self._detail = describe(values)
+        detail = "  ".join(filter(None, [self._detail, f"eta {duration(self._eta(step))}"]))
+        if self._live is not None:
+            self._live.update(self._task, completed=step, detail=detail)
+        elif self._is_due(step):
+            self._said_step, self._said_time = step, time.monotonic()
+            logger.info("%s  step %d/%d  %s", self.stage, step, self.total, detail)
+
+    def close(self) -> None:
+        """Leaves the line as it is. Safe to call twice."""
+        if self._live is not None:
+            self._live.stop()
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _eta(self, step: int) -> float | None:
+        done = step - self._start_step  # steps before a resume took no time of this process
+        return (time.monotonic() - self._start_time) / done * (self.total - step) if done > 0 else None
+
+    def _is_due(self, step: int) -> bool:
+        if self._said_step is None or step >= self.total:
+            return step != self._said_step
+        return step - self._said_step >= self._every_steps or time.monotonic() - self._said_time >= self._every_seconds
+
+
+def describe(values: Mapping[str, float | int | str]) -> str:
+    """The few words of a step's metrics that fit on a line: the loss and the speed."""
+    parts = []
+    loss, tokens, samples = (values.get(name) for name in ("loss", "tokens_per_s", "samples_per_s"))
+    if isinstance(loss, int | float):
+        parts.append(f"loss {loss:.4g}")
+    if isinstance(tokens, int | float):
+        parts.append(f"{si(tokens)} tokens/s")
+    elif isinstance(samples, int | float):
+        parts.append(f"{si(samples)} samples/s")
+    return "  ".join(parts)
+
+
+def si(value: float) -> str:
+    """A number with three digits and a unit prefix: 12345 -> "12.3k"."""
+    for size, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size * 0.9995:
+            return f"{value / size:.3g}{prefix}"
+    return f"{value:.3g}"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as people read them: "0:42", "12:05", "3:07:00", "2 d 03:00"; "?" for None."""
+    if seconds is None or not seconds < float("inf"):
+        return "?"
+    minutes, second = divmod(max(0, round(seconds)), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    if days:
+        return f"{days} d {hour:02}:{minute:02}"
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"

@@ -1,0 +1,219 @@
+"""Where metrics go: metrics.jsonl always, Weights & Biases on request. A tracker that fails never stops training."""
+
+import json
+import logging
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from emma_train.config.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+Values = dict[str, float | int | str]
+
+
+class Tracker(Protocol):
+    """Takes what a run measures. One process (rank 0) owns it."""
+
+    @property
+    def run_id(self) -> str | None:
+        """The name under which a tracker can go on with this run after a restart, None where it needs none."""
+
+    def log(self, step: int, values: Values) -> None:
+        """Metrics of one optimizer step."""
+
+    def images(self, step: int, name: str, paths: list[Path], captions: list[str]) -> None:
+        """Sample pictures of one step, one caption each."""
+
+    def finish(self, exit_code: int) -> None:
+        """The run ends; 0 means well."""
+
+
+class JsonlTracker:
+    """Appends one flushed JSON line per step to `path`, the source of truth of a run.
+
+    On a resume at step k, records of later steps are dropped: they will be computed again. A last line torn by a crash
+    is dropped too. Values that are not finite are written as null, so that each line is strict JSON.
+    """
+
+    run_id: str | None = None
+
+    def __init__(self, path: Path, resume_step: int | None = None) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            _rewrite(path, [r for r in read_jsonl(path) if resume_step is None or _step(r) <= resume_step])
+        self._file = path.open("a", encoding="utf-8")
+
+    def log(self, step: int, values: Values) -> None:
+        self._file.write(_line({"step": step, **values}))
+        self._file.flush()
+
+    def images(self, step: int, name: str, paths: list[Path], captions: list[str]) -> None:
+        """Nothing to do: the pictures lie in the run folder already."""
+
+    def finish(self, exit_code: int) -> None:
+        self._file.close()
+
+
+class WandbTracker:
+    """Logs to Weights & Biases: offline below the run folder, unless WANDB_MODE or WANDB_API_KEY say otherwise.
+
+    Every failure is logged once as a warning; if wandb cannot start, `run_id` stays as given and calls do nothing.
+    """
+
+    def __init__(
+        self,
+        run_folder: Path,
+        project: str,
+        name: str,
+        config: dict[str, Any],
+        run_id: str | None = None,
+        group: str | None = None,
+    ) -> None:
+        self.run_id = run_id
+        self._run: Any = None
+        self._guard = _Guard("wandb")
+        self._guard("start", lambda: self._start(run_folder, project, name, config, group))
+
+    def _start(self, run_folder: Path, project: str, name: str, config: dict[str, Any], group: str | None) -> None:
+        import wandb  # a third of a second, and optional
+
+        mode: Any = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
+        run_folder.mkdir(parents=True, exist_ok=True)
+        run = wandb.init(
+            project=project,
+            name=name,
+            group=group,
+            config=config,
+            dir=str(run_folder),
+            id=self.run_id,
+            mode=mode,
+            # Offline, one id may have several folders; the server joins them when they are synced.
+            resume="allow" if self.run_id and mode in ("online", "shared") else None,
+            settings=wandb.Settings(silent=mode != "online", finish_timeout=300.0),
+        )
+        # wandb's own step may only grow; after a resume the same steps come again, so the x axis is ours.
+        run.define_metric("step", hidden=True)
+        run.define_metric("*", step_metric="step")
+        self._run, self.run_id = run, run.id
+
+    def log(self, step: int, values: Values) -> None:
+        if self._run is not None:
+            self._guard("log", lambda: self._run.log({"step": step, **values}))
+
+    def images(self, step: int, name: str, paths: list[Path], captions: list[str]) -> None:
+        if self._run is not None:
+            self._guard("images", lambda: self._log_images(step, name, paths, captions))
+
+    def _log_images(self, step: int, name: str, paths: list[Path], captions: list[str]) -> None:
+        import wandb
+
+        pictures = [wandb.Image(str(path), caption=caption) for path, caption in zip(paths, captions, strict=True)]
+        self._run.log({"step": step, name: pictures})
+
+    def finish(self, exit_code: int) -> None:
+        if self._run is not None:
+            self._guard("finish", lambda: self._run.finish(exit_code=exit_code))
+            self._run = None
+
+
+class Trackers:
+    """Several trackers as one; an empty list is what ranks other than 0 hold. The failure of one touches no other."""
+
+    def __init__(self, trackers: Sequence[Tracker]) -> None:
+        self.trackers = list(trackers)
+        self._guards = [_Guard(type(tracker).__name__) for tracker in self.trackers]
+
+    @property
+    def run_id(self) -> str | None:
+        """The first id that a tracker has; a checkpoint keeps it."""
+        return next((tracker.run_id for tracker in self.trackers if tracker.run_id is not None), None)
+
+    def log(self, step: int, values: Values) -> None:
+        self._each("log", lambda tracker: tracker.log(step, values))
+
+    def images(self, step: int, name: str, paths: list[Path], captions: list[str]) -> None:
+        self._each("images", lambda tracker: tracker.images(step, name, paths, captions))
+
+    def finish(self, exit_code: int) -> None:
+        self._each("finish", lambda tracker: tracker.finish(exit_code))
+
+    def _each(self, what: str, call: Callable[[Tracker], None]) -> None:
+        for tracker, guard in zip(self.trackers, self._guards, strict=True):
+            guard(what, lambda tracker=tracker: call(tracker))  # type: ignore[misc]
+
+
+def make_trackers(
+    kind: str,
+    run_folder: Path,
+    config: dict[str, Any],
+    resume_step: int | None = None,
+    run_id: str | None = None,
+    project: str = "emma",
+    name: str | None = None,
+    group: str | None = None,
+) -> Trackers:
+    """The trackers of a run: metrics.jsonl always, and W&B for `kind` "wandb".
+
+    resume_step: the step of the checkpoint that the run goes on from, 0 for a fresh start, None to keep every record.
+    run_id: W&B's id of the run before a restart. name: as shown, by default the run folder's. group: a pipeline's name.
+    """
+    if kind not in ("jsonl", "wandb"):
+        raise UserError(f"tracker.kind: {kind!r} is not known; use jsonl or wandb")
+    trackers: list[Tracker] = [JsonlTracker(run_folder / "metrics.jsonl", resume_step)]
+    if kind == "wandb":
+        trackers.append(WandbTracker(run_folder, project, name or run_folder.name, config, run_id, group))
+    return Trackers(trackers)
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The whole JSON objects of a file; torn lines (the last one of a run that was killed) are left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(record, dict):
+            records.append(record)
+    return records
+
+
+class _Guard:
+    """Runs calls that must not stop training: the first failure of each kind is logged, later ones are silent."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._failed: set[str] = set()
+
+    def __call__(self, what: str, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except Exception as error:  # whatever a tracker raises
+            if what not in self._failed:
+                self._failed.add(what)
+                logger.warning(
+                    "%s: %s failed (%s: %s); training goes on", self._name, what, type(error).__name__, error
+                )
+
+
+def _step(record: dict[str, Any]) -> float:
+    step = record.get("step")
+    return step if isinstance(step, int | float) else math.inf
+
+
+def _line(record: dict[str, Any]) -> str:
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+    return json.dumps(finite, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _rewrite(path: Path, records: list[dict[str, Any]]) -> None:
+    beside = path.with_name(path.name + ".tmp")
+    with beside.open("w", encoding="utf-8") as file:
+        file.writelines(_line(record) for record in records)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)

@@ -1,0 +1,56 @@
+"""Flow matching with velocity prediction (emma.md §3): x_t = (1 - t) x + t noise, the target is noise - x."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from emma_train.config.schema import FlowConfig
+from emma_train.objectives.draws import normal
+from emma_train.sequence.layout import Role
+from emma_train.sequence.pack import PackedBatch
+
+
+@dataclass
+class Noised:
+    latents: Tensor
+    """[visual tokens, C] in stream order, target rows noised."""
+    time: Tensor
+    """[target tokens]."""
+    velocity: Tensor
+    """[target tokens, C]: what the model must predict."""
+
+
+def noised(batch: PackedBatch, latents: Tensor, config: FlowConfig) -> Noised:
+    """latents: clean and scaled, [visual tokens, C] in stream order. Draws time and noise from the batch's seeds."""
+    num_target = batch.counts[3]
+    clean = latents[len(latents) - num_target :]
+    time = draw_time(batch.time_seeds, config)[batch.target_of_token]
+    noise = draw_noise(batch, clean.shape[-1])
+    mixed = (1 - time[:, None]) * clean + time[:, None] * noise
+    return Noised(torch.cat([latents[: len(latents) - num_target], mixed]), time, noise - clean)
+
+
+def draw_time(seeds: Tensor, config: FlowConfig) -> Tensor:
+    """Logit-normal flow time of each target, shifted: [targets]."""
+    time = torch.sigmoid(config.logit_mean + config.logit_std * normal(seeds, torch.zeros_like(seeds)))
+    return shift(time, config.shift)
+
+
+def draw_noise(batch: PackedBatch, channels: int) -> Tensor:
+    """Noise of every target token: [target tokens, C]. Value i of a target depends on its seed and on i alone."""
+    device = batch.noise_seeds.device
+    sizes = [rows * columns for rows, columns in batch.grids[Role.TARGET]]
+    places = torch.cat([torch.arange(n, device=device) for n in [*sizes, 0]])
+    counters = places[:, None] * channels + torch.arange(channels, device=device)
+    return normal(batch.noise_seeds[batch.target_of_token][:, None], counters)
+
+
+def shift(time: Tensor, s: float) -> Tensor:
+    """s t / (1 + (s - 1) t): larger pictures need more noise."""
+    return s * time / (1 + (s - 1) * time)
+
+
+def velocity_loss(prediction: Tensor, velocity: Tensor) -> Tensor:
+    """Squared error of each target token, mean over channels: float32 [target tokens]."""
+    return (prediction.float() - velocity.float()).square().mean(-1)

@@ -1,0 +1,56 @@
+"""Picture geometry: the size that a picture takes before it becomes visual tokens (emma.md §1, §5)."""
+
+import math
+from functools import lru_cache
+
+import numpy as np
+from torch import Tensor
+
+from emma_train.config.schema import ImageConfig
+
+
+def picture_size(width: int, height: int, image: ImageConfig, pixels: int) -> tuple[int, int]:
+    """(height, width) in pixels that a picture is resized to; both are multiples of `pixels` (32)."""
+    if image.mode == "square":
+        return image.side, image.side
+    if image.mode == "buckets":
+        aspect = math.log(width / height)
+        return min(buckets(image.side, pixels), key=lambda hw: (abs(math.log(hw[1] / hw[0]) - aspect), hw))
+    rows, columns = max(1, round(height / pixels)), max(1, round(width / pixels))
+    if rows * columns > image.max_tokens:
+        scale = math.sqrt(image.max_tokens / (rows * columns))
+        rows, columns = max(1, int(rows * scale)), max(1, int(columns * scale))
+        # A very long picture keeps one row; its length alone must then respect the cap.
+        rows, columns = min(rows, image.max_tokens // columns or 1), min(columns, image.max_tokens // rows or 1)
+    return rows * pixels, columns * pixels
+
+
+@lru_cache(maxsize=8)
+def buckets(side: int, pixels: int, max_aspect: float = 4.0) -> tuple[tuple[int, int], ...]:
+    """(height, width) of every bucket: sides multiples of `pixels`, area nearest to side², aspect up to `max_aspect`."""
+    area = (side // pixels) ** 2
+    found = set()
+    for rows in range(1, 2 * side // pixels + 1):
+        columns = round(area / rows)
+        if columns and 1 / max_aspect <= rows / columns <= max_aspect:
+            found |= {(rows * pixels, columns * pixels), (columns * pixels, rows * pixels)}
+    return tuple(sorted(found))
+
+
+def to_patches(picture: np.ndarray, patch: int, shuffle: int) -> np.ndarray:
+    """uint8 [H, W, 3] -> uint8 [H*W/patch², patch*patch*3].
+
+    The patches of one shuffle x shuffle block are neighbours and the blocks stand in raster order, so that pixel shuffle
+    is a reshape and visual tokens come out in raster order.
+    """
+    height, width, _ = picture.shape
+    block = patch * shuffle
+    rows, columns = height // block, width // block
+    blocks = picture.reshape(rows, shuffle, patch, columns, shuffle, patch, 3)
+    return np.ascontiguousarray(blocks.transpose(0, 3, 1, 4, 2, 5, 6)).reshape(-1, patch * patch * 3)
+
+
+def from_patches(patches: Tensor, rows: int, columns: int, patch: int, shuffle: int) -> Tensor:
+    """The inverse of to_patches for a grid of visual tokens: [rows*columns*shuffle², patch*patch*3] -> [H, W, 3]."""
+    blocks = patches.reshape(rows, columns, shuffle, shuffle, patch, patch, 3)
+    return blocks.permute(0, 2, 4, 1, 3, 5, 6).reshape(rows * shuffle * patch, columns * shuffle * patch, 3)

@@ -1,0 +1,101 @@
+"""How a sample is laid out as segments of text and pictures (emma.md §2, "Sequence layouts").
+
+Qwen's chat template, with a picture as <|vision_start|> its visual tokens <|vision_end|>:
+  I2T   user: picture(s) and question; assistant: answer. Only answers (and their <|im_end|>) are supervised.
+  T2I   user: prompt; assistant: <|vision_start|> and the noised target.
+  IT2I  user: reference picture(s) and instruction; assistant: <|vision_start|> and the noised target.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+from emma_train.sequence.tokens import TextTokenizer
+
+
+class Role(IntEnum):
+    """What a picture is for. The order is that of the residual stream (branch order)."""
+
+    UND = 1
+    """To be understood: Und adapter, Und branch, causal."""
+    REFERENCE = 2
+    """To be edited: Gen adapter, Gen branch, full within itself, flow time 0."""
+    TARGET = 3
+    """To be made: Gen adapter, Gen branch, full within itself, noised."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """A run of token ids; `supervised` ids are predicted by the token before them."""
+
+    ids: tuple[int, ...]
+    supervised: bool = False
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Visual tokens of one picture of the sample, named as in its record."""
+
+    name: str
+    role: Role
+
+
+Segment = Text | Picture
+
+
+def i2t(tokenizer: TextTokenizer, images: Sequence[str], turns: Sequence[tuple[str, str]]) -> list[Segment]:
+    """Understanding. `turns` are (role, text), user first; the pictures open the first turn."""
+    segments: list[Segment] = []
+    for index, (role, text) in enumerate(turns):
+        _text(segments, tokenizer.encode(f"<|im_start|>{role}\n"))
+        if index == 0:
+            for name in images:
+                _picture(segments, tokenizer, name, Role.UND)
+        if role == "assistant":
+            _text(segments, [*tokenizer.encode_user(text), tokenizer.im_end], supervised=True)
+            if index + 1 < len(turns):
+                _text(segments, tokenizer.encode("\n"))
+        else:
+            _text(segments, [*tokenizer.encode_user(text), tokenizer.im_end, *tokenizer.encode("\n")])
+    return segments
+
+
+def ask(tokenizer: TextTokenizer, images: Sequence[str], turns: Sequence[tuple[str, str]]) -> list[Segment]:
+    """Understanding with the last answer still to be written."""
+    segments = i2t(tokenizer, images, turns)
+    _text(segments, tokenizer.encode("<|im_start|>assistant\n"))
+    return segments
+
+
+def t2i(tokenizer: TextTokenizer, prompt: str, target: str) -> list[Segment]:
+    """Generation; an empty prompt is the unconditional one."""
+    return it2i(tokenizer, [], prompt, target)
+
+
+def it2i(tokenizer: TextTokenizer, references: Sequence[str], instruction: str, target: str) -> list[Segment]:
+    """Editing; without references it is generation."""
+    segments: list[Segment] = []
+    _text(segments, tokenizer.encode("<|im_start|>user\n"))
+    for name in references:
+        _picture(segments, tokenizer, name, Role.REFERENCE)
+    _text(segments, [*tokenizer.encode_user(instruction), tokenizer.im_end])
+    _text(segments, tokenizer.encode("\n<|im_start|>assistant\n<|vision_start|>"))
+    segments.append(Picture(target, Role.TARGET))
+    return segments
+
+
+def num_text_tokens(segments: Sequence[Segment]) -> tuple[int, int]:
+    """(text tokens, supervised tokens) of a layout."""
+    texts = [s for s in segments if isinstance(s, Text)]
+    return sum(len(s.ids) for s in texts), sum(len(s.ids) for s in texts if s.supervised)
+
+
+def _picture(segments: list[Segment], tokenizer: TextTokenizer, name: str, role: Role) -> None:
+    _text(segments, [tokenizer.id("<|vision_start|>")])
+    segments.append(Picture(name, role))
+    _text(segments, [tokenizer.id("<|vision_end|>")])
+
+
+def _text(segments: list[Segment], ids: Sequence[int], supervised: bool = False) -> None:
+    if ids:
+        segments.append(Text(tuple(ids), supervised))

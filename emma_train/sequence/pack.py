@@ -1,0 +1,198 @@
+"""The packed batch: several samples as one sequence of tokens, in branch order.
+
+The residual stream of a pack is  [ text | understanding pictures | reference pictures | target pictures ],  so that the Und
+and the Gen branch each own one slice and the embedding of a pack is one concatenation. What a token may see is told by
+tables, not by memory order:  token q sees token k  iff  sample[q] == sample[k] and position[k] <= limit[q].
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+
+import numpy as np
+import torch
+
+from emma_train.sequence.layout import Picture, Role, Segment, Text
+
+IGNORE_STEM = -1
+
+
+@dataclass
+class Pixels:
+    """A picture of a sample, and how it is drawn from."""
+
+    grid: tuple[int, int]
+    """Rows and columns of visual tokens."""
+    patches: np.ndarray | None = None
+    """uint8 [rows*columns*shuffle², patch*patch*3] in block order; None where only the latent is needed and cached."""
+    latent: np.ndarray | None = None
+    """float32 [rows*columns, channels], unscaled DC-AE output in raster order; None means encode online."""
+    stem: int = IGNORE_STEM
+    """1 for STEM, 0 for general, -1 for unknown (understanding pictures)."""
+
+
+@dataclass
+class Sample:
+    """One sample, ready to be packed."""
+
+    key: str
+    task: str
+    segments: list[Segment]
+    pictures: dict[str, Pixels]
+    noise_seed: int = 0
+    """Seed of the target's noise."""
+    time_seed: int = 0
+    """Seed of the target's flow time."""
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(
+            len(s.ids) if isinstance(s, Text) else self.pictures[s.name].grid[0] * self.pictures[s.name].grid[1]
+            for s in self.segments
+        )
+
+
+@dataclass
+class PackedBatch:
+    """A pack. T tokens, P visible patches, C latent channels."""
+
+    keys: list[str]
+    """Sample keys, in pack order."""
+    tasks: list[str]
+    """Their tasks."""
+    counts: tuple[int, int, int, int]
+    """Tokens of the stream's four groups: text, understanding, reference, target."""
+    grids: dict[Role, list[tuple[int, int]]]
+    """(rows, columns) of the pictures of each role, in stream order."""
+    text_ids: torch.Tensor
+    """int64 [counts[0]]."""
+    sample: torch.Tensor
+    """int64 [T]: index of the sample in the pack."""
+    position: torch.Tensor
+    """int64 [T]: place in the sample, for RoPE and the mask."""
+    limit: torch.Tensor
+    """int64 [T]: last position that the token sees."""
+    predictors: torch.Tensor
+    """int64 [L]: stream index of the token before each supervised one (always in the Und slice)."""
+    labels: torch.Tensor
+    """int64 [L]: the supervised ids."""
+    patches: torch.Tensor
+    """uint8 [P, patch*patch*3]: understanding and reference pictures, then, where latents are not cached, targets."""
+    latents: torch.Tensor | None
+    """float32 [visual tokens, C] unscaled, in stream order; None where the autoencoder must run."""
+    noise_seeds: torch.Tensor
+    """int64 [targets]."""
+    time_seeds: torch.Tensor
+    """int64 [targets]."""
+    target_of_token: torch.Tensor
+    """int64 [counts[3]]: index of the target picture of each target token."""
+    target_tasks: list[str]
+    """Task (t2i or it2i) of each target."""
+    stem: torch.Tensor
+    """int64 [understanding pictures]: 1 STEM, 0 general, -1 unknown."""
+    num_skipped: int = 0
+    """Samples of the plan that could not be read."""
+    extra: dict[str, float] = field(default_factory=dict)
+    """Loader timings."""
+
+    @property
+    def num_und(self) -> int:
+        """Tokens of the Und branch."""
+        return self.counts[0] + self.counts[1]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.counts)
+
+    @property
+    def num_target_tokens(self) -> dict[str, int]:
+        """Flow-matching tokens by task."""
+        sizes: dict[str, int] = {}
+        for task, (rows, columns) in zip(self.target_tasks, self.grids[Role.TARGET], strict=True):
+            sizes[task] = sizes.get(task, 0) + rows * columns
+        return sizes
+
+    def to(self, device: torch.device) -> "PackedBatch":
+        """The same batch on a device; host-side tables stay on the host."""
+        moved = {
+            f.name: getattr(self, f.name).to(device, non_blocking=True)
+            for f in fields(self)
+            if isinstance(getattr(self, f.name), torch.Tensor)
+        }
+        return replace(self, **moved)
+
+
+def pack(samples: Sequence[Sample], num_skipped: int = 0) -> PackedBatch:
+    """Join samples to one pack. Order within each group of the stream follows `samples`."""
+    starts: dict[int, list[np.ndarray]] = {group: [] for group in range(4)}
+    tables: dict[str, dict[int, list[np.ndarray]]] = {
+        name: {group: [] for group in range(4)} for name in ("sample", "position", "limit")
+    }
+    text_ids: list[int] = []
+    supervised: list[tuple[int, int, int]] = []
+    pictures: dict[Role, list[Pixels]] = {role: [] for role in Role}
+    owners: list[Sample] = []
+    for index, sample in enumerate(samples):
+        place = 0
+        for segment in sample.segments:
+            if isinstance(segment, Text):
+                group, length, causal = 0, len(segment.ids), True
+                text_ids += segment.ids
+                if segment.supervised:
+                    supervised += [(index, place + i, token) for i, token in enumerate(segment.ids)]
+            else:
+                pixels = sample.pictures[segment.name]
+                group, length = int(segment.role), pixels.grid[0] * pixels.grid[1]
+                causal = segment.role is Role.UND
+                pictures[segment.role].append(pixels)
+                if segment.role is Role.TARGET:
+                    owners.append(sample)
+            positions = np.arange(place, place + length)
+            starts[group].append(positions)
+            tables["sample"][group].append(np.full(length, index))
+            tables["position"][group].append(positions)
+            tables["limit"][group].append(positions if causal else np.full(length, place + length - 1))
+            place += length
+
+    joined = {name: _join([part for group in range(4) for part in parts[group]]) for name, parts in tables.items()}
+    counts = tuple(sum(len(p) for p in starts[group]) for group in range(4))
+    order = [*pictures[Role.UND], *pictures[Role.REFERENCE], *pictures[Role.TARGET]]
+    cached = all(p.latent is not None for p in order)
+    seen = order if not cached else order[: len(order) - len(pictures[Role.TARGET])]
+    patches = [p.patches for p in seen if p.patches is not None]
+    if len(patches) != len(seen):
+        raise ValueError("a picture without patches is only allowed as a target whose pack has all latents")
+    where = {
+        (int(s), int(p)): i
+        for i, (s, p) in enumerate(zip(joined["sample"], joined["position"], strict=True))
+        if i < counts[0] + counts[1]
+    }
+    target_sizes = [p.grid[0] * p.grid[1] for p in pictures[Role.TARGET]]
+    return PackedBatch(
+        keys=[s.key for s in samples],
+        tasks=[s.task for s in samples],
+        counts=counts,  # type: ignore[arg-type]
+        grids={role: [p.grid for p in pictures[role]] for role in Role},
+        text_ids=torch.tensor(text_ids, dtype=torch.int64),
+        sample=torch.from_numpy(joined["sample"]),
+        position=torch.from_numpy(joined["position"]),
+        limit=torch.from_numpy(joined["limit"]),
+        predictors=torch.tensor([where[s, p - 1] for s, p, _ in supervised], dtype=torch.int64),
+        labels=torch.tensor([token for _, _, token in supervised], dtype=torch.int64),
+        patches=torch.from_numpy(np.concatenate(patches)) if patches else torch.zeros(0, 0, dtype=torch.uint8),
+        latents=torch.from_numpy(np.concatenate([p.latent for p in order])) if cached and order else None,  # type: ignore[misc]
+        noise_seeds=torch.tensor([s.noise_seed for s in owners], dtype=torch.int64),
+        time_seeds=torch.tensor([s.time_seed for s in owners], dtype=torch.int64),
+        target_of_token=torch.repeat_interleave(torch.arange(len(owners)), torch.tensor(target_sizes, dtype=torch.int64)),
+        target_tasks=[s.task for s in owners],
+        stem=torch.tensor([p.stem for p in pictures[Role.UND]], dtype=torch.int64),
+        num_skipped=num_skipped,
+    )
+
+
+def _join(parts: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, np.int64)
+
+
+def pictures_of(segments: Sequence[Segment]) -> list[Picture]:
+    """The pictures of a layout, in order."""
+    return [s for s in segments if isinstance(s, Picture)]

@@ -1,0 +1,63 @@
+"""Text to token ids and back, with Qwen's special tokens. A tokenizer.json is all it needs; no model code is loaded."""
+
+import hashlib
+from functools import cached_property
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from emma_train.config.errors import UserError
+
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
+
+
+class TextTokenizer:
+    """A Qwen-style tokenizer. Raises UserError where the file or a special token is missing."""
+
+    def __init__(self, path: Path | str) -> None:
+        path = Path(path)
+        self.path = path / "tokenizer.json" if path.is_dir() else path
+        try:
+            text = self.path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot read the tokenizer ({error.strerror}); set data.tokenizer") from None
+        try:
+            self._tokenizer = Tokenizer.from_str(text)
+            self._plain = Tokenizer.from_str(text)
+        except Exception as error:  # the library raises a bare Exception
+            raise UserError(f"{self.path}: not a tokenizer.json ({error})") from None
+        # A caption must not be able to open a turn or a picture: in data, special tokens are plain characters.
+        self._plain.encode_special_tokens = True
+        self.sha256 = hashlib.sha256(text.encode()).hexdigest()
+        missing = [name for name in SPECIAL if self._tokenizer.token_to_id(name) is None]
+        if missing:
+            raise UserError(f"{self.path}: lacks the special token {missing[0]}; a Qwen tokenizer has it")
+
+    @property
+    def vocab(self) -> int:
+        """Number of tokens, special ones included."""
+        return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
+
+    def id(self, token: str) -> int:
+        """Id of a special token."""
+        return int(self._tokenizer.token_to_id(token))
+
+    @cached_property
+    def im_end(self) -> int:
+        return self.id("<|im_end|>")
+
+    @cached_property
+    def endoftext(self) -> int:
+        return self.id("<|endoftext|>")
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text; special tokens written in it become their ids."""
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def encode_user(self, text: str) -> list[int]:
+        """Ids of a text that is data: special tokens written in it stay plain characters."""
+        return list(self._plain.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of ids, without special tokens."""
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True))

@@ -1,0 +1,1 @@
+"""The loop, and what it needs at each step: build order, optimizer, schedule, EMA, run folder."""

@@ -1,0 +1,91 @@
+"""The one function that states and enforces the order: meta build -> freeze -> shard -> weights -> optimizer -> EMA."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from emma_train.checkpoint import folder as folders
+from emma_train.checkpoint import store
+from emma_train.config.schema import ModelConfig, Recipe
+from emma_train.engine.fsdp import FsdpEngine, shard
+from emma_train.engine.world import World
+from emma_train.config.errors import UserError
+from emma_train.model.emma import Emma
+from emma_train.model.initial import initial_value
+from emma_train.stages.freeze import freeze
+from emma_train.stages.handoff import HandOff, plan_handoff
+from emma_train.stages.stage import Stage, check_order
+from emma_train.training.ema import Ema
+from emma_train.training.optimizer import make_optimizer
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Built:
+    engine: FsdpEngine
+    ema: Ema | None
+    trainable: dict[str, int]
+    """Trainable parameters by group."""
+    num_parameters: int
+    """Parameters of the model, without the autoencoder."""
+    handoff: HandOff | None
+    """What was taken over from the previous stage; None at a start from the seed or a resume."""
+
+
+def build(recipe: Recipe, stage: Stage, world: World, resuming: bool) -> Built:
+    """A sharded model with its weights, optimizer and EMA. Raises UserError on a stage out of order or a wrong source.
+
+    When `resuming`, weights are left for checkpoint.store.load_training to fill.
+    """
+    if recipe.engine.kind != "fsdp":
+        raise UserError(f"engine.kind={recipe.engine.kind} is not available in this version; use engine.kind=fsdp")
+    source = None
+    if not resuming:
+        source = folders.resolve(recipe.init.source) if recipe.init.source else None
+        previous = (folders.whole(source) or {}).get("stage") if source else None
+        check_order(stage, previous, recipe.init.source)
+    with torch.device("meta"):
+        model = Emma(recipe.model)
+    trainable = freeze(model, stage.trainable)
+    num_parameters = sum(p.numel() for p in model.parameters())
+    shard(model, recipe.engine, world)
+    model.to_empty(device=world.device)
+    handoff = None
+    if source is not None:
+        handoff = take_over(model, recipe, source)
+    elif not resuming:
+        set_initial(model, recipe.model, [name for name, _ in model.named_parameters()])
+    optimizer = make_optimizer(model, recipe.optimizer)
+    ema = Ema(model, recipe.ema.decay) if recipe.ema.decay else None
+    return Built(FsdpEngine(model, optimizer, recipe.engine), ema, trainable, num_parameters, handoff)
+
+
+def take_over(model: nn.Module, recipe: Recipe, source: Path) -> HandOff:
+    """Fill the model from a checkpoint of the previous stage; new modules are cloned or start from the seed."""
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    plan = plan_handoff(shapes, store.tensors(source), recipe.model.vision, recipe.init.ema, str(recipe.init.source))
+    store.load_weights(source, plan.loaded, model)
+    set_initial(model, recipe.model, plan.initial)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, origin in plan.cloned.items():
+            parameters[name].copy_(parameters[origin])
+    return plan
+
+
+@torch.no_grad()
+def set_initial(model: nn.Module, config: ModelConfig, names: list[str]) -> None:
+    """Start values from the recipe's seed, one whole tensor at a time, cut to this rank's shard without communication."""
+    parameters = dict(model.named_parameters())
+    for name in names:
+        parameter = parameters[name]
+        layers = config.vision.layers if name.startswith("vision.") else config.decoder.layers
+        value: Tensor = initial_value(name, parameter.shape, config.seed, layers).to(parameter.device)
+        if isinstance(parameter, DTensor):
+            value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        parameter.copy_(value)

@@ -1,0 +1,301 @@
+"""The training loop: packed batches in, metrics, sample pictures and checkpoints out.
+
+A step: count the tokens of each loss over all ranks, run the micro-batches, clip, update, average. A step whose gradient is
+not finite moves nothing at all. The loop is handed its batches and knows nothing of shards.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from emma_train.checkpoint import folder as folders
+from emma_train.checkpoint import store
+from emma_train.config import config_hash
+from emma_train.config.errors import UserError
+from emma_train.config.load import as_dict
+from emma_train.config.schema import Recipe
+from emma_train.engine.world import World
+from emma_train.model.autoencoder import Autoencoder
+from emma_train.monitor.progress import Progress
+from emma_train.monitor.trackers import Trackers, make_trackers
+from emma_train.monitor.usage import memory_gib, step_mfu
+from emma_train.objectives.account import Counts, LossAccount, count, losses
+from emma_train.sequence.pack import PackedBatch
+from emma_train.stages.freeze import changed, fingerprints
+from emma_train.stages.stage import Stage
+from emma_train.training.build import Built
+from emma_train.training.forward import micro_loss
+from emma_train.training.preemption import EXIT_PREEMPTED, StopRequest
+from emma_train.training.run_folder import RunFolder, contradictions
+from emma_train.training.schedule import learning_rate
+
+log = logging.getLogger(__name__)
+TASKS = ("i2t", "t2i", "it2i")
+
+
+class StepData(Protocol):
+    """What a rank computes in one optimizer step (data_pipelines/stream/loader.py makes it)."""
+
+    step: int
+    packs: list[PackedBatch]
+    digest: str
+    straggler: float
+    bad: list[Any]
+    wait_s: float
+
+
+class Batches(Protocol):
+    """The stream, as the loop sees it."""
+
+    def steps(self, first: int, last: int) -> Iterator[StepData]: ...
+
+    def state(self, step: int) -> dict[str, Any]: ...
+
+    def check_state(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass
+class Progressed:
+    """Counters that a checkpoint carries."""
+
+    step: int = 0
+    seconds: float = 0.0
+    skipped_steps: int = 0
+    bad_samples: int = 0
+    seen: dict[str, int] = field(default_factory=lambda: dict.fromkeys(TASKS, 0))
+
+
+class Trainer:
+    """One stage on one rank."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        stage: Stage,
+        world: World,
+        built: Built,
+        autoencoder: Autoencoder,
+        stream: Batches,
+        draw_samples: Callable[[int], list[Path]] | None = None,
+    ) -> None:
+        """`draw_samples(step)` makes sample pictures; every rank calls it."""
+        self.recipe, self.stage, self.world, self.built = recipe, stage, world, built
+        self.autoencoder, self.stream, self.draw_samples = autoencoder, stream, draw_samples
+        self.engine, self.run = built.engine, RunFolder(recipe)
+        self.done = Progressed()
+        self.frozen = fingerprints(self.engine.model)
+        self.run_id: str | None = None
+        self.parent: dict[str, Any] | None = None
+        self._nonfinite_in_a_row = 0
+
+    def resume(self, checkpoint: Path) -> None:
+        """Go on after `checkpoint`. Raises UserError where recipe and checkpoint contradict each other."""
+        meta = folders.whole(checkpoint)
+        assert meta is not None
+        if found := contradictions(self.recipe, meta["config"]):
+            field_name = found[0].split(" ")[0]
+            raise UserError(
+                f"{checkpoint}: {found[0]}" + (f" (and {len(found) - 1} more)" if found[1:] else "")
+                + f"; put it back, start another run.name, or accept with resume.allow=[{field_name}]"
+            )
+        self.stream.check_state(meta["data"])
+        averages = self.built.ema.averages if self.built.ema else {}
+        store.load_training(checkpoint, self.engine.model, self.engine.optimizer, averages)
+        self.done = Progressed(**meta["done"])
+        self.run_id, self.parent = meta.get("tracker_run"), meta.get("parent")
+        self.frozen = fingerprints(self.engine.model)
+        log.info("resumed %s", checkpoint)
+
+    def train(self) -> int:
+        """Run the remaining steps. Returns the exit code: 0, or 75 after a signal and a checkpoint."""
+        total, cadence = self.recipe.train.steps, self.recipe.train
+        if self.done.step >= total:
+            log.info("%s is complete at step %d", self.run.path, self.done.step)
+            return 0
+        main = self.world.is_main
+        trackers = self._trackers() if main else None
+        progress = Progress(self.recipe.stage.name, total, self.done.step) if main else None
+        self.run_id = trackers.run_id if trackers else self.run_id
+        stop, code = StopRequest(), 1
+        self.engine.model.train()
+        try:
+            for data in self.stream.steps(self.done.step + 1, total):
+                started = time.perf_counter()
+                log_now = data.step % cadence.log_every == 0 or data.step in (1, total)
+                asked, values = self._step(data, stop.asked, log_now)
+                last = data.step == total or asked
+                stall = 0.0
+                if data.step % cadence.save_every == 0 or last:
+                    stall = self.save()
+                self.done.seconds += time.perf_counter() - started + data.wait_s
+                drawn = (cadence.sample_every and data.step % cadence.sample_every == 0) or data.step == total
+                pictures = self._draw(data.step) if drawn else []
+                if trackers and values is not None:
+                    trackers.log(data.step, {**values, "checkpoint/stall_s": stall, "time_unix": time.time()})
+                    trackers.images(data.step, "samples", pictures, [p.stem for p in pictures])
+                if progress:
+                    progress.update(data.step, values)
+                if asked:
+                    code = EXIT_PREEMPTED if data.step < total else 0
+                    return code
+            self._finish()
+            code = 0
+            return code
+        finally:
+            stop.restore()
+            if progress:
+                progress.close()
+            if trackers:
+                trackers.finish(code)
+
+    def _step(self, data: StepData, stop_asked: bool, log_now: bool) -> tuple[bool, dict[str, Any] | None]:
+        """One optimizer step. Returns whether any rank was asked to stop, and the metrics where they are due."""
+        started = time.perf_counter()
+        mine = count(data.packs, self.stage.loss)
+        seen = [sum(b.tasks.count(task) for b in data.packs) for task in TASKS]
+        tokens = sum(b.num_tokens for b in data.packs)
+        shared = self.world.sum([mine.i2t, mine.t2i, mine.it2i, *seen, tokens, len(data.bad), float(stop_asked)])
+        counts, bad = Counts(*(int(n) for n in shared[:3])), int(shared[7])
+        self._note_bad(data, bad)
+
+        account = LossAccount(self.recipe.loss, counts, self.world.device)
+        for index, host in enumerate(data.packs):
+            batch = host.to(self.world.device)
+            loss = micro_loss(self.engine.model, self.autoencoder, batch, self.recipe.flow, self.stage, account)
+            self.engine.accumulate(loss, last=index == len(data.packs) - 1)
+        lr = learning_rate(data.step - self.done.skipped_steps, self.recipe.optimizer.lr, self.recipe.train.steps, self.recipe.schedule)
+        norm = self.engine.clip(self.recipe.optimizer.clip)
+        if math.isfinite(norm):
+            self._nonfinite_in_a_row = 0
+            self.engine.update(lr)
+            if self.built.ema is not None:
+                self.built.ema.update()
+        else:
+            self._skip(data, norm)
+        self.done.step = data.step
+        for task, number in zip(TASKS, shared[3:6], strict=True):
+            self.done.seen[task] += int(number)
+        if not log_now:
+            return shared[8] > 0, None
+        sums = self.world.sum(account.sums.tolist())
+        step_s = time.perf_counter() - started + data.wait_s
+        values: dict[str, Any] = {
+            "step": data.step,
+            "stage": self.recipe.stage.name,
+            **losses(sums, counts, self.recipe.loss),
+            "lr": lr,
+            "grad_norm": norm,
+            **{f"samples/{task}": int(n) for task, n in zip(TASKS, shared[3:6], strict=True)},
+            "tokens/total": int(shared[6]),
+            "tokens/padding": 0,
+            "tokens_per_s": shared[6] / step_s,
+            "memory_gib": memory_gib(self.world.device),
+            "step_s": step_s,
+            "data/wait_s": data.wait_s,
+            "data/digest": data.digest,
+            "data/straggler": data.straggler,
+            "data/skipped": self.done.bad_samples,
+            "steps/skipped": self.done.skipped_steps,
+        }
+        share = step_mfu(self.recipe, self.stage.trainable, data.packs, step_s, self.world.device)
+        return shared[8] > 0, values if share is None else {**values, "mfu": share}
+
+    def save(self) -> float:
+        """Write a checkpoint of the last finished step; returns the seconds that training stood still."""
+        started = time.perf_counter()
+        meta = {
+            "step": self.done.step,
+            "stage": self.recipe.stage.name,
+            "trainable": self.built.trainable,
+            "config_hash": config_hash(self.recipe),
+            "config": as_dict(self.recipe),
+            "ema_decay": self.recipe.ema.decay,
+            "done": vars(self.done),
+            "data": self.stream.state(self.done.step),
+            "tracker_run": self.run_id,
+            "parent": self.parent,
+            "world_size": self.world.size,
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        }
+        averages = self.built.ema.averages if self.built.ema else {}
+        keep = self.recipe.train.keep
+        store.save(self.run.checkpoints, meta, self.engine.model, self.engine.optimizer, averages, self.world, keep)
+        return time.perf_counter() - started
+
+    def _draw(self, step: int) -> list[Path]:
+        """Sample pictures with the averaged weights."""
+        if self.draw_samples is None:
+            return []
+        self.engine.reshard()
+        with self.built.ema.swapped_in() if self.built.ema else nullcontext():
+            pictures = self.draw_samples(step)
+            self.engine.reshard()
+        return pictures
+
+    def _trackers(self) -> Trackers:
+        return make_trackers(
+            self.recipe.tracker.kind,
+            self.run.path,
+            as_dict(self.recipe),
+            self.done.step,
+            self.run_id,
+            project=self.recipe.tracker.project,
+            group=Path(self.recipe.run.root).name,
+        )
+
+    def _note_bad(self, data: StepData, bad_everywhere: int) -> None:
+        """Write out this rank's unreadable samples; past the limit all ranks stop together."""
+        if data.bad:
+            self.run.append_bad(data.step, data.bad)
+            log.warning("step %d: left out %s (%s)", data.step, data.bad[0].key, data.bad[0].reason)
+        self.done.bad_samples += bad_everywhere
+        if self.done.bad_samples > self.recipe.data.max_bad_samples:
+            raise UserError(
+                f"{self.done.bad_samples} samples could not be read, more than data.max_bad_samples="
+                f"{self.recipe.data.max_bad_samples}; {self.run.bad_samples} lists them, `emma-data check` finds them all"
+            )
+
+    def _skip(self, data: StepData, norm: float) -> None:
+        """A gradient that is not finite moves neither weights, averages nor schedule."""
+        self.engine.discard()
+        self.done.skipped_steps += 1
+        self._nonfinite_in_a_row += 1
+        keys = [key for b in data.packs for key in b.keys]
+        log.warning("step %d: gradient norm is %s, step skipped; keys on this rank: %s", data.step, norm, " ".join(keys[:8]))
+        if self._nonfinite_in_a_row >= self.recipe.train.max_skipped_steps:
+            raise RuntimeError(
+                f"{self._nonfinite_in_a_row} steps in a row had a gradient that is not finite (train.max_skipped_steps); "
+                f"keys of the last on rank {self.world.rank}: {' '.join(keys)}"
+            )
+
+    def _finish(self) -> None:
+        """Prove that frozen parameters did not move, on all ranks, and write the summary."""
+        self.engine.reshard()
+        moved = changed(self.engine.model, self.frozen)
+        anywhere = self.world.sum([len(moved)])[0]
+        if self.world.is_main:
+            self.run.write_summary(
+                {
+                    "stage": self.recipe.stage.name,
+                    "title": self.stage.title,
+                    "steps": self.done.step,
+                    "seconds": round(self.done.seconds, 1),
+                    "samples": self.done.seen,
+                    "bad_samples": self.done.bad_samples,
+                    "skipped_steps": self.done.skipped_steps,
+                    "parameters": self.built.num_parameters,
+                    "trainable": self.built.trainable,
+                    "trainable_parameters": sum(self.built.trainable.values()),
+                    "frozen_tensors": len(self.frozen),
+                    "frozen_verified": anywhere == 0,
+                }
+            )
+        if anywhere:
+            raise RuntimeError(f"frozen parameters have changed, which is a bug: {', '.join(moved[:5]) or 'on another rank'}")

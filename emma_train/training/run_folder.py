@@ -1,0 +1,116 @@
+"""The run folder: what is written before step 0, beside the metrics, and at the end."""
+
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from emma_train.config import config_hash, to_yaml
+from emma_train.config.errors import UserError
+from emma_train.config.files import write_atomic
+from emma_train.config.load import as_dict
+from emma_train.config.schema import Recipe
+from emma_train.engine.world import World
+
+PACKAGES = ("torch", "transformers", "diffusers", "deepspeed", "flash-attn", "webdataset", "safetensors", "numpy", "wandb")
+CHANGEABLE = ("run.", "train.", "tracker.", "engine.", "attention.", "init.", "resume.", "data.workers", "data.prefetch")
+"""What may differ when a run is resumed: it does not change what is learnt from which data."""
+
+
+class RunFolder:
+    """Paths of one run."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.path = Path(recipe.run.root) / recipe.run.name
+        self.checkpoints = self.path / "checkpoints"
+        self.metrics = self.path / "metrics.jsonl"
+        self.summary = self.path / "summary.json"
+        self.bad_samples = self.path / "bad_samples.jsonl"
+
+    def samples(self, step: int) -> Path:
+        return self.path / "samples" / f"step-{step:08d}"
+
+    def prepare(self, recipe: Recipe, world: World) -> None:
+        """Write the resolved recipe and the environment; main rank only. Raises UserError where the disk refuses."""
+        try:
+            for folder in (self.checkpoints, self.path / "logs"):
+                folder.mkdir(parents=True, exist_ok=True)
+            write_atomic(self.path / "config.yaml", f"# hash {config_hash(recipe)}\n{to_yaml(recipe)}")
+            write_atomic(self.path / "environment.json", json.dumps(environment(world), indent=1) + "\n")
+        except OSError as error:
+            raise UserError(f"{error.filename or self.path}: cannot write the run folder ({error.strerror}); set run.root") from None
+
+    def write_summary(self, values: dict[str, Any]) -> None:
+        write_atomic(self.summary, json.dumps(values, indent=1) + "\n")
+
+    def append_bad(self, step: int, bad: list[Any]) -> None:
+        """Add unreadable samples to bad_samples.jsonl."""
+        with open(self.bad_samples, "a", encoding="utf-8") as file:
+            for item in bad:
+                file.write(json.dumps({"step": step, **asdict(item)}) + "\n")
+
+
+def environment(world: World) -> dict[str, Any]:
+    """Where and with what a run was made."""
+    cuda = torch.cuda.is_available()
+    return {
+        "command": " ".join(sys.argv),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "commit": commit(),
+        "host": socket.gethostname(),
+        "world_size": world.size,
+        "device": torch.cuda.get_device_name() if cuda else f"{platform.processor() or platform.machine()} CPU",
+        "cpu_count": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "cuda": torch.version.cuda,
+        "versions": {name: v for name in PACKAGES if (v := _version(name))},
+    }
+
+
+def contradictions(recipe: Recipe, stored: dict[str, Any]) -> list[str]:
+    """Recipe fields that differ from a checkpoint's config and matter to what is learnt, with both values."""
+    mine, theirs = _flat(as_dict(recipe)), _flat(stored)
+    found = []
+    for key in sorted(mine.keys() | theirs.keys()):
+        allowed = key.startswith(CHANGEABLE) or any(key == a or key.startswith(f"{a}.") for a in recipe.resume.allow)
+        if not allowed and mine.get(key) != theirs.get(key):
+            found.append(f"{key} is {mine.get(key)!r} in the recipe and {theirs.get(key)!r} in the checkpoint")
+    return found
+
+
+def commit() -> str | None:
+    """Git commit of the code, with + where it was changed; None outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10)
+        dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return head.stdout.strip()[:12] + "+" * bool(dirty.stdout.strip()) if head.returncode == 0 else None
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

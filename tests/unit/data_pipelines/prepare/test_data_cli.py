@@ -1,0 +1,112 @@
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data_pipelines.cli import main
+
+FAST = ["--size", "32", "--samples", "8", "6", "2", "--shard-samples", "10"]
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory: pytest.TempPathFactory, package: Path) -> Path:
+    out = tmp_path_factory.mktemp("cli") / "set"
+    assert main(["import", "fluent-emoji", str(out), *sources(package), *FAST]) == 0
+    return out
+
+
+def sources(package: Path) -> list[str]:
+    return ["--package", str(package), "--unicode-table", str(package / "data-by-emoji.json")]
+
+
+def test_import_writes_shards_indexes_and_a_manifest_with_provenance(imported: Path) -> None:
+    train = imported / "train"
+    assert len(list(train.glob("*.tar"))) == len(list(train.glob("*.idx.parquet"))) == 2
+    provenance = json.loads((train / "manifest.json").read_text())["provenance"]
+    assert provenance["sources"][0] == {"dataset": "fluentui-emoji", "version": "9.9.9", "licence": "MIT"}
+    assert provenance["side"] == 32
+
+
+def test_stats_counts_records_and_tasks(imported: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["stats", str(imported)]) == 0
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if "train" in line]
+    numbers = [cell.strip() for cell in row.split("│")[1:-1]]
+    assert numbers[:2] == ["train", "2"]
+    assert (numbers[3], numbers[4], numbers[7]) == ("16", "16", "2")
+    assert numbers[6] == "6"
+
+
+def test_check_passes_a_whole_set_and_fails_a_damaged_one(
+    imported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["check", str(imported)]) == 0
+    copy = tmp_path / "copy"
+    shutil.copytree(imported / "train", copy)
+    shard = copy / "shard-000000.tar"
+    data = bytearray(shard.read_bytes())
+    data[600] ^= 255
+    shard.write_bytes(data)
+    capsys.readouterr()
+    assert main(["check", str(copy)]) == 1
+    assert "shard-000000" in capsys.readouterr().out
+
+
+def test_index_keeps_the_provenance(imported: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(imported / "train", copy)
+    for path in copy.glob("*.parquet"):
+        path.unlink()
+    assert main(["index", str(copy)]) == 0
+    assert json.loads((copy / "manifest.json").read_text()) == json.loads(
+        (imported / "train" / "manifest.json").read_text()
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        (["import", "fluent-emoji", "{new}", "--package", "{empty}", "--unicode-table", "{empty}/t"], "no icons"),
+        (["import", "fluent-emoji", "{set}", "{sources}"], "already holds shards"),
+        (["import", "fluent-emoji", "{new}", "{sources}", "--world", "tiny"], "has no drawing of"),
+        (["import", "fluent-emoji", "{new}", "{sources}", "--size", "3"], "--size is 3"),
+        (["import", "fluent-emoji", "{new}", "{sources}", "--tokenizer", "{empty}/none.json"], "none.json"),
+        (["stats", "{empty}"], "no *.tar"),
+        (["check", "{empty}/missing"], "no *.tar"),
+        (["index", "{set}", "--tokenizer", "{empty}/none.json"], "none.json"),
+        (["cache-latents", "{empty}", "--autoencoder", "{empty}"], "no *.tar"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(
+    arguments: list[str],
+    names: str,
+    imported: Path,
+    package: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    filled: list[str] = []
+    for argument in arguments:
+        if argument == "{sources}":
+            filled += sources(package)
+        else:
+            filled.append(argument.format(new=tmp_path / "new", empty=tmp_path, set=imported))
+    assert main(filled) == 2
+    (line,) = capsys.readouterr().err.splitlines()[-1:]
+    assert line.startswith("error: ")
+    assert names in line
+
+
+def test_without_npm_the_error_names_the_way_out(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert main(["import", "fluent-emoji", str(tmp_path / "new")]) == 2
+    assert "--package" in capsys.readouterr().err
+
+
+def test_an_unknown_command_exits_2_from_the_shell() -> None:
+    done = subprocess.run([sys.executable, "-m", "data_pipelines", "nonsense"], capture_output=True, check=False)
+    assert done.returncode == 2
