@@ -18,6 +18,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any
 
 import numpy as np
@@ -85,19 +86,23 @@ class Drawings:
         return [split_tone(stem, toned)[0].replace("-", " ") for stem in stems]
 
     def split(self) -> tuple["Drawings", "Drawings"]:
-        """The drawings to train on, and those of held-out concepts."""
-        held = np.array([is_held_out(concept) for concept in self.concepts()], bool)
-        train, held_out = (np.flatnonzero(rows) for rows in (~held, held))
-        return self.take(train.tolist()), self.take(held_out.tolist())
+        """The drawings to train on, and those of concepts that the data sets hold out.
+
+        Held out with a concept are its drawings of another gender, which look nearly the same.
+        """
+        concepts = self.concepts()
+        held_out = {without_gender(concept) for concept in concepts if is_heldout_concept(concept)}
+        rows: dict[bool, list[int]] = {False: [], True: []}
+        for row, concept in enumerate(concepts):
+            rows[without_gender(concept) in held_out].append(row)
+        return self.take(rows[False]), self.take(rows[True])
 
     def take(self, rows: list[int]) -> "Drawings":
         return Drawings(self.pixels[rows], [self.names[row] for row in rows])
 
 
-def is_held_out(concept: str) -> bool:
-    """Whether the data sets hold the concept out, or its drawing of another gender, which looks nearly the same."""
-    bare = re.sub(r"^(man|woman|person|men|women|people) ", "", concept)
-    return any(is_heldout_concept(name) for name in (concept, bare, f"man {bare}", f"woman {bare}", f"person {bare}"))
+def without_gender(concept: str) -> str:
+    return re.sub(r"^(man|woman|person|men|women|people) ", "", concept)
 
 
 def load_drawings(path: Path) -> Drawings:
@@ -145,10 +150,10 @@ class Composer:
         for _ in range(rng.integers(2, 4)):
             self.paste(picture, rng, rng.uniform(0.35, 0.58))
         if rng.random() < 0.3:
-            place = rng.uniform(0.2, 0.87, 2) * SIDE
-            text = str(rng.choice(WORDS)) if rng.random() < 0.5 else "".join(rng.choice([*"ABCDEFGHIJKLMNOPQRSTUVWXYZ"], 3))
+            x, y = (rng.uniform(0.2, 0.87, 2) * SIDE).tolist()
+            word = str(rng.choice(WORDS)) if rng.random() < 0.5 else "".join(rng.choice([*ascii_uppercase], 3))
             pen = ImageDraw.Draw(picture)
-            pen.text(tuple(place), text, fill=(0, 0, 0), font=font(int(rng.integers(20, 36))), anchor="mm")
+            pen.text((x, y), word, fill=(0, 0, 0), font=font(int(rng.integers(20, 36))), anchor="mm")
         return picture
 
     def stem(self, rng: np.random.Generator) -> Image.Image:
@@ -218,7 +223,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(weights, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for weight in group["params"]:
                 average = self.state[weight].setdefault("average", torch.zeros_like(weight))
@@ -245,8 +250,15 @@ def reconstruct(model: AutoencoderDC, pictures: Tensor) -> Tensor:
     return model.decoder(latents + noise).float()
 
 
-def train(pictures: Dataset[Tensor], minutes: float, seed: int = 0, steps: int | None = None, compiled: bool = False,
-          report: Callable[[AutoencoderDC], str] = lambda model: "") -> tuple[AutoencoderDC, list[float]]:  # fmt: skip
+def train(
+    pictures: Dataset[Tensor],
+    minutes: float,
+    seed: int = 0,
+    steps: int | None = None,
+    batch: int = BATCH,
+    compiled: bool = False,
+    report: Callable[[AutoencoderDC], str] = lambda model: "",
+) -> tuple[AutoencoderDC, list[float]]:
     """Trains for so many minutes, or steps where they are given. Returns the averaged model, and the loss of each step.
 
     The loss is the root of each picture's mean squared error, on average: PSNR, with less weight on easy pictures.
@@ -261,7 +273,7 @@ def train(pictures: Dataset[Tensor], minutes: float, seed: int = 0, steps: int |
     forward = torch.compile(reconstruct) if compiled else reconstruct
     losses: list[float] = []
     start = logged = time.monotonic()
-    for batch in DataLoader(pictures, BATCH, num_workers=1, prefetch_factor=8):
+    for drawn in DataLoader(pictures, batch, num_workers=1, prefetch_factor=8):
         done = len(losses)
         if done == 1:
             start = time.monotonic()  # the first step also compiles
@@ -269,8 +281,9 @@ def train(pictures: Dataset[Tensor], minutes: float, seed: int = 0, steps: int |
         if progress >= 1:
             break
         for optimizer, peak in zip(optimizers, peaks, strict=True):
-            optimizer.param_groups[0]["lr"] = peak * min(1, (done + 1) / WARM_UP) * math.cos(math.pi / 2 * progress) ** 2
-        target = normalise(batch)
+            cosine = math.cos(math.pi / 2 * progress) ** 2
+            optimizer.param_groups[0]["lr"] = peak * min(1, (done + 1) / WARM_UP) * cosine
+        target = normalise(drawn)
         with torch.autocast("cpu", torch.bfloat16):
             output = forward(model, target)
         loss = ((output - target).square().mean((1, 2, 3)) + 1e-4).sqrt().mean()
@@ -309,24 +322,33 @@ def save(model: AutoencoderDC, out: Path, pictures: Tensor) -> AutoencoderDC:
     stored = deepcopy(model).bfloat16()
     stored.register_to_config(scaling_factor=round(1 / float(latents(deepcopy(stored).float(), pictures).std()), 6))
     stored.save_pretrained(out)
-    return AutoencoderDC.from_pretrained(out, torch_dtype=torch.float32)
+    return load(out)
+
+
+def load(folder: Path) -> AutoencoderDC:
+    """The autoencoder of a folder, in fp32."""
+    model: AutoencoderDC = AutoencoderDC.from_pretrained(folder, torch_dtype=torch.float32, low_cpu_mem_usage=False)
+    return model.eval()
 
 
 def held_out_sets(composer: Composer) -> dict[str, Tensor]:
-    """Named sets of pictures of held-out drawings, uint8 [N, 3, SIDE, SIDE]; skin tones but the default are left out."""
-    names = composer.drawings.names
-    rows = [row for row, name in enumerate(names) if not re.search("-(light|medium|medium-light|medium-dark|dark)$", name)]
-    sets = {"single": Pictures(composer.single, 1).first(256), "scene": Pictures(composer.scene, 1).first(256),
-            "stem": Pictures(composer.stem, 1).first(min(256, 2 * len(composer.stems)))}  # fmt: skip
-    for style in sorted({name.split("/")[0] for name in names}):
-        whole = [to_tensor(composer.whole(row)) for row in rows if names[row].startswith(f"{style}/")]
-        sets[f"whole, {style}"] = torch.stack(whole[:200])
-    return sets
+    """Named sets of pictures, uint8 [N, 3, SIDE, SIDE]: single drawings, scenes, STEM, each style alone on white."""
+    sets = {
+        "single": Pictures(composer.single, 1).first(256),
+        "scene": Pictures(composer.scene, 1).first(256),
+        "stem": Pictures(composer.stem, 1).first(2 * len(composer.stems)),
+    }
+    whole: dict[str, list[Tensor]] = defaultdict(list)
+    for rows in composer.rows:  # one drawing of each concept and style
+        first = {composer.drawings.names[row].split("/")[0]: row for row in reversed(rows)}
+        for style, row in first.items():
+            whole[style].append(to_tensor(composer.whole(row)))
+    return sets | {f"whole, {style}": torch.stack(pictures) for style, pictures in sorted(whole.items())}
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--drawings", type=Path, required=True, help="folder of STYLE/NAME.svg, or X.npy and X_names.json")
+    parser.add_argument("--drawings", type=Path, required=True, help="folder of STYLE/NAME.svg, or X.npy")
     parser.add_argument("--out", type=Path, required=True, help="folder to write, in diffusers' format")
     parser.add_argument("--minutes", type=float, default=25.0, help="training time (default: 25, two cores)")
     parser.add_argument("--seed", type=int, default=0)
@@ -337,12 +359,18 @@ def main(arguments: list[str] | None = None) -> None:
     composer, judge = Composer(seen), Composer(unseen, held_out=True, stems=60)
     sets = held_out_sets(judge)
     log.info("%d drawings to train on, %d of held-out concepts", len(seen.names), len(unseen.names))
-    model, _ = train(Pictures(composer.any, options.seed), options.minutes, options.seed, compiled=options.compile,
-                     report=lambda model: f"held out {float(psnr(model, sets['single'][:64]).mean()):.2f} dB")  # fmt: skip
-    stored = save(model, options.out, Pictures(composer.any, options.seed).first(2048))
+    pictures = Pictures(composer.any, options.seed)
+    model, _ = train(
+        pictures,
+        options.minutes,
+        options.seed,
+        compiled=options.compile,
+        report=lambda model: f"held out {float(psnr(model, sets['single'][:64]).mean()):.2f} dB",
+    )
+    stored = save(model, options.out, pictures.first(2048))
     log.info("%d parameters, scaling factor %g", stored.num_parameters(), stored.config.scaling_factor)
-    for name, pictures in sets.items():
-        log.info("PSNR on held-out pictures, %s: %.2f dB (%d)", name, float(psnr(stored, pictures).mean()), len(pictures))
+    for name, held_out in sets.items():
+        log.info("PSNR, held out, %s (%d): %.2f dB", name, len(held_out), float(psnr(stored, held_out).mean()))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,10 @@
 """Hybrid attention over a pack: text and understanding pictures causal, pictures of generation full within themselves.
 
 All of it is one rule (sequence/pack.py): token q sees token k iff sample[q] == sample[k] and position[k] <= limit[q].
+`prepare` turns the tables of a pack into what the kernel needs, once for all layers.
 """
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -10,19 +13,61 @@ from torch import Tensor
 from emma_train.sequence.pack import PackedBatch
 
 
+@dataclass
+class AttentionPlan:
+    """Either one dense square over the pack, or one small square per sample."""
+
+    mask: Tensor
+    """bool [T, T], or [samples, 1, longest, longest]."""
+    place: Tensor | None = None
+    """int64 [T]: place of each token in [samples * longest]; None in the dense form."""
+
+
+def prepare(batch: PackedBatch) -> AttentionPlan:
+    """The cheaper of the two forms; they compute the same."""
+    num_samples, longest = len(batch.keys), batch.max_length
+    if num_samples * longest**2 >= batch.num_tokens**2:
+        return AttentionPlan(hybrid_mask(batch))
+    # Positions of a sample count from 0, so (sample, position) is already a place in a padded table.
+    place = batch.sample * longest + batch.position
+    limit = torch.zeros(num_samples * longest, dtype=torch.int64, device=place.device)
+    limit[place] = batch.limit
+    keys = torch.arange(longest, device=place.device)
+    # Padding queries see key 0, whose row always exists, and padding keys are beyond every limit.
+    mask = keys <= limit.view(num_samples, 1, longest, 1)
+    return AttentionPlan(mask, place)
+
+
 def hybrid_mask(batch: PackedBatch) -> Tensor:
-    """bool [T, T]: whether the row's token sees the column's."""
+    """bool [T, T]: whether the row's token sees the column's. The reference for every other form."""
     same = batch.sample[:, None] == batch.sample[None, :]
     return same & (batch.position[None, :] <= batch.limit[:, None])
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Dense reference. q: [T, heads, d]; k, v: [T, kv_heads, d]; mask: bool [T, T] -> [T, heads, d]."""
+def attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
+    """q: [T, heads, d]; k, v: [T, kv_heads, d] -> [T, heads, d]."""
     groups = q.shape[1] // k.shape[1]
-    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+    if plan.place is None:
+        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+    else:
+        q, k, v = (_padded(x, plan.place, plan.mask.shape) for x in (q, k, v))
     k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    return out.squeeze(0).transpose(0, 1)
+    out = scaled_dot_product(q, k, v, plan.mask)
+    out = out.transpose(1, 2).flatten(0, 1)
+    return out if plan.place is None else out[plan.place]
+
+
+def scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """torch's attention; on a CPU in float32, because its bf16 backward there is eight times slower."""
+    if q.device.type == "cpu" and q.dtype != torch.float32:
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask).to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def _padded(x: Tensor, place: Tensor, shape: torch.Size) -> Tensor:
+    """[T, heads, d] -> [samples, heads, longest, d], zeros where there is no token."""
+    table = x.new_zeros(shape[0] * shape[2], *x.shape[1:]).index_copy(0, place, x)
+    return table.view(shape[0], shape[2], *x.shape[1:]).transpose(1, 2)
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

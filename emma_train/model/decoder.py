@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from emma_train.config.schema import DecoderConfig
-from emma_train.model.attention import attention, rotary, rotary_tables
+from emma_train.model.attention import AttentionPlan, attention, rotary, rotary_tables
 
 ROLES = ("input_norm", "q_proj", "k_proj", "v_proj", "q_norm", "k_norm", "o_proj", "mlp_norm", "mlp")
 FOLLOWS = {"q_norm": "q_proj", "k_norm": "k_proj"}
@@ -30,11 +30,11 @@ class Decoder(nn.Module):
         self.norm = nn.ModuleDict({owner: RMSNorm(config.hidden, config.eps) for owner in owners})
         self.lm_head = None if config.tied else nn.Linear(config.hidden, config.vocab, bias=False)
 
-    def forward(self, x: Tensor, num_und: int, position: Tensor, mask: Tensor) -> Tensor:
-        """x: [T, hidden], the first num_und rows belong to the Und branch; position: [T]; mask: [T, T] -> [T, hidden]."""
+    def forward(self, x: Tensor, num_und: int, position: Tensor, plan: AttentionPlan) -> Tensor:
+        """x: [T, hidden], the first num_und rows belong to the Und branch; position: [T] -> [T, hidden]."""
         tables = rotary_tables(position, self.config.head_dim, self.config.rope_theta, x.dtype)
         for layer in self.layers:
-            x = layer(x, num_und, tables, mask)
+            x = layer(x, num_und, tables, plan)
         return by_branch(self.norm, x, num_und)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ class DecoderLayer(nn.Module):
         self.und = nn.ModuleDict({role: _module(role, config) for role in own})
         self.gen = nn.ModuleDict({role: _module(role, config) for role in own})
 
-    def forward(self, x: Tensor, num_und: int, tables: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, num_und: int, tables: tuple[Tensor, Tensor], plan: AttentionPlan) -> Tensor:
         """x: [T, hidden] -> [T, hidden]."""
         head_dim = self.config.head_dim
         y = self._rows("input_norm", x, num_und)
@@ -63,7 +63,7 @@ class DecoderLayer(nn.Module):
         v = self._rows("v_proj", y, num_und).view(len(x), -1, head_dim)
         q = rotary(self._rows("q_norm", q, num_und), *tables)
         k = rotary(self._rows("k_norm", k, num_und), *tables)
-        y = attention(q, k, v, mask).reshape(len(x), -1)
+        y = attention(q, k, v, plan).reshape(len(x), -1)
         x = x + self._rows("o_proj", y, num_und)
         return x + self._rows("mlp", self._rows("mlp_norm", x, num_und), num_und)
 

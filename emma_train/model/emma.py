@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from emma_train.config.schema import ModelConfig
 from emma_train.model.adapters import Adapter, GenAdapter, position_2d
-from emma_train.model.attention import hybrid_mask
+from emma_train.model.attention import prepare
 from emma_train.model.decoder import Decoder
 from emma_train.model.vision import VERSATILE, VisionEncoder
 from emma_train.sequence.layout import Role
@@ -58,7 +58,7 @@ class Emma(nn.Module):
         visual = torch.cat([und, gen])
         visual = visual + position_2d(grids, visual.shape[-1], visual.device).to(visual.dtype)
         stream = torch.cat([text.to(visual.dtype), visual])
-        hidden = self.decoder(stream, num_text + num_und, batch.position, hybrid_mask(batch))
+        hidden = self.decoder(stream, num_text + num_und, batch.position, prepare(batch))
         return Prediction(
             logits=self.decoder.logits(hidden[batch.predictors]),
             velocity=self.velocity_head(hidden[len(hidden) - num_target :]),

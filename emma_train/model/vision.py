@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from emma_train.config.schema import VisionConfig
+from emma_train.model.attention import scaled_dot_product
 
 Grids = Sequence[tuple[int, int]]
 VERSATILE, STEM = 0, 1
@@ -157,7 +158,7 @@ def picture_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], h
         count = len(list(run))
         stop = start + count * length
         parts = [x[start:stop].view(count, length, heads, -1).transpose(1, 2) for x in (q, k, v)]
-        outputs.append(F.scaled_dot_product_attention(*parts).transpose(1, 2).reshape(stop - start, -1))
+        outputs.append(scaled_dot_product(*parts).transpose(1, 2).reshape(stop - start, -1))
         start = stop
     # Without pictures the projections stay in the graph, so that every rank reduces the same gradients (contract 3).
     return torch.cat(outputs) if outputs else q + k + v

@@ -6,7 +6,7 @@ tables, not by memory order:  token q sees token k  iff  sample[q] == sample[k] 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -61,6 +61,8 @@ class PackedBatch:
     """Their tasks."""
     counts: tuple[int, int, int, int]
     """Tokens of the stream's four groups: text, understanding, reference, target."""
+    max_length: int
+    """Tokens of the longest sample."""
     grids: dict[Role, list[tuple[int, int]]]
     """(rows, columns) of the pictures of each role, in stream order."""
     text_ids: torch.Tensor
@@ -91,8 +93,6 @@ class PackedBatch:
     """int64 [understanding pictures]: 1 STEM, 0 general, -1 unknown."""
     num_skipped: int = 0
     """Samples of the plan that could not be read."""
-    extra: dict[str, float] = field(default_factory=dict)
-    """Loader timings."""
 
     @property
     def num_und(self) -> int:
@@ -171,6 +171,7 @@ def pack(samples: Sequence[Sample], num_skipped: int = 0) -> PackedBatch:
         keys=[s.key for s in samples],
         tasks=[s.task for s in samples],
         counts=counts,  # type: ignore[arg-type]
+        max_length=max(sample.num_tokens for sample in samples),
         grids={role: [p.grid for p in pictures[role]] for role in Role},
         text_ids=torch.tensor(text_ids, dtype=torch.int64),
         sample=torch.from_numpy(joined["sample"]),

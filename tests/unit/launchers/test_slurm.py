@@ -17,20 +17,21 @@ from launchers.slurm import launch, slurm_script
 RECIPE = "recipes/tiny/stage1.yaml"
 
 # Stands in for the trainer: counts to 40, and stops with 75 and its count written down when it hears TERM.
-STUB = """
+STUB = r"""
 import os, pathlib, signal, sys, time
 stop = []
 signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
 rank = os.environ["RANK"]
 count = pathlib.Path(f"count{rank}")
 first = int(count.read_text()) if count.exists() else 0
-print("start", rank, "of", os.environ["WORLD_SIZE"], "at", first, sys.argv[1:], flush=True)
+say = lambda *words: os.write(1, (" ".join(map(str, words)) + "\n").encode())  # whole lines, or ranks would mix theirs
+say("start", rank, "of", os.environ["WORLD_SIZE"], "at", first, sys.argv[1:])
 for step in range(first, 40):
     time.sleep(0.25)
     count.write_text(str(step + 1))
     if stop:
         sys.exit(75)
-print("done", rank, flush=True)
+say("done", rank)
 """
 
 
