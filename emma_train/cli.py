@@ -7,29 +7,38 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from emma_train.config.errors import UserError
+
+if TYPE_CHECKING:
+    from emma_train.config.schema import Recipe
+    from emma_train.engine.world import World
 
 log = logging.getLogger("emma_train")
 SCORE_SPLITS = ("heldout_drawings", "heldout_concepts")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Exit codes: 0 done, 1 failed, 2 bad usage or config, 75 stopped by a signal after a checkpoint."""
+    """Run one command. Exit codes: 0 done, 1 failed, 2 bad usage or config, 75 stopped by a signal after a
+    checkpoint."""
     parser = _parser()
     arguments, overrides = parser.parse_known_args(argv)
     takes_overrides = arguments.command in ("train", "plan", "launch")
     wrong = [word for word in overrides if not takes_overrides or word.startswith("-") or "=" not in word]
     if wrong:
-        parser.error(f"{arguments.command}: did not understand {wrong[0]!r}" + "; overrides are key=value" * takes_overrides)
+        parser.error(
+            f"{arguments.command}: did not understand {wrong[0]!r}" + "; overrides are key=value" * takes_overrides
+        )
     _set_up_logging()
     try:
         run: Callable[[argparse.Namespace, list[str]], int] = arguments.run
         return run(arguments, overrides)
     except UserError as error:
-        print(f"emma-train {arguments.command}: {error}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # once per machine: all its processes see the same
+            print(f"emma-train {arguments.command}: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:
         return 1
@@ -38,85 +47,82 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """Train a stage or a pipeline; resumes where its run folder has a checkpoint."""
     from emma_train.config.load import is_pipeline, load_recipe
+    from emma_train.engine.world import join
+    from emma_train.stages.stage import stage_of
 
     path = Path(arguments.recipe)
-    if is_pipeline(path):
-        return _train_pipeline(path, overrides)
-    return _train_stage(path, load_recipe(path, overrides))
+    recipes = _pipeline_recipes(path, overrides) if is_pipeline(path) else [(path, load_recipe(path, overrides))]
+    for file, recipe in recipes:
+        stage_of(recipe, str(file))
+    first = recipes[0][1].engine
+    # One group of processes for all stages: gloo cannot be left and joined again within a process.
+    with join(first.device, first.timeout_s) as world:
+        if not world.is_main:
+            logging.getLogger().setLevel(logging.ERROR)
+        for file, recipe in recipes:
+            if code := _train_stage(file, recipe, world):
+                return code
+    return 0
 
 
-def _train_pipeline(path: Path, overrides: list[str]) -> int:
-    """Train the stages one after another, each from the one before; all are checked before the first starts."""
+def _pipeline_recipes(path: Path, overrides: list[str]) -> "list[tuple[Path, Recipe]]":
+    """The stages' recipes, each told to start from the one before and to live in the pipeline's run folder."""
     from emma_train.config.load import load_pipeline, load_recipe
-    from emma_train.stages.stage import stage_of
 
     pipeline, for_stages = load_pipeline(path, overrides)
     root = Path(pipeline.run.root) / pipeline.run.name
     recipes, previous = [], None
     for name in pipeline.pipeline:
         file = path.parent / name
-        stage_name = file.stem
-        own = [f"run.root={root}", f"run.name={stage_name}", *([f"init.from={root / previous}"] if previous else [])]
+        own = [f"run.root={root}", f"run.name={file.stem}", *([f"init.from={root / previous}"] if previous else [])]
         recipes.append((file, load_recipe(file, [*for_stages, *own])))
-        stage_of(recipes[-1][1], str(file))
-        previous = stage_name
-    for file, recipe in recipes:
-        if code := _train_stage(file, recipe):
-            return code
-    return 0
+        previous = file.stem
+    return recipes
 
 
-def _train_stage(path: Path, recipe) -> int:  # type: ignore[no-untyped-def]
+def _train_stage(path: Path, recipe: "Recipe", world: "World") -> int:
     """Join stream, model, engine and loop for one stage."""
     from data_pipelines.stream.loader import Stream
     from data_pipelines.stream.requests import read_requests
     from emma_train.checkpoint import folder as folders
-    from emma_train.engine.world import join
     from emma_train.generate.generator import FlowSettings, Generator, TextSettings
     from emma_train.generate.samples import write_samples
-    from emma_train.model.autoencoder import Autoencoder, fingerprint
+    from emma_train.model.autoencoder import Autoencoder
     from emma_train.sequence.tokens import TextTokenizer
     from emma_train.stages.stage import stage_of
     from emma_train.training.build import build
     from emma_train.training.loop import Trainer
     from emma_train.training.run_folder import RunFolder
 
-    stage = stage_of(recipe, str(path))
-    run = RunFolder(recipe)
-    with join(recipe.engine.device, recipe.engine.timeout_s) as world:
-        if not world.is_main:
-            logging.getLogger().setLevel(logging.ERROR)
-        stream = Stream(recipe, world.rank, world.size, fingerprint(Path(recipe.model.autoencoder.path)))
-        checkpoint = folders.newest(run.checkpoints) if run.checkpoints.is_dir() else None
-        if checkpoint is not None and (folders.whole(checkpoint) or {}).get("step", 0) >= recipe.train.steps:
-            log.info("%s is complete: nothing to do", run.path)
-            return 0
-        built = build(recipe, stage, world, resuming=checkpoint is not None)
-        if built.handoff is not None:
-            log.info("from %s: %s", recipe.init.source, "; ".join(built.handoff.lines()))
-        autoencoder = Autoencoder(recipe.model.autoencoder, world.device)
-        requests = []
-        if recipe.train.sample_from and stage.loss == "tokens":
-            for task in stage.tasks:
-                pixels = recipe.model.autoencoder.pixels
-                folder = Path(recipe.train.sample_from)
-                requests += read_requests(folder, task, recipe.data, pixels, recipe.train.sample_num)
-        vision = recipe.model.vision
-        generator = Generator(
-            built.engine.model, autoencoder, TextTokenizer(recipe.data.tokenizer), vision.patch, vision.shuffle
-        )
+    stage, run = stage_of(recipe, str(path)), RunFolder(recipe)
+    checkpoint = folders.newest(run.checkpoints) if run.checkpoints.is_dir() else None
+    if checkpoint is not None and (folders.whole(checkpoint) or {})["step"] >= recipe.train.steps:
+        log.info("%s is complete: nothing to do", run.path)
+        return 0
+    autoencoder = Autoencoder(recipe.model.autoencoder, world.device)
+    stream = Stream(recipe, world.rank, world.size, autoencoder.fingerprint)
+    requests = []
+    if recipe.train.sample_from and stage.loss == "tokens":
+        folder, pixels = Path(recipe.train.sample_from), recipe.model.autoencoder.pixels
+        for task in stage.tasks:
+            requests += read_requests(folder, task, recipe.data, pixels, recipe.train.sample_num)
+    built = build(recipe, stage, world, resuming=checkpoint is not None)
+    if built.handoff is not None:
+        log.info("from %s: %s", recipe.init.source, "; ".join(built.handoff.lines()))
+    vision, tokenizer = recipe.model.vision, TextTokenizer(recipe.data.tokenizer)
+    generator = Generator(built.engine.model, autoencoder, tokenizer, vision.patch, vision.shuffle)
 
-        def draw_samples(step: int) -> list[Path]:
-            flow, text = FlowSettings(shift=recipe.flow.shift), TextSettings(max_tokens=8, fixed_length=True)
-            return write_samples(generator, requests, run.samples(step), flow, text, write=world.is_main)
+    def draw_samples(step: int) -> list[Path]:
+        flow, text = FlowSettings(shift=recipe.flow.shift), TextSettings(max_tokens=8, fixed_length=True)
+        return write_samples(generator, requests, run.samples(step), flow, text, write=world.is_main)
 
-        trainer = Trainer(recipe, stage, world, built, autoencoder, stream, draw_samples if requests else None)
-        if checkpoint is not None:
-            trainer.resume(checkpoint)
-        if world.is_main:
-            run.prepare(recipe, world)
-        world.barrier()
-        return trainer.train()
+    trainer = Trainer(recipe, stage, world, built, autoencoder, stream, draw_samples if requests else None)
+    if checkpoint is not None:
+        trainer.resume(checkpoint)
+    if world.is_main:
+        run.prepare(recipe, world)
+    world.barrier()
+    return trainer.train()
 
 
 def inspect(arguments: argparse.Namespace, overrides: list[str]) -> int:
@@ -233,7 +239,10 @@ def evaluate(arguments: argparse.Namespace, overrides: list[str]) -> int:
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n")
     for score in scores:
-        print(f"{score['split']:18} {score['name']:34} {score['value']:8.3f}   (chance or baseline {score['baseline']:.3f})")
+        print(
+            f"{score['split']:18} {score['name']:34} {score['value']:8.3f}   (chance or baseline "
+            f"{score['baseline']:.3f})"
+        )
     print(out)
     return 0
 

@@ -20,7 +20,8 @@ log = logging.getLogger(__name__)
 def cache_latents(folder: Path, autoencoder: AutoencoderConfig, images: list[ImageConfig], device: torch.device) -> int:
     """Write the latents of each shard beside it, one file per transform; returns the number of pictures encoded.
 
-    A file that is of this autoencoder already is kept. float32, so that cached and online encoding agree. Raises UserError.
+    A file that is of this autoencoder already is kept. float32, so that cached and online encoding agree. Raises
+    UserError.
     """
     encoder = Autoencoder(autoencoder, device)
     manifest = read_manifest(folder)

@@ -1,8 +1,8 @@
 """The index beside a shard and the manifest of a folder: all that a planner needs, without opening a tar.
 
-    shard-000000.tar              plain WebDataset: one group {key}.json + {key}.NAME.webp per record
-    shard-000000.idx.parquet      one row per (record, task): where its bytes are, and how long each alternative is
-    manifest.json                 schema, tokenizer, and each shard's size, rows and hash
+shard-000000.tar              plain WebDataset: one group {key}.json + {key}.NAME.webp per record
+shard-000000.idx.parquet      one row per (record, task): where its bytes are, and how long each alternative is
+manifest.json                 schema, tokenizer, and each shard's size, rows and hash
 """
 
 import hashlib
@@ -43,8 +43,10 @@ COLUMNS = pa.schema(
         ("tags", pa.list_(pa.string())),
     ]
 )
-"""`offset` and `size` bound the record's group in the tar. `text_tokens`, `supervised_tokens`, `context` (pictures shown) and
-`target` (picture to make, -1 for none) have one entry per alternative; pictures are numbered in the order of their names."""
+"""`offset` and `size` bound the record's group in the tar. `text_tokens`, `supervised_tokens`, `context` (pictures
+shown) and
+`target` (picture to make, -1 for none) have one entry per alternative; pictures are numbered in the order of their
+names."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,8 @@ class Group:
 
 def groups(file: BinaryIO) -> Iterator[Group]:
     """Records of a tar, in order. Raises tarfile.ReadError on a broken archive."""
-    key, start, end, members = "", 0, 0, {}
+    key, start, end = "", 0, 0
+    members: dict[str, bytes] = {}
     with tarfile.open(fileobj=file, mode="r:") as tar:
         for member in tar:
             if not member.isfile():
@@ -113,7 +116,8 @@ def index_folder(folder: Path, tokenizer: Path | str, provenance: dict[str, Any]
     tars = sorted(folder.glob("*.tar"))
     if not tars:
         raise UserError(f"{folder}: holds no *.tar to index")
-    shards, seen = [], set()
+    shards: list[dict[str, Any]] = []
+    seen: set[str] = set()
     for tar in tars:
         rows: list[dict[str, Any]] = []
         data = tar.read_bytes()
@@ -159,19 +163,24 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{folder / MANIFEST}: not valid JSON ({error}); `emma-data index` makes it anew") from None
     if manifest.get("schema") != SCHEMA_VERSION:
-        raise UserError(f"{folder / MANIFEST}: schema {manifest.get('schema')}, this version reads {SCHEMA_VERSION}; index again")
+        raise UserError(
+            f"{folder / MANIFEST}: schema {manifest.get('schema')}, this version reads {SCHEMA_VERSION}; index again"
+        )
     for shard in manifest["shards"]:
         tar = folder / shard["name"]
         for path in (tar, index_path(tar)):
             if not path.is_file():
-                raise UserError(f"{path}: missing, but {folder / MANIFEST} lists it; bring the shard back or index again")
+                raise UserError(
+                    f"{path}: missing, but {folder / MANIFEST} lists it; bring the shard back or index again"
+                )
         if tar.stat().st_size != shard["bytes"]:
             raise UserError(f"{tar}: has {tar.stat().st_size} bytes, the manifest says {shard['bytes']}; copy it again")
     return manifest
 
 
 def check_folder(folder: Path) -> list[str]:
-    """Everything that is wrong with a shard folder, a line each: hashes of tars and indexes, crc and pictures of records."""
+    """Everything that is wrong with a shard folder, a line each: hashes of tars and indexes, crc and pictures of
+    records."""
     folder = Path(folder)
     manifest = read_manifest(folder)
     problems = []

@@ -4,7 +4,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,19 +17,10 @@ from emma_train.config.check import check_world
 from emma_train.config.errors import UserError
 from emma_train.config.schema import Recipe
 from emma_train.sequence.pack import PackedBatch, Sample, pack
+from emma_train.sequence.step import Bad, StepBatches
 from emma_train.sequence.tokens import TextTokenizer
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Bad:
-    """A sample that could not be read, for bad_samples.jsonl."""
-
-    key: str
-    task: str
-    shard: str
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -38,21 +29,6 @@ class Slot:
 
     batch: PackedBatch
     bad: list[Bad]
-
-
-@dataclass(frozen=True)
-class StepBatches:
-    """What this rank computes in one optimizer step."""
-
-    step: int
-    packs: list[PackedBatch]
-    digest: str
-    """Of the samples of all ranks."""
-    straggler: float
-    bad: list[Bad]
-    """Unreadable samples of this rank's packs; they are left out and counted."""
-    wait_s: float
-    """Time that the trainer waited for the packs."""
 
 
 class Stream:
@@ -77,7 +53,8 @@ class Stream:
         return {"schema": 1, "step": step, "seed": self.recipe.data.seed, "manifests": self.planner.fingerprint}
 
     def check_state(self, state: dict[str, Any]) -> None:
-        """Raise UserError where a checkpoint's state is of other data; its escape hatch is resume.allow=[data.sources]."""
+        """Raise UserError where a checkpoint's state is of other data; its escape hatch is
+        resume.allow=[data.sources]."""
         mine = self.state(state.get("step", 0))
         if state.get("manifests") != mine["manifests"] and "data.sources" not in self.recipe.resume.allow:
             raise UserError(
@@ -87,7 +64,11 @@ class Stream:
 
     def steps(self, first: int, last: int) -> Iterator[StepBatches]:
         """Steps first to last, both included."""
-        mine = [(step, slot) for step in range(first, last + 1) for slot in range(self.rank, self.recipe.data.slots, self.size)]
+        mine = [
+            (step, slot)
+            for step in range(first, last + 1)
+            for slot in range(self.rank, self.recipe.data.slots, self.size)
+        ]
         slots = self._slots(mine)
         for step in range(first, last + 1):
             started = time.perf_counter()
@@ -109,17 +90,24 @@ class Stream:
             prefetch_factor=self.recipe.data.prefetch,
             multiprocessing_context="fork",
         )
-        return iter(loader)
+        return _raised(loader)
 
 
-class _Slots(Dataset[Slot]):
+class _Slots(Dataset["Slot | UserError"]):
     """(step, slot) -> pack; the same in every process."""
 
     def __init__(self, planner: Planner, reader: Reader) -> None:
         self.planner, self.reader = planner, reader
 
-    def __getitem__(self, index: tuple[int, int]) -> Slot:
-        step, slot = index
+    def __getitem__(self, index: tuple[int, int]) -> Slot | UserError:
+        # Returned, not raised: torch would wrap what a worker raises in that worker's traceback.
+        try:
+            return self.read(*index)
+        except UserError as error:
+            return error
+
+    def read(self, step: int, slot: int) -> Slot:
+        """The pack of one slot. Raises UserError where the plan is impossible or nothing of it can be read."""
         plan: StepPlan = self.planner.plan(step)
         samples: list[Sample] = []
         bad: list[Bad] = []
@@ -148,6 +136,13 @@ def _bad(planned: Planned, error: BadSample) -> Bad:
     return Bad(planned.key, planned.task, Path(planned.tar).name, str(error))
 
 
+def _raised(results: Iterable[Slot | UserError]) -> Iterator[Slot]:
+    for result in results:
+        if isinstance(result, UserError):
+            raise result
+        yield result
+
+
 def _read_ahead(dataset: _Slots, items: list[tuple[int, int]], depth: int) -> Iterator[Slot]:
     """Read in one background thread, `depth` packs ahead; an error is raised where its pack would have come."""
     ready: queue.Queue[Slot | BaseException] = queue.Queue(maxsize=max(1, depth))
@@ -156,7 +151,7 @@ def _read_ahead(dataset: _Slots, items: list[tuple[int, int]], depth: int) -> It
     def read() -> None:
         for item in items:
             try:
-                result: Slot | BaseException = dataset[item]
+                result: Slot | BaseException = dataset.read(*item)
             except BaseException as error:  # handed over to the consumer's thread
                 result = error
             while not stop.is_set():

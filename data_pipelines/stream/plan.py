@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from data_pipelines.stream.index import index_path, read_manifest
-from emma_train.config.check import phases, samples_per_task
+from emma_train.config.check import TASKS, phases, samples_per_task
 from emma_train.config.errors import UserError
 from emma_train.config.schema import ImageConfig, Recipe, SourceConfig
 from emma_train.sequence.geometry import picture_size
@@ -30,6 +30,8 @@ class Planned:
     key: str
     task: str
     tar: Path
+    shard: str
+    """sha256 of the tar in the manifest."""
     offset: int
     size: int
     crc32: int
@@ -60,36 +62,56 @@ class StepPlan:
         return max(costs) * len(costs) / sum(costs)
 
 
+@dataclass(frozen=True)
+class _Phase:
+    start: int
+    """Steps before it."""
+    counts: dict[str, int]
+    """Samples per step, by task."""
+    rows: dict[str, list[dict[str, Any]]]
+    taken: dict[str, int]
+    """Samples that earlier phases took: a phase goes on where they stopped, so that a source that two phases share does
+    not start again with the same samples, choices and noise."""
+
+    def position(self, task: str, steps: int) -> int:
+        """Samples of a task that were taken after `steps` steps."""
+        return self.taken[task] + (steps - self.start) * self.counts[task]
+
+
 class Planner:
     """The plan of any step. Holds the index of the sources; every answer is a pure function of its arguments."""
 
     def __init__(self, recipe: Recipe, tokenizer: TextTokenizer) -> None:
-        """Reads manifests and indexes. Raises UserError where one is missing, of another tokenizer, or without samples."""
+        """Reads manifests and indexes. Raises UserError where one is missing, of another tokenizer, or without
+        samples."""
         self.data, self.pixels = recipe.data, recipe.model.autoencoder.pixels
         self.manifest_hash = hashlib.sha256()
-        self._phases: list[tuple[int, dict[str, int], dict[str, list[dict[str, Any]]]]] = []
-        start = 0
+        self._phases: list[_Phase] = []
+        start, taken = 0, dict.fromkeys(TASKS, 0)
         for phase in phases(recipe):
             counts = samples_per_task(phase.mix, self.data.samples_per_step)
             rows = {task: self._rows(phase.sources, task, tokenizer) for task in counts}
-            self._phases.append((start, counts, rows))
+            self._phases.append(_Phase(start, counts, rows, dict(taken)))
             start += phase.steps
+            for task, count in counts.items():
+                taken[task] += phase.steps * count
         self.fingerprint = self.manifest_hash.hexdigest()[:16]
 
     @lru_cache(maxsize=4)  # noqa: B019 - one planner a process, and loader and trainer ask for the same step
     def plan(self, step: int) -> StepPlan:
         """The slots of optimizer step `step`, from 1. Raises UserError where they exceed data.pack_tokens."""
-        start, counts, rows = next(p for p in reversed(self._phases) if step > p[0])
+        phase = self._phase(step)
         slots: list[list[Planned]] = [[] for _ in range(self.data.slots)]
         costs = [0] * len(slots)
-        for task, count in counts.items():
-            first = (step - 1 - start) * count
-            samples = [self._sample(rows[task], task, first + i) for i in range(count)]
+        for task, count in phase.counts.items():
+            first = phase.position(task, step - 1)
+            samples = [self._sample(phase.rows[task], task, first + i) for i in range(count)]
             _spread(samples, slots, costs)
         for slot in slots:
             if (tokens := sum(s.num_tokens for s in slot)) > self.data.pack_tokens:
                 raise UserError(
-                    f"step {step} packs {tokens} tokens into one slot, more than data.pack_tokens={self.data.pack_tokens}; "
+                    f"step {step} packs {tokens} tokens into one slot, more than "
+                    f"data.pack_tokens={self.data.pack_tokens}; "
                     f"raise it, or data.slots, or lower data.samples_per_step={self.data.samples_per_step}"
                 )
         lines = "\n".join(f"{s.key} {s.task} {s.alternative} {s.epoch}" for slot in slots for s in slot)
@@ -97,9 +119,12 @@ class Planner:
         return StepPlan(step, tuple(tuple(slot) for slot in slots), digest)
 
     def epochs(self, step: int) -> dict[str, float]:
-        """How often each task's samples have been seen in the current phase after `step` steps."""
-        start, counts, rows = next(p for p in reversed(self._phases) if step > p[0])
-        return {task: (step - start) * count / len(rows[task]) for task, count in counts.items()}
+        """How many epochs of the current phase's samples have passed for each of its tasks after `step` steps."""
+        phase = self._phase(step)
+        return {task: phase.position(task, step) / len(rows) for task, rows in phase.rows.items()}
+
+    def _phase(self, step: int) -> "_Phase":
+        return next(phase for phase in reversed(self._phases) if step > phase.start)
 
     def _rows(self, sources: list[SourceConfig], task: str, tokenizer: TextTokenizer) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = []
@@ -118,7 +143,7 @@ class Planner:
                 tar = folder / shard["name"]
                 for row in pq.read_table(index_path(tar), filters=[("task", "=", task)]).to_pylist():
                     if set(source.require_tags) <= set(row["tags"]):
-                        rows.append({**row, "tar": tar})
+                        rows.append({**row, "tar": tar, "shard": shard["sha256"]})
         if not rows:
             raise UserError(
                 f"mix.{task} is above 0, but no sample of {', '.join(s.path for s in sources)} has that task"
@@ -138,6 +163,7 @@ class Planner:
             key=row["key"],
             task=task,
             tar=row["tar"],
+            shard=row["shard"],
             offset=row["offset"],
             size=row["size"],
             crc32=row["crc32"],
@@ -153,7 +179,8 @@ class Planner:
 
 
 def _spread(samples: list[Planned], slots: list[list[Planned]], costs: list[int]) -> None:
-    """Deal the samples of one task to the slots, in place: as many to each, the costliest to the lightest slot first."""
+    """Deal the samples of one task to the slots, in place: as many to each, the costliest to the lightest slot
+    first."""
     room = [len(samples) // len(slots) + (i < len(samples) % len(slots)) for i in range(len(slots))]
     for sample in sorted(samples, key=lambda s: (-s.cost, s.key)):
         lightest = min((i for i in range(len(slots)) if room[i]), key=lambda i: (costs[i], i))

@@ -30,7 +30,9 @@ class BadSample(Exception):
 class Reader:
     """Reads planned samples. Holds open files only."""
 
-    def __init__(self, data: DataConfig, tokenizer: TextTokenizer, patch: int, shuffle: int, latents: str | None) -> None:
+    def __init__(
+        self, data: DataConfig, tokenizer: TextTokenizer, patch: int, shuffle: int, latents: str | None
+    ) -> None:
         """`latents` is the fingerprint of the autoencoder whose cached latents may be used; None uses none."""
         self.data, self.tokenizer, self.patch, self.shuffle, self.latents = data, tokenizer, patch, shuffle, latents
 
@@ -63,7 +65,9 @@ class Reader:
         files = {name.partition(".")[0]: members[name] for name in picture_names(members)}
         stem = int("stem" in record.get("tags", []))
         pictures = {
-            name: self._picture(planned, name, files[name], self.data.und if planned.task == "i2t" else self.data.gen, stem)
+            name: self._picture(
+                planned, name, files[name], self.data.und if planned.task == "i2t" else self.data.gen, stem
+            )
             for name in context
         }
         if planned.task != "i2t":
@@ -83,14 +87,17 @@ class Reader:
     ) -> Pixels:
         latent = None
         if self.latents is not None:
-            latent = cached_latent(planned.tar, f"{planned.key}/{name}", self.latents, transform_name(image))
+            path, picture_key = latents_path(planned.tar, transform_name(image)), f"{planned.key}/{name}"
+            latent = cached_latent(path, picture_key, self.latents, planned.shard)
         pixels = self.patch * self.shuffle
         with Image.open(io.BytesIO(data)) as picture:
             height, width = picture_size(*picture.size, image, pixels)
             grid = (height // pixels, width // pixels)
             if target and latent is not None:
                 return Pixels(grid, None, latent, stem)
-            return Pixels(grid, to_patches(load_picture(picture, height, width), self.patch, self.shuffle), latent, stem)
+            return Pixels(
+                grid, to_patches(load_picture(picture, height, width), self.patch, self.shuffle), latent, stem
+            )
 
 
 def load_picture(picture: Image.Image, height: int, width: int) -> np.ndarray:
@@ -116,9 +123,9 @@ def latents_path(tar: Path, transform: str) -> Path:
     return tar.with_suffix(f".{transform}.latents.safetensors")
 
 
-def cached_latent(tar: Path, name: str, fingerprint: str, transform: str) -> np.ndarray | None:
-    """float32 [tokens, channels] of a picture, or None where the cache is absent or of another autoencoder."""
-    file = _open_latents(latents_path(tar, transform), fingerprint)
+def cached_latent(path: Path, name: str, fingerprint: str, shard: str) -> np.ndarray | None:
+    """float32 [tokens, channels] of a picture, or None where the cache is absent or made from something else."""
+    file = _open_latents(path, fingerprint, shard)
     if file is None:
         return None
     try:
@@ -128,11 +135,11 @@ def cached_latent(tar: Path, name: str, fingerprint: str, transform: str) -> np.
 
 
 @lru_cache(maxsize=256)
-def _open_latents(path: Path, fingerprint: str):  # type: ignore[no-untyped-def]
+def _open_latents(path: Path, fingerprint: str, shard: str):  # type: ignore[no-untyped-def]
     if not path.is_file():
         return None
     file = safe_open(path, framework="numpy")
-    return file if (file.metadata() or {}).get("autoencoder") == fingerprint else None
+    return file if file.metadata() == {"autoencoder": fingerprint, "shard_sha256": shard} else None
 
 
 def _read_bytes(planned: Planned) -> bytes:

@@ -21,8 +21,7 @@ def read_requests(folder: Path, task: str, data: DataConfig, pixels: int, limit:
 
     `limit` takes the first so many (0: all). Raises UserError where the folder is not a shard folder.
     """
-    found = [request for request in _requests(folder, task, data, pixels)]
-    found.sort(key=lambda request: seed_of(0, 0, request.key, "request"))
+    found = sorted(_requests(folder, task, data, pixels), key=lambda request: seed_of(0, 0, request.key, "request"))
     return found[:limit] if limit else found
 
 

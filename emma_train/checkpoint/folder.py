@@ -1,8 +1,8 @@
 """The folder of a checkpoint: names, atomic commit, retention, and how a path that a user gives becomes one.
 
-    checkpoints/step-00000100/         a whole checkpoint: DCP shards and meta.json, which lists every file with its size
-    checkpoints/step-00000100.tmp/     one being written, or torn by a crash; never read
-    checkpoints/latest                 the name of the newest whole one, written last
+checkpoints/step-00000100/         a whole checkpoint: DCP shards and meta.json, which lists every file with its size
+checkpoints/step-00000100.tmp/     one being written, or torn by a crash; never read
+checkpoints/latest                 the name of the newest whole one, written last
 """
 
 import json
@@ -51,7 +51,8 @@ def newest(checkpoints: Path) -> Path | None:
 
 
 def resolve(path: str | Path, what: str = "init.from") -> Path:
-    """The checkpoint that a run folder, a checkpoints folder, `latest` or a step folder stands for. Raises UserError."""
+    """The checkpoint that a run folder, a checkpoints folder, `latest` or a step folder stands for. Raises
+    UserError."""
     given = Path(path)
     if given.name == LATEST:
         given = given.parent
@@ -87,9 +88,10 @@ def commit(folder: Path, meta: dict[str, Any]) -> Path:
 
 
 def prune(checkpoints: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints, and what crashes left behind."""
-    folders = [f for f in sorted(checkpoints.glob("step-*"), reverse=True) if f.suffix != ".tmp"]
-    for folder in folders[max(1, keep) :]:
-        shutil.rmtree(folder, ignore_errors=True)
-    for torn in checkpoints.glob("step-*.tmp"):
-        shutil.rmtree(torn, ignore_errors=True)
+    """Remove all but the newest `keep` whole checkpoints, and what crashes left behind."""
+    folders = sorted(checkpoints.glob("step-*"), reverse=True)
+    # A torn folder must not count: it would push out the whole one that a run resumes from.
+    kept = [f for f in folders if f.suffix != ".tmp" and whole(f) is not None][: max(1, keep)]
+    for folder in folders:
+        if folder not in kept:
+            shutil.rmtree(folder, ignore_errors=True)

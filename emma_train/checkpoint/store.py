@@ -54,7 +54,9 @@ def load_training(
     state = {"model": dict(model.state_dict()), "optimizer": _optimizer_state(model, optimizer), "ema": dict(averages)}
     wanted = {f"{part}.{name}" for part, values in state.items() for name in values}
     if missing := sorted(wanted - stored.keys()):
-        raise UserError(f"{checkpoint}: lacks {missing[0]} and {len(missing) - 1} more; it is of another model or stage")
+        raise UserError(
+            f"{checkpoint}: lacks {missing[0]} and {len(missing) - 1} more; it is of another model or stage"
+        )
     with _quiet():
         dcp.load(state, checkpoint_id=checkpoint)
         set_optimizer_state_dict(model, optimizer, state["optimizer"], options=_FLAT)
@@ -75,7 +77,8 @@ def tensors(checkpoint: Path) -> dict[str, tuple[int, ...]]:
     except Exception as error:
         raise UserError(f"{checkpoint}: cannot read the checkpoint's table of contents ({error})") from None
     return {
-        name: tuple(entry.size) if hasattr(entry, "size") else () for name, entry in metadata.state_dict_metadata.items()
+        name: tuple(entry.size) if hasattr(entry, "size") else ()
+        for name, entry in metadata.state_dict_metadata.items()
     }
 
 
@@ -86,6 +89,6 @@ def _optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict
 class _quiet(warnings.catch_warnings):
     """torch 2.13's checkpoint code warns about its own deprecated collectives; users can do nothing about it."""
 
-    def __enter__(self) -> None:  # type: ignore[override]
+    def __enter__(self) -> None:
         super().__enter__()
         warnings.simplefilter("ignore")

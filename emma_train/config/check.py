@@ -1,5 +1,7 @@
 """Checks that join several fields of a recipe. Each failure names the fields, their values and a way out."""
 
+from typing import Any
+
 from emma_train.config.errors import UserError
 from emma_train.config.schema import MixConfig, PhaseConfig, Recipe
 
@@ -49,9 +51,7 @@ def check_recipe(recipe: Recipe, where: str) -> None:
 def phases(recipe: Recipe) -> list[PhaseConfig]:
     """The recipe's phases; a stage without any is one phase over all its steps."""
     if recipe.data.phases:
-        return [
-            PhaseConfig(p.name, p.steps, p.mix, p.sources or recipe.data.sources) for p in recipe.data.phases
-        ]
+        return [PhaseConfig(p.name, p.steps, p.mix, p.sources or recipe.data.sources) for p in recipe.data.phases]
     return [PhaseConfig(recipe.stage.name, recipe.train.steps, recipe.mix, recipe.data.sources)]
 
 
@@ -61,9 +61,9 @@ def samples_per_task(mix: MixConfig, samples_per_step: int) -> dict[str, int]:
     return {task: getattr(mix, task) * samples_per_step // total for task in TASKS if getattr(mix, task)}
 
 
-def get(recipe: Recipe, key: str) -> object:
+def get(recipe: Recipe, key: str) -> Any:
     """The value at a dotted key."""
-    value: object = recipe
+    value: Any = recipe
     for part in key.split("."):
         value = getattr(value, part)
     return value
@@ -90,7 +90,8 @@ def _check_mix(recipe: Recipe, phase: PhaseConfig, where: str) -> None:
     for task, count in samples_per_task(mix, recipe.data.samples_per_step).items():
         if count < recipe.data.slots:
             raise UserError(
-                f"{where}: {count} {task} samples per step cannot reach each of {recipe.data.slots} slots (data.slots); "
+                f"{where}: {count} {task} samples per step cannot reach each of {recipe.data.slots} slots "
+                f"(data.slots); "
                 f"raise data.samples_per_step or lower data.slots"
             )
     if not phase.sources:
@@ -101,23 +102,29 @@ def _check_model(recipe: Recipe, where: str) -> None:
     vision, decoder = recipe.model.vision, recipe.model.decoder
     if recipe.model.autoencoder.pixels != vision.patch * vision.shuffle:
         raise UserError(
-            f"{where}: model.autoencoder.pixels is {recipe.model.autoencoder.pixels}, but vision.patch * vision.shuffle is "
+            f"{where}: model.autoencoder.pixels is {recipe.model.autoencoder.pixels}, but vision.patch * "
+            f"vision.shuffle is "
             f"{vision.patch * vision.shuffle}; both grids must agree to be fused channel by channel"
         )
     if not 0 <= decoder.shallow <= decoder.layers:
-        raise UserError(f"{where}: model.decoder.shallow is {decoder.shallow}; it lies between 0 and layers ({decoder.layers})")
+        raise UserError(
+            f"{where}: model.decoder.shallow is {decoder.shallow}; it lies between 0 and layers ({decoder.layers})"
+        )
     if unknown := [name for name in decoder.shared if name not in SHAREABLE]:
         raise UserError(f"{where}: model.decoder.shared names {unknown[0]!r}; it may name {', '.join(SHAREABLE)}")
     if decoder.heads % decoder.kv_heads:
-        raise UserError(f"{where}: model.decoder.heads ({decoder.heads}) is no multiple of kv_heads ({decoder.kv_heads})")
+        raise UserError(
+            f"{where}: model.decoder.heads ({decoder.heads}) is no multiple of kv_heads ({decoder.kv_heads})"
+        )
     if decoder.head_dim % 2:
         raise UserError(f"{where}: model.decoder.head_dim is {decoder.head_dim}; rotary embedding needs an even number")
     if not 0 < vision.expert_layers < vision.layers:
-        raise UserError(f"{where}: model.vision.expert_layers is {vision.expert_layers}; it lies between 1 and layers - 1")
+        raise UserError(
+            f"{where}: model.vision.expert_layers is {vision.expert_layers}; it lies between 1 and layers - 1"
+        )
     if vision.hidden % vision.heads:
         raise UserError(f"{where}: model.vision.hidden ({vision.hidden}) is no multiple of heads ({vision.heads})")
     pixels = recipe.model.autoencoder.pixels
-    for key in ("und", "gen"):
-        image: object = getattr(recipe.data, key)
-        if image.side % pixels:  # type: ignore[attr-defined]
-            raise UserError(f"{where}: data.{key}.side is {image.side}; it must be a multiple of {pixels}")  # type: ignore[attr-defined]
+    for key, image in (("und", recipe.data.und), ("gen", recipe.data.gen)):
+        if image.side % pixels:
+            raise UserError(f"{where}: data.{key}.side is {image.side}; it must be a multiple of {pixels}")

@@ -1,4 +1,5 @@
-"""Recipe file + `extends:` + `key=value` overrides -> a checked dataclass. Every mistake is one line that says what to do."""
+"""Recipe file + `extends:` + `key=value` overrides -> a checked dataclass. Every mistake is one line that says what
+to do."""
 
 import dataclasses
 import difflib
@@ -154,10 +155,9 @@ def _check_keys(values: Any, schema: type, where: str, known: list[str], prefix:
         full = f"{prefix}{key}"
         if key not in fields:
             same_leaf = [k for k in known if k.rsplit(".", 1)[-1] == str(key)]
-            near = difflib.get_close_matches(full, known, n=1, cutoff=0.5) or same_leaf
-            sibling = difflib.get_close_matches(str(key), list(fields), n=1, cutoff=0.5)
-            hint = f"{prefix}{sibling[0]}" if sibling else (near[0] if near else None)
-            advice = f"did you mean {hint}?" if hint else f"known here: {', '.join(fields)}"
+            siblings = [prefix + name for name in difflib.get_close_matches(str(key), list(fields), n=1, cutoff=0.5)]
+            near = same_leaf or siblings or difflib.get_close_matches(full, known, n=1, cutoff=0.5)
+            advice = f"did you mean {near[0]}?" if near else f"known here: {', '.join(fields)}"
             raise UserError(f"{where}: unknown key {full}; {advice}")
         kind = fields[key].type
         if dataclasses.is_dataclass(kind):

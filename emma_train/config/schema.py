@@ -61,7 +61,8 @@ class DecoderConfig:
     shallow: int = 18
     """N: the first layers, in which both branches share the modules named in `shared`."""
     shared: list[str] = field(default_factory=lambda: ["q_proj", "k_proj"])
-    """What shallow layers share: of q_proj, k_proj, v_proj, o_proj, mlp, input_norm, mlp_norm; `norm` shares the final norm."""
+    """What shallow layers share: of q_proj, k_proj, v_proj, o_proj, mlp, input_norm, mlp_norm; `norm` shares the
+    final norm."""
     heads: int = 32
     """Query heads."""
     kv_heads: int = 8
@@ -273,7 +274,8 @@ class AttentionConfig:
 @dataclass
 class InitConfig:
     source: str | None = None
-    """Written `from` in recipes: run folder, checkpoint or export whose weights the stage starts from; empty starts at random."""
+    """Written `from` in recipes: run folder, checkpoint or export whose weights the stage starts from; empty starts
+    at random."""
     ema: bool = True
     """Start from the averaged weights where the source has them."""
 

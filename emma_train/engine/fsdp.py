@@ -13,8 +13,8 @@ from emma_train.model.emma import Emma
 def shard(model: Emma, config: EngineConfig, world: World) -> None:
     """Shard in place: the vision encoder and every decoder layer are units, the rest belongs to the root.
 
-    Every rank runs every unit in every micro-step (contract 3). Gradients are summed, not averaged: the loss account has
-    divided by the counts of the whole step already.
+    Every rank runs every unit in every micro-step (contract 3). Gradients are summed, not averaged: the loss account
+    has divided by the counts of the whole step already.
     """
     mesh = dist.init_device_mesh(world.device.type, (world.size,))
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
@@ -38,10 +38,15 @@ class FsdpEngine:
         self.model = model
         self.optimizer = optimizer
         self._every_micro_step = config.reduce_every_micro_step
+        # Units that do not train have no gradient to hold back; torch fails on those that did not even run.
+        self._trained = [
+            m for m in model.modules() if isinstance(m, FSDPModule) and any(p.requires_grad for p in m.parameters())
+        ]
 
     def accumulate(self, loss: Tensor, last: bool) -> None:
         assert isinstance(self.model, FSDPModule)
-        self.model.set_requires_gradient_sync(last or self._every_micro_step)
+        for module in self._trained:
+            module.set_requires_gradient_sync(last or self._every_micro_step, recurse=False)
         self.model.set_is_last_backward(last)
         loss.backward()
 
@@ -60,7 +65,8 @@ class FsdpEngine:
         self.discard()
 
     def reshard(self) -> None:
-        """Give up gathered weights, so that named parameters are this rank's shards and the next forward gathers anew."""
+        """Give up gathered weights, so that named parameters are this rank's shards and the next forward gathers
+        anew."""
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()

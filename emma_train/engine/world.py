@@ -61,7 +61,9 @@ def join(device: str, timeout_s: int) -> Iterator[World]:
 def pick_device(device: str) -> str:
     """cpu or cuda. Raises UserError where cuda is asked for and absent."""
     if device == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"engine.device is cuda, but torch sees no CUDA device on {socket.gethostname()}; use engine.device=auto")
+        raise UserError(
+            f"engine.device is cuda, but torch sees no CUDA device on {socket.gethostname()}; use engine.device=auto"
+        )
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return device

@@ -54,7 +54,7 @@ class Generator:
     @torch.no_grad()
     def answer(self, requests: Sequence[Request], settings: TextSettings = TextSettings()) -> list[str]:
         """Answers to i2t requests."""
-        samples = [self._sample(r, latents) for r, latents in zip(requests, self._encode(requests), strict=True)]
+        samples = [self._sample(r, latents) for r, latents in zip(requests, self.latents_of(requests), strict=True)]
         written: list[list[int]] = [[] for _ in samples]
         finished = [False] * len(samples)
         for place in range(settings.max_tokens):
@@ -71,7 +71,7 @@ class Generator:
     @torch.no_grad()
     def draw_latents(self, requests: Sequence[Request], settings: FlowSettings = FlowSettings()) -> list[Tensor]:
         """Unscaled latents [rows*columns, C] of t2i or it2i requests."""
-        encoded = self._encode(requests)
+        encoded = self.latents_of(requests)
         variants = self._variants(requests, encoded, settings)
         batch = pack([sample for _, samples in variants for sample in samples]).to(self.autoencoder.device)
         assert batch.latents is not None
@@ -119,7 +119,7 @@ class Generator:
             variants += [(1 - text, copies(False, True))]
         return [(weight, samples) for weight, samples in variants if weight]
 
-    def _encode(self, requests: Sequence[Request]) -> list[list[np.ndarray]]:
+    def latents_of(self, requests: Sequence[Request]) -> list[list[np.ndarray]]:
         """Latents of the pictures of each request; a blank one where there are none, which tells the channels."""
         flat = self.autoencoder.encode([torch.from_numpy(p) for r in requests for p in r.pictures])
         blank = np.zeros((0, self.autoencoder.config.channels), np.float32)
@@ -135,7 +135,9 @@ class Generator:
         batch = pack(samples).to(self.autoencoder.device)
         batch.predictors = _last_text(batch, len(samples))
         scale = self.autoencoder.scale
-        latents = batch.latents * scale if batch.latents is not None else torch.zeros(0, self.autoencoder.config.channels)
+        latents = (
+            batch.latents * scale if batch.latents is not None else torch.zeros(0, self.autoencoder.config.channels)
+        )
         time = torch.zeros(0, device=self.autoencoder.device)
         return self.model(batch, latents.to(self.autoencoder.device), time).logits.float()
 

@@ -1,4 +1,5 @@
-"""Visual tokens on their way to the LLM: channel-wise fusion, the Und and Gen adapters, 2D positions, flow time (emma.md §1)."""
+"""Visual tokens on their way to the LLM: channel-wise fusion, the Und and Gen adapters, 2D positions, flow time
+(paper §2.1)."""
 
 import math
 from collections.abc import Sequence
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 
 
 class Adapter(nn.Module):
-    """LayerNorm on the semantic channels, concatenated with the scaled latent, through a 2-layer MLP to the LLM width."""
+    """LayerNorm on the semantic channels, concatenated with the scaled latent, through a 2-layer MLP to the LLM
+    width."""
 
     def __init__(self, semantic: int, latent: int, hidden: int) -> None:
         super().__init__()

@@ -1,4 +1,5 @@
-"""Gen-Enc: DC-AE (diffusers' AutoencoderDC), frozen in every stage and always in float32: bf16 can give NaN (Sana #96)."""
+"""Gen-Enc: DC-AE (diffusers' AutoencoderDC), frozen in every stage and always in float32: bf16 can give NaN (Sana
+#96)."""
 
 import hashlib
 import json
@@ -23,7 +24,9 @@ class Autoencoder:
 
         self.config, self.device = config, device
         self.fingerprint = fingerprint(Path(config.path))
-        model = AutoencoderDC.from_pretrained(config.path, torch_dtype=torch.float32, local_files_only=True)
+        model = AutoencoderDC.from_pretrained(
+            config.path, torch_dtype=torch.float32, local_files_only=True, low_cpu_mem_usage=False
+        )
         if model.config.latent_channels != config.channels or model.spatial_compression_ratio != config.pixels:
             raise UserError(
                 f"model.autoencoder.path {config.path}: has {model.config.latent_channels} channels at "
@@ -34,7 +37,8 @@ class Autoencoder:
 
     @torch.no_grad()
     def encode(self, pictures: Sequence[Tensor]) -> list[Tensor]:
-        """uint8 [H, W, 3] pictures of any sizes -> unscaled latents, each float32 [rows*columns, channels] in raster order."""
+        """uint8 [H, W, 3] pictures of any sizes -> unscaled latents, each float32 [rows*columns, channels] in raster
+        order."""
         latents: list[Tensor | None] = [None] * len(pictures)
         by_size: dict[tuple[int, ...], list[int]] = {}
         for index, picture in enumerate(pictures):
@@ -63,7 +67,9 @@ def fingerprint(folder: Path) -> str:
         try:
             content = (folder / name).read_bytes()
         except OSError as error:
-            raise UserError(f"{folder / name}: cannot read the autoencoder ({error.strerror}); set model.autoencoder.path") from None
+            raise UserError(
+                f"{folder / name}: cannot read the autoencoder ({error.strerror}); set model.autoencoder.path"
+            ) from None
         if name == "config.json":
             # The version of diffusers that wrote it changes no latent.
             content = json.dumps({k: v for k, v in json.loads(content).items() if k[0] != "_"}, sort_keys=True).encode()

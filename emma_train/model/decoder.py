@@ -1,8 +1,8 @@
-"""The shared-and-decoupled Qwen3 decoder (emma.md §2).
+"""The shared-and-decoupled Qwen3 decoder (paper §2.2).
 
-The residual stream of a pack is [Und tokens | Gen tokens]. A module that the branches share sees all rows; one that each
-branch owns sees its slice. Self-attention joins the two. `und`, `gen` and `shared` hold the modules of a layer by owner, so
-that freezing, sharding and import go by name.
+The residual stream of a pack is [Und tokens | Gen tokens]. A module that the branches share sees all rows; one that
+each branch owns sees its slice. Self-attention joins the two. `und`, `gen` and `shared` hold the modules of a layer by
+owner, so that freezing, sharding and import go by name.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""EMMA: one pack of samples in, text logits and velocities out (emma.md §1-§3)."""
+"""EMMA: one pack of samples in, text logits and velocities out (paper §2)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,8 +44,8 @@ class Emma(nn.Module):
     ) -> Prediction:
         """latents: [visual tokens, C], scaled, in stream order, target rows noised; time: [target tokens] in [0, 1].
 
-        Every module runs for every pack, on no rows where it has nothing to do, so that all ranks run the same modules in
-        the same order (contract 3).
+        Every module runs for every pack, on no rows where it has nothing to do, so that all ranks run the same
+        modules in the same order (contract 3).
         """
         num_text, num_und, num_reference, num_target = batch.counts
         seen = [*batch.grids[Role.UND], *batch.grids[Role.REFERENCE]]
@@ -66,7 +66,8 @@ class Emma(nn.Module):
         )
 
     def route(self, batch: PackedBatch) -> Tensor:
-        """Router logits [understanding and reference pictures, 2], without running experts or decoder (Stage 4, router)."""
+        """Router logits [understanding and reference pictures, 2], without running experts or decoder (Stage 4,
+        router)."""
         seen = [*batch.grids[Role.UND], *batch.grids[Role.REFERENCE]]
         logits = self.vision(self.pixels(batch), seen, route_only=True).router_logits
         assert logits is not None

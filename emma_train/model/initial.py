@@ -1,4 +1,5 @@
-"""Initial weights as a pure function of (seed, parameter name, shape): the same on any number of ranks, one tensor at a time."""
+"""Initial weights as a pure function of (seed, parameter name, shape): the same on any number of ranks, one tensor
+at a time."""
 
 import math
 
@@ -13,8 +14,8 @@ EMBEDDING_STD = 0.02
 def initial_value(name: str, shape: torch.Size, seed: int, num_layers: int) -> Tensor:
     """float32 start value of a parameter that no checkpoint provides.
 
-    Norms are 1, biases, the placeholder and the velocity head 0; embeddings N(0, 0.02²); other matrices N(0, 1/fan_in), and
-    those that write to the residual stream are scaled down by sqrt(2 * num_layers).
+    Norms are 1, biases, the placeholder and the velocity head 0; embeddings N(0, 0.02²); other matrices N(0,
+    1/fan_in), and those that write to the residual stream are scaled down by sqrt(2 * num_layers).
     """
     if name.startswith("velocity_head.") or name.endswith((".bias", "placeholder")):
         return torch.zeros(shape)
@@ -28,7 +29,8 @@ def initial_value(name: str, shape: torch.Size, seed: int, num_layers: int) -> T
 
 
 def cloned_from(name: str, vision_layers: int, expert_layers: int) -> str | None:
-    """The parameter that a new one starts as a copy of: the STEM expert is a clone of the versatile one (emma.md §4)."""
+    """The parameter that a new one starts as a copy of: the STEM expert is a clone of the versatile one (paper
+    §2.1)."""
     prefix = "vision.stem_layers."
     if not name.startswith(prefix):
         return None

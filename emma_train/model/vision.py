@@ -1,6 +1,8 @@
-"""Und-Enc: a SigLIP2-shaped vision encoder for pictures of any size, with pixel shuffle and vision experts (emma.md §1, §4).
+"""Und-Enc: a SigLIP2-shaped vision encoder for pictures of any size, with pixel shuffle and vision experts (paper
+§2.1).
 
-Pictures of one pack are rows of one matrix, without padding: every projection sees all rows at once, and attention, which
+Pictures of one pack are rows of one matrix, without padding: every projection sees all rows at once, and attention,
+which
 has no weights, runs over runs of equally large pictures. Patches stand in block order (sequence/geometry.py), so pixel
 shuffle is a reshape.
 """
@@ -137,7 +139,7 @@ class VisionLayer(nn.Module):
 
 
 class Router(nn.Module):
-    """MLP on the mean-pooled output of the last shared layer (emma.md §4)."""
+    """MLP on the mean-pooled output of the last shared layer (paper §2.1)."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()

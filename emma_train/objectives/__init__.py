@@ -1,1 +1,2 @@
-"""What is learnt: next-token prediction, flow matching, routing; the draws behind them and the account of their losses."""
+"""What is learnt: next-token prediction, flow matching, routing; the draws behind them and the account of their
+losses."""

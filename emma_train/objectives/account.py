@@ -1,7 +1,7 @@
 """The loss account: every loss is a sum over its own tokens divided by their count over the whole optimizer step.
 
-The whole step means all ranks and all micro-batches, so ranks, accumulation and packing do not change the gradient (practice
-pain point 3). Counts are known before the first forward; sums stay on the device until a line is logged.
+The whole step means all ranks and all micro-batches, so ranks, accumulation and packing do not change the gradient
+(practice pain point 3). Counts are known before the first forward; sums stay on the device until a line is logged.
 """
 
 from collections.abc import Mapping, Sequence
@@ -47,7 +47,8 @@ class LossAccount:
         """Sums over tokens of i2t, t2i and it2i on this rank, unweighted."""
 
     def add(self, i2t: Tensor, flow: Tensor, flow_is_edit: Tensor) -> Tensor:
-        """i2t: [L] losses; flow: [target tokens] losses; flow_is_edit: bool [target tokens] -> scalar to differentiate."""
+        """i2t: [L] losses; flow: [target tokens] losses; flow_is_edit: bool [target tokens] -> scalar to
+        differentiate."""
         zero = torch.zeros((), device=flow.device)
         with torch.no_grad():
             edit = torch.where(flow_is_edit, flow, zero).sum()

@@ -1,4 +1,4 @@
-"""Flow matching with velocity prediction (emma.md §3): x_t = (1 - t) x + t noise, the target is noise - x."""
+"""Flow matching with velocity prediction (paper §2.2): x_t = (1 - t) x + t noise, the target is noise - x."""
 
 from dataclasses import dataclass
 

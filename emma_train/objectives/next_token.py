@@ -1,4 +1,4 @@
-"""Next-token prediction: cross-entropy of supervised text (emma.md §3)."""
+"""Next-token prediction: cross-entropy of supervised text (paper §2.2)."""
 
 import torch.nn.functional as F
 from torch import Tensor

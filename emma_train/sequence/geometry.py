@@ -1,4 +1,4 @@
-"""Picture geometry: the size that a picture takes before it becomes visual tokens (emma.md §1, §5)."""
+"""Picture geometry: the size that a picture takes before it becomes visual tokens (paper §2.1, §4)."""
 
 import math
 from functools import lru_cache
@@ -27,10 +27,12 @@ def picture_size(width: int, height: int, image: ImageConfig, pixels: int) -> tu
 
 @lru_cache(maxsize=8)
 def buckets(side: int, pixels: int, max_aspect: float = 4.0) -> tuple[tuple[int, int], ...]:
-    """(height, width) of every bucket: sides multiples of `pixels`, area nearest to side², aspect up to `max_aspect`."""
+    """(height, width) of every bucket: sides multiples of `pixels`, area nearest to side², aspect up to
+    `max_aspect`."""
     area = (side // pixels) ** 2
     found = set()
-    for rows in range(1, 2 * side // pixels + 1):
+    # The shorter side sets the longer one, so that no two buckets differ by a rounding: 33 for 1024 pixels.
+    for rows in range(1, side // pixels + 1):
         columns = round(area / rows)
         if columns and 1 / max_aspect <= rows / columns <= max_aspect:
             found |= {(rows * pixels, columns * pixels), (columns * pixels, rows * pixels)}
@@ -40,8 +42,8 @@ def buckets(side: int, pixels: int, max_aspect: float = 4.0) -> tuple[tuple[int,
 def to_patches(picture: np.ndarray, patch: int, shuffle: int) -> np.ndarray:
     """uint8 [H, W, 3] -> uint8 [H*W/patch², patch*patch*3].
 
-    The patches of one shuffle x shuffle block are neighbours and the blocks stand in raster order, so that pixel shuffle
-    is a reshape and visual tokens come out in raster order.
+    The patches of one shuffle x shuffle block are neighbours and the blocks stand in raster order, so that pixel
+    shuffle is a reshape and visual tokens come out in raster order.
     """
     height, width, _ = picture.shape
     block = patch * shuffle

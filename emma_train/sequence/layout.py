@@ -1,4 +1,4 @@
-"""How a sample is laid out as segments of text and pictures (emma.md §2, "Sequence layouts").
+"""How a sample is laid out as segments of text and pictures (paper §2.2, "Sequence layouts").
 
 Qwen's chat template, with a picture as <|vision_start|> its visual tokens <|vision_end|>:
   I2T   user: picture(s) and question; assistant: answer. Only answers (and their <|im_end|>) are supervised.

@@ -1,6 +1,7 @@
 """The packed batch: several samples as one sequence of tokens, in branch order.
 
-The residual stream of a pack is  [ text | understanding pictures | reference pictures | target pictures ],  so that the Und
+The residual stream of a pack is  [ text | understanding pictures | reference pictures | target pictures ],  so that
+the Und
 and the Gen branch each own one slice and the embedding of a pack is one concatenation. What a token may see is told by
 tables, not by memory order:  token q sees token k  iff  sample[q] == sample[k] and position[k] <= limit[q].
 """
@@ -180,10 +181,12 @@ def pack(samples: Sequence[Sample], num_skipped: int = 0) -> PackedBatch:
         predictors=torch.tensor([where[s, p - 1] for s, p, _ in supervised], dtype=torch.int64),
         labels=torch.tensor([token for _, _, token in supervised], dtype=torch.int64),
         patches=torch.from_numpy(np.concatenate(patches)) if patches else torch.zeros(0, 0, dtype=torch.uint8),
-        latents=torch.from_numpy(np.concatenate([p.latent for p in order])) if cached and order else None,  # type: ignore[misc]
+        latents=torch.from_numpy(np.concatenate([p.latent for p in order])) if cached and order else None,
         noise_seeds=torch.tensor([s.noise_seed for s in owners], dtype=torch.int64),
         time_seeds=torch.tensor([s.time_seed for s in owners], dtype=torch.int64),
-        target_of_token=torch.repeat_interleave(torch.arange(len(owners)), torch.tensor(target_sizes, dtype=torch.int64)),
+        target_of_token=torch.repeat_interleave(
+            torch.arange(len(owners)), torch.tensor(target_sizes, dtype=torch.int64)
+        ),
         target_tasks=[s.task for s in owners],
         stem=torch.tensor([p.stem for p in pictures[Role.UND]], dtype=torch.int64),
         num_skipped=num_skipped,

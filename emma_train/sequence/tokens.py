@@ -40,7 +40,9 @@ class TextTokenizer:
 
     def id(self, token: str) -> int:
         """Id of a special token."""
-        return int(self._tokenizer.token_to_id(token))
+        found = self._tokenizer.token_to_id(token)
+        assert found is not None, token
+        return int(found)
 
     @cached_property
     def im_end(self) -> int:

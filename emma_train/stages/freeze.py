@@ -49,4 +49,5 @@ def changed(model: nn.Module, before: Mapping[str, str]) -> list[str]:
 
 def _hash(parameter: Tensor) -> str:
     local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-    return hashlib.blake2b(local.detach().cpu().contiguous().view(torch.uint8).numpy(), digest_size=8).hexdigest()
+    content = local.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    return hashlib.blake2b(content, digest_size=8).hexdigest()

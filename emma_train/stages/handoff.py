@@ -26,7 +26,11 @@ class HandOff:
         """What a person wants to read of it, by parameter group."""
         averaged = sum(stored.startswith("ema.") for stored in self.loaded.values())
         lines = [f"loaded {len(self.loaded)} tensors ({averaged} of them averaged weights)"]
-        for what, names in (("new, cloned", self.cloned), ("new, from the seed", self.initial), ("dropped", self.dropped)):
+        for what, names in (
+            ("new, cloned", self.cloned),
+            ("new, from the seed", self.initial),
+            ("dropped", self.dropped),
+        ):
             if names:
                 groups = sorted({_group(name) for name in names})
                 lines.append(f"{what}: {len(names)} tensors of {', '.join(groups)}")
@@ -42,7 +46,8 @@ def plan_handoff(model: Shapes, stored: Shapes, vision: VisionConfig, use_ema: b
         if found is not None:
             if stored[found] != shape:
                 raise UserError(
-                    f"init.from {source}: {name} has shape {list(stored[found])} there and {list(shape)} in this recipe; "
+                    f"init.from {source}: {name} has shape {list(stored[found])} there and {list(shape)} in "
+                    f"this recipe; "
                     "make the model section of both recipes agree"
                 )
             loaded[name] = found
@@ -51,7 +56,9 @@ def plan_handoff(model: Shapes, stored: Shapes, vision: VisionConfig, use_ema: b
         else:
             initial.append(name)
     dropped = [
-        name.removeprefix("model.") for name in stored if name.startswith("model.") and name.removeprefix("model.") not in model
+        name.removeprefix("model.")
+        for name in stored
+        if name.startswith("model.") and name.removeprefix("model.") not in model
     ]
     return HandOff(loaded, cloned, initial, sorted(dropped))
 

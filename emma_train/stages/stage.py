@@ -1,4 +1,4 @@
-"""The stages of the paper's Table 2: what each trains, on which tasks, and what it follows (emma.md §5)."""
+"""The stages of the paper's Table 2: what each trains, on which tasks, and what it follows (paper §4, Table 2)."""
 
 import difflib
 from dataclasses import dataclass
@@ -69,7 +69,10 @@ def stage_of(recipe: Recipe, where: str = "recipe") -> Stage:
     for phase in phases(recipe):
         for task in TASKS:
             if getattr(phase.mix, task) and task not in stage.tasks:
-                raise UserError(f"{where}: mix.{task} is {getattr(phase.mix, task)}, but {name} trains {', '.join(stage.tasks)} only")
+                raise UserError(
+                    f"{where}: mix.{task} is {getattr(phase.mix, task)}, but {name} trains "
+                    f"{', '.join(stage.tasks)} only"
+                )
     vision = recipe.model.vision
     if (vision.stem_expert, vision.router) != (stage.stem_expert, stage.router):
         raise UserError(

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from emma_train.checkpoint import export, store
 from emma_train.checkpoint import folder as folders
-from emma_train.checkpoint import store
+from emma_train.config.errors import UserError
 from emma_train.config.schema import ModelConfig, Recipe
 from emma_train.engine.fsdp import FsdpEngine, shard
 from emma_train.engine.world import World
-from emma_train.config.errors import UserError
 from emma_train.model.emma import Emma
 from emma_train.model.initial import initial_value
 from emma_train.stages.freeze import freeze
@@ -46,8 +46,7 @@ def build(recipe: Recipe, stage: Stage, world: World, resuming: bool) -> Built:
         raise UserError(f"engine.kind={recipe.engine.kind} is not available in this version; use engine.kind=fsdp")
     source = None
     if not resuming:
-        source = folders.resolve(recipe.init.source) if recipe.init.source else None
-        previous = (folders.whole(source) or {}).get("stage") if source else None
+        source, previous = find_source(recipe)
         check_order(stage, previous, recipe.init.source)
     with torch.device("meta"):
         model = Emma(recipe.model)
@@ -65,11 +64,23 @@ def build(recipe: Recipe, stage: Stage, world: World, resuming: bool) -> Built:
     return Built(FsdpEngine(model, optimizer, recipe.engine), ema, trainable, num_parameters, handoff)
 
 
+def find_source(recipe: Recipe) -> tuple[Path | None, str | None]:
+    """The checkpoint or export that init.from names, and its stage. Raises UserError where there is none."""
+    if not recipe.init.source:
+        return None, None
+    if export.is_export(given := Path(recipe.init.source)):
+        return given, export.read_meta(given)["stage"]
+    source = folders.resolve(given)
+    return source, (folders.whole(source) or {})["stage"]
+
+
 def take_over(model: nn.Module, recipe: Recipe, source: Path) -> HandOff:
-    """Fill the model from a checkpoint of the previous stage; new modules are cloned or start from the seed."""
+    """Fill the model from the previous stage; new modules are cloned or start from the seed."""
+    weights = export if export.is_export(source) else store
+    stored = export.shapes(source) if weights is export else store.tensors(source)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    plan = plan_handoff(shapes, store.tensors(source), recipe.model.vision, recipe.init.ema, str(recipe.init.source))
-    store.load_weights(source, plan.loaded, model)
+    plan = plan_handoff(shapes, stored, recipe.model.vision, recipe.init.ema, str(recipe.init.source))
+    weights.load_weights(source, plan.loaded, model)
     set_initial(model, recipe.model, plan.initial)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
@@ -80,7 +91,8 @@ def take_over(model: nn.Module, recipe: Recipe, source: Path) -> HandOff:
 
 @torch.no_grad()
 def set_initial(model: nn.Module, config: ModelConfig, names: list[str]) -> None:
-    """Start values from the recipe's seed, one whole tensor at a time, cut to this rank's shard without communication."""
+    """Start values from the recipe's seed, one whole tensor at a time, cut to this rank's shard without
+    communication."""
     parameters = dict(model.named_parameters())
     for name in names:
         parameter = parameters[name]

@@ -39,7 +39,8 @@ def micro_loss(
 
 
 def clean_latents(batch: PackedBatch, autoencoder: Autoencoder) -> Tensor:
-    """Scaled latents of every picture of the pack, [visual tokens, C] in stream order; encodes those that are not cached."""
+    """Scaled latents of every picture of the pack, [visual tokens, C] in stream order; encodes those that are not
+    cached."""
     if batch.latents is not None:
         return batch.latents * autoencoder.scale
     grids = [grid for role in Role for grid in batch.grids[role]]

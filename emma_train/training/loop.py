@@ -1,7 +1,7 @@
 """The training loop: packed batches in, metrics, sample pictures and checkpoints out.
 
-A step: count the tokens of each loss over all ranks, run the micro-batches, clip, update, average. A step whose gradient is
-not finite moves nothing at all. The loop is handed its batches and knows nothing of shards.
+A step: count the tokens of each loss over all ranks, run the micro-batches, clip, update, average. A step whose
+gradient is not finite moves nothing at all. The loop is handed its batches and knows nothing of shards.
 """
 
 import logging
@@ -12,8 +12,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
-
-import torch
 
 from emma_train.checkpoint import folder as folders
 from emma_train.checkpoint import store
@@ -27,7 +25,7 @@ from emma_train.monitor.progress import Progress
 from emma_train.monitor.trackers import Trackers, make_trackers
 from emma_train.monitor.usage import memory_gib, step_mfu
 from emma_train.objectives.account import Counts, LossAccount, count, losses
-from emma_train.sequence.pack import PackedBatch
+from emma_train.sequence.step import StepBatches
 from emma_train.stages.freeze import changed, fingerprints
 from emma_train.stages.stage import Stage
 from emma_train.training.build import Built
@@ -40,21 +38,10 @@ log = logging.getLogger(__name__)
 TASKS = ("i2t", "t2i", "it2i")
 
 
-class StepData(Protocol):
-    """What a rank computes in one optimizer step (data_pipelines/stream/loader.py makes it)."""
-
-    step: int
-    packs: list[PackedBatch]
-    digest: str
-    straggler: float
-    bad: list[Any]
-    wait_s: float
-
-
 class Batches(Protocol):
     """The stream, as the loop sees it."""
 
-    def steps(self, first: int, last: int) -> Iterator[StepData]: ...
+    def steps(self, first: int, last: int) -> Iterator[StepBatches]: ...
 
     def state(self, step: int) -> dict[str, Any]: ...
 
@@ -102,7 +89,8 @@ class Trainer:
         if found := contradictions(self.recipe, meta["config"]):
             field_name = found[0].split(" ")[0]
             raise UserError(
-                f"{checkpoint}: {found[0]}" + (f" (and {len(found) - 1} more)" if found[1:] else "")
+                f"{checkpoint}: {found[0]}"
+                + (f" (and {len(found) - 1} more)" if found[1:] else "")
                 + f"; put it back, start another run.name, or accept with resume.allow=[{field_name}]"
             )
         self.stream.check_state(meta["data"])
@@ -155,7 +143,7 @@ class Trainer:
             if trackers:
                 trackers.finish(code)
 
-    def _step(self, data: StepData, stop_asked: bool, log_now: bool) -> tuple[bool, dict[str, Any] | None]:
+    def _step(self, data: StepBatches, stop_asked: bool, log_now: bool) -> tuple[bool, dict[str, Any] | None]:
         """One optimizer step. Returns whether any rank was asked to stop, and the metrics where they are due."""
         started = time.perf_counter()
         mine = count(data.packs, self.stage.loss)
@@ -170,7 +158,9 @@ class Trainer:
             batch = host.to(self.world.device)
             loss = micro_loss(self.engine.model, self.autoencoder, batch, self.recipe.flow, self.stage, account)
             self.engine.accumulate(loss, last=index == len(data.packs) - 1)
-        lr = learning_rate(data.step - self.done.skipped_steps, self.recipe.optimizer.lr, self.recipe.train.steps, self.recipe.schedule)
+        lr = learning_rate(
+            data.step - self.done.skipped_steps, self.recipe.optimizer.lr, self.recipe.train.steps, self.recipe.schedule
+        )
         norm = self.engine.clip(self.recipe.optimizer.clip)
         if math.isfinite(norm):
             self._nonfinite_in_a_row = 0
@@ -250,7 +240,7 @@ class Trainer:
             group=Path(self.recipe.run.root).name,
         )
 
-    def _note_bad(self, data: StepData, bad_everywhere: int) -> None:
+    def _note_bad(self, data: StepBatches, bad_everywhere: int) -> None:
         """Write out this rank's unreadable samples; past the limit all ranks stop together."""
         if data.bad:
             self.run.append_bad(data.step, data.bad)
@@ -259,19 +249,23 @@ class Trainer:
         if self.done.bad_samples > self.recipe.data.max_bad_samples:
             raise UserError(
                 f"{self.done.bad_samples} samples could not be read, more than data.max_bad_samples="
-                f"{self.recipe.data.max_bad_samples}; {self.run.bad_samples} lists them, `emma-data check` finds them all"
+                f"{self.recipe.data.max_bad_samples}; {self.run.bad_samples} lists them, `emma-data check` "
+                f"finds them all"
             )
 
-    def _skip(self, data: StepData, norm: float) -> None:
+    def _skip(self, data: StepBatches, norm: float) -> None:
         """A gradient that is not finite moves neither weights, averages nor schedule."""
         self.engine.discard()
         self.done.skipped_steps += 1
         self._nonfinite_in_a_row += 1
         keys = [key for b in data.packs for key in b.keys]
-        log.warning("step %d: gradient norm is %s, step skipped; keys on this rank: %s", data.step, norm, " ".join(keys[:8]))
+        log.warning(
+            "step %d: gradient norm is %s, step skipped; keys on this rank: %s", data.step, norm, " ".join(keys[:8])
+        )
         if self._nonfinite_in_a_row >= self.recipe.train.max_skipped_steps:
             raise RuntimeError(
-                f"{self._nonfinite_in_a_row} steps in a row had a gradient that is not finite (train.max_skipped_steps); "
+                f"{self._nonfinite_in_a_row} steps in a row had a gradient that is not finite "
+                f"(train.max_skipped_steps); "
                 f"keys of the last on rank {self.world.rank}: {' '.join(keys)}"
             )
 
@@ -298,4 +292,6 @@ class Trainer:
                 }
             )
         if anywhere:
-            raise RuntimeError(f"frozen parameters have changed, which is a bug: {', '.join(moved[:5]) or 'on another rank'}")
+            raise RuntimeError(
+                f"frozen parameters have changed, which is a bug: {', '.join(moved[:5]) or 'on another rank'}"
+            )

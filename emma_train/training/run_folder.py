@@ -21,8 +21,28 @@ from emma_train.config.load import as_dict
 from emma_train.config.schema import Recipe
 from emma_train.engine.world import World
 
-PACKAGES = ("torch", "transformers", "diffusers", "deepspeed", "flash-attn", "webdataset", "safetensors", "numpy", "wandb")
-CHANGEABLE = ("run.", "train.", "tracker.", "engine.", "attention.", "init.", "resume.", "data.workers", "data.prefetch")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "diffusers",
+    "deepspeed",
+    "flash-attn",
+    "webdataset",
+    "safetensors",
+    "numpy",
+    "wandb",
+)
+CHANGEABLE = (
+    "run.",
+    "train.",
+    "tracker.",
+    "engine.",
+    "attention.",
+    "init.",
+    "resume.",
+    "data.workers",
+    "data.prefetch",
+)
 """What may differ when a run is resumed: it does not change what is learnt from which data."""
 
 
@@ -47,7 +67,9 @@ class RunFolder:
             write_atomic(self.path / "config.yaml", f"# hash {config_hash(recipe)}\n{to_yaml(recipe)}")
             write_atomic(self.path / "environment.json", json.dumps(environment(world), indent=1) + "\n")
         except OSError as error:
-            raise UserError(f"{error.filename or self.path}: cannot write the run folder ({error.strerror}); set run.root") from None
+            raise UserError(
+                f"{error.filename or self.path}: cannot write the run folder ({error.strerror}); set run.root"
+            ) from None
 
     def write_summary(self, values: dict[str, Any]) -> None:
         write_atomic(self.summary, json.dumps(values, indent=1) + "\n")
@@ -93,7 +115,9 @@ def commit() -> str | None:
     here = Path(__file__).parent
     try:
         head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10)
-        dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True, timeout=10)
+        dirty = subprocess.run(
+            ["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True, timeout=10
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return head.stdout.strip()[:12] + "+" * bool(dirty.stdout.strip()) if head.returncode == 0 else None

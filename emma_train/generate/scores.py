@@ -1,0 +1,120 @@
+"""Scores on a held-out split with known answers; every score names its split, its baseline and the bar it should reach.
+
+- exact match of answers, per kind of question, against always giving the commonest answer
+- velocity loss of flow matching on the split's pictures, against predicting the mean velocity
+- whether a generated picture's nearest neighbour among real pictures, in latent space, has the prompted concept, style
+  and background, against picking a real picture at random
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from emma_train.config.schema import FlowConfig, Recipe
+from emma_train.generate.generator import FlowSettings, Generator, TextSettings
+from emma_train.objectives.flow import noised, velocity_loss
+from emma_train.sequence.pack import Pixels, pack
+from emma_train.sequence.request import Request, as_sample
+
+BATCH = 32
+GROUP_BAR = 0.60
+VELOCITY_BAR = 0.60
+"""Group answers: at least 60 % right. Velocity loss: at most 60 % of the baseline's."""
+
+
+def score_split(
+    generator: Generator,
+    split: str,
+    requests: dict[str, list[Request]],
+    seen: list[Request],
+    recipe: Recipe,
+    limit: int,
+) -> list[dict[str, Any]]:
+    """All scores of a split. `requests` by task; `seen`: real training pictures as further neighbours; `limit` per
+    score."""
+    scores = answer_scores(generator, requests["i2t"], limit)
+    for task in ("t2i", "it2i"):
+        if requests[task]:
+            scores.append(velocity_score(generator, requests[task][: limit or None], recipe.flow, task))
+    lone = [r for r in requests["t2i"] if len(r.labels.get("concepts", [])) == 1]
+    scores += neighbour_scores(generator, lone, [*seen, *lone], recipe.flow.shift, limit)
+    return [{**score, "split": split} for score in scores]
+
+
+def answer_scores(generator: Generator, requests: Sequence[Request], limit: int) -> list[dict[str, Any]]:
+    """Exact match per kind of question."""
+    scores = []
+    for kind in sorted({r.kind for r in requests}):
+        asked = [r for r in requests if r.kind == kind][: limit or None]
+        answers = [a for batch in _batches(asked) for a in generator.answer(batch, TextSettings(max_tokens=12))]
+        right = sum(a.strip() == r.truth for a, r in zip(answers, asked, strict=True))
+        commonest = Counter(r.truth for r in asked).most_common(1)[0][1]
+        score = _score(f"answer: {kind}", right / len(asked), commonest / len(asked), "exact match", len(asked))
+        scores.append({**score, "bar": GROUP_BAR} if kind == "group" else score)
+    return scores
+
+
+@torch.no_grad()
+def velocity_score(generator: Generator, requests: Sequence[Request], flow: FlowConfig, task: str) -> dict[str, Any]:
+    """Mean velocity loss over the requests' targets, and that of predicting the mean velocity of each channel."""
+    losses, velocities = [], []
+    for asked in _batches(requests):
+        samples = []
+        for request, latents in zip(asked, generator.latents_of(asked), strict=True):
+            assert request.target is not None
+            sample = as_sample(request, generator.tokenizer, generator.patch, generator.shuffle, latents)
+            grid = sample.pictures["target"].grid
+            [latent] = generator.autoencoder.encode([torch.from_numpy(request.target)])
+            sample.pictures["target"] = Pixels(grid, None, latent.cpu().numpy())
+            sample.time_seed = request.seed + 1
+            samples.append(sample)
+        batch = pack(samples).to(generator.autoencoder.device)
+        assert batch.latents is not None
+        step = noised(batch, batch.latents * generator.autoencoder.scale, flow)
+        losses.append(velocity_loss(generator.model(batch, step.latents, step.time).velocity, step.velocity))
+        velocities.append(step.velocity)
+    velocity = torch.cat(velocities)
+    baseline = float((velocity - velocity.mean(0)).square().mean())
+    score = _score(
+        f"velocity loss: {task}", float(torch.cat(losses).mean()), baseline, "mean squared error", len(requests)
+    )
+    return {**score, "higher_is_better": False, "bar": VELOCITY_BAR * baseline}
+
+
+def neighbour_scores(
+    generator: Generator, requests: Sequence[Request], real: Sequence[Request], shift: float, limit: int
+) -> list[dict[str, Any]]:
+    """Draw the requests; how often the nearest real picture shares the prompted label."""
+    requests = requests[: limit or None]
+    if not requests:
+        return []
+    made = [x for asked in _batches(requests) for x in generator.draw_latents(asked, FlowSettings(shift=shift))]
+    known = [r for r in real if r.target is not None and len(r.labels.get("concepts", [])) == 1]
+    encoded = generator.autoencoder.encode([torch.from_numpy(r.target) for r in known])
+    nearest = torch.cdist(_flat(made), _flat(encoded)).argmin(1).tolist()
+    scores = []
+    for label in ("concepts", "style", "background"):
+        wanted = [r.labels.get(label) for r in requests]
+        there = [r.labels.get(label) for r in known]
+        hits = sum(there[n] == w for n, w in zip(nearest, wanted, strict=True)) / len(wanted)
+        chance = sum(there.count(w) for w in wanted) / (len(wanted) * len(there))
+        scores.append(
+            _score(f"nearest picture: {label.removesuffix('s')}", hits, chance, "share of pictures", len(wanted))
+        )
+    return scores
+
+
+def _score(name: str, value: float, baseline: float, unit: str, num: int) -> dict[str, Any]:
+    return {"name": name, "value": value, "baseline": baseline, "unit": unit, "num": num, "higher_is_better": True}
+
+
+def _batches(requests: Sequence[Request]) -> Iterator[Sequence[Request]]:
+    for start in range(0, len(requests), BATCH):
+        yield requests[start : start + BATCH]
+
+
+def _flat(latents: Sequence[Tensor]) -> Tensor:
+    return torch.stack([latent.float().flatten().cpu() for latent in latents])
