@@ -257,11 +257,12 @@ def report(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 def plan(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """Memory, throughput and batch arithmetic of a recipe, without a GPU."""
-    from emma_train.config.load import load_recipe
+    from emma_train.config.load import is_pipeline, load_recipe
     from emma_train.plan import print_plan
 
-    recipe = load_recipe(Path(arguments.recipe), overrides)
-    return print_plan(recipe, arguments.recipe, arguments.gpus, arguments.gpu)
+    path = Path(arguments.recipe)
+    recipes = _pipeline_recipes(path, overrides) if is_pipeline(path) else [(path, load_recipe(path, overrides))]
+    return max(print_plan(recipe, str(file), arguments.gpus, arguments.gpu) for file, recipe in recipes)
 
 
 def doctor(arguments: argparse.Namespace, overrides: list[str]) -> int:

@@ -179,14 +179,17 @@ class Planner:
 
 
 def _spread(samples: list[Planned], slots: list[list[Planned]], costs: list[int]) -> None:
-    """Deal the samples of one task to the slots, in place: as many to each, the costliest to the lightest slot
-    first."""
-    room = [len(samples) // len(slots) + (i < len(samples) % len(slots)) for i in range(len(slots))]
+    """Deal the samples of one task to the slots, in place: as many to each, the costliest to the lightest slot first."""
+    share, extra = divmod(len(samples), len(slots))
+    taken = [0] * len(slots)
     for sample in sorted(samples, key=lambda s: (-s.cost, s.key)):
-        lightest = min((i for i in range(len(slots)) if room[i]), key=lambda i: (costs[i], i))
+        # What does not divide goes to light slots too; fixed ones would collect the extra sample of every task.
+        open_slots = (i for i in range(len(slots)) if taken[i] < share + (extra > 0))
+        lightest = min(open_slots, key=lambda i: (costs[i], i))
+        extra -= taken[lightest] == share
         slots[lightest].append(sample)
         costs[lightest] += sample.cost
-        room[lightest] -= 1
+        taken[lightest] += 1
 
 
 @lru_cache(maxsize=16)

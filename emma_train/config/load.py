@@ -102,7 +102,7 @@ def _from_values(schema: type[Schema], values: dict[str, Any], path: str, overri
         if not equals:
             raise UserError(f"override {override!r}: expected key=value, such as train.steps=100")
         try:
-            value = yaml.safe_load(text) if text else None
+            value = yaml.safe_load(text) if text else ""
         except yaml.YAMLError:
             raise UserError(f"override {override!r}: {text!r} is not a YAML value") from None
         nested: Any = value

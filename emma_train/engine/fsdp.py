@@ -1,5 +1,7 @@
 """FSDP2 on gloo/CPU and NCCL/CUDA: fp32 master weights and reduction, bf16 or fp32 compute."""
 
+import warnings
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -16,6 +18,9 @@ def shard(model: Emma, config: EngineConfig, world: World) -> None:
     Every rank runs every unit in every micro-step (contract 3). Gradients are summed, not averaged: the loss account
     has divided by the counts of the whole step already.
     """
+    # Of torch's own making: its deprecated collectives, and views that we never write to in place.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
+    warnings.filterwarnings("ignore", message=".*returned a view tensor")
     mesh = dist.init_device_mesh(world.device.type, (world.size,))
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)

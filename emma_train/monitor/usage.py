@@ -1,7 +1,9 @@
-"""What a step used: memory of this rank, and its share of the card's peak arithmetic."""
+"""What a step used: memory of this rank, FLOPs by module and what is trained, and the share of the card's peak."""
 
 import resource
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -9,6 +11,7 @@ from emma_train.config.schema import Recipe
 from emma_train.monitor.flops import adapter_flops, decoder_flops, mfu, peak_flops, vision_flops
 from emma_train.sequence.layout import Role
 from emma_train.sequence.pack import PackedBatch
+from emma_train.stages.stage import Stage
 
 
 def memory_gib(device: torch.device) -> float:
@@ -19,42 +22,83 @@ def memory_gib(device: torch.device) -> float:
 
 
 def step_mfu(
-    recipe: Recipe, trainable: Collection[str], packs: Sequence[PackedBatch], seconds: float, device: torch.device
+    recipe: Recipe, stage: Stage, packs: Sequence[PackedBatch], seconds: float, device: torch.device
 ) -> float | None:
     """Model FLOPs of this rank's packs over the dense peak of its card; None on a CPU or an unknown card."""
     if device.type != "cuda" or peak_flops(name := torch.cuda.get_device_name(device)) is None:
         return None
-    return mfu(sum(pack_flops(recipe, trainable, batch) for batch in packs), seconds, 1, name)
+    done = sum(sum(module_flops(recipe, stage, pack_work(recipe, batch)).values()) for batch in packs)
+    return mfu(done, seconds, 1, name)
 
 
-def pack_flops(recipe: Recipe, trainable: Collection[str], batch: PackedBatch) -> int:
-    """Useful FLOPs of one pack, forward and backward, by what is trained and what a gradient passes through."""
-    v, d = recipe.model.vision, recipe.model.decoder
-    semantic = v.shuffle**2 * v.hidden
+@dataclass(frozen=True)
+class Work:
+    """What passes through the modules: rows of a matrix product, or (query, key) pairs of attention."""
+
+    patches: float
+    """Patches that the vision encoder sees."""
+    patch_pairs: float
+    """The sum over those pictures of patches²."""
+    und_visual: float
+    """Tokens of understanding pictures."""
+    gen_visual: float
+    """Tokens of reference and target pictures."""
+    und_rows: float
+    """Tokens of the Und branch."""
+    und_pairs: float
+    """Keys that they see, in sum."""
+    gen_pairs: float
+    """Keys that the tokens of the Gen branch see, in sum."""
+    logits: float
+    """Supervised text tokens."""
+
+
+def pack_work(recipe: Recipe, batch: PackedBatch) -> Work:
+    """The work of one pack; exact, because a token sees its limit + 1 keys."""
     seen = [*batch.grids[Role.UND], *batch.grids[Role.REFERENCE]]
-    sizes = [rows * columns * v.shuffle**2 for rows, columns in seen]
-    vision = "vision" in trainable or "stem_expert" in trainable
-    adapters = vision or "und_adapter" in trainable or "gen_adapter" in trainable
-    total = vision_flops(
-        hidden=v.hidden,
-        layers=v.layers,
-        mlp=v.mlp,
-        patch_features=3 * v.patch**2,
-        num_patches=sum(sizes),
-        attention_pairs=sum(n * n for n in sizes),
-        trainable="vision" in trainable,
+    patches = [rows * columns * recipe.model.vision.shuffle**2 for rows, columns in seen]
+    keys = (batch.limit + 1).tolist()
+    return Work(
+        patches=sum(patches),
+        patch_pairs=sum(n * n for n in patches),
+        und_visual=batch.counts[1],
+        gen_visual=batch.counts[2] + batch.counts[3],
+        und_rows=batch.num_und,
+        und_pairs=sum(keys[: batch.num_und]),
+        gen_pairs=sum(keys[batch.num_und :]),
+        logits=len(batch.labels),
     )
-    num_text, num_und, num_reference, num_target = batch.counts
-    for tokens, name in ((num_und, "und_adapter"), (num_reference + num_target, "gen_adapter")):
-        total += adapter_flops(
-            semantic + recipe.model.autoencoder.channels, d.hidden, d.hidden, tokens, name in trainable, vision
-        )
-    pairs = (batch.limit + 1).tolist()
-    for start, stop, logits in (
-        (0, batch.num_und, len(batch.labels)),
-        (batch.num_und, batch.num_tokens, 0),
-    ):
-        total += decoder_flops(
+
+
+def module_flops(recipe: Recipe, stage: Stage, work: Work) -> dict[str, int]:
+    """Useful FLOPs by module: forward, and the backward that the stage's trainable groups need."""
+    v, d, trains = recipe.model.vision, recipe.model.decoder, stage.trainable
+    pixels: dict[str, Any] = {
+        "hidden": v.hidden,
+        "mlp": v.mlp,
+        "num_patches": round(work.patches),
+        "attention_pairs": round(work.patch_pairs),
+    }
+    shared, embedding = v.layers - v.expert_layers, 3 * v.patch**2
+    encoder = vision_flops(**pixels, layers=shared, patch_features=embedding, trainable="vision" in trains)
+    if stage.loss == "router":
+        return {"vision encoder": encoder}
+    encoder_trains = "vision" in trains or "stem_expert" in trains
+    encoder += vision_flops(
+        **pixels,
+        layers=v.expert_layers,
+        patch_features=0,
+        trainable=encoder_trains,
+        needs_input_grad="vision" in trains,
+    )
+    semantic = v.shuffle**2 * v.hidden + recipe.model.autoencoder.channels
+    adapters = sum(
+        adapter_flops(semantic, d.hidden, d.hidden, round(rows), name in trains, encoder_trains)
+        for rows, name in ((work.und_visual, "und_adapter"), (work.gen_visual, "gen_adapter"))
+    )
+    below_trains = encoder_trains or "und_adapter" in trains or "gen_adapter" in trains
+    und, gen = (
+        decoder_flops(
             hidden=d.hidden,
             layers=d.layers,
             heads=d.heads,
@@ -62,10 +106,15 @@ def pack_flops(recipe: Recipe, trainable: Collection[str], batch: PackedBatch) -
             head_dim=d.head_dim,
             mlp=d.mlp,
             vocab=d.vocab,
-            num_tokens=stop - start,
-            attention_pairs=sum(pairs[start:stop]),
-            num_logit_tokens=logits,
-            trainable="decoder" in trainable,
-            needs_input_grad=adapters,
+            num_tokens=round(rows),
+            attention_pairs=round(pairs),
+            num_logit_tokens=round(logits),
+            trainable="decoder" in trains,
+            needs_input_grad=below_trains,
         )
-    return total
+        for rows, pairs, logits in (
+            (work.und_rows, work.und_pairs, work.logits),
+            (work.gen_visual, work.gen_pairs, 0.0),
+        )
+    )
+    return {"vision encoder": encoder, "adapters": adapters, "Und branch": und, "Gen branch": gen}

@@ -194,7 +194,7 @@ class Trainer:
             "data/skipped": self.done.bad_samples,
             "steps/skipped": self.done.skipped_steps,
         }
-        share = step_mfu(self.recipe, self.stage.trainable, data.packs, step_s, self.world.device)
+        share = step_mfu(self.recipe, self.stage, data.packs, step_s, self.world.device)
         return shared[8] > 0, values if share is None else {**values, "mfu": share}
 
     def save(self) -> float:

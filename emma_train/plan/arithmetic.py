@@ -1,0 +1,308 @@
+"""Parameters, memory, FLOPs and time of a recipe on N GPUs of a kind.
+
+The model is built on the meta device and never allocated. Memory is what the code takes today: it recomputes nothing.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from emma_train.config.check import phases
+from emma_train.config.errors import UserError
+from emma_train.config.schema import Recipe
+from emma_train.model.emma import Emma
+from emma_train.monitor.flops import PEAK_DENSE_BF16, autoencoder_flops
+from emma_train.monitor.usage import Work, module_flops
+from emma_train.plan.samples import Load, load_of
+from emma_train.stages.freeze import group_of
+from emma_train.stages.stage import Stage, stage_of
+
+GIB = 2**30
+CARDS: dict[str, tuple[float, float]] = {
+    "a100-40g": (39.6, PEAK_DENSE_BF16["A100"]),
+    "a100-80g": (79.3, PEAK_DENSE_BF16["A100"]),
+    "b200-192g": (178.4, PEAK_DENSE_BF16["B200"]),
+    "h100-80g": (79.2, PEAK_DENSE_BF16["H100 SXM"]),
+    "h100-nvl-94g": (93.1, PEAK_DENSE_BF16["H100 NVL"]),
+    "h100-pcie-80g": (79.2, PEAK_DENSE_BF16["H100 PCIe"]),
+    "h200-141g": (139.8, PEAK_DENSE_BF16["H200"]),
+    "l40s-48g": (44.5, PEAK_DENSE_BF16["L40S"]),
+    "mi300x-192g": (191.5, PEAK_DENSE_BF16["MI300X"]),
+    "rtx4090-24g": (23.6, PEAK_DENSE_BF16["RTX 4090"]),
+}
+"""Kinds of GPU: GiB that a process can use, and dense bf16 FLOP/s."""
+MFU = 0.40
+"""Assumed share of the dense bf16 peak."""
+RESERVE = 0.10
+"""Share of the card left to the CUDA context, NCCL and fragmentation."""
+TF32_COST = 2.0
+"""The autoencoder's convolutions run in TF32, at half the bf16 peak."""
+DC_AE_F32C32: dict[str, Any] = {
+    "encoder_block_out_channels": [128, 256, 512, 512, 1024, 1024],
+    "encoder_layers_per_block": [2, 2, 2, 3, 3, 3],
+    "encoder_block_types": ["ResBlock"] * 3 + ["EfficientViTBlock"] * 3,
+    "encoder_qkv_multiscales": [[], [], [], [5], [5], [5]],
+    "attention_head_dim": 32,
+    "downsample_block_type": "Conv",
+}
+DC_AE_PARAMETERS = 312_250_275
+"""dc-ae-f32c32-sana-1.0, taken where the recipe's folder is not there."""
+
+
+PARTS = {
+    "embedding and LM head": (True, False, False, False),
+    "decoder, shared": (True, True, True, True),
+    "decoder, Und branch": (True, True, False, False),
+    "decoder, Gen branch": (False, False, True, True),
+    "vision encoder": (False, True, True, False),
+    "STEM expert": (False, False, False, False),
+    "router": (False, True, True, False),
+    "Und adapter": (False, True, False, False),
+    "Gen adapter": (False, False, True, True),
+    "velocity head": (False, False, False, True),
+}
+"""Parts of the network, and whether a token of text, of an understood, a reference and a target picture passes through
+them. A picture that takes the STEM expert leaves out as many layers of the encoder."""
+OWNERS = ("shared", "und", "gen", "vision", "stem_expert", "router", "und_adapter", "gen_adapter", "velocity_head")
+"""The same parts from the second on: owners of the decoder's modules, then parameter groups."""
+TRANSIENT = ("decoder's activations", "encoder's activations", "one layer's backward", "logits")
+"""Memory that is free while the autoencoder runs."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Parameters that live and learn together."""
+
+    name: str
+    stored: int
+    trained: int
+
+    @property
+    def active(self) -> tuple[int, ...]:
+        """Parameters that work for one token of text, of an understood, a reference and a target picture."""
+        return tuple(self.stored * passes for passes in PARTS[self.name])
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU."""
+
+    kept: dict[str, float]
+    """Held at the same time in the backward pass."""
+    encoding: float
+    """Working set of the autoencoder, before the forward pass and so not beside activations."""
+
+    @property
+    def peak(self) -> float:
+        resident = sum(size for name, size in self.kept.items() if name not in TRANSIENT)
+        return max(sum(self.kept.values()), resident + self.encoding)
+
+
+class Plan:
+    """A recipe on `num_gpus` GPUs of a kind, which reach the share `mfu` of their peak."""
+
+    def __init__(self, recipe: Recipe, where: str, num_gpus: int, gpu_name: str, mfu: float = MFU) -> None:
+        """Raises UserError on an unknown kind of GPU or a recipe that is no stage."""
+        if num_gpus < 1:
+            raise UserError(f"--gpus {num_gpus}: at least one GPU is needed")
+        if gpu_name not in CARDS:
+            raise UserError(f"--gpu {gpu_name}: not a known kind of GPU; known are {', '.join(CARDS)}")
+        self.recipe, self.num_gpus, self.gpu_name, self.mfu = recipe, num_gpus, gpu_name, mfu
+        self.stage = stage_of(recipe, where)
+        with torch.device("meta"):
+            model = Emma(recipe.model)
+        self.parts = parts_of(model, self.stage)
+        self.stored, self.trained = sum(p.stored for p in self.parts), sum(p.trained for p in self.parts)
+        self.units = sorted(sum(p.numel() for p in unit.parameters()) for unit in (model.vision, *model.decoder.layers))
+        self.autoencoder, self.encoder_config, self.has_autoencoder = autoencoder_of(recipe)
+        self.loads = [load_of(recipe, phase) for phase in phases(recipe)]
+
+    @property
+    def phase_steps(self) -> list[int]:
+        """Steps of each phase; the last lasts until train.steps."""
+        left, lengths = self.recipe.train.steps, []
+        for load in self.loads[:-1]:
+            lengths.append(min(load.phase.steps, left))
+            left -= lengths[-1]
+        return [*lengths, left]
+
+    def memory(self, load: Load, world: int, tokens: float) -> Memory:
+        """Bytes on one of `world` GPUs for a pack of `tokens` tokens with the mean composition of the phase.
+
+        FSDP2 keeps fp32 weights, gradients, both Adam moments and the average in shards. Gathered at once are the root
+        (embedding, adapters, head) and two units, a unit being a decoder layer or the vision encoder; all of them
+        without engine.reshard_after_forward. A unit's gradients leave it in compute precision and are summed in fp32.
+
+        Activations are what autograd keeps with flash-like attention and no padding, in bytes per layer and token:
+
+            decoder  trained             8H + 4bH + (4+b)(Q+K) + 4bQ + 4bM + s
+                     frozen, gradient    8H       +    4 (Q+K) + 4bQ + 3bM + s      s = 4 (2 + 2 heads + kv_heads)
+            encoder  trained             9bh + 2bm + 4 heads + 16;  0 below everything that trains
+
+        where b is the bytes of a value, H hidden, Q and K the widths of queries and keys, M the MLP (h, m: encoder).
+        Norms keep an fp32 copy; K and V are repeated to all query heads. Backward works on one layer at a time, in as
+        much again as that layer keeps. Logits of supervised tokens are held twice in b bytes and twice in fp32, with
+        their gradients.
+        """
+        recipe, trains = self.recipe, self.stage.trainable
+        v, d = recipe.model.vision, recipe.model.decoder
+        b = 2 if recipe.engine.precision == "bf16" else 4
+        root = self.stored - sum(self.units)
+        gathered = root + sum(self.units[-2:]) if recipe.engine.reshard_after_forward else self.stored
+        whole_gradients = recipe.data.slots > world and not recipe.engine.reduce_every_micro_step
+        share = tokens / load.tokens
+        patches = share * load.total(lambda s: s.seen) * v.shuffle**2
+        supervised = share * load.total(lambda s: s.supervised)
+        decodes = self.stage.loss == "tokens"
+        query, key = d.heads * d.head_dim, d.kv_heads * d.head_dim
+        scalars = 4 * (2 + 2 * d.heads + d.kv_heads)
+        of_decoder = 8 * d.hidden + 4 * (query + key) + 4 * b * query + 3 * b * d.mlp + scalars
+        if "decoder" in trains:
+            of_decoder += b * (4 * d.hidden + query + key + d.mlp)
+        of_encoder = 9 * b * v.hidden + 2 * b * v.mlp + 4 * v.heads + 16
+        encoder_layers = v.layers if "vision" in trains else v.expert_layers if "stem_expert" in trains else 0
+        kept = {
+            "weights, fp32 shard": 4 * self.stored / world,
+            "gradients, fp32 shard" + " and whole" * whole_gradients: 4 * self.trained * (1 / world + whole_gradients),
+            "Adam moments, fp32 shards": 8 * self.trained / world,
+            "average (EMA), fp32 shard": 4 * self.trained / world if recipe.ema.decay else 0.0,
+            "gathered weights": b * gathered,
+            "gradients on their way": (b + 4) * min(self.trained, max(self.units[-1], root)),
+            "autoencoder, fp32 copy": 4 * self.autoencoder,
+            "decoder's activations": decodes * d.layers * tokens * of_decoder,
+            "encoder's activations": encoder_layers * patches * of_encoder,
+            "one layer's backward": max(decodes * tokens * of_decoder, patches * of_encoder),
+            "logits": decodes * supervised * d.vocab * (2 * b + 8),
+        }
+        return Memory(kept, self._encoding(load, share) if decodes else 0.0)
+
+    def _encoding(self, load: Load, share: float) -> float:
+        """Bytes of three of the autoencoder's largest feature maps, fp32, of as many pictures as it encodes at once."""
+        channels = self.encoder_config["encoder_block_out_channels"]
+        full_size = self.encoder_config["encoder_layers_per_block"][0] > 0
+        most = 0.0
+        for task, mean in load.means.items():
+            pictures = mean.pictures_seen + (mean.made > 0)
+            at_once = min(self.recipe.model.autoencoder.chunk, share * load.samples[task] * pictures)
+            most = max(most, at_once * (mean.seen + mean.made) / max(pictures, 1.0))
+        per_pixel = channels[0] if full_size else channels[1] / 4
+        return 3 * 4 * per_pixel * most * self.recipe.model.autoencoder.pixels**2
+
+    def flops(self, load: Load) -> dict[str, int]:
+        """FLOPs of one optimizer step over all GPUs by module."""
+        shuffle = self.recipe.model.vision.shuffle
+        gen = load.total(lambda s: s.seen + s.made, "t2i", "it2i")
+        # Causal rows see half their sample; an instruction sees its reference, a target all that is before it.
+        und_pairs = load.total(lambda s: s.tokens * (s.tokens + 1) / 2, "i2t")
+        und_pairs += load.total(lambda s: s.text * (s.text + 1) / 2 + s.text * s.seen, "t2i", "it2i")
+        work = Work(
+            patches=load.total(lambda s: s.seen * shuffle**2),
+            patch_pairs=load.total(lambda s: (s.seen * shuffle**2) ** 2 / max(1.0, s.pictures_seen)),
+            und_visual=load.total(lambda s: s.seen, "i2t"),
+            gen_visual=gen,
+            und_rows=load.tokens - gen,
+            und_pairs=und_pairs,
+            gen_pairs=load.total(lambda s: s.seen**2 / max(1.0, s.pictures_seen) + s.made * s.tokens, "t2i", "it2i"),
+            logits=load.total(lambda s: s.supervised),
+        )
+        return module_flops(self.recipe, self.stage, work)
+
+    def encoding_flops(self, load: Load) -> int:
+        """FLOPs of one step's DC-AE encodings, over all GPUs; router tuning needs none."""
+        if self.stage.loss == "router":
+            return 0
+        config, blocks = self.encoder_config, self.encoder_config["encoder_block_out_channels"]
+        types = config["encoder_block_types"]
+        return autoencoder_flops(
+            blocks,
+            config["encoder_layers_per_block"],
+            [types] * len(blocks) if isinstance(types, str) else types,
+            config["encoder_qkv_multiscales"],
+            self.recipe.model.autoencoder.channels,
+            round(load.total(lambda s: s.seen + s.made) * self.recipe.model.autoencoder.pixels**2),
+            head_dim=config["attention_head_dim"],
+            pixel_unshuffle=config["downsample_block_type"] == "pixel_unshuffle",
+        )
+
+    def seconds(self, load: Load) -> float:
+        """Estimated time of one optimizer step."""
+        work = sum(self.flops(load).values()) + TF32_COST * self.encoding_flops(load)
+        return work / (self.num_gpus * CARDS[self.gpu_name][1] * self.mfu)
+
+    def peak(self, world: int, tokens: float) -> float:
+        """Bytes on one of `world` GPUs for a pack of `tokens` tokens, in the phase that needs most."""
+        return max(self.memory(load, world, tokens).peak for load in self.loads)
+
+    def problems(self) -> list[str]:
+        """Why the recipe cannot run on these GPUs, and what would; empty if it can."""
+        slots, cap, found = self.recipe.data.slots, self.recipe.data.pack_tokens, []
+        shares = [n for n in range(1, slots + 1) if slots % n == 0]
+        if self.num_gpus not in shares:
+            below, above = [n for n in shares if n < self.num_gpus], [n for n in shares if n > self.num_gpus]
+            fits = " or ".join(str(n) for n in (*below[-1:], *above[:1]))
+            found.append(f"{self.num_gpus} GPUs cannot share data.slots={slots} evenly; {fits} can")
+        for load in self.loads:
+            if (mean := load.tokens / slots) > cap:
+                found.append(
+                    f"phase {load.phase.name} packs {mean:,.0f} tokens on average, more than data.pack_tokens={cap}; "
+                    "raise it or data.slots, or lower data.samples_per_step"
+                )
+        room, needed = usable(self.gpu_name), self.peak(self.num_gpus, cap)
+        if needed > room:
+            ways = [f"{n} GPUs" for n in shares if n > self.num_gpus and self.peak(n, cap) <= room][:1]
+            shorter = (cap * part // 16 for part in range(15, 0, -1))
+            ways += [
+                f"data.pack_tokens={n} (fewer samples a step, or more slots)"
+                for n in shorter
+                if self.peak(self.num_gpus, n) <= room
+            ][:1]
+            larger = sorted(usable(name) for name in CARDS if usable(name) >= needed)
+            ways += [f"{self.num_gpus} x {name}" for name in CARDS if usable(name) in larger[:1]][:1]
+            advice = ", or ".join(ways) or "only more GPUs, larger ones and shorter packs together"
+            found.append(
+                f"a full pack needs {needed / GIB:.1f} GiB, a {self.gpu_name} has {room / GIB:.1f}; "
+                f"what would fit: {advice}"
+            )
+        return found
+
+
+def parts_of(model: Emma, stage: Stage) -> list[Part]:
+    """The model's parameters by part; the autoencoder is not among them."""
+    stored: dict[str, int] = {}
+    trained: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        part = _part_of(name)
+        stored[part] = stored.get(part, 0) + parameter.numel()
+        trained[part] = trained.get(part, 0) + parameter.numel() * (group_of(name) in stage.trainable)
+    return [Part(name, stored[name], trained[name]) for name in PARTS if name in stored]
+
+
+def autoencoder_of(recipe: Recipe) -> tuple[int, dict[str, Any], bool]:
+    """(parameters, diffusers config, whether its folder is there)."""
+    path = Path(recipe.model.autoencoder.path) / "config.json"
+    if not path.is_file():
+        return DC_AE_PARAMETERS, DC_AE_F32C32, False
+    from diffusers import AutoencoderDC
+
+    with torch.device("meta"):
+        model = AutoencoderDC.from_config(json.loads(path.read_text()))
+    return sum(p.numel() for p in model.parameters()), dict(model.config), True
+
+
+def usable(gpu_name: str) -> float:
+    """Bytes of a card that a plan may spend."""
+    return CARDS[gpu_name][0] * GIB * (1 - RESERVE)
+
+
+def _part_of(name: str) -> str:
+    words = name.split(".")
+    if words[0] == "decoder":
+        if words[1] in ("embed_tokens", "lm_head"):
+            return "embedding and LM head"
+        owner = words[3] if words[1] == "layers" else words[2]
+    else:
+        owner = group_of(name)
+    return list(PARTS)[1 + OWNERS.index(owner)]

@@ -1,0 +1,150 @@
+"""A plan for people: a few tables of 100 columns."""
+
+import math
+
+from rich.console import Console
+from rich.table import Table
+
+from emma_train.config.schema import Recipe
+from emma_train.plan.arithmetic import CARDS, GIB, MFU, RESERVE, Plan, usable
+from emma_train.plan.samples import tokenwise
+
+
+def print_plan(recipe: Recipe, recipe_path: str, num_gpus: int, gpu_name: str, mfu: float = MFU) -> int:
+    """Print the plan. Returns 0, or 1 where the recipe cannot run on these GPUs. Raises UserError on unknown kinds."""
+    plan = Plan(recipe, recipe_path, num_gpus, gpu_name, mfu)
+    console = Console(width=100, highlight=False, soft_wrap=False)
+    console.print(f"[bold]{recipe_path}[/bold]: {plan.stage.name}, {plan.stage.title}, on {num_gpus} x {gpu_name}\n")
+    console.print(_parameter_table(plan))
+    console.print(_token_table(plan))
+    vae, least, most = tokenwise(1024)
+    emma = (1024 // recipe.model.autoencoder.pixels) ** 2
+    console.print(
+        f"A 1024² reference picture in editing: {emma:,} tokens, token-wise {vae + least:,} to {vae + most:,} "
+        f"(1/{(vae + least) / emma:.1f} to 1/{(vae + most) / emma:.1f})\n"
+    )
+    console.print(_step_table(plan))
+    console.print(_memory_table(plan))
+    problems = plan.problems()
+    for problem in problems:
+        console.print(f"[red]Cannot run:[/red] {problem}.")
+    if not problems:
+        console.print(f"[green]Fits[/green] on {num_gpus} x {gpu_name}.")
+    return int(bool(problems))
+
+
+def _parameter_table(plan: Plan) -> Table:
+    table = _table("Parameters: stored, trained, and active for one token", "")
+    for column in ("stored", "trained", "text", "understood", "reference", "target"):
+        table.add_column(column, justify="right")
+    rows = [(p.name, [p.stored, p.trained, *p.active]) for p in plan.parts]
+    for name, counts in rows:
+        table.add_row(name, *(_count(n) for n in counts))
+    table.add_section()
+    totals = [sum(column) for column in zip(*(counts for _, counts in rows), strict=True)]
+    table.add_row("model", *(_count(n) for n in totals), style="bold")
+    table.add_row("autoencoder, never trained", _count(plan.autoencoder), *[""] * 5)
+    if not plan.has_autoencoder:
+        table.caption = f"{plan.recipe.model.autoencoder.path} is not here: counts of dc-ae-f32c32-sana-1.0"
+    return table
+
+
+def _token_table(plan: Plan) -> Table:
+    """Each kind of sample once. Token-wise, VAE and ViT tokens stand apart; understanding takes the ViT's alone."""
+    columns = ("task, pictures", "text", "seen", "target", "EMMA", "token-wise at 16x", "ratio", "from")
+    table = _table("Tokens of a mean sample", *columns)
+    pixels = plan.recipe.model.autoencoder.pixels
+    for task, mean in dict.fromkeys(pair for load in plan.loads for pair in load.means.items()):
+        image = plan.recipe.data.und if task == "i2t" else plan.recipe.data.gen
+        vae, low, high = tokenwise(pixels * math.sqrt(mean.seen / max(mean.pictures_seen, 1.0)))
+        made, _, _ = tokenwise(pixels * math.sqrt(mean.made))
+        encoded = vae * (task == "it2i")
+        least, most = (mean.text + mean.pictures_seen * (encoded + vit) + made for vit in (low, high))
+        size = "native" if image.mode == "native" else f"{image.side}²" + " buckets" * (image.mode == "buckets")
+        table.add_row(
+            f"{task}, {size}",
+            *(f"{n:,.0f}" if n else "-" for n in (mean.text, mean.seen, mean.made)),
+            f"{mean.tokens:,.0f}",
+            f"{least:,.0f}" if most == least else f"{least:,.0f} to {most:,.0f}",
+            f"1/{least / mean.tokens:.1f}",
+            "index" if mean.measured else "assumption",
+        )
+    return table
+
+
+def _step_table(plan: Plan) -> Table:
+    slots, loads, lengths = plan.recipe.data.slots, plan.loads, plan.phase_steps
+    table = _table("Steps (FLOPs of one step on all GPUs)", "", *(load.phase.name for load in loads))
+    work, seconds = [plan.flops(load) for load in loads], [plan.seconds(load) for load in loads]
+    packs = f"{slots / plan.num_gpus:g}" + " (not whole)" * (slots % plan.num_gpus > 0)
+    rows: dict[str, list[str]] = {
+        "samples a step": ["\n".join(f"{n:,} {task}" for task, n in x.samples.items()) for x in loads],
+        "tokens a step": [_count(x.tokens) for x in loads],
+        "packs a step (slots)": [str(slots)] * len(loads),
+        "packs of each GPU": [packs] * len(loads),
+        f"tokens a pack (cap {plan.recipe.data.pack_tokens:,})": [f"{x.tokens / slots:,.0f}" for x in loads],
+        **{f"FLOPs, {name}": [_flops(w[name]) for w in work] for name in work[0]},
+        "FLOPs, model": [_flops(sum(w.values())) for w in work],
+        "FLOPs, autoencoder": [_flops(plan.encoding_flops(x)) for x in loads],
+        f"step at {plan.mfu:.0%} MFU": [_seconds(s) for s in seconds],
+        "steps": [f"{n:,}" for n in lengths],
+        "samples": [_count(n * sum(x.samples.values())) for n, x in zip(lengths, loads, strict=True)],
+        "tokens": [_count(n * x.tokens) for n, x in zip(lengths, loads, strict=True)],
+        "time": [_seconds(n * s) for n, s in zip(lengths, seconds, strict=True)],
+    }
+    for name, values in rows.items():
+        table.add_row(name, *values)
+    total = sum(n * s for n, s in zip(lengths, seconds, strict=True))
+    hours = f"{total * plan.num_gpus / 3600:,.1f} GPU-hours"
+    table.caption = f"The stage: {_seconds(total)}, {hours} (no checkpoints, sample pictures or failures)"
+    return table
+
+
+def _memory_table(plan: Plan) -> Table:
+    slots, cap = plan.recipe.data.slots, plan.recipe.data.pack_tokens
+    worst = max(plan.loads, key=lambda load: plan.memory(load, plan.num_gpus, cap).peak)
+    mean, full = (plan.memory(worst, plan.num_gpus, tokens) for tokens in (worst.tokens / slots, cap))
+    title = "Memory of a GPU" + f" in phase {worst.phase.name}" * (len(plan.loads) > 1)
+    table = _table(title, "", f"mean pack, {worst.tokens / slots:,.0f} tokens", f"full pack, {cap:,} tokens")
+    for name in full.kept:
+        if full.kept[name]:
+            table.add_row(name, _gib(mean.kept[name]), _gib(full.kept[name]))
+    table.add_row("autoencoder at work (before activations)", _gib(mean.encoding), _gib(full.encoding))
+    table.add_section()
+    table.add_row("peak", _gib(mean.peak), _gib(full.peak), style="bold")
+    room = _gib(usable(plan.gpu_name))
+    table.add_row(f"{plan.gpu_name}: {CARDS[plan.gpu_name][0]:.1f} GiB less {RESERVE:.0%} reserve", room, room)
+    return table
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", caption_justify="left")
+    for column in columns:
+        table.add_column(column, justify="left" if column == columns[0] else "right")
+    return table
+
+
+def _count(n: float) -> str:
+    if n >= 1e9:
+        return f"{n / 1e9:,.3f} B"
+    if n >= 1e6:
+        return f"{n / 1e6:,.1f} M"
+    return f"{n:,.0f}" if n else "-"
+
+
+def _flops(n: float) -> str:
+    if not n:
+        return "-"
+    unit, size = next((u for u in (("EFLOP", 1e18), ("PFLOP", 1e15), ("TFLOP", 1e12)) if n >= u[1]), ("GFLOP", 1e9))
+    return f"{n / size:,.1f} {unit}"
+
+
+def _gib(n: float) -> str:
+    return f"{n / GIB:,.2f} GiB" if n >= 0.1 * GIB or not n else f"{n / 2**20:,.2f} MiB"
+
+
+def _seconds(s: float) -> str:
+    for unit, size in (("days", 86400), ("h", 3600), ("min", 60), ("s", 1)):
+        if s >= size:
+            return f"{s / size:,.1f} {unit}"
+    return f"{s * 1e3:,.1f} ms"

@@ -1,0 +1,18 @@
+"""Imported once by the server that ranks are forked from (spawn.py), so that a rank starts at once."""
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import diffusers.models.autoencoders.autoencoder_dc  # noqa: F401
+import torch.distributed.checkpoint.state_dict  # noqa: F401
+import torch.distributed.fsdp
+
+import data_pipelines.stream.loader  # noqa: F401
+import data_pipelines.stream.requests  # noqa: F401
+import emma_train.cli  # noqa: F401
+import emma_train.generate.samples  # noqa: F401
+import emma_train.training.loop  # noqa: F401
+import tests.distributed.ranks  # noqa: F401
+
+torch.set_num_threads(1)

@@ -1,0 +1,91 @@
+"""What ranks do in the distributed tests. Here, and not in a test module, because a rank finds its function by name."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data_pipelines.stream.plan import Planner
+from data_pipelines.stream.reader import Reader
+from emma_train.cli import main
+from emma_train.config.schema import Recipe
+from emma_train.engine.world import World, join
+from emma_train.model.autoencoder import Autoencoder
+from emma_train.objectives.account import Counts, LossAccount, count, losses
+from emma_train.sequence.layout import Text
+from emma_train.sequence.pack import PackedBatch, Sample, pack
+from emma_train.sequence.tokens import TextTokenizer
+from emma_train.stages.stage import stage_of
+from emma_train.training.build import Built, build, set_initial
+from emma_train.training.forward import micro_loss
+
+
+def command(argv: list[str]) -> int:
+    """An emma-train command in this process."""
+    return main(argv)
+
+
+def one_step(recipe: Recipe, kinds: list[str], seeded: bool = False) -> dict[str, Any]:
+    """Loss, gradient norm and whole gradients of one step over packs of the given kinds, dealt to the ranks in turn.
+
+    `seeded` starts a stage from the seed that otherwise follows another.
+    """
+    with join("cpu", 60) as world:
+        built = build(recipe, stage_of(recipe), world, resuming=seeded)
+        if seeded:
+            set_initial(built.engine.model, recipe.model, [name for name, _ in built.engine.model.named_parameters()])
+        _wake_up(built)
+        mine = [make_pack(recipe, kind) for kind in kinds[world.rank :: world.size]]
+        return step_of(recipe, world, built, mine)
+
+
+def step_of(recipe: Recipe, world: World, built: Built, packs: list[PackedBatch]) -> dict[str, Any]:
+    """What the loop does in a step, without the update."""
+    stage, engine = stage_of(recipe), built.engine
+    mine = count(packs, stage.loss)
+    counts = Counts(*(int(n) for n in world.sum([mine.i2t, mine.t2i, mine.it2i])))
+    account = LossAccount(recipe.loss, counts, world.device)
+    autoencoder = Autoencoder(recipe.model.autoencoder, world.device)
+    for index, batch in enumerate(packs):
+        loss = micro_loss(engine.model, autoencoder, batch, recipe.flow, stage, account)
+        engine.accumulate(loss, last=index == len(packs) - 1)
+    gradients = {name: _whole(p.grad) for name, p in engine.model.named_parameters() if p.grad is not None}
+    norm = engine.clip(0.0)
+    return {**losses(world.sum(account.sums.tolist()), counts, recipe.loss), "norm": norm, "gradients": gradients}
+
+
+def make_pack(recipe: Recipe, kind: str) -> PackedBatch:
+    """A pack of a few real samples: i2t, t2i, it2i, mixed, silent (nothing is supervised) or text (no picture at all)."""
+    if kind == "text":
+        return pack([Sample("text", "i2t", [Text((5, 6, 7)), Text((8, 9), supervised=True)], {})])
+    tokenizer, vision = TextTokenizer(recipe.data.tokenizer), recipe.model.vision
+    reader = Reader(recipe.data, tokenizer, vision.patch, vision.shuffle, None)
+    wanted = ("i2t", "t2i", "it2i") if kind == "mixed" else ("i2t",) if kind == "silent" else (kind,)
+    planned = [sample for slot in Planner(recipe, tokenizer).plan(1).slots for sample in slot]
+    samples = [reader.read(p) for task in wanted for p in [p for p in planned if p.task == task][:2]]
+    if kind == "silent":
+        for sample in samples:
+            sample.segments = [Text(s.ids) if isinstance(s, Text) else s for s in sample.segments]
+    return pack(samples)
+
+
+def _wake_up(built: Built) -> None:
+    """The velocity head starts at zero and would hide every gradient behind it."""
+    with torch.no_grad():
+        for name, parameter in built.engine.model.named_parameters():
+            if name.startswith("velocity_head."):
+                parameter.fill_(0.02)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.clone()
+
+
+def stream_steps(recipe: Recipe, rank: int, size: int, last: int) -> list[Any]:
+    """The steps 1 to `last` of a rank's stream, for worker processes that a test must not fork from itself."""
+    from data_pipelines.stream.loader import Stream
+    from emma_train.model.autoencoder import fingerprint
+
+    stream = Stream(recipe, rank, size, fingerprint(Path(recipe.model.autoencoder.path)))
+    return list(stream.steps(1, last))

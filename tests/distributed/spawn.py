@@ -1,0 +1,158 @@
+"""One helper for every test that needs processes of its own.
+
+    run_ranks(2, function, *args)      the function once per rank, forked from a server that has imported torch already
+    run_command("train", ..., processes=2)      `python -m emma_train ...` or torchrun, as a user starts them
+
+Both end under a time limit, leave no process behind, and show what every process wrote when one of them fails.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+_PRELOAD = ["tests.distributed.preload"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a rank or a command gave."""
+
+    value: Any
+    """The function's value, or the command's exit code."""
+    out: str
+    err: str
+
+    @property
+    def error_lines(self) -> list[str]:
+        return [line for line in self.err.splitlines() if line.strip()]
+
+
+def run_ranks(size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 120) -> list[Outcome]:
+    """Call function(*args) on `size` ranks, with RANK and its like where there are several; raises where one fails.
+
+    The function is found by name, so it must be defined at the top of a module, and its value must be picklable.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    port = free_port()
+    with tempfile.TemporaryDirectory() as temporary:
+        folders = [Path(temporary) / str(rank) for rank in range(size)]
+        processes = []
+        for rank, folder in enumerate(folders):
+            folder.mkdir()
+            process = context.Process(target=_rank, args=(function, args, rank, size, port, folder), daemon=True)
+            process.start()
+            processes.append(process)
+        late = _wait(processes, time.monotonic() + timeout_s)
+        outcomes = [_outcome(folder) for folder in folders]
+        if late or any(process.exitcode for process in processes):
+            codes = [process.exitcode for process in processes]
+            problem = f"no end after {timeout_s} s" if late else f"exit codes {codes}"
+            raise AssertionError(f"{function.__name__} on {size} ranks: {problem}\n" + _told(outcomes))
+        return outcomes
+
+
+def run_command(
+    *argv: str, processes: int = 1, module: str = "emma_train", timeout_s: float = 180, code: int | None = 0
+) -> Outcome:
+    """Run `python -m MODULE argv` or the same under torchrun; raises where the exit code is not `code` (None: any)."""
+    command = start_command(*argv, processes=processes, module=module)
+    try:
+        out, err = command.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        kill_all(command)
+        out, err = command.communicate()
+        raise AssertionError(f"{' '.join(argv)}: no end after {timeout_s} s\n{out}\n{err}") from None
+    outcome = Outcome(command.returncode, out, err)
+    if code is not None and outcome.value != code:
+        raise AssertionError(f"{' '.join(argv)}: exit code {outcome.value}, not {code}\n" + _told([outcome]))
+    return outcome
+
+
+def start_command(*argv: str, processes: int = 1, module: str = "emma_train") -> subprocess.Popen[str]:
+    """The command as a running process, leader of a process group of its own; use kill_all to end it early."""
+    torchrun = ["torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(free_port()), "-m"]
+    words = [sys.executable, "-m", *(torchrun if processes > 1 else []), module, *argv]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_"))}
+    return subprocess.Popen(
+        words,
+        cwd=ROOT,
+        env={**environment, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def kill_all(command: subprocess.Popen[str]) -> None:
+    """SIGKILL to a started command and all of its processes, as a machine that goes down would."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(command.pid, signal.SIGKILL)
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def _rank(function: Callable[..., Any], args: tuple[Any, ...], rank: int, size: int, port: int, folder: Path) -> None:
+    for number, name in ((1, "out"), (2, "err")):
+        descriptor = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(descriptor, number)
+    os.chdir(ROOT)
+    if size > 1:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    code = 1
+    try:
+        value = function(*args)
+        (folder / "value").write_bytes(pickle.dumps(value))
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _wait(processes: list[Any], deadline: float) -> bool:
+    """Wait for all; when one fails, the others get a moment and are ended. True where the time was up."""
+    while any(process.is_alive() for process in processes):
+        failed = any(process.exitcode for process in processes)
+        if failed:
+            deadline = min(deadline, time.monotonic() + 5)
+        if time.monotonic() > deadline:
+            for process in processes:
+                process.kill()
+                process.join()
+            return not failed
+        time.sleep(0.02)
+    return False
+
+
+def _outcome(folder: Path) -> Outcome:
+    value = folder / "value"
+    texts = [path.read_text(errors="replace") if (path := folder / name).exists() else "" for name in ("out", "err")]
+    return Outcome(pickle.loads(value.read_bytes()) if value.exists() else None, *texts)
+
+
+def _told(outcomes: list[Outcome]) -> str:
+    return "\n".join(
+        f"--- {rank}, stdout\n{o.out[-4000:]}\n--- {rank}, stderr\n{o.err[-4000:]}" for rank, o in enumerate(outcomes)
+    )

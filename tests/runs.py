@@ -1,0 +1,60 @@
+"""Start training in a test, and read what a run folder holds."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from tests.distributed.ranks import command
+from tests.distributed.spawn import Outcome, run_ranks
+
+SAME_EVERYWHERE = ("loss", "loss/i2t", "loss/t2i", "loss/it2i", "lr", "grad_norm", "data/digest", "data/straggler",
+                   "samples/i2t", "samples/t2i", "samples/it2i", "tokens/total", "data/skipped")  # fmt: skip
+"""What two runs of one recipe agree on, bit for bit at the same world size; the rest are clocks and memory."""
+
+
+def train(recipe: Path, *overrides: str, processes: int = 1, code: int = 0, timeout_s: float = 180) -> list[Outcome]:
+    """`emma-train train` on forked ranks; each must give the exit code. A rank's `value` is its code."""
+    outcomes = run_ranks(processes, command, ["train", str(recipe), *overrides], timeout_s=timeout_s)
+    for outcome in outcomes:
+        assert outcome.value == code, f"exit code {outcome.value}, not {code}\n{outcome.out}\n{outcome.err}"
+    return outcomes
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def learnt(run: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl without clocks and memory."""
+    return [{key: line[key] for key in ("step", *SAME_EVERYWHERE) if key in line} for line in metrics(run)]
+
+
+def checkpoint(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
+def stored(folder: Path) -> dict[str, Any]:
+    """Everything that a checkpoint's shards hold: whole tensors and plain values, by name."""
+    entries = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    state: dict[str, Any] = dict.fromkeys(entries)
+    for name, entry in entries.items():
+        if isinstance(entry, TensorStorageMetadata):
+            state[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
+    dcp.load(state, checkpoint_id=folder, no_dist=True)
+    return state
+
+
+def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """Names of what two checkpoints do not hold alike, bit for bit."""
+    return sorted(name for name in one.keys() | other.keys() if not _equal(one.get(name), other.get(name)))
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    return type(one) is type(other) and one == other

@@ -1,0 +1,82 @@
+"""Small shard folders, written member by member, for tests that break them or count what comes out."""
+
+import io
+import json
+import tarfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from data_pipelines.stream.index import index_folder
+from tests.helpers import ASSETS
+
+Content = tuple[str, dict[str, Any], dict[str, bytes]]
+"""Key, record, and pictures by the name that they have after the key (img0.png)."""
+
+
+def png(seed: int, side: int = 32) -> bytes:
+    """A picture of noise."""
+    rng = np.random.default_rng(seed)
+    file = io.BytesIO()
+    Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)).save(file, "PNG")
+    return file.getvalue()
+
+
+def question(key: str, answers: Sequence[str] = ("a cat",), tags: Sequence[str] = (), side: int = 32) -> Content:
+    """A record with one i2t alternative per answer."""
+    turns = [[{"role": "user", "text": "What is this?"}, {"role": "assistant", "text": text}] for text in answers]
+    record = {"i2t": [{"images": ["img0"], "turns": t, "kind": "concept"} for t in turns], "tags": list(tags)}
+    return key, record, {"img0.png": png(_seed(key), side)}
+
+
+def prompt(key: str, text: str = "a red fish", side: int = 32) -> Content:
+    """A record with one t2i alternative."""
+    return key, {"t2i": [{"target": "img0", "text": text}], "tags": []}, {"img0.png": png(_seed(key), side)}
+
+
+def edit(key: str, side: int = 32) -> Content:
+    """A record with an edit in both directions."""
+    alternatives = [
+        {"images": ["img0"], "target": "img1", "text": "add a fish", "kind": "add"},
+        {"images": ["img1"], "target": "img0", "text": "remove the fish", "kind": "remove"},
+    ]
+    pictures = {f"img{i}.png": png(_seed(key) + i, side) for i in range(2)}
+    return key, {"it2i": alternatives, "tags": []}, pictures
+
+
+def every_task(num: int, side: int = 32) -> list[Content]:
+    """`num` records of each task, in turn."""
+    kinds = (("q", question), ("p", prompt), ("e", edit))
+    return [make(f"{letter}{i:03d}", side=side) for i in range(num) for letter, make in kinds]
+
+
+def write_shards(folder: Path, contents: Iterable[Content], per_shard: int = 1000, index: bool = True) -> Path:
+    """Tars of `per_shard` records each, with index and manifest; returns the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    contents = list(contents)
+    for number, start in enumerate(range(0, len(contents), per_shard)):
+        with tarfile.open(folder / f"shard-{number:06d}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+            for key, record, pictures in contents[start : start + per_shard]:
+                for name, data in {"json": json.dumps(record).encode(), **pictures}.items():
+                    member = tarfile.TarInfo(f"{key}.{name}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+    if index:
+        index_folder(folder, ASSETS / "tokenizer")
+    return folder
+
+
+def damage(tar: Path, member: str, how_many: int = 64) -> None:
+    """Overwrite the last bytes of a member; the tar keeps its size."""
+    with tarfile.open(tar) as archive:
+        found = archive.getmember(member)
+    with open(tar, "r+b") as file:
+        file.seek(found.offset_data + found.size - min(how_many, found.size))
+        file.write(b"\xff" * min(how_many, found.size))
+
+
+def _seed(key: str) -> int:
+    return int.from_bytes(key.encode()[-4:], "little")

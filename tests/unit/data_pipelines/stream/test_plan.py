@@ -1,0 +1,204 @@
+"""The plan of a step is a pure function of (seed, step, manifests): exact ratio, exact epochs, even slots."""
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_pipelines.stream.plan import Planned, Planner, StepPlan
+from emma_train.config.errors import UserError
+from emma_train.config.schema import Recipe
+from tests.helpers import tiny_recipe, tokenizer
+from tests.shards import every_task, question, write_shards
+
+EMOJI_RECIPE = {"data__slots": 12, "data__samples_per_step": 192, "data__pack_tokens": 2048, "data__und": {"side": 128}}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Thirty records of each task, one picture size."""
+    return write_shards(tmp_path_factory.mktemp("small") / "set", every_task(30), per_shard=20)
+
+
+def planner(recipe: Recipe) -> Planner:
+    return Planner(recipe, tokenizer())
+
+
+def small_recipe(folder: Path, **dotted: Any) -> Recipe:
+    return tiny_recipe(data__sources=[{"path": str(folder)}], **dotted)
+
+
+def all_of(plan: StepPlan, task: str) -> list[Planned]:
+    return [sample for slot in plan.slots for sample in slot if sample.task == task]
+
+
+@pytest.mark.parametrize(
+    ("mix", "expected"),
+    [
+        ({"i2t": 1, "t2i": 1, "it2i": 1}, {"i2t": 64, "t2i": 64, "it2i": 64}),
+        ({"i2t": 1, "t2i": 1, "it2i": 0}, {"i2t": 96, "t2i": 96}),
+        ({"i2t": 1, "t2i": 6, "it2i": 1}, {"i2t": 24, "t2i": 144, "it2i": 24}),
+    ],
+)
+def test_every_step_has_the_exact_count_of_each_task_and_every_slot_holds_every_task(
+    mix: dict[str, int], expected: dict[str, int]
+) -> None:
+    plans = planner(tiny_recipe(**EMOJI_RECIPE, mix=mix))
+    for step in (1, 2, 3, 17, 1000):
+        plan = plans.plan(step)
+        assert Counter(s.task for slot in plan.slots for s in slot) == expected
+        for slot in plan.slots:
+            counts = Counter(s.task for s in slot)
+            assert counts.keys() == expected.keys()
+            assert all(abs(counts[task] - expected[task] / 12) < 1 for task in expected)
+
+
+@pytest.mark.parametrize("mix", [{"i2t": 1, "t2i": 1}, {"i2t": 1, "t2i": 1, "it2i": 1}, {"i2t": 1}])
+def test_slots_of_the_emoji_set_cost_the_same_within_five_percent(mix: dict[str, int]) -> None:
+    plans = planner(tiny_recipe(**EMOJI_RECIPE, data__gen={"side": 128}, mix={"i2t": 0, "t2i": 0, "it2i": 0, **mix}))
+    worst = max(plans.plan(step).straggler for step in range(1, 61))
+    assert 1.0 <= worst <= 1.05
+
+
+@given(samples=st.sampled_from([6, 12, 24, 36, 60]), start=st.integers(0, 4))
+def test_an_epoch_takes_each_sample_once_for_each_task(small: Path, samples: int, start: int) -> None:
+    per_task = samples // 3
+    plans = planner(small_recipe(small, data__samples_per_step=samples, data__slots=2, data__pack_tokens=4096))
+    # The fewest steps that make whole epochs of 30 samples, from any epoch on.
+    epochs = next(n for n in range(1, 31) if 30 * n % per_task == 0)
+    steps = range(1 + start * 30 * epochs // per_task, 1 + (start + 1) * 30 * epochs // per_task)
+    for task in ("i2t", "t2i", "it2i"):
+        seen = Counter((s.key, s.epoch) for step in steps for s in all_of(plans.plan(step), task))
+        assert len(seen) == 30 * epochs
+        assert set(seen.values()) == {1}
+        assert {epoch for _, epoch in seen} == set(range(start * epochs, (start + 1) * epochs))
+
+
+def test_epochs_differ_in_order_and_seeds_differ_in_data(small: Path) -> None:
+    def steps(recipe: Recipe, first: int) -> list[set[str]]:
+        """What each of the five steps of an epoch takes."""
+        plans = planner(recipe)
+        return [{s.key for s in all_of(plans.plan(step), "i2t")} for step in range(first, first + 5)]
+
+    settings = {"data__samples_per_step": 18, "data__slots": 6}
+    first, second = (steps(small_recipe(small, **settings), start) for start in (1, 6))
+    assert set.union(*first) == set.union(*second)
+    assert all(one != other for one, other in zip(first, second, strict=True))
+    seeds = [steps(small_recipe(small, **settings, data__seed=seed), 1) for seed in range(5)]
+    assert all(seeds[i] != seeds[j] for i in range(5) for j in range(i))
+
+
+def test_the_plan_of_a_step_does_not_depend_on_the_steps_before(small: Path) -> None:
+    recipe = small_recipe(small)
+    sequential = planner(recipe)
+    plans = [sequential.plan(step) for step in range(1, 41)]
+    for step in (40, 1, 23, 22, 7):
+        assert planner(recipe).plan(step) == plans[step - 1]
+
+
+def test_digests_tell_steps_apart_and_agree_between_planners(small: Path) -> None:
+    recipe = small_recipe(small)
+    digests = [planner(recipe).plan(step).digest for step in range(1, 31)]
+    again = planner(recipe)
+    assert digests == [again.plan(step).digest for step in range(1, 31)]
+    assert len(set(digests)) == 30
+
+
+def test_alternatives_are_drawn_evenly_over_epochs(tmp_path: Path) -> None:
+    answers = ("one", "two", "three", "four")
+    folder = write_shards(tmp_path, [question(f"q{i:03d}", answers) for i in range(40)])
+    mix = {"i2t": 1, "t2i": 0, "it2i": 0}
+    plans = planner(small_recipe(folder, mix=mix, data__samples_per_step=40, data__slots=4))
+    drawn = Counter(s.alternative for step in range(1, 51) for s in all_of(plans.plan(step), "i2t"))
+    assert sum(drawn.values()) == 2000
+    # 500 expected of each; four standard deviations are 77.
+    assert all(abs(drawn[number] - 500) < 77 for number in range(4))
+
+
+def test_planned_tokens_are_text_and_pictures(small: Path) -> None:
+    plans = planner(small_recipe(small, data__und={"side": 64}, data__gen={"side": 96}))
+    edit = all_of(plans.plan(1), "it2i")[0]
+    answer = all_of(plans.plan(1), "i2t")[0]
+    assert edit.num_visual == 9
+    assert edit.num_tokens > 18
+    assert answer.num_visual == 4
+    prompts = all_of(plans.plan(1), "t2i")
+    assert {s.num_visual for s in prompts} == {0}
+
+
+PHASES = [
+    {"name": "a", "steps": 3, "mix": {"i2t": 1, "t2i": 1}},
+    {"name": "b", "steps": 2, "mix": {"i2t": 1, "t2i": 1}},
+    {"name": "c", "steps": 4, "mix": {"i2t": 1, "t2i": 2, "it2i": 3}},
+]
+
+
+def test_phases_switch_the_mix_at_their_step_and_the_last_one_lasts(small: Path) -> None:
+    plans = planner(small_recipe(small, data__phases=PHASES, data__slots=2))
+    mixes = [Counter(s.task for slot in plans.plan(step).slots for s in slot) for step in range(1, 13)]
+    assert mixes[:5] == [{"i2t": 6, "t2i": 6}] * 5
+    assert mixes[5:] == [{"i2t": 2, "t2i": 4, "it2i": 6}] * 7
+
+
+def test_a_phase_goes_on_where_the_one_before_stopped(small: Path) -> None:
+    """5 steps x 6 samples are one epoch: phases a and b together show each sample once, with no noise drawn twice."""
+    plans = planner(small_recipe(small, data__phases=PHASES, data__slots=2))
+    for task in ("i2t", "t2i"):
+        seen = Counter((s.key, s.epoch) for step in range(1, 6) for s in all_of(plans.plan(step), task))
+        assert len(seen) == 30
+        assert {epoch for _, epoch in seen} == {0}
+    everything = Counter((s.key, s.task, s.epoch) for n in range(1, 13) for slot in plans.plan(n).slots for s in slot)
+    assert set(everything.values()) == {1}
+    assert plans.epochs(5) == {"i2t": 1.0, "t2i": 1.0}
+    assert plans.epochs(9) == {"i2t": 38 / 30, "t2i": 46 / 30, "it2i": 24 / 30}
+
+
+def test_phases_without_steps_yet_have_no_past(small: Path) -> None:
+    """The first phase is the plan of a recipe without phases."""
+    phased = planner(small_recipe(small, data__phases=PHASES, data__slots=2))
+    plain = planner(small_recipe(small, mix={"i2t": 1, "t2i": 1, "it2i": 0}, data__slots=2))
+    assert [phased.plan(n).digest for n in (1, 2, 3)] == [plain.plan(n).digest for n in (1, 2, 3)]
+
+
+def test_too_many_tokens_for_a_slot_are_an_error_with_both_numbers(small: Path) -> None:
+    recipe = small_recipe(small)
+    tokens = max(sum(s.num_tokens for s in slot) for slot in planner(recipe).plan(1).slots)
+    assert planner(small_recipe(small, data__pack_tokens=tokens)).plan(1)
+    with pytest.raises(UserError, match=rf"step 1 packs {tokens} tokens into one slot.*pack_tokens={tokens - 1}"):
+        planner(small_recipe(small, data__pack_tokens=tokens - 1)).plan(1)
+
+
+def test_another_tokenizer_than_the_index_was_made_with_is_refused(small: Path, tmp_path: Path) -> None:
+    shutil.copytree(small, folder := tmp_path / "set")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "tokenizer_sha256": "0" * 64}))
+    with pytest.raises(UserError, match=r"indexed with another tokenizer than data\.tokenizer .*emma-data index"):
+        planner(small_recipe(folder))
+
+
+def test_a_task_that_no_source_has_is_named(tmp_path: Path) -> None:
+    folder = write_shards(tmp_path, [question(f"q{i}") for i in range(8)])
+    with pytest.raises(UserError, match=r"mix\.t2i is above 0, but no sample of"):
+        planner(small_recipe(folder))
+
+
+def test_sources_may_be_restricted_to_tasks_and_tags(tmp_path: Path) -> None:
+    contents = [question(f"q{i:02d}", tags=["stem"] if i < 5 else []) for i in range(20)]
+    folder = write_shards(tmp_path, contents)
+    mix = {"i2t": 1, "t2i": 0, "it2i": 0}
+    source = {"path": str(folder), "tasks": ["i2t"], "require_tags": ["stem"]}
+    plans = planner(tiny_recipe(data__sources=[source], mix=mix, data__samples_per_step=5, data__slots=1))
+    assert {s.key for s in all_of(plans.plan(1), "i2t")} == {f"q{i:02d}" for i in range(5)}
+    with pytest.raises(UserError, match="has that task and the required tags"):
+        planner(tiny_recipe(data__sources=[{**source, "require_tags": ["map"]}], mix=mix))
+
+
+def test_the_fingerprint_follows_the_shards(small: Path, tmp_path: Path) -> None:
+    other = write_shards(tmp_path, every_task(29), per_shard=20)
+    fingerprints = [planner(small_recipe(folder)).fingerprint for folder in (small, other, small)]
+    assert fingerprints[0] == fingerprints[2] != fingerprints[1]

@@ -1,0 +1,86 @@
+"""Every contradiction that a recipe can hold, once; each names its fields."""
+
+from typing import Any
+
+import pytest
+
+from emma_train.config.check import CHOICES, POSITIVE, check_recipe, check_world, phases, samples_per_task
+from emma_train.config.errors import UserError
+from emma_train.config.schema import MixConfig
+from tests.helpers import tiny_recipe
+
+WRONG: list[tuple[dict[str, Any], tuple[str, ...]]] = [
+    *[({key.replace(".", "__"): "odd"}, (key, "'odd'", allowed[0])) for key, allowed in CHOICES.items()],
+    *[({key.replace(".", "__"): 0}, (key, "more than 0")) for key in POSITIVE],
+    ({"data__text_dropout": 1.5}, ("data.text_dropout", "1.5")),
+    ({"data__reference_dropout": -0.1}, ("data.reference_dropout", "-0.1")),
+    ({"ema__decay": 2.0}, ("ema.decay", "2.0")),
+    ({"model__vision__stem_threshold": 7.0}, ("stem_threshold",)),
+    ({"mix": {}}, ("at least one above 0",)),
+    ({"mix": {"i2t": 2, "t2i": -1}}, ("shares of 0 or more",)),
+    ({"data__samples_per_step": 13}, ("data.samples_per_step is 13", "1:1:1", "12 would do")),
+    ({"data__samples_per_step": 2, "data__slots": 1}, ("cannot divide exactly", "3 would do")),
+    ({"data__samples_per_step": 9}, ("3 i2t samples", "4 slots", "data.slots")),
+    ({"data__sources": []}, ("data.sources is empty",)),
+    (
+        {"data__phases": [{"name": "b", "steps": 1, "mix": {"i2t": 5}}]},
+        ("mix of phase b", "5:0:0", "10 would do"),
+    ),
+    ({"model__autoencoder__pixels": 16}, ("model.autoencoder.pixels is 16", "32")),
+    ({"model__decoder__shallow": 5}, ("model.decoder.shallow is 5", "layers (4)")),
+    ({"model__decoder__shallow": -1}, ("model.decoder.shallow is -1",)),
+    ({"model__decoder__shared": ["q_proj", "q_norm"]}, ("'q_norm'", "k_proj")),
+    ({"model__decoder__kv_heads": 3}, ("heads (4)", "kv_heads (3)")),
+    ({"model__decoder__head_dim": 7}, ("head_dim is 7", "even")),
+    ({"model__vision__expert_layers": 3}, ("expert_layers is 3",)),
+    ({"model__vision__expert_layers": 0}, ("expert_layers is 0",)),
+    ({"model__vision__heads": 5}, ("model.vision.hidden (32)", "heads (5)")),
+    ({"data__und": {"side": 65}}, ("data.und.side is 65", "multiple of 32")),
+    ({"data__gen": {"side": 48}}, ("data.gen.side is 48", "multiple of 32")),
+]
+
+
+@pytest.mark.parametrize(("changes", "words"), WRONG, ids=lambda v: next(iter(v)) if isinstance(v, dict) else "")
+def test_contradiction_is_one_line_that_names_its_fields(changes: dict[str, Any], words: tuple[str, ...]) -> None:
+    with pytest.raises(UserError) as caught:
+        check_recipe(tiny_recipe(**changes), "recipe.yaml")
+    message = str(caught.value)
+    assert message.startswith("recipe.yaml: ") and "\n" not in message
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize("stage", ["stage0", "stage1", "stage2", "stage3", "stage4_expert", "stage4_router"])
+def test_the_recipes_of_these_tests_are_right(stage: str) -> None:
+    check_recipe(tiny_recipe(stage), "test")
+
+
+def test_the_samples_of_a_step_keep_the_ratio_exactly() -> None:
+    for mix, total in (
+        (MixConfig(1, 1, 1), 12),
+        (MixConfig(2, 3, 0), 50),
+        (MixConfig(1, 0, 0), 7),
+        (MixConfig(8, 7, 1), 192),
+    ):
+        counts = samples_per_task(mix, total)
+        shares = {task: getattr(mix, task) for task in ("i2t", "t2i", "it2i")}
+        assert sum(counts.values()) == total and set(counts) == {t for t, s in shares.items() if s}
+        assert all(counts[t] * sum(shares.values()) == total * shares[t] for t in counts)
+
+
+def test_a_world_that_cannot_share_the_slots_is_told_which_could() -> None:
+    for world in (1, 2, 3, 4, 6, 12):
+        check_world(12, world)
+    for world in (5, 7, 8, 24):
+        with pytest.raises(
+            UserError, match=f"data.slots is 12, which {world} processes .* fits 1, 2, 3, 4, 6, 12 processes"
+        ):
+            check_world(12, world)
+
+
+def test_a_stage_without_phases_is_one_phase_and_a_phase_inherits_sources() -> None:
+    (only,) = phases(tiny_recipe())
+    assert (only.name, only.steps, only.mix) == ("stage1", 4, MixConfig(1, 1, 1))
+    own = [{"path": "own"}]
+    listed = phases(tiny_recipe(data__phases=[{"name": "a", "steps": 2}, {"name": "b", "steps": 3, "sources": own}]))
+    assert [(p.name, p.steps) for p in listed] == [("a", 2), ("b", 3)]
+    assert listed[0].sources == only.sources and [s.path for s in listed[1].sources] == ["own"]

@@ -1,0 +1,201 @@
+"""Recipes from files: extends, overrides, and one clear line for each mistake."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from emma_train.config import UserError, config_hash, load_recipe, to_yaml
+from emma_train.config.load import as_dict, from_dict, is_pipeline, load_pipeline, load_yaml
+from tests.helpers import ROOT, recipe_values, tiny_recipe, write_recipe
+
+
+def recipe_file(folder: Path, name: str = "recipe.yaml", **dotted: Any) -> Path:
+    return write_recipe(folder / name, recipe_values(**dotted))
+
+
+def error_of(path: Path, *overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        load_recipe(path, list(overrides))
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found = {}
+    for key, value in values.items():
+        found |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
+
+
+def test_own_values_win_over_those_that_are_extended_through_two_files(tmp_path: Path) -> None:
+    recipe_file(tmp_path, "far.yaml", train__steps=7, data__slots=2, optimizer__lr=0.5)
+    write_recipe(tmp_path / "near.yaml", {"extends": "far.yaml", "train": {"steps": 8}, "optimizer": {"lr": 0.25}})
+    path = write_recipe(tmp_path / "own.yaml", {"extends": "near.yaml", "train": {"steps": 9}})
+    recipe = load_recipe(path)
+    assert (recipe.train.steps, recipe.optimizer.lr, recipe.data.slots) == (9, 0.25, 2)
+
+
+def test_a_list_is_replaced_not_joined(tmp_path: Path) -> None:
+    recipe_file(tmp_path, "far.yaml", data__sources=[{"path": "a"}, {"path": "b"}])
+    path = write_recipe(tmp_path / "own.yaml", {"extends": "far.yaml", "data": {"sources": [{"path": "c"}]}})
+    assert [s.path for s in load_recipe(path).data.sources] == ["c"]
+
+
+@pytest.mark.parametrize("names", [["a"], ["a", "b"], ["a", "b", "c"]])
+def test_circular_extends_is_an_error_that_names_the_circle(tmp_path: Path, names: list[str]) -> None:
+    for name, following in zip(names, [*names[1:], names[0]], strict=True):
+        write_recipe(tmp_path / f"{name}.yaml", {"extends": f"{following}.yaml"})
+    message = error_of(tmp_path / "a.yaml")
+    assert "extends itself through" in message and all(f"{name}.yaml" in message for name in names)
+
+
+def test_overrides_win_and_take_yaml_values(tmp_path: Path) -> None:
+    path = recipe_file(tmp_path)
+    recipe = load_recipe(
+        path,
+        [
+            "train.steps=50",
+            "optimizer.lr=3e-5",
+            "init.from=null",
+            "model.decoder.shared=[mlp, norm]",
+            "train.sample_from=''",
+        ],
+    )
+    assert (recipe.train.steps, recipe.optimizer.lr, recipe.init.source) == (50, 3e-5, None)
+    assert recipe.model.decoder.shared == ["mlp", "norm"] and recipe.train.sample_from == ""
+    assert load_recipe(path, ["train.steps=50", "train.steps=51"]).train.steps == 51
+
+
+@pytest.mark.parametrize(
+    ("override", "nearest"),
+    [
+        ("train.stepz=3", "train.steps"),
+        ("trian.steps=3", "train"),
+        ("optimizer.learning_rate=1", "optimizer."),
+        ("data.und.sides=64", "data.und.side"),
+        ("init.form=x", "init.from"),
+        ("model.decoder.hiden=32", "model.decoder.hidden"),
+        ("steps=3", "train.steps"),
+        ("lr=3", "optimizer.lr"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest_known_one(tmp_path: Path, override: str, nearest: str) -> None:
+    path = recipe_file(tmp_path)
+    message = error_of(path, override)
+    assert f"unknown key {override.partition('=')[0].partition('.')[0]}" in message
+    if not nearest.endswith("."):
+        assert message.endswith(f"did you mean {nearest}?")
+    key, _, value = override.partition("=")
+    nested: Any = value
+    for part in reversed(key.split(".")):
+        nested = {part: nested}
+    in_file = write_recipe(tmp_path / "wrong.yaml", {"extends": "recipe.yaml", **nested})
+    assert "wrong.yaml: unknown key" in error_of(in_file)
+
+
+def test_an_unknown_key_inside_a_list_is_an_error_too(tmp_path: Path) -> None:
+    assert "pth" in error_of(recipe_file(tmp_path, data__sources=[{"pth": "a"}]))
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.steps=many", ("train.steps", "many")),
+        ("optimizer.lr=fast", ("optimizer.lr", "fast")),
+        ("train=5", ("train is a section",)),
+        ("data.sources=5", ("data.sources",)),
+        ("ema.decay=[1]", ("ema.decay",)),
+        ("train.steps", ("expected key=value",)),
+        ("train.steps=[1", ("not a YAML value",)),
+    ],
+)
+def test_a_value_of_the_wrong_type_names_key_and_value(tmp_path: Path, override: str, words: tuple[str, ...]) -> None:
+    message = error_of(recipe_file(tmp_path), override)
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize("key", ["run.name", "stage.name", "train.steps", "optimizer.lr", "data.samples_per_step"])
+def test_a_missing_value_is_named_with_a_way_out(tmp_path: Path, key: str) -> None:
+    values = recipe_values()
+    section, leaf = key.split(".")
+    del values[section][leaf]
+    message = error_of(write_recipe(tmp_path / "recipe.yaml", values))
+    assert f"no value for {key}" in message and f"{key}=VALUE" in message
+
+
+def test_files_that_cannot_be_recipes(tmp_path: Path) -> None:
+    assert "cannot read the recipe" in error_of(tmp_path / "absent.yaml")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    assert "found list" in error_of(tmp_path / "list.yaml")
+    (tmp_path / "broken.yaml").write_text("train: [1\n")
+    assert "not valid YAML" in error_of(tmp_path / "broken.yaml")
+    write_recipe(tmp_path / "orphan.yaml", {"extends": "absent.yaml"})
+    assert "absent.yaml: cannot read" in error_of(tmp_path / "orphan.yaml")
+
+
+def test_what_is_written_loads_as_the_same_recipe(tmp_path: Path) -> None:
+    recipe = tiny_recipe(
+        init={"from": "runs/before", "ema": False},
+        data__phases=[
+            {"name": "a", "steps": 2, "mix": {"i2t": 1, "t2i": 1}, "sources": [{"path": "x", "tasks": ["i2t"]}]}
+        ],
+        optimizer__lr=1e-05,
+        model__decoder__rope_theta=5e6,
+    )
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(recipe))
+    again = load_recipe(path)
+    assert again == recipe and config_hash(again) == config_hash(recipe)
+    assert yaml.safe_load(path.read_text())["init"] == {"from": "runs/before", "ema": False}
+    assert "source" not in yaml.safe_load(path.read_text())["init"]
+    assert from_dict(as_dict(recipe), "checkpoint") == recipe
+
+
+def test_the_hash_changes_with_any_value() -> None:
+    recipe = tiny_recipe(init={"from": "a"})
+    before, values = config_hash(recipe), as_dict(recipe)
+    assert len(before) == 12 and before == config_hash(tiny_recipe(init={"from": "a"}))
+    seen, names = {before}, leaves(values)
+    for name, value in names.items():
+        if isinstance(value, bool):
+            other: Any = not value
+        elif isinstance(value, int | float):
+            other = value + 1
+        elif isinstance(value, str):
+            other = value + "x"
+        elif value is None:
+            other = "x"
+        else:
+            other = [] if value else ["x"]
+            if name == "data.phases":
+                other = [{"name": "p", "steps": 1}]
+            if name == "data.sources":
+                other = [{"path": "elsewhere"}]
+        *sections, leaf = name.split(".")
+        changed = as_dict(recipe)
+        place = changed
+        for section in sections:
+            place = place[section]
+        place[leaf] = other
+        seen.add(config_hash(from_dict(changed, "test")))
+    assert len(names) > 80 and len(seen) == len(names) + 1
+
+
+def test_a_pipeline_is_told_from_a_stage_and_passes_overrides_on(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path / "pipeline.yaml", {"run": {"name": "all"}, "pipeline": ["a.yaml", "b.yaml"]})
+    assert is_pipeline(path) and not is_pipeline(recipe_file(tmp_path))
+    pipeline, stages = load_pipeline(path, ["run.name=mine", "train.steps=3"])
+    assert (pipeline.run.name, pipeline.pipeline, stages) == ("mine", ["a.yaml", "b.yaml"], ["train.steps=3"])
+    with pytest.raises(UserError, match="lists no stage"):
+        load_pipeline(write_recipe(tmp_path / "empty.yaml", {"run": {"name": "all"}, "pipeline": []}))
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "recipes").glob("*/stage*.yaml")), ids=lambda p: f"{p.parent.name}-{p.stem}"
+)
+def test_every_shipped_stage_recipe_has_only_known_keys(path: Path) -> None:
+    assert load_yaml(path)
+    load_recipe(path, ["model.autoencoder.path=x", "data.tokenizer=x", "data.sources=[{path: x}]"])

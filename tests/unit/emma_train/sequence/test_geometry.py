@@ -1,0 +1,96 @@
+"""Sizes of pictures, and patches in block order."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from emma_train.config.schema import ImageConfig
+from emma_train.sequence.geometry import buckets, from_patches, picture_size, to_patches
+
+sides = st.integers(1, 4)
+
+
+@given(sides, sides, st.integers(1, 3), st.integers(1, 4))
+def test_from_patches_inverts_to_patches(rows: int, columns: int, shuffle: int, patch: int) -> None:
+    shape = (rows * shuffle * patch, columns * shuffle * patch, 3)
+    image = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    patches = to_patches(image, patch, shuffle)
+    assert patches.shape == (rows * columns * shuffle**2, patch * patch * 3) and patches.dtype == np.uint8
+    assert np.array_equal(from_patches(torch.from_numpy(patches), rows, columns, patch, shuffle).numpy(), image)
+
+
+def test_the_patches_of_a_visual_token_are_neighbours_and_tokens_are_in_raster_order() -> None:
+    patch, shuffle, rows, columns = 4, 2, 3, 5
+    y, x = np.mgrid[: rows * patch * shuffle, : columns * patch * shuffle]
+    token = (y // (patch * shuffle)) * columns + x // (patch * shuffle)
+    within = (y // patch % shuffle) * shuffle + x // patch % shuffle
+    image = np.stack([token, within, token], -1).astype(np.uint8)
+    patches = to_patches(image, patch, shuffle).reshape(rows * columns, shuffle**2, patch * patch, 3)
+    for index in range(rows * columns):
+        assert (patches[index, ..., 0] == index).all()
+        assert (patches[index, ..., 1] == np.arange(shuffle**2)[:, None]).all()
+
+
+def test_a_patch_is_row_major_with_channels_last() -> None:
+    image = np.random.default_rng(1).integers(0, 256, (32, 64, 3), dtype=np.uint8)
+    patches = to_patches(image, 16, 2)
+    # Second token, third patch of it: lower left of the right half.
+    assert np.array_equal(patches[4 + 2].reshape(16, 16, 3), image[16:32, 32:48])
+
+
+def test_there_are_33_buckets_of_a_megapixel() -> None:
+    found = buckets(1024, 32)
+    assert len(found) == len(set(found)) == 33
+    assert all(h % 32 == 0 and w % 32 == 0 for h, w in found)
+    assert max(abs(h * w / 1024**2 - 1) for h, w in found) < 0.025
+    assert max(max(h / w, w / h) for h, w in found) <= 4.0 and (1024, 1024) in found and (512, 2048) in found
+    assert {(w, h) for h, w in found} == set(found)
+    heights = [h for h, _ in found]
+    assert len(set(heights)) == 33
+
+
+@pytest.mark.parametrize(("side", "count"), [(64, 3), (128, 5), (512, 17), (1024, 33)])
+def test_bucket_counts_by_size(side: int, count: int) -> None:
+    assert len(buckets(side, 32)) == count
+
+
+@given(st.integers(1, 8000), st.integers(1, 8000))
+def test_a_picture_goes_to_the_bucket_of_the_nearest_aspect(width: int, height: int) -> None:
+    image = ImageConfig(mode="buckets", side=1024)
+    chosen = picture_size(width, height, image, 32)
+
+    def far(hw: tuple[int, int]) -> float:
+        return abs(math.log(hw[1] / hw[0] * height / width))
+
+    assert chosen in buckets(1024, 32) and far(chosen) == pytest.approx(min(map(far, buckets(1024, 32))), abs=1e-12)
+
+
+def test_square_mode_has_one_size() -> None:
+    assert {picture_size(w, h, ImageConfig(side=512), 32) for w, h in ((1, 1), (4000, 30), (512, 512))} == {(512, 512)}
+
+
+@given(st.integers(1, 20000), st.integers(1, 20000), st.integers(1, 512))
+def test_native_sides_are_multiples_under_the_cap(width: int, height: int, cap: int) -> None:
+    high, wide = picture_size(width, height, ImageConfig(mode="native", max_tokens=cap), 32)
+    rows, columns = high // 32, wide // 32
+    assert (high % 32, wide % 32) == (0, 0) and rows >= 1 and columns >= 1 and rows * columns <= cap
+    plain = max(1, round(height / 32)), max(1, round(width / 32))
+    if plain[0] * plain[1] <= cap:
+        assert (rows, columns) == plain
+    elif min(rows, columns) >= 8:
+        # Scaled down as a whole: the aspect ratio moves by no more than the rounding of the shorter side.
+        assert abs(math.log(rows / columns * plain[1] / plain[0])) <= 1 / min(rows, columns) + 1e-9
+
+
+def test_the_native_cap_keeps_the_aspect_and_uses_the_budget() -> None:
+    image = ImageConfig(mode="native", max_tokens=1024)
+    assert picture_size(2048, 2048, image, 32) == (1024, 1024)
+    assert picture_size(4096, 1024, image, 32) == (512, 2048)
+    assert picture_size(640, 480, image, 32) == (480, 640)
+    assert picture_size(500, 49, image, 32) == (64, 512)
+    assert picture_size(200000, 32, image, 32) == (32, 32768)
+    assert picture_size(5, 5, image, 32) == (32, 32)

@@ -1,0 +1,83 @@
+"""What one stage hands to the next: loaded, cloned, new and dropped, each parameter once."""
+
+import pytest
+import torch
+
+from emma_train.config.errors import UserError
+from emma_train.config.schema import ModelConfig
+from emma_train.model.emma import Emma
+from emma_train.stages.handoff import plan_handoff
+from tests.helpers import tiny_model
+
+PLAIN = tiny_model()
+EXPERT = tiny_model(vision={"stem_expert": True})
+ROUTER = tiny_model(vision={"stem_expert": True, "router": True})
+
+
+def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        return {name: tuple(p.shape) for name, p in Emma(config).named_parameters()}
+
+
+def stored(config: ModelConfig, averaged: tuple[str, ...] = ()) -> dict[str, tuple[int, ...]]:
+    """The tensors of a checkpoint: weights, an optimizer, and averages of what has one of these prefixes."""
+    model = shapes(config)
+    return {
+        **{f"model.{n}": s for n, s in model.items()},
+        **{f"ema.{n}": s for n, s in model.items() if n.startswith(averaged)},
+        "optimizer.state.und_adapter.fc1.weight.exp_avg": (1,),
+    }
+
+
+def test_the_same_model_is_loaded_whole() -> None:
+    plan = plan_handoff(shapes(PLAIN), stored(PLAIN), PLAIN.vision, use_ema=True, source="runs/a")
+    assert plan.loaded == {name: f"model.{name}" for name in shapes(PLAIN)}
+    assert (plan.cloned, plan.initial, plan.dropped) == ({}, [], [])
+
+
+def test_averaged_weights_are_preferred_where_they_are_and_wanted() -> None:
+    source = stored(PLAIN, averaged=("decoder.",))
+    plan = plan_handoff(shapes(PLAIN), source, PLAIN.vision, use_ema=True, source="a")
+    for name, found in plan.loaded.items():
+        assert found == ("ema." if name.startswith("decoder.") else "model.") + name
+    num = sum(name.startswith("decoder.") for name in shapes(PLAIN))
+    assert plan.lines() == [f"loaded {len(shapes(PLAIN))} tensors ({num} of them averaged weights)"]
+    raw = plan_handoff(shapes(PLAIN), source, PLAIN.vision, use_ema=False, source="a")
+    assert all(found.startswith("model.") for found in raw.loaded.values())
+
+
+def test_the_stem_expert_starts_as_a_clone_and_the_router_from_the_seed() -> None:
+    plan = plan_handoff(shapes(EXPERT), stored(PLAIN), EXPERT.vision, use_ema=True, source="a")
+    new = set(shapes(EXPERT)) - set(shapes(PLAIN))
+    assert set(plan.cloned) == new and plan.initial == [] and set(plan.loaded) == set(shapes(PLAIN))
+    for name, origin in plan.cloned.items():
+        assert origin == name.replace("vision.stem_layers.0.", "vision.layers.2.") and origin in plan.loaded
+        assert shapes(EXPERT)[name] == shapes(EXPERT)[origin]
+    plan = plan_handoff(shapes(ROUTER), stored(EXPERT), ROUTER.vision, use_ema=True, source="a")
+    assert set(plan.initial) == set(shapes(ROUTER)) - set(shapes(EXPERT)) and plan.cloned == {}
+    assert plan.lines()[1] == f"new, from the seed: {len(plan.initial)} tensors of router"
+
+
+def test_a_trained_expert_is_loaded_not_cloned_again() -> None:
+    plan = plan_handoff(shapes(ROUTER), stored(EXPERT), ROUTER.vision, use_ema=True, source="a")
+    assert plan.loaded["vision.stem_layers.0.fc1.weight"] == "model.vision.stem_layers.0.fc1.weight"
+
+
+def test_what_the_new_stage_lacks_is_dropped_and_said() -> None:
+    plan = plan_handoff(shapes(PLAIN), stored(ROUTER), PLAIN.vision, use_ema=True, source="a")
+    assert plan.dropped == sorted(set(shapes(ROUTER)) - set(shapes(PLAIN)))
+    assert plan.lines()[-1] == f"dropped: {len(plan.dropped)} tensors of router, stem_expert"
+
+
+@pytest.mark.parametrize(("old", "new"), [(PLAIN, EXPERT), (EXPERT, ROUTER), (ROUTER, PLAIN), (PLAIN, ROUTER)])
+def test_every_parameter_has_one_origin(old: ModelConfig, new: ModelConfig) -> None:
+    plan = plan_handoff(shapes(new), stored(old), new.vision, use_ema=True, source="a")
+    assert sorted([*plan.loaded, *plan.cloned, *plan.initial]) == sorted(shapes(new))
+
+
+def test_a_shape_that_differs_is_an_error_that_names_both() -> None:
+    other = tiny_model(decoder={"mlp": 64})
+    with pytest.raises(
+        UserError, match=r"init.from runs/a: decoder.* has shape \[64, 32\] there and \[48, 32\] in this recipe"
+    ):
+        plan_handoff(shapes(PLAIN), stored(other), PLAIN.vision, use_ema=True, source="runs/a")

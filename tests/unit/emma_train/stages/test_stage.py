@@ -1,0 +1,89 @@
+"""The stages are the paper's table (emma.md §5)."""
+
+import pytest
+
+from emma_train.config.errors import UserError
+from emma_train.stages.stage import GROUPS, STAGES, check_order, stage_of
+from tests.helpers import tiny_recipe
+
+# "All but DC-AE": the autoencoder is outside the model, the STEM expert and router do not exist before Stage 4.
+ALL = {"vision", "und_adapter", "gen_adapter", "decoder", "velocity_head"}
+TABLE = {
+    "stage0": ({"und_adapter"}, {"i2t"}),
+    "stage1": (ALL, {"i2t", "t2i"}),
+    "stage2": (ALL, {"i2t", "t2i", "it2i"}),
+    "stage3": (ALL, {"i2t", "t2i", "it2i"}),
+    "stage4_expert": ({"stem_expert"}, {"i2t"}),
+    "stage4_router": ({"router"}, {"i2t"}),
+}
+
+
+def test_stages_train_what_table_2_says() -> None:
+    assert list(STAGES) == list(TABLE)
+    for name, (trainable, tasks) in TABLE.items():
+        stage = STAGES[name]
+        assert set(stage.trainable) == trainable and set(stage.trainable) <= set(GROUPS)
+        # Editing in pre-training is not the paper's, but allowed for ablations.
+        assert tasks <= set(stage.tasks) and (set(stage.tasks) == tasks or name == "stage1")
+        assert stage.stem_expert == name.startswith("stage4") and stage.router == (name == "stage4_router")
+        assert stage.loss == ("router" if name == "stage4_router" else "tokens")
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_the_stage_of_a_recipe_is_found(name: str) -> None:
+    assert stage_of(tiny_recipe(name)).name == name
+
+
+@pytest.mark.parametrize(
+    ("wrong", "near"),
+    [("stage_1", "stage1"), ("stag2", "stage2"), ("stage4expert", "stage4_expert"), ("stage4_routr", "stage4_router")],
+)
+def test_a_misspelt_stage_names_the_nearest(wrong: str, near: str) -> None:
+    with pytest.raises(UserError, match=f"stage.name is '{wrong}'; did you mean {near}?"):
+        stage_of(tiny_recipe(stage__name=wrong), "recipe.yaml")
+
+
+def test_a_stage_unlike_any_other_lists_all() -> None:
+    with pytest.raises(UserError, match="it is one of stage0, .*stage4_router"):
+        stage_of(tiny_recipe(stage__name="xyz"))
+
+
+@pytest.mark.parametrize("name", ["stage0", "stage4_expert", "stage4_router"])
+def test_a_stage_that_only_understands_takes_no_other_task(name: str) -> None:
+    with pytest.raises(UserError, match=f"mix.t2i is 1, but {name} trains i2t only"):
+        stage_of(tiny_recipe(name, mix={"i2t": 1, "t2i": 1}))
+
+
+@pytest.mark.parametrize(
+    ("name", "expert", "router"),
+    [("stage1", True, False), ("stage3", False, True), ("stage4_expert", False, False), ("stage4_router", True, False)],
+)
+def test_the_experts_exist_in_their_stages_alone(name: str, expert: bool, router: bool) -> None:
+    needs = f"{name} needs model.vision.stem_expert={str(name.startswith('stage4')).lower()}"
+    with pytest.raises(UserError, match=needs):
+        stage_of(tiny_recipe(name, model__vision__stem_expert=expert, model__vision__router=router))
+
+
+ALLOWED = {
+    ("stage0", None),
+    ("stage1", "stage0"),
+    ("stage1", None),
+    ("stage2", "stage1"),
+    ("stage3", "stage2"),
+    ("stage4_expert", "stage3"),
+    ("stage4_router", "stage4_expert"),
+}
+
+
+@pytest.mark.parametrize("previous", [None, *STAGES])
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stage_follows_the_one_before_it(name: str, previous: str | None) -> None:
+    source = f"runs/{previous}" if previous else None
+    if (name, previous) in ALLOWED:
+        check_order(STAGES[name], previous, source)
+        return
+    with pytest.raises(UserError) as caught:
+        check_order(STAGES[name], previous, source)
+    message = str(caught.value)
+    assert name in message and "\n" not in message
+    assert ("set init.from" in message) if previous is None else (f"runs/{previous}" in message and previous in message)

@@ -1,0 +1,65 @@
+"""One micro-batch: latents cached or encoded, and the loss of every stage."""
+
+import numpy as np
+import pytest
+import torch
+
+from emma_train.config.schema import FlowConfig, LossConfig
+from emma_train.objectives.account import LossAccount, count
+from emma_train.objectives.flow import noised
+from emma_train.sequence.geometry import to_patches
+from emma_train.sequence.pack import Sample, pack
+from emma_train.stages.freeze import freeze, group_of
+from emma_train.stages.stage import STAGES
+from emma_train.training.forward import clean_latents, micro_loss
+from tests.helpers import PATCH, SHUFFLE, FakeAutoencoder, i2t_sample, mixed_samples, picture, tiny_emma, tiny_model
+
+FAKE = FakeAutoencoder()
+
+
+def with_latents(cached: bool) -> list[Sample]:
+    samples = mixed_samples()
+    for number, sample in enumerate(samples):
+        for name, pixels in sample.pictures.items():
+            image = picture(*pixels.grid, seed=number + len(name))
+            pixels.patches = to_patches(image, PATCH, SHUFFLE)
+            pixels.latent = FAKE.encode([torch.from_numpy(image)])[0].numpy() if cached else None
+    return samples
+
+
+def test_encoded_latents_are_the_cached_ones_in_the_same_order() -> None:
+    cached, online = pack(with_latents(True)), pack(with_latents(False))
+    assert cached.latents is not None and online.latents is None
+    got, want = clean_latents(online, FAKE), clean_latents(cached, FAKE)  # type: ignore[arg-type]
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(want.numpy(), cached.latents.numpy() * FAKE.scale)
+
+
+def test_a_pack_without_pictures_has_no_latents() -> None:
+    assert clean_latents(pack([i2t_sample(grids=[])]), FAKE).shape == (0, 32)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_every_stage_gives_gradients_to_its_groups_and_to_no_other(name: str) -> None:
+    stage = STAGES[name]
+    model = tiny_emma(tiny_model(vision={"stem_expert": stage.stem_expert, "router": stage.router}))
+    freeze(model, stage.trainable)
+    understanding = [i2t_sample("a", stem=1), i2t_sample("b", [(1, 2)], stem=0)]
+    batch = pack(understanding if stage.tasks == ("i2t",) else with_latents(True))
+    account = LossAccount(LossConfig(), count([batch], stage.loss), torch.device("cpu"))
+    loss = micro_loss(model, FAKE, batch, FlowConfig(), stage, account)  # type: ignore[arg-type]
+    loss.backward()
+    assert torch.isfinite(loss) and loss > 0
+    moved = {group_of(n) for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert moved == set(stage.trainable)
+
+
+def test_the_loss_of_a_pack_is_its_two_weighted_means() -> None:
+    model, batch = tiny_emma(), pack(with_latents(True))
+    account = LossAccount(LossConfig(), count([batch], "tokens"), torch.device("cpu"))
+    loss = micro_loss(model, FAKE, batch, FlowConfig(), STAGES["stage2"], account)  # type: ignore[arg-type]
+    step = noised(batch, clean_latents(batch, FAKE), FlowConfig())  # type: ignore[arg-type]
+    out = model(batch, step.latents, step.time)
+    want = 0.25 * torch.nn.functional.cross_entropy(out.logits, batch.labels)
+    want = want + torch.nn.functional.mse_loss(out.velocity, step.velocity)
+    torch.testing.assert_close(loss, want, rtol=1e-6, atol=1e-6)

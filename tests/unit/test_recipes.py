@@ -1,0 +1,131 @@
+"""Every recipe of the repository loads and plans; the full-size ones say what the paper's Table 2 says."""
+
+from pathlib import Path
+
+import pytest
+
+from emma_train.config.check import phases, samples_per_task
+from emma_train.config.load import is_pipeline, load_pipeline, load_recipe, load_yaml
+from emma_train.config.schema import Recipe
+from emma_train.plan import Plan
+from emma_train.stages.stage import STAGES, check_order, stage_of
+
+ROOT = Path(__file__).parents[2] / "recipes"
+FILES = sorted(ROOT.rglob("*.yaml"))
+STAGE_FILES = [f for f in FILES if "stage" in load_yaml(f)]
+PIPELINES = [f for f in FILES if is_pipeline(f)]
+FULL = ROOT / "emma-4b"
+MILLION = 1_000_000
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT.parent)  # paths in recipes count from the repository's root
+
+
+@pytest.mark.parametrize("path", STAGE_FILES, ids=name_of)
+def test_stage_recipe_loads_and_plans(path: Path) -> None:
+    plan = Plan(load_recipe(path), str(path), 1, "h200-141g")
+    assert plan.trained > 0
+    assert all(load.tokens / plan.recipe.data.slots <= plan.recipe.data.pack_tokens for load in plan.loads)
+    assert all(plan.seconds(load) > 0 for load in plan.loads)
+    assert sum(plan.phase_steps) == plan.recipe.train.steps
+
+
+@pytest.mark.parametrize("path", PIPELINES, ids=name_of)
+def test_pipeline_lists_stages_in_order(path: Path) -> None:
+    pipeline, _ = load_pipeline(path)
+    previous = None
+    for name in pipeline.pipeline:
+        stage = stage_of(load_recipe(path.parent / name), name)
+        check_order(stage, previous, None)
+        previous = stage.name
+
+
+def test_both_sizes_have_every_stage_and_a_pipeline() -> None:
+    for size in ("tiny", "emma-4b"):
+        assert [f for f in STAGES if not (ROOT / size / f"{f}.yaml").is_file()] == []
+        assert load_pipeline(ROOT / size / "pipeline.yaml")[0].pipeline == [f"{name}.yaml" for name in STAGES]
+
+
+def full(stage: str) -> Recipe:
+    return load_recipe(FULL / f"{stage}.yaml")
+
+
+def samples(recipe: Recipe) -> dict[str, float]:
+    """Samples of each task over the whole stage."""
+    plan = Plan(recipe, "recipe", 1, "h200-141g")
+    totals = {"i2t": 0.0, "t2i": 0.0, "it2i": 0.0}
+    for phase, steps in zip(phases(recipe), plan.phase_steps, strict=True):
+        for task, count in samples_per_task(phase.mix, recipe.data.samples_per_step).items():
+            totals[task] += count * steps
+    return totals
+
+
+@pytest.mark.parametrize(
+    ("stage", "lr", "schedule", "decay", "shift"),
+    [
+        ("stage0", 1e-3, "cosine", 0.0, 1.0),
+        ("stage1", 1e-4, "constant", 0.9999, 1.0),
+        ("stage2", 4e-5, "constant", 0.9999, 4.0),
+        ("stage3", 1e-5, "cosine", 0.995, 4.0),
+        ("stage4_expert", 4e-6, "cosine", 0.0, 1.0),
+        ("stage4_router", 1e-4, "constant", 0.0, 1.0),
+    ],
+)
+def test_full_size_stages_take_the_papers_numbers(
+    stage: str, lr: float, schedule: str, decay: float, shift: float
+) -> None:
+    recipe = full(stage)
+    assert (recipe.optimizer.lr, recipe.schedule.kind) == (lr, schedule)
+    assert (recipe.ema.decay, recipe.flow.shift) == (decay, shift)
+    assert (recipe.optimizer.betas, recipe.optimizer.eps, recipe.optimizer.weight_decay) == ([0.9, 0.999], 1e-8, 0.0)
+    assert recipe.data.slots % 256 == 0
+
+
+@pytest.mark.parametrize(
+    ("stage", "total", "ratio"),
+    [
+        ("stage0", 0.558 * MILLION, {"i2t": 1}),
+        ("stage1", 1000 * MILLION, {"i2t": 1 / 2, "t2i": 1 / 2}),
+        ("stage3", 1.5 * MILLION, {"i2t": 1 / 3, "t2i": 1 / 3, "it2i": 1 / 3}),
+        ("stage4_expert", 15 * MILLION, {"i2t": 1}),
+        ("stage4_router", 3 * MILLION, {"i2t": 1}),
+    ],
+)
+def test_full_size_stages_see_the_papers_samples(stage: str, total: float, ratio: dict[str, float]) -> None:
+    seen = samples(full(stage))
+    assert sum(seen.values()) == pytest.approx(total, rel=1e-3)
+    assert {task: n / sum(seen.values()) for task, n in seen.items() if n} == pytest.approx(ratio)
+
+
+def test_full_size_stage2_has_its_three_phases() -> None:
+    recipe = full("stage2")
+    a, b, c = phases(recipe)
+    assert [p.name for p in (a, b, c)] == ["a", "b", "c"]
+    step = recipe.data.samples_per_step
+    assert a.steps * step == pytest.approx((120 + 105) * MILLION, rel=1e-4)
+    assert b.steps * step == pytest.approx((50 + 50) * MILLION, rel=1e-4)
+    assert samples(recipe)["it2i"] == c.steps * step / 3 == pytest.approx(12 * MILLION, rel=1e-4)
+    assert (a.mix.it2i, b.mix.it2i) == (0, 0) and c.mix.i2t == c.mix.t2i == c.mix.it2i == 1
+
+
+def test_full_size_resolutions() -> None:
+    for stage in ("stage0", "stage1"):
+        assert (full(stage).data.und.mode, full(stage).data.und.side) == ("square", 512)
+    assert (full("stage1").data.gen.mode, full("stage1").data.gen.side) == ("square", 512)
+    for stage in ("stage2", "stage3"):
+        assert (full(stage).data.gen.mode, full(stage).data.gen.side) == ("buckets", 1024)
+    for stage in ("stage2", "stage3", "stage4_expert", "stage4_router"):
+        assert full(stage).data.und.mode == "native"
+
+
+def test_full_size_stages_start_from_the_run_folder_before_them() -> None:
+    names = list(STAGES)
+    for previous, stage in zip(names, names[1:], strict=False):
+        run = full(previous).run
+        assert full(stage).init.source == f"{run.root}/{run.name}"
