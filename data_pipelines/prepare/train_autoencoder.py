@@ -67,6 +67,9 @@ AVERAGE = 0.999
 """Decay of the average of the weights over the steps; the average is what is stored."""
 LATENT_NOISE = 0.05
 """Of the latents' deviation: a decoder that bears it also bears latents that a model has painted."""
+UNIT_LATENTS = 0.01
+"""Weight of the squared logarithm of the latents' mean square. Without it they grow a thousandfold, and the blocks of
+the decoder, which are normalised, no longer matter beside them."""
 
 Pixels = NDArray[np.uint8]
 Draw = Callable[[np.random.Generator], Image.Image]
@@ -219,8 +222,8 @@ class Muon(torch.optim.Optimizer):
     In the same two minutes it reached 2.7 dB more than AdamW alone. torch.optim.Muon takes matrices only.
     """
 
-    def __init__(self, weights: list[nn.Parameter], lr: float, momentum: float = 0.95):
-        super().__init__(weights, {"lr": lr, "momentum": momentum})
+    def __init__(self, weights: list[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.1):
+        super().__init__(weights, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -229,6 +232,7 @@ class Muon(torch.optim.Optimizer):
                 average = self.state[weight].setdefault("average", torch.zeros_like(weight))
                 average.lerp_(weight.grad, 1 - group["momentum"])
                 update = orthogonal(weight.grad.lerp(average, group["momentum"]).flatten(1))
+                weight.mul_(1 - group["lr"] * group["weight_decay"])
                 weight.add_(update.reshape(weight.shape), alpha=-group["lr"])
 
 
@@ -243,11 +247,11 @@ def orthogonal(matrix: Tensor) -> Tensor:
     return (x if wide else x.T).to(matrix.dtype) * (0.2 * math.sqrt(max(matrix.shape)))
 
 
-def reconstruct(model: AutoencoderDC, pictures: Tensor) -> Tensor:
-    """Pictures in [-1, 1] [N, 3, H, W] through the autoencoder, with a little noise on the latents."""
-    latents = model.encoder(pictures)
-    noise = torch.randn_like(latents) * (LATENT_NOISE * latents.detach().float().std())
-    return model.decoder(latents + noise).float()
+def reconstruct(model: AutoencoderDC, pictures: Tensor) -> tuple[Tensor, Tensor]:
+    """Pictures in [-1, 1] [N, 3, H, W] through the autoencoder, with a little noise on the latents, and the latents."""
+    clean = model.encoder(pictures).float()
+    noise = torch.randn_like(clean) * (LATENT_NOISE * clean.detach().std())
+    return model.decoder(clean + noise).float(), clean
 
 
 def train(
@@ -285,9 +289,9 @@ def train(
             optimizer.param_groups[0]["lr"] = peak * min(1, (done + 1) / WARM_UP) * cosine
         target = normalise(drawn)
         with torch.autocast("cpu", torch.bfloat16):
-            output = forward(model, target)
+            output, clean = forward(model, target)
         loss = ((output - target).square().mean((1, 2, 3)) + 1e-4).sqrt().mean()
-        loss.backward()
+        (loss + UNIT_LATENTS * clean.square().mean().log().square()).backward()
         nn.utils.clip_grad_norm_(outer, 1.0)
         for optimizer in optimizers:
             optimizer.step()

@@ -96,6 +96,8 @@ class Planner:
             for task, count in counts.items():
                 taken[task] += phase.steps * count
         self.fingerprint = self.manifest_hash.hexdigest()[:16]
+        for planned in self._phases:
+            self.plan(planned.start + 1)  # arithmetic that cannot work is told now, not once the model is built
 
     @lru_cache(maxsize=4)  # noqa: B019 - one planner a process, and loader and trainer ask for the same step
     def plan(self, step: int) -> StepPlan:
@@ -179,7 +181,7 @@ class Planner:
 
 
 def _spread(samples: list[Planned], slots: list[list[Planned]], costs: list[int]) -> None:
-    """Deal the samples of one task to the slots, in place: as many to each, the costliest to the lightest slot first."""
+    """Deal the samples of one task to the slots, in place: as many to each, costliest first to the lightest slot."""
     share, extra = divmod(len(samples), len(slots))
     taken = [0] * len(slots)
     for sample in sorted(samples, key=lambda s: (-s.cost, s.key)):

@@ -1,10 +1,12 @@
 """Checks that join several fields of a recipe. Each failure names the fields, their values and a way out."""
 
+import logging
 from typing import Any
 
 from emma_train.config.errors import UserError
 from emma_train.config.schema import MixConfig, PhaseConfig, Recipe
 
+log = logging.getLogger(__name__)
 TASKS = ("i2t", "t2i", "it2i")
 SHAREABLE = ("q_proj", "k_proj", "v_proj", "o_proj", "mlp", "input_norm", "mlp_norm", "norm")
 CHOICES = {
@@ -46,6 +48,12 @@ def check_recipe(recipe: Recipe, where: str) -> None:
     _check_model(recipe, where)
     for phase in phases(recipe):
         _check_mix(recipe, phase, where)
+    before_last = sum(phase.steps for phase in recipe.data.phases[:-1])
+    if recipe.data.phases and before_last >= recipe.train.steps:
+        last = recipe.data.phases[-1].name
+        log.warning(
+            "%s: train.steps=%d ends before phase %s, which begins at %d", where, recipe.train.steps, last, before_last
+        )
 
 
 def phases(recipe: Recipe) -> list[PhaseConfig]:

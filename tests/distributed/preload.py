@@ -5,13 +5,13 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import diffusers.models.autoencoders.autoencoder_dc  # noqa: F401
-import torch.distributed.checkpoint.state_dict  # noqa: F401
+import torch.distributed.checkpoint.state_dict
 import torch.distributed.fsdp
 
-import data_pipelines.stream.loader  # noqa: F401
+import data_pipelines.stream.loader
 import data_pipelines.stream.requests  # noqa: F401
-import emma_train.cli  # noqa: F401
-import emma_train.generate.samples  # noqa: F401
+import emma_train.cli
+import emma_train.generate.samples
 import emma_train.training.loop  # noqa: F401
 import tests.distributed.ranks  # noqa: F401
 

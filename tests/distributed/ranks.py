@@ -56,7 +56,7 @@ def step_of(recipe: Recipe, world: World, built: Built, packs: list[PackedBatch]
 
 
 def make_pack(recipe: Recipe, kind: str) -> PackedBatch:
-    """A pack of a few real samples: i2t, t2i, it2i, mixed, silent (nothing is supervised) or text (no picture at all)."""
+    """A pack of a few real samples: i2t, t2i, it2i, mixed, silent (nothing supervised) or text (no picture at all)."""
     if kind == "text":
         return pack([Sample("text", "i2t", [Text((5, 6, 7)), Text((8, 9), supervised=True)], {})])
     tokenizer, vision = TextTokenizer(recipe.data.tokenizer), recipe.model.vision

@@ -53,7 +53,7 @@ def run_ranks(size: int, function: Callable[..., Any], *args: Any, timeout_s: fl
         processes = []
         for rank, folder in enumerate(folders):
             folder.mkdir()
-            process = context.Process(target=_rank, args=(function, args, rank, size, port, folder), daemon=True)
+            process = context.Process(target=_rank, args=(function, args, rank, size, port, folder))
             process.start()
             processes.append(process)
         late = _wait(processes, time.monotonic() + timeout_s)

@@ -21,7 +21,7 @@ MakeRecipe = Callable[..., Path]
 
 @pytest.fixture(scope="session")
 def make_recipe() -> MakeRecipe:
-    """make_recipe(folder, stage, **sections) writes folder/stage.yaml, which extends the shipped recipe of that stage."""
+    """make_recipe(folder, stage, **sections) writes folder/stage.yaml, which extends the shipped one."""
 
     def make(folder: Path, stage: str = "stage1", **sections: dict[str, Any]) -> Path:
         values: dict[str, Any] = {"extends": str(ROOT / "recipes" / "tiny" / f"{stage}.yaml"), "init": {"from": None}}

@@ -1,4 +1,4 @@
-"""A picture that cannot be read costs its sample and no more: skipped, counted, its key written out; past a limit it stops."""
+"""A picture that cannot be read costs its sample and no more: skipped, counted, written out; past a limit it stops."""
 
 import json
 from pathlib import Path

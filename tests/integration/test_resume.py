@@ -14,7 +14,7 @@ from tests.distributed.spawn import kill_all, run_command, start_command
 from tests.integration.conftest import MakeRecipe
 from tests.runs import checkpoint, differences, learnt, metrics, stored, train
 
-STEPS = 24
+STEPS = 12
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def steps_logged(run: Path) -> int:
     return path.read_text().count("\n") if path.exists() else 0
 
 
-@pytest.mark.parametrize("stops", [(1,), (7, 8, 13)])
+@pytest.mark.parametrize("stops", [(1,), (3, 4, 7)])
 def test_stopping_after_any_step_changes_nothing(recipe: Path, straight: Path, stops: tuple[int, ...]) -> None:
     name = "stop" + "-".join(map(str, stops))
     for stop in stops:
@@ -83,7 +83,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_exits_with_75(recipe: Path, strai
     run = recipe.parent / "asked"
     command = start_command("train", str(recipe), "run.name=asked")
     try:
-        wait_until(command, lambda: steps_logged(run) >= 5)
+        wait_until(command, lambda: steps_logged(run) >= 3)
         command.send_signal(signal.SIGTERM)
         _, err = command.communicate(timeout=60)
     finally:
@@ -92,26 +92,27 @@ def test_a_run_that_is_asked_to_stop_saves_and_exits_with_75(recipe: Path, strai
     assert "SIGTERM: stopping after this step" in err
     assert "Traceback" not in err
     stopped = steps_logged(run)
-    assert 5 <= stopped < STEPS
+    assert 3 <= stopped < STEPS
     assert (run / "checkpoints" / "latest").read_text().strip() == f"step-{stopped:08d}"
     run_command("train", str(recipe), "run.name=asked")
     assert_same_end(run, straight)
 
 
+@pytest.mark.slow
 def test_two_processes_that_are_asked_to_stop_save_together(recipe: Path, straight: Path) -> None:
     """One rank alone gets the signal; both stop after the same step. Then one process goes on, on the same data."""
     run = recipe.parent / "two"
     command = start_command("train", str(recipe), "run.name=two", processes=2)
     try:
-        wait_until(command, lambda: steps_logged(run) >= 5)
+        wait_until(command, lambda: steps_logged(run) >= 3)
         os.kill(children(command.pid)[-1], signal.SIGTERM)
         _, err = command.communicate(timeout=90)
     finally:
         kill_all(command)
     assert command.returncode != 0
-    assert "exitcode: 75" in err.replace("  ", " ").replace(" :", ":") or "exitcode: 75" in err
+    assert "exitcode: 75" in err
     stopped = steps_logged(run)
-    assert 5 <= stopped < STEPS
+    assert 3 <= stopped < STEPS
     meta = json.loads((checkpoint(run, stopped) / "meta.json").read_text())
     assert (meta["step"], meta["world_size"]) == (stopped, 2)
     train(recipe, "run.name=two")
@@ -129,10 +130,12 @@ def assert_same_data_and_losses(run: Path, straight: Path) -> None:
             assert one[key] == pytest.approx(other[key], rel=1e-5)
 
 
-@pytest.mark.parametrize("sizes", [(2, 1), (1, 3), (3, 2)])
+@pytest.mark.parametrize(
+    "sizes", [(2, 1), pytest.param((1, 3), marks=pytest.mark.slow), pytest.param((3, 2), marks=pytest.mark.slow)]
+)
 def test_a_run_goes_on_with_another_number_of_processes(recipe: Path, straight: Path, sizes: tuple[int, int]) -> None:
     name = f"from{sizes[0]}to{sizes[1]}"
-    train(recipe, f"run.name={name}", "train.steps=10", processes=sizes[0])
+    train(recipe, f"run.name={name}", "train.steps=5", processes=sizes[0])
     train(recipe, f"run.name={name}", processes=sizes[1])
     assert_same_data_and_losses(recipe.parent / name, straight)
 
@@ -147,13 +150,13 @@ def test_moments_after_a_resume_are_not_zero(recipe: Path) -> None:
 
 def test_a_torn_checkpoint_is_named_and_the_one_before_it_taken(recipe: Path, straight: Path) -> None:
     run = recipe.parent / "torn"
-    train(recipe, "run.name=torn", "train.steps=10")
-    shard = next(checkpoint(run, 10).glob("*.distcp"))
+    train(recipe, "run.name=torn", "train.steps=6")
+    shard = next(checkpoint(run, 6).glob("*.distcp"))
     shard.write_bytes(shard.read_bytes()[:-1])
     (outcome,) = train(recipe, "run.name=torn")
-    assert "step-00000010 is incomplete: skipped" in outcome.err
+    assert "step-00000006 is incomplete: skipped" in outcome.err
     assert "resumed" in outcome.err
-    assert "step-00000008" in outcome.err
+    assert "step-00000004" in outcome.err
     assert_same_end(run, straight)
 
 

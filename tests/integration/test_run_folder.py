@@ -1,4 +1,4 @@
-"""What a run leaves behind is what the documentation promises: files, metric names, a report, a checkpoint that says what it is."""
+"""What a run leaves behind is what the documentation promises: files, metric names, a report, a telling checkpoint."""
 
 import json
 import math
@@ -104,7 +104,7 @@ def test_the_report_is_one_page_without_anything_to_load(run: Path) -> None:
     page = (run / "report.html").read_text()
     assert page.lower().startswith("<!doctype html>")
     assert 'src="http' not in page
-    assert "data:image/png;base64," in page
+    assert "data:image/" in page
 
 
 def test_training_again_finds_nothing_to_do(run: Path, make_recipe: MakeRecipe) -> None:
