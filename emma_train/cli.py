@@ -37,8 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         run: Callable[[argparse.Namespace, list[str]], int] = arguments.run
         return run(arguments, overrides)
     except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # once per machine: all its processes see the same
-            print(f"emma-train {arguments.command}: {error}", file=sys.stderr)
+        # Every rank says it: what only one of them met would be lost otherwise.
+        print(f"emma-train {arguments.command}: {error}", file=sys.stderr, flush=True)
         return 2
     except BrokenPipeError:
         return 1

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderDC
+from diffusers.models.autoencoders.autoencoder_dc import DCDownBlock2d, DCUpBlock2d, ResBlock
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
@@ -67,9 +68,6 @@ AVERAGE = 0.999
 """Decay of the average of the weights over the steps; the average is what is stored."""
 LATENT_NOISE = 0.05
 """Of the latents' deviation: a decoder that bears it also bears latents that a model has painted."""
-UNIT_LATENTS = 0.01
-"""Weight of the squared logarithm of the latents' mean square. Without it they grow a thousandfold, and the blocks of
-the decoder, which are normalised, no longer matter beside them."""
 
 Pixels = NDArray[np.uint8]
 Draw = Callable[[np.random.Generator], Image.Image]
@@ -219,11 +217,11 @@ def normalise(pictures: Tensor) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Momentum with orthogonalised updates, for the convolutions inside the network.
 
-    In the same two minutes it reached 2.7 dB more than AdamW alone. torch.optim.Muon takes matrices only.
+    In the same 90 seconds it reached 2.6 dB more than AdamW alone. torch.optim.Muon takes matrices only.
     """
 
-    def __init__(self, weights: list[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.1):
-        super().__init__(weights, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+    def __init__(self, weights: list[nn.Parameter], lr: float, momentum: float = 0.95):
+        super().__init__(weights, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -232,7 +230,6 @@ class Muon(torch.optim.Optimizer):
                 average = self.state[weight].setdefault("average", torch.zeros_like(weight))
                 average.lerp_(weight.grad, 1 - group["momentum"])
                 update = orthogonal(weight.grad.lerp(average, group["momentum"]).flatten(1))
-                weight.mul_(1 - group["lr"] * group["weight_decay"])
                 weight.add_(update.reshape(weight.shape), alpha=-group["lr"])
 
 
@@ -247,11 +244,11 @@ def orthogonal(matrix: Tensor) -> Tensor:
     return (x if wide else x.T).to(matrix.dtype) * (0.2 * math.sqrt(max(matrix.shape)))
 
 
-def reconstruct(model: AutoencoderDC, pictures: Tensor) -> tuple[Tensor, Tensor]:
-    """Pictures in [-1, 1] [N, 3, H, W] through the autoencoder, with a little noise on the latents, and the latents."""
-    clean = model.encoder(pictures).float()
-    noise = torch.randn_like(clean) * (LATENT_NOISE * clean.detach().std())
-    return model.decoder(clean + noise).float(), clean
+def reconstruct(model: AutoencoderDC, pictures: Tensor) -> Tensor:
+    """Pictures in [-1, 1] [N, 3, H, W] through the autoencoder, with a little noise on the latents."""
+    latents = model.encoder(pictures)
+    noise = torch.randn_like(latents) * (LATENT_NOISE * latents.detach().float().std())
+    return model.decoder(latents + noise).float()
 
 
 def train(
@@ -289,9 +286,9 @@ def train(
             optimizer.param_groups[0]["lr"] = peak * min(1, (done + 1) / WARM_UP) * cosine
         target = normalise(drawn)
         with torch.autocast("cpu", torch.bfloat16):
-            output, clean = forward(model, target)
+            output = forward(model, target)
         loss = ((output - target).square().mean((1, 2, 3)) + 1e-4).sqrt().mean()
-        (loss + UNIT_LATENTS * clean.square().mean().log().square()).backward()
+        loss.backward()
         nn.utils.clip_grad_norm_(outer, 1.0)
         for optimizer in optimizers:
             optimizer.step()
@@ -321,10 +318,32 @@ def latents(model: AutoencoderDC, pictures: Tensor) -> Tensor:
     return torch.cat([model.encode(normalise(x)).latent for x in pictures.split(64)])
 
 
+@torch.no_grad()
+def shrink_latents(model: AutoencoderDC, factor: float) -> None:
+    """Divides the latents by a power of two, in place; the reconstructions stay what they are.
+
+    The two residual streams have no scale of their own, because all that is added to them is normalised, and so is what
+    leaves the decoder. Training lets them drift to thousands. Exact in bf16: only exponents change.
+    """
+    model.encoder.conv_in.conv.weight.div_(factor)
+    for module in model.modules():
+        if isinstance(module, ResBlock):
+            module.conv1.weight.mul_(factor)
+            module.norm.weight.div_(factor)
+            module.norm.bias.div_(factor)
+        elif isinstance(module, DCDownBlock2d | DCUpBlock2d) and module is not model.decoder.conv_out:
+            module.conv.bias.div_(factor)
+    model.encoder.conv_out.bias.div_(factor)
+    model.decoder.conv_in.bias.div_(factor)
+
+
 def save(model: AutoencoderDC, out: Path, pictures: Tensor) -> AutoencoderDC:
     """Writes diffusers' folder, in bf16, scaled for unit deviation over the pictures. Returns it as stored, in fp32."""
     stored = deepcopy(model).bfloat16()
-    stored.register_to_config(scaling_factor=round(1 / float(latents(deepcopy(stored).float(), pictures).std()), 6))
+    deviation = float(latents(deepcopy(stored).float(), pictures).std())
+    factor = 2.0 ** round(math.log2(deviation))
+    shrink_latents(stored, factor)
+    stored.register_to_config(scaling_factor=round(factor / deviation, 6))
     stored.save_pretrained(out)
     return load(out)
 

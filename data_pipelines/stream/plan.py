@@ -82,8 +82,9 @@ class Planner:
     """The plan of any step. Holds the index of the sources; every answer is a pure function of its arguments."""
 
     def __init__(self, recipe: Recipe, tokenizer: TextTokenizer) -> None:
-        """Reads manifests and indexes. Raises UserError where one is missing, of another tokenizer, or without
-        samples."""
+        """Reads manifests and indexes. Raises UserError where one is missing, of another tokenizer or without samples,
+        or where a phase's first step does not fit data.pack_tokens.
+        """
         self.data, self.pixels = recipe.data, recipe.model.autoencoder.pixels
         self.manifest_hash = hashlib.sha256()
         self._phases: list[_Phase] = []

@@ -80,7 +80,7 @@ def test_what_is_no_recipe_is_named(tmp_path: Path, content: str | None) -> None
 
 def test_a_stage_does_not_start_from_one_that_it_does_not_follow(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     train(make_recipe(tmp_path, "stage0"), "train.steps=1")
-    later = make_recipe(tmp_path, "stage2", train={"steps": 1, "sample_from": ""})
+    later = make_recipe(tmp_path, "stage2")
     (outcome,) = train(later, f"init.from={tmp_path / 'stage0'}", code=2)
     (line,) = outcome.error_lines
     assert "is a checkpoint of stage0, but stage2 starts from stage1" in line
@@ -110,11 +110,10 @@ def test_a_shard_that_shrank_is_refused(recipe: Path, tmp_path: Path) -> None:
     assert "shard-000000.tar: has" in line
 
 
-@pytest.mark.parametrize("processes", [4, 5])
-def test_a_world_that_does_not_divide_the_slots_is_told_under_torchrun(recipe: Path, processes: int) -> None:
+def test_a_world_that_does_not_divide_the_slots_is_told_under_torchrun(recipe: Path) -> None:
     """torchrun's own exit code is 1 and its own words follow, but ours are there to be read."""
-    outcome = run_command("train", str(recipe), "run.name=never", processes=processes, code=1)
-    said = f"data.slots is 6, which {processes} processes cannot share evenly; it fits 1, 2, 3, 6 processes"
+    outcome = run_command("train", str(recipe), "run.name=never", processes=4, code=1)
+    said = "data.slots is 6, which 4 processes cannot share evenly; it fits 1, 2, 3, 6 processes"
     assert said in outcome.err
     ours = outcome.err[: outcome.err.index("torch.distributed.elastic")] if "elastic" in outcome.err else outcome.err
     assert "UserError" not in ours
