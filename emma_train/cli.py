@@ -146,7 +146,7 @@ def inspect(arguments: argparse.Namespace, overrides: list[str]) -> int:
         "trainable": ", ".join(f"{group} ({n:,})" for group, n in meta["trainable"].items()),
         "EMA": meta["ema_decay"] or "none",
         "config": meta["config_hash"],
-        "from": meta["config"]["init"]["from"] or "seed",
+        "from": "{path} ({stage}, step {step})".format(**meta["parent"]) if meta["parent"] else "the seed",
         "data": ", ".join(f"{k} {v}" for k, v in meta["data"].items()),
         "samples seen": ", ".join(f"{k} {v:,}" for k, v in meta["done"]["seen"].items()),
         "written": f"{meta['time']} by {meta['world_size']} processes",

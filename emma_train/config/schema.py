@@ -101,6 +101,9 @@ class ModelConfig:
     """Shared-and-decoupled language model."""
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     """Generation encoder, frozen in every stage."""
+    position_scale: float = 0.3
+    """Amplitude of the fixed 2D position that is added to visual tokens; 1 would drown what the adapter says of
+    them."""
     time_features: int = 256
     """Sinusoidal features of the flow time."""
     seed: int = 0

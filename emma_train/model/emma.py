@@ -56,7 +56,8 @@ class Emma(nn.Module):
         gen = self.gen_adapter.forward_pictures(semantic[num_und:], latents[num_und:], time)
         grids = [*seen, *batch.grids[Role.TARGET]]
         visual = torch.cat([und, gen])
-        visual = visual + position_2d(grids, visual.shape[-1], visual.device).to(visual.dtype)
+        places = position_2d(grids, visual.shape[-1], visual.device)
+        visual = visual + (self.config.position_scale * places).to(visual.dtype)
         stream = torch.cat([text.to(visual.dtype), visual])
         hidden = self.decoder(stream, num_text + num_und, batch.position, prepare(batch))
         return Prediction(

@@ -8,13 +8,14 @@ from torch import Tensor
 
 from emma_train.sequence.seeds import seed_of
 
-EMBEDDING_STD = 0.02
+EMBEDDING_STD = 0.1
+"""Text must not drown in what the first layers add to it; with 0.02 a small model learnt half as fast from scratch."""
 
 
 def initial_value(name: str, shape: torch.Size, seed: int, num_layers: int) -> Tensor:
     """float32 start value of a parameter that no checkpoint provides.
 
-    Norms are 1, biases, the placeholder and the velocity head 0; embeddings N(0, 0.02²); other matrices N(0,
+    Norms are 1, biases, the placeholder and the velocity head 0; embeddings N(0, 0.1²); other matrices N(0,
     1/fan_in), and those that write to the residual stream are scaled down by sqrt(2 * num_layers).
     """
     if name.startswith("velocity_head.") or name.endswith((".bias", "placeholder")):

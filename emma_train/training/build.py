@@ -3,6 +3,7 @@
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,8 @@ class Built:
     """Parameters of the model, without the autoencoder."""
     handoff: HandOff | None
     """What was taken over from the previous stage; None at a start from the seed or a resume."""
+    parent: dict[str, Any] | None
+    """Where the weights came from: path, stage and step; None likewise."""
 
 
 def build(recipe: Recipe, stage: Stage, world: World, resuming: bool) -> Built:
@@ -44,10 +47,10 @@ def build(recipe: Recipe, stage: Stage, world: World, resuming: bool) -> Built:
     """
     if recipe.engine.kind != "fsdp":
         raise UserError(f"engine.kind={recipe.engine.kind} is not available in this version; use engine.kind=fsdp")
-    source = None
+    source, parent = None, None
     if not resuming:
-        source, previous = find_source(recipe)
-        check_order(stage, previous, recipe.init.source)
+        source, parent = find_source(recipe)
+        check_order(stage, parent["stage"] if parent else None, recipe.init.source)
     with torch.device("meta"):
         model = Emma(recipe.model)
     trainable = freeze(model, stage.trainable)
@@ -61,17 +64,18 @@ def build(recipe: Recipe, stage: Stage, world: World, resuming: bool) -> Built:
         set_initial(model, recipe.model, [name for name, _ in model.named_parameters()])
     optimizer = make_optimizer(model, recipe.optimizer)
     ema = Ema(model, recipe.ema.decay) if recipe.ema.decay else None
-    return Built(FsdpEngine(model, optimizer, recipe.engine), ema, trainable, num_parameters, handoff)
+    return Built(FsdpEngine(model, optimizer, recipe.engine), ema, trainable, num_parameters, handoff, parent)
 
 
-def find_source(recipe: Recipe) -> tuple[Path | None, str | None]:
-    """The checkpoint or export that init.from names, and its stage. Raises UserError where there is none."""
+def find_source(recipe: Recipe) -> tuple[Path | None, dict[str, Any] | None]:
+    """The checkpoint or export that init.from names, with its path, stage and step. Raises UserError where there is
+    none."""
     if not recipe.init.source:
         return None, None
-    if export.is_export(given := Path(recipe.init.source)):
-        return given, export.read_meta(given)["stage"]
-    source = folders.resolve(given)
-    return source, (folders.whole(source) or {})["stage"]
+    given = Path(recipe.init.source)
+    source = given if export.is_export(given) else folders.resolve(given)
+    meta = export.read_meta(source) if export.is_export(source) else folders.whole(source) or {}
+    return source, {"path": str(source), "stage": meta["stage"], "step": meta["step"]}
 
 
 def take_over(model: nn.Module, recipe: Recipe, source: Path) -> HandOff:

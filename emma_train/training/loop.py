@@ -79,7 +79,7 @@ class Trainer:
         self.done = Progressed()
         self.frozen = fingerprints(self.engine.model)
         self.run_id: str | None = None
-        self.parent: dict[str, Any] | None = None
+        self.parent = built.parent
         self._nonfinite_in_a_row = 0
 
     def resume(self, checkpoint: Path) -> None:
@@ -119,6 +119,8 @@ class Trainer:
                 log_now = data.step % cadence.log_every == 0 or data.step in (1, total)
                 asked, values = self._step(data, stop.asked, log_now)
                 last = data.step == total or asked
+                if data.step == total:
+                    self._verify()
                 stall = 0.0
                 if data.step % cadence.save_every == 0 or last:
                     stall = self.save()
@@ -133,7 +135,6 @@ class Trainer:
                 if asked:
                     code = EXIT_PREEMPTED if data.step < total else 0
                     return code
-            self._finish()
             code = 0
             return code
         finally:
@@ -269,8 +270,9 @@ class Trainer:
                 f"keys of the last on rank {self.world.rank}: {' '.join(keys)}"
             )
 
-    def _finish(self) -> None:
-        """Prove that frozen parameters did not move, on all ranks, and write the summary."""
+    def _verify(self) -> None:
+        """Before the last checkpoint: prove that frozen parameters did not move, on all ranks, and write the
+        summary."""
         self.engine.reshard()
         moved = changed(self.engine.model, self.frozen)
         anywhere = self.world.sum([len(moved)])[0]
