@@ -85,6 +85,7 @@ def _train_stage(path: Path, recipe: "Recipe", world: "World") -> int:
     from data_pipelines.stream.loader import Stream
     from data_pipelines.stream.requests import read_requests
     from emma_train.checkpoint import folder as folders
+    from emma_train.config.check import phases
     from emma_train.generate.generator import FlowSettings, Generator, TextSettings
     from emma_train.generate.samples import write_samples
     from emma_train.model.autoencoder import Autoencoder
@@ -104,7 +105,8 @@ def _train_stage(path: Path, recipe: "Recipe", world: "World") -> int:
     requests = []
     if recipe.train.sample_from and stage.loss == "tokens":
         folder, pixels = Path(recipe.train.sample_from), recipe.model.autoencoder.pixels
-        for task in stage.tasks:
+        mixed = [task for task in stage.tasks if any(getattr(phase.mix, task) for phase in phases(recipe))]
+        for task in mixed:
             requests += read_requests(folder, task, recipe.data, pixels, recipe.train.sample_num)
     built = build(recipe, stage, world, resuming=checkpoint is not None)
     if built.handoff is not None:
@@ -321,8 +323,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--num", type=int, default=1, help="answers or pictures per prompt (%(default)s)")
     command.add_argument("--size", type=int, nargs=2, metavar=("WIDTH", "HEIGHT"), help="of the picture in pixels")
     command.add_argument("--steps", type=int, default=30, help="Euler steps (%(default)s)")
-    command.add_argument("--text-guidance", type=float, default=4.0, help="strength of the prompt (%(default)s)")
-    command.add_argument("--image-guidance", type=float, default=1.5, help="strength of the reference (%(default)s)")
+    command.add_argument("--text-guidance", type=float, default=2.5, help="strength of the prompt (%(default)s)")
+    command.add_argument("--image-guidance", type=float, default=2.0, help="strength of the reference (%(default)s)")
     command.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
     command.add_argument("--max-tokens", type=int, default=64, help="longest answer (%(default)s)")
     command.add_argument("--seed", type=int, default=0)
@@ -331,7 +333,7 @@ def _parser() -> argparse.ArgumentParser:
     add_model(command)
     command.add_argument("--benchmark", choices=("emoji",), default="emoji")
     command.add_argument("--data", default="recipes/tiny/assets/emoji", help="folder with the held-out splits")
-    command.add_argument("--limit", type=int, default=96, help="requests per score; 0 takes all (%(default)s)")
+    command.add_argument("--limit", type=int, default=96, help="pictures to draw per split; 0 draws all (%(default)s)")
     command.add_argument("--out", help="where to write the scores (MODEL/scores.json)")
     command = add(report)
     command.add_argument("run_folder", metavar="RUN", help="run folder of a stage or a pipeline")

@@ -22,9 +22,9 @@ class FlowSettings:
 
     steps: int = 30
     """Euler steps from noise to picture."""
-    text_guidance: float = 4.0
+    text_guidance: float = 2.5
     """Strength of the prompt; 1 turns guidance off."""
-    image_guidance: float = 1.5
+    image_guidance: float = 2.0
     """Strength of the reference picture in editing; 1 turns it off."""
     shift: float = 1.0
     """Flow-time shift, as in training."""

@@ -20,6 +20,9 @@ from emma_train.sequence.pack import Pixels, pack
 from emma_train.sequence.request import Request, as_sample
 
 BATCH = 32
+BAR_SPLIT = "heldout_drawings"
+FEWEST = 10
+"""Kinds of question that a split asks less often have no score."""
 GROUP_BAR = 0.60
 VELOCITY_BAR = 0.60
 """Group answers: at least 60 % right. Velocity loss: at most 60 % of the baseline's."""
@@ -33,22 +36,28 @@ def score_split(
     recipe: Recipe,
     limit: int,
 ) -> list[dict[str, Any]]:
-    """All scores of a split. `requests` by task; `seen`: real training pictures as further neighbours; `limit` per
-    score."""
-    scores = answer_scores(generator, requests["i2t"], limit)
+    """All scores of a split. `requests` by task; `seen`: training pictures as further neighbours; `limit`: pictures
+    to draw.
+
+    The bars are for unseen drawings of seen concepts; what was never named in training cannot be named.
+    """
+    scores = answer_scores(generator, requests["i2t"])
     for task in ("t2i", "it2i"):
         if requests[task]:
-            scores.append(velocity_score(generator, requests[task][: limit or None], recipe.flow, task))
+            scores.append(velocity_score(generator, requests[task], recipe.flow, task))
     lone = [r for r in requests["t2i"] if len(r.labels.get("concepts", [])) == 1]
     scores += neighbour_scores(generator, lone, [*seen, *lone], recipe.flow.shift, limit)
-    return [{**score, "split": split} for score in scores]
+    has_bar = split == BAR_SPLIT
+    return [{**score, "split": split, "bar": score["bar"] if has_bar else None} for score in scores]
 
 
-def answer_scores(generator: Generator, requests: Sequence[Request], limit: int) -> list[dict[str, Any]]:
+def answer_scores(generator: Generator, requests: Sequence[Request]) -> list[dict[str, Any]]:
     """Exact match per kind of question."""
     scores = []
     for kind in sorted({r.kind for r in requests}):
-        asked = [r for r in requests if r.kind == kind][: limit or None]
+        asked = [r for r in requests if r.kind == kind]
+        if len(asked) < FEWEST:
+            continue
         answers = [a for batch in _batches(asked) for a in generator.answer(batch, TextSettings(max_tokens=12))]
         right = sum(a.strip() == r.truth for a, r in zip(answers, asked, strict=True))
         commonest = Counter(r.truth for r in asked).most_common(1)[0][1]
@@ -108,7 +117,8 @@ def neighbour_scores(
 
 
 def _score(name: str, value: float, baseline: float, unit: str, num: int) -> dict[str, Any]:
-    return {"name": name, "value": value, "baseline": baseline, "unit": unit, "num": num, "higher_is_better": True}
+    score = {"name": name, "value": value, "baseline": baseline, "unit": unit, "num": num}
+    return {**score, "bar": None, "higher_is_better": True}
 
 
 def _batches(requests: Sequence[Request]) -> Iterator[Sequence[Request]]:
