@@ -161,9 +161,9 @@ def test_at_the_start_the_velocity_is_zero_and_no_output_is_extreme() -> None:
             parameter.copy_(initial_value(name, parameter.shape, 0, 4))
     batch = pack(mixed_samples())
     out = model(batch, scaled_latents(batch), torch.rand(batch.counts[3]))
-    assert not out.velocity.any() and out.logits.abs().max() < 2
+    assert not out.velocity.any() and out.logits.abs().max() < 5
     loss = torch.nn.functional.cross_entropy(out.logits, batch.labels)
-    assert loss.item() == pytest.approx(math.log(1024), abs=0.2)
+    assert loss.item() == pytest.approx(math.log(1024), abs=0.5)  # logits vary by 0.1 * sqrt(32) around 0
 
 
 def test_the_stem_expert_is_cloned_layer_by_layer_from_the_last_ones() -> None:
