@@ -9,11 +9,12 @@ picture(rows, columns)       uint8 picture of so many visual tokens
 pixels(rows, columns)        the same as Pixels, with a latent
 i2t_sample, t2i_sample, it2i_sample, mixed_samples    Samples, laid out by the real layouts
 random_sample(rng)           any mixture of text and pictures of all roles, for property tests
+kept_bytes(model, run)       bytes that autograd keeps for backward while run() calls the model
 FakeAutoencoder              the interface of Autoencoder without weights: encode is linear, decode a blank
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -207,6 +208,22 @@ def scaled_latents(batch: PackedBatch, scale: float = 0.5) -> Tensor:
 def clone_sample(sample: Sample) -> Sample:
     """A copy that may be changed."""
     return copy.deepcopy(sample)
+
+
+def kept_bytes(model: torch.nn.Module, run: Callable[[], Any]) -> int:
+    """Bytes that autograd keeps for backward while `run` calls the model, each storage once, without weights."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, tuple[int, Tensor]] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, so that no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        run()
+    return sum(size for size, _ in kept.values())
 
 
 class FakeAutoencoder:

@@ -13,6 +13,7 @@ CHOICES = {
     "schedule.kind": ("constant", "cosine"),
     "engine.kind": ("fsdp", "deepspeed"),
     "engine.precision": ("bf16", "fp32"),
+    "engine.activation_checkpointing": ("none", "full", "selective"),
     "engine.device": ("auto", "cpu", "cuda"),
     "attention.backend": ("auto", "flash", "flex", "sdpa"),
     "tracker.kind": ("jsonl", "wandb"),

@@ -264,6 +264,9 @@ class EngineConfig:
     """Free gathered weights between forward and backward; false is faster where memory allows."""
     reduce_every_micro_step: bool = True
     """Reduce gradients after every micro-batch; false keeps whole gradients until the last one: faster, more memory."""
+    activation_checkpointing: str = "none"
+    """Layers whose activations backward computes again: none, full (all layers of decoder and vision encoder) or
+    selective (every second one)."""
     timeout_s: int = 1800
     """Collective time-out."""
 

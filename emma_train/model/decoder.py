@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from emma_train.config.schema import DecoderConfig
 from emma_train.model.attention import AttentionPlan, attention, rotary, rotary_tables
+from emma_train.model.cross_entropy import linear_cross_entropy
 
 ROLES = ("input_norm", "q_proj", "k_proj", "v_proj", "q_norm", "k_norm", "o_proj", "mlp_norm", "mlp")
 FOLLOWS = {"q_norm": "q_proj", "k_norm": "k_proj"}
@@ -37,9 +38,18 @@ class Decoder(nn.Module):
             x = layer(x, num_und, tables, plan)
         return by_branch(self.norm, x, num_und)
 
+    @property
+    def head(self) -> Tensor:
+        """Weight of the LM head: [vocab, hidden]."""
+        return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
     def logits(self, hidden: Tensor) -> Tensor:
         """[L, hidden] -> [L, vocab]."""
-        return F.linear(hidden, self.embed_tokens.weight) if self.lm_head is None else self.lm_head(hidden)
+        return F.linear(hidden, self.head)
+
+    def losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy of hidden [L, hidden] against labels [L], without ever holding all logits: float32 [L]."""
+        return linear_cross_entropy(hidden, self.head, labels)
 
 
 class DecoderLayer(nn.Module):

@@ -17,12 +17,14 @@ from emma_train.sequence.pack import PackedBatch
 
 @dataclass
 class Prediction:
-    logits: Tensor
-    """[L, vocab] at the pack's predictors."""
+    logits: Tensor | None
+    """[L, vocab] at the pack's predictors; None where their losses were asked for."""
     velocity: Tensor
     """[target tokens, channels]."""
     router_logits: Tensor | None
     """[understanding and reference pictures, 2]; None where there is no router."""
+    text_losses: Tensor | None = None
+    """float32 [L]: cross-entropy of the pack's labels; None where logits were asked for."""
 
 
 class Emma(nn.Module):
@@ -40,9 +42,16 @@ class Emma(nn.Module):
         self.velocity_head = nn.Linear(hidden, latent)
 
     def forward(
-        self, batch: PackedBatch, latents: Tensor, time: Tensor, experts: Sequence[int] | None = None
+        self,
+        batch: PackedBatch,
+        latents: Tensor,
+        time: Tensor,
+        experts: Sequence[int] | None = None,
+        losses: bool = False,
     ) -> Prediction:
         """latents: [visual tokens, C], scaled, in stream order, target rows noised; time: [target tokens] in [0, 1].
+
+        Text comes out as logits, or, where `losses` are asked for, as its losses, which take far less memory.
 
         Every module runs for every pack, on no rows where it has nothing to do, so that all ranks run the same
         modules in the same order (contract 3).
@@ -60,10 +69,12 @@ class Emma(nn.Module):
         visual = visual + (self.config.position_scale * places).to(visual.dtype)
         stream = torch.cat([text.to(visual.dtype), visual])
         hidden = self.decoder(stream, num_text + num_und, batch.position, prepare(batch))
+        predictors = hidden[batch.predictors]
         return Prediction(
-            logits=self.decoder.logits(hidden[batch.predictors]),
+            logits=None if losses else self.decoder.logits(predictors),
             velocity=self.velocity_head(hidden[len(hidden) - num_target :]),
             router_logits=vision.router_logits,
+            text_losses=self.decoder.losses(predictors, batch.labels) if losses else None,
         )
 
     def route(self, batch: PackedBatch) -> Tensor:

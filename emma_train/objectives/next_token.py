@@ -1,4 +1,5 @@
-"""Next-token prediction: cross-entropy of supervised text (paper §2.2)."""
+"""Cross-entropy in its plain form: of router tuning, and the reference of text's, which is fused with the LM head
+(model/cross_entropy.py)."""
 
 import torch.nn.functional as F
 from torch import Tensor

@@ -1,10 +1,10 @@
 """Parameters, memory, FLOPs and time of a recipe on N GPUs of a kind.
 
-The model is built on the meta device and never allocated. Memory is what the code takes today: it recomputes nothing.
+The model is built on the meta device and never allocated. Memory is what the code takes today.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ import torch
 from emma_train.config.check import phases
 from emma_train.config.errors import UserError
 from emma_train.config.schema import Recipe
+from emma_train.engine.recompute import chosen
+from emma_train.model.cross_entropy import ROWS
 from emma_train.model.emma import Emma
 from emma_train.monitor.flops import PEAK_DENSE_BF16, autoencoder_flops
 from emma_train.monitor.usage import Work, module_flops
@@ -129,6 +131,12 @@ class Plan:
             left -= lengths[-1]
         return [*lengths, left]
 
+    @property
+    def encoder_layers(self) -> int:
+        """Layers of the vision encoder that a gradient passes through."""
+        v, trains = self.recipe.model.vision, self.stage.trainable
+        return v.layers if "vision" in trains else v.expert_layers if "stem_expert" in trains else 0
+
     def memory(self, load: Load, world: int, tokens: float) -> Memory:
         """Bytes on one of `world` GPUs for a pack of `tokens` tokens with the mean composition of the phase.
 
@@ -144,8 +152,9 @@ class Plan:
 
         where b is the bytes of a value, H hidden, Q and K the widths of queries and keys, M the MLP (h, m: encoder).
         Norms keep an fp32 copy; K and V are repeated to all query heads. Backward works on one layer at a time, in as
-        much again as that layer keeps. Logits of supervised tokens are held twice in b bytes and twice in fp32, with
-        their gradients.
+        much again as that layer keeps. A layer that engine.activation_checkpointing has computed again keeps its input,
+        bH or bh, and the rest only in its turn. Logits are held for a few rows at a time, twice in fp32; the LM head's
+        gradient, summed in fp32, is no larger than the root's on their way later.
         """
         recipe, trains = self.recipe, self.stage.trainable
         v, d = recipe.model.vision, recipe.model.decoder
@@ -156,14 +165,19 @@ class Plan:
         share = tokens / load.tokens
         patches = share * load.total(lambda s: s.seen) * v.shuffle**2
         supervised = share * load.total(lambda s: s.supervised)
-        decodes = self.stage.loss == "tokens"
+        decodes, mode = self.stage.loss == "tokens", recipe.engine.activation_checkpointing
+        again = decodes and mode != "none"
         query, key = d.heads * d.head_dim, d.kv_heads * d.head_dim
         scalars = 4 * (2 + 2 * d.heads + d.kv_heads)
         of_decoder = 8 * d.hidden + 4 * (query + key) + 4 * b * query + 3 * b * d.mlp + scalars
         if "decoder" in trains:
             of_decoder += b * (4 * d.hidden + query + key + d.mlp)
         of_encoder = 9 * b * v.hidden + 2 * b * v.mlp + 4 * v.heads + 16
-        encoder_layers = v.layers if "vision" in trains else v.expert_layers if "stem_expert" in trains else 0
+
+        def of_stack(layers: int, of_layer: int, hidden: int) -> int:
+            inputs = len(chosen(layers, mode))
+            return (layers - inputs) * of_layer + inputs * b * hidden
+
         kept = {
             "weights, fp32 shard": 4 * self.stored / world,
             "gradients, fp32 shard" + " and whole" * whole_gradients: 4 * self.trained * (1 / world + whole_gradients),
@@ -172,10 +186,10 @@ class Plan:
             "gathered weights": b * gathered,
             "gradients on their way": (b + 4) * min(self.trained, max(self.units[-1], root)),
             "autoencoder, fp32 copy": 4 * self.autoencoder,
-            "decoder's activations": decodes * d.layers * tokens * of_decoder,
-            "encoder's activations": encoder_layers * patches * of_encoder,
-            "one layer's backward": max(decodes * tokens * of_decoder, patches * of_encoder),
-            "logits": decodes * supervised * d.vocab * (2 * b + 8),
+            "decoder's activations": decodes * tokens * of_stack(d.layers, of_decoder, d.hidden),
+            "encoder's activations": patches * of_stack(self.encoder_layers, of_encoder, v.hidden),
+            "one layer's backward": (1 + again) * max(decodes * tokens * of_decoder, patches * of_encoder),
+            "logits": 8 * decodes * min(ROWS, supervised) * d.vocab,
         }
         return Memory(kept, self._encoding(load, share) if decodes else 0.0)
 
@@ -192,13 +206,28 @@ class Plan:
         return 3 * 4 * per_pixel * most * self.recipe.model.autoencoder.pixels**2
 
     def flops(self, load: Load) -> dict[str, int]:
-        """FLOPs of one optimizer step over all GPUs by module."""
+        """Useful FLOPs of one optimizer step over all GPUs by module."""
+        return module_flops(self.recipe, self.stage, self._work(load))
+
+    def repeated_flops(self, load: Load) -> float:
+        """FLOPs of one step that backward computes a second time, over all GPUs: checkpointed layers and logits."""
+        if self.stage.loss == "router":
+            return 0
+        v, d, mode = self.recipe.model.vision, self.recipe.model.decoder, self.recipe.engine.activation_checkpointing
+        work = self._work(load)
+        forward = module_flops(self.recipe, replace(self.stage, trainable=()), replace(work, logits=0))
+        of_decoder, of_encoder = forward["Und branch"] + forward["Gen branch"], forward["vision encoder"]
+        again = of_decoder * len(chosen(d.layers, mode)) / d.layers
+        again += of_encoder * len(chosen(self.encoder_layers, mode)) / v.layers
+        return again + 2 * work.logits * d.vocab * d.hidden
+
+    def _work(self, load: Load) -> Work:
         shuffle = self.recipe.model.vision.shuffle
         gen = load.total(lambda s: s.seen + s.made, "t2i", "it2i")
         # Causal rows see half their sample; an instruction sees its reference, a target all that is before it.
         und_pairs = load.total(lambda s: s.tokens * (s.tokens + 1) / 2, "i2t")
         und_pairs += load.total(lambda s: s.text * (s.text + 1) / 2 + s.text * s.seen, "t2i", "it2i")
-        work = Work(
+        return Work(
             patches=load.total(lambda s: s.seen * shuffle**2),
             patch_pairs=load.total(lambda s: (s.seen * shuffle**2) ** 2 / max(1.0, s.pictures_seen)),
             und_visual=load.total(lambda s: s.seen, "i2t"),
@@ -208,7 +237,6 @@ class Plan:
             gen_pairs=load.total(lambda s: s.seen**2 / max(1.0, s.pictures_seen) + s.made * s.tokens, "t2i", "it2i"),
             logits=load.total(lambda s: s.supervised),
         )
-        return module_flops(self.recipe, self.stage, work)
 
     def encoding_flops(self, load: Load) -> int:
         """FLOPs of one step's DC-AE encodings, over all GPUs; router tuning needs none."""
@@ -229,7 +257,7 @@ class Plan:
 
     def seconds(self, load: Load) -> float:
         """Estimated time of one optimizer step."""
-        work = sum(self.flops(load).values()) + TF32_COST * self.encoding_flops(load)
+        work = sum(self.flops(load).values()) + self.repeated_flops(load) + TF32_COST * self.encoding_flops(load)
         return work / (self.num_gpus * CARDS[self.gpu_name][1] * self.mfu)
 
     def peak(self, world: int, tokens: float) -> float:

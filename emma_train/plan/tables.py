@@ -85,6 +85,7 @@ def _step_table(plan: Plan) -> Table:
         f"tokens a pack (cap {plan.recipe.data.pack_tokens:,})": [f"{x.tokens / slots:,.0f}" for x in loads],
         **{f"FLOPs, {name}": [_flops(w[name]) for w in work] for name in work[0]},
         "FLOPs, model": [_flops(sum(w.values())) for w in work],
+        "FLOPs, computed again in backward": [_flops(plan.repeated_flops(x)) for x in loads],
         "FLOPs, autoencoder": [_flops(plan.encoding_flops(x)) for x in loads],
         f"step at {plan.mfu:.0%} MFU": [_seconds(s) for s in seconds],
         "steps": [f"{n:,}" for n in lengths],

@@ -1,4 +1,5 @@
-"""The one function that states and enforces the order: meta build -> freeze -> shard -> weights -> optimizer -> EMA."""
+"""The one function that states and enforces the order: meta build -> freeze -> recompute -> shard -> weights ->
+optimizer -> EMA."""
 
 import logging
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from emma_train.checkpoint import folder as folders
 from emma_train.config.errors import UserError
 from emma_train.config.schema import ModelConfig, Recipe
 from emma_train.engine.fsdp import FsdpEngine, shard
+from emma_train.engine.recompute import recompute
 from emma_train.engine.world import World
 from emma_train.model.emma import Emma
 from emma_train.model.initial import initial_value
@@ -55,6 +57,7 @@ def build(recipe: Recipe, stage: Stage, world: World, resuming: bool) -> Built:
         model = Emma(recipe.model)
     trainable = freeze(model, stage.trainable)
     num_parameters = sum(p.numel() for p in model.parameters())
+    recompute(model, recipe.engine.activation_checkpointing)
     shard(model, recipe.engine, world)
     model.to_empty(device=world.device)
     handoff = None

@@ -29,10 +29,10 @@ def micro_loss(
         return account.add(losses, nothing, nothing.bool())
     step = noised(batch, clean_latents(batch, autoencoder), flow)
     experts = training_experts(batch) if stage.stem_expert else None
-    prediction = model(batch, step.latents, step.time, experts)
+    prediction = model(batch, step.latents, step.time, experts, losses=True)
     edits = torch.tensor([task == "it2i" for task in batch.target_tasks], dtype=torch.bool, device=step.time.device)
     return account.add(
-        next_token_loss(prediction.logits, batch.labels),
+        prediction.text_losses,
         velocity_loss(prediction.velocity, step.velocity),
         edits[batch.target_of_token],
     )
