@@ -212,7 +212,8 @@ def generate(arguments: argparse.Namespace, overrides: list[str]) -> int:
         for answer in generator.answer(requests, TextSettings(arguments.max_tokens, arguments.temperature)):
             print(answer)
         return 0
-    flow = FlowSettings(arguments.steps, arguments.text_guidance, arguments.image_guidance, recipe.flow.shift)
+    guidance = (arguments.text_guidance, arguments.image_guidance)
+    flow = FlowSettings(arguments.steps, *guidance, recipe.flow.shift, arguments.solver)
     out = Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
     for start in range(0, len(requests), arguments.batch):
@@ -322,7 +323,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--out", default="generated", help="folder for pictures (%(default)s)")
     command.add_argument("--num", type=int, default=1, help="answers or pictures per prompt (%(default)s)")
     command.add_argument("--size", type=int, nargs=2, metavar=("WIDTH", "HEIGHT"), help="of the picture in pixels")
-    command.add_argument("--steps", type=int, default=30, help="Euler steps (%(default)s)")
+    command.add_argument("--steps", type=int, default=30, help="flow steps (%(default)s)")
+    command.add_argument("--solver", choices=("euler", "heun"), default="euler", help="of the flow (%(default)s)")
     command.add_argument("--text-guidance", type=float, default=2.5, help="strength of the prompt (%(default)s)")
     command.add_argument("--image-guidance", type=float, default=2.0, help="strength of the reference (%(default)s)")
     command.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token")

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from emma_train.model.cache import Cache, LayerCache
 from emma_train.sequence.pack import PackedBatch
 
 
@@ -18,24 +19,28 @@ class AttentionPlan:
     """Either one dense square over the pack, or one small square per sample."""
 
     mask: Tensor
-    """bool [T, T], or [samples, 1, longest, longest]."""
+    """bool [T, T], or [samples, 1, longest, longest]; with a cache [samples, 1, longest, capacity]."""
     place: Tensor | None = None
     """int64 [T]: place of each token in [samples * longest]; None in the dense form."""
+    cached: Tensor | None = None
+    """int64 [T]: place of each token in the cache, [samples * capacity]; None without one."""
 
 
-def prepare(batch: PackedBatch) -> AttentionPlan:
-    """The cheaper of the two forms; they compute the same."""
+def prepare(batch: PackedBatch, cache: Cache | None = None) -> AttentionPlan:
+    """The cheaper of the two forms; they compute the same. With a cache always the form by sample."""
     num_samples, longest = len(batch.keys), batch.max_length
-    if num_samples * longest**2 >= batch.num_tokens**2:
+    if cache is None and num_samples * longest**2 >= batch.num_tokens**2:
         return AttentionPlan(hybrid_mask(batch))
-    # Positions of a sample count from 0, so (sample, position) is already a place in a padded table.
-    place = batch.sample * longest + batch.position
+    # Positions of a sample have no gaps, so (sample, position) is a place in a padded table, but for where it starts.
+    start = batch.position.new_zeros(num_samples)
+    start = start.scatter_reduce(0, batch.sample, batch.position, "amin", include_self=False)
+    place = batch.sample * longest + batch.position - start[batch.sample]
     limit = torch.zeros(num_samples * longest, dtype=torch.int64, device=place.device)
     limit[place] = batch.limit
-    keys = torch.arange(longest, device=place.device)
+    keys = torch.arange(longest if cache is None else cache.capacity, device=place.device)
     # Padding queries see key 0, whose row always exists, and padding keys are beyond every limit.
     mask = keys <= limit.view(num_samples, 1, longest, 1)
-    return AttentionPlan(mask, place)
+    return AttentionPlan(mask, place, None if cache is None else batch.sample * cache.capacity + batch.position)
 
 
 def hybrid_mask(batch: PackedBatch) -> Tensor:
@@ -44,13 +49,17 @@ def hybrid_mask(batch: PackedBatch) -> Tensor:
     return same & (batch.position[None, :] <= batch.limit[:, None])
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
-    """q: [T, heads, d]; k, v: [T, kv_heads, d] -> [T, heads, d]."""
+def attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, cache: LayerCache | None = None) -> Tensor:
+    """q: [T, heads, d]; k, v: [T, kv_heads, d] -> [T, heads, d]; with a cache, over what is in it too."""
     groups = q.shape[1] // k.shape[1]
     if plan.place is None:
         q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-    else:
+    elif cache is None:
         q, k, v = (_padded(x, plan.place, plan.mask.shape) for x in (q, k, v))
+    else:
+        assert plan.cached is not None
+        q = _padded(q, plan.place, plan.mask.shape)
+        k, v = cache.add(k, v, plan.cached)
     k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
     out = scaled_dot_product(q, k, v, plan.mask)
     out = out.transpose(1, 2).flatten(0, 1)

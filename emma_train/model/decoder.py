@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from emma_train.config.schema import DecoderConfig
 from emma_train.model.attention import AttentionPlan, attention, rotary, rotary_tables
+from emma_train.model.cache import Cache, LayerCache
 from emma_train.model.cross_entropy import linear_cross_entropy
 
 ROLES = ("input_norm", "q_proj", "k_proj", "v_proj", "q_norm", "k_norm", "o_proj", "mlp_norm", "mlp")
@@ -31,11 +32,13 @@ class Decoder(nn.Module):
         self.norm = nn.ModuleDict({owner: RMSNorm(config.hidden, config.eps) for owner in owners})
         self.lm_head = None if config.tied else nn.Linear(config.hidden, config.vocab, bias=False)
 
-    def forward(self, x: Tensor, num_und: int, position: Tensor, plan: AttentionPlan) -> Tensor:
+    def forward(
+        self, x: Tensor, num_und: int, position: Tensor, plan: AttentionPlan, cache: Cache | None = None
+    ) -> Tensor:
         """x: [T, hidden], the first num_und rows belong to the Und branch; position: [T] -> [T, hidden]."""
         tables = rotary_tables(position, self.config.head_dim, self.config.rope_theta, x.dtype)
-        for layer in self.layers:
-            x = layer(x, num_und, tables, plan)
+        for index, layer in enumerate(self.layers):
+            x = layer(x, num_und, tables, plan, None if cache is None else cache.layer(index))
         return by_branch(self.norm, x, num_und)
 
     @property
@@ -64,7 +67,14 @@ class DecoderLayer(nn.Module):
         self.und = nn.ModuleDict({role: _module(role, config) for role in own})
         self.gen = nn.ModuleDict({role: _module(role, config) for role in own})
 
-    def forward(self, x: Tensor, num_und: int, tables: tuple[Tensor, Tensor], plan: AttentionPlan) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        num_und: int,
+        tables: tuple[Tensor, Tensor],
+        plan: AttentionPlan,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
         """x: [T, hidden] -> [T, hidden]."""
         head_dim = self.config.head_dim
         y = self._rows("input_norm", x, num_und)
@@ -73,7 +83,7 @@ class DecoderLayer(nn.Module):
         v = self._rows("v_proj", y, num_und).view(len(x), -1, head_dim)
         q = rotary(self._rows("q_norm", q, num_und), *tables)
         k = rotary(self._rows("k_norm", k, num_und), *tables)
-        y = attention(q, k, v, plan).reshape(len(x), -1)
+        y = attention(q, k, v, plan, cache).reshape(len(x), -1)
         x = x + self._rows("o_proj", y, num_und)
         return x + self._rows("mlp", self._rows("mlp_norm", x, num_und), num_und)
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from emma_train.config.schema import ModelConfig
 from emma_train.model.adapters import Adapter, GenAdapter, position_2d
 from emma_train.model.attention import prepare
+from emma_train.model.cache import Cache
 from emma_train.model.decoder import Decoder
 from emma_train.model.vision import VERSATILE, VisionEncoder
 from emma_train.sequence.layout import Role
@@ -48,10 +49,12 @@ class Emma(nn.Module):
         time: Tensor,
         experts: Sequence[int] | None = None,
         losses: bool = False,
+        cache: Cache | None = None,
     ) -> Prediction:
         """latents: [visual tokens, C], scaled, in stream order, target rows noised; time: [target tokens] in [0, 1].
 
         Text comes out as logits, or, where `losses` are asked for, as its losses, which take far less memory.
+        With a cache, a pack may continue the packs before it (sequence/pack.py, `continued`): its tokens see theirs.
 
         Every module runs for every pack, on no rows where it has nothing to do, so that all ranks run the same
         modules in the same order (contract 3).
@@ -68,7 +71,7 @@ class Emma(nn.Module):
         places = position_2d(grids, visual.shape[-1], visual.device)
         visual = visual + (self.config.position_scale * places).to(visual.dtype)
         stream = torch.cat([text.to(visual.dtype), visual])
-        hidden = self.decoder(stream, num_text + num_und, batch.position, prepare(batch))
+        hidden = self.decoder(stream, num_text + num_und, batch.position, prepare(batch, cache), cache)
         predictors = hidden[batch.predictors]
         return Prediction(
             logits=None if losses else self.decoder.logits(predictors),

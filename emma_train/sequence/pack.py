@@ -193,6 +193,12 @@ def pack(samples: Sequence[Sample], num_skipped: int = 0) -> PackedBatch:
     )
 
 
+def continued(batch: PackedBatch, lengths: Sequence[int]) -> PackedBatch:
+    """The pack as a continuation of samples that have so many tokens already (model/cache.py)."""
+    start = torch.tensor(lengths, dtype=torch.int64, device=batch.sample.device)[batch.sample]
+    return replace(batch, position=batch.position + start, limit=batch.limit + start)
+
+
 def _join(parts: list[np.ndarray]) -> np.ndarray:
     return np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, np.int64)
 

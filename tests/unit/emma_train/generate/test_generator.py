@@ -1,5 +1,6 @@
 """Sampling: text against a naive loop, the flow against closed forms, and requests packed against one by one."""
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -17,8 +18,10 @@ from emma_train.sequence.request import Request, as_sample
 from tests.helpers import CHANNELS, PATCH, SHUFFLE, FakeAutoencoder, picture, tiny_emma, tokenizer
 
 
-def generator(model: nn.Module) -> Generator:
-    return Generator(model, FakeAutoencoder(), tokenizer(), PATCH, SHUFFLE)  # type: ignore[arg-type]
+def generator(model: nn.Module, cached: bool | None = None) -> Generator:
+    """The models in closed form look at whole packs, so they are asked without a cache."""
+    cached = isinstance(model, Emma) if cached is None else cached
+    return Generator(model, FakeAutoencoder(), tokenizer(), PATCH, SHUFFLE, cached)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +113,7 @@ class Script(nn.Module):
         super().__init__()
         self.words, self.calls = words, 0
 
-    def forward(self, batch: PackedBatch, latents: Tensor, time: Tensor) -> Prediction:
+    def forward(self, batch: PackedBatch, latents: Tensor, time: Tensor, cache: None) -> Prediction:
         logits = torch.zeros(len(batch.keys), 1024)
         for row, words in enumerate(self.words):
             logits[row, words[min(self.calls, len(words) - 1)]] = 1.0
@@ -141,7 +144,7 @@ class Field(nn.Module):
         super().__init__()
         self.field, self.times, self.clean = field, [], []  # type: ignore[var-annotated]
 
-    def forward(self, batch: PackedBatch, latents: Tensor, time: Tensor) -> Prediction:
+    def forward(self, batch: PackedBatch, latents: Tensor, time: Tensor, cache: None) -> Prediction:
         num = batch.counts[3]
         self.times.append(time.clone())
         self.clean.append(latents[: len(latents) - num].clone())
@@ -172,6 +175,20 @@ def test_euler_steps_of_a_linear_field_are_a_product(steps: int, shift: float) -
     np.testing.assert_allclose(made.double().numpy() * 0.5, x, rtol=0, atol=2e-6)
     np.testing.assert_allclose([float(time[0]) for time in model.times], t[:-1], atol=1e-7)
     assert all(len(time.unique()) == 1 for time in model.times)
+
+
+def test_heun_is_of_second_order_and_ends_with_euler() -> None:
+    """dx/dt = x from time 1 to 0 divides by e; a step of half the size makes a quarter of the error."""
+    noise = noise_of(PROMPTS[0])
+    exact, error = noise / math.e, {}
+    for steps in (8, 16):
+        model = Field(lambda batch, x, t: x)
+        (made,) = generator(model).draw_latents(PROMPTS[:1], FlowSettings(steps, 1.0, 1.0, solver="heun"))
+        error[steps] = float((made * 0.5 - exact).norm() / exact.norm())
+        h = 1 / steps
+        torch.testing.assert_close(made * 0.5, noise * (1 - h + h * h / 2) ** (steps - 1) * (1 - h))
+        assert len(model.times) == 2 * steps - 1 and float(model.times[-1][0]) == pytest.approx(h)
+    assert error[8] / error[16] == pytest.approx(4, rel=0.15)
 
 
 def conditions(batch: PackedBatch) -> Tensor:
@@ -249,3 +266,45 @@ def test_the_noise_is_that_of_the_requests_seed(emma: Emma) -> None:
 def test_pictures_have_the_size_that_was_asked_for(emma: Emma) -> None:
     made = generator(emma).draw(PROMPTS, FlowSettings(steps=1))
     assert [(p.shape, p.dtype) for p in made] == [((64, 64, 3), np.uint8), ((64, 96, 3), np.uint8)]
+
+
+# What is computed once
+
+
+class Rows:
+    """Counts the tokens that pass through a model's decoder."""
+
+    def __init__(self, model: Emma) -> None:
+        self.passes: list[int] = []
+        self.hook = model.decoder.register_forward_pre_hook(lambda _, inputs: self.passes.append(len(inputs[0])))
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+@pytest.mark.parametrize("requests", [PROMPTS, EDITS, [PROMPTS[0], EDITS[1]]], ids=["t2i", "it2i", "both"])
+def test_pictures_are_the_same_from_a_prompt_that_is_computed_once(
+    emma: Emma, requests: list[Request], solver: str
+) -> None:
+    settings = FlowSettings(4, 2.0, 1.5, solver=solver)
+    rows = Rows(emma)
+    once = generator(emma).draw_latents(requests, settings)
+    short, rows.passes = rows.passes, []
+    always = generator(emma, cached=False).draw_latents(requests, settings)
+    rows.hook.remove()
+    for one, other in zip(once, always, strict=True):
+        assert float((one - other).abs().max()) <= 1e-5 * max(1.0, float(other.abs().max()))
+    evaluations = 4 if solver == "euler" else 7
+    targets = sum(r.size[0] * r.size[1] // 1024 for r in requests)
+    branches = 3 if any(r.pictures for r in requests) else 2
+    assert len(rows.passes) == evaluations and short[1:] == [branches * targets] * evaluations
+    assert short[0] + short[1] == rows.passes[0]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_answers_are_the_same_from_a_question_that_is_computed_once(emma: Emma, temperature: float) -> None:
+    settings = TextSettings(max_tokens=12, temperature=temperature, fixed_length=True)
+    rows = Rows(emma)
+    once = generator(emma).answer(QUESTIONS, settings)
+    short, rows.passes = rows.passes, []
+    assert generator(emma, cached=False).answer(QUESTIONS, settings) == once
+    rows.hook.remove()
+    assert short == [rows.passes[0], *[len(QUESTIONS)] * 11]
