@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     checkpoint."""
     parser = _parser()
     arguments, overrides = parser.parse_known_args(argv)
-    takes_overrides = arguments.command in ("train", "plan", "launch")
+    takes_overrides = arguments.command in ("train", "import", "plan", "launch")
     wrong = [word for word in overrides if not takes_overrides or word.startswith("-") or "=" not in word]
     if wrong:
         parser.error(
@@ -142,13 +142,14 @@ def inspect(arguments: argparse.Namespace, overrides: list[str]) -> int:
         return 0
     table = Table(title=str(checkpoint), show_header=False)
     size = sum(meta["files"].values()) / 2**20
+    parent = meta["parent"]
     rows = {
         "stage": meta["stage"],
         "step": f"{meta['step']} of {meta['config']['train']['steps']}",
         "trainable": ", ".join(f"{group} ({n:,})" for group, n in meta["trainable"].items()),
         "EMA": meta["ema_decay"] or "none",
         "config": meta["config_hash"],
-        "from": "{path} ({stage}, step {step})".format(**meta["parent"]) if meta["parent"] else "the seed",
+        "from": f"{parent['path']} ({parent['stage'] or 'imported'}, step {parent['step']})" if parent else "the seed",
         "data": ", ".join(f"{k} {v}" for k, v in meta["data"].items()),
         "samples seen": ", ".join(f"{k} {v:,}" for k, v in meta["done"]["seen"].items()),
         "written": f"{meta['time']} by {meta['world_size']} processes",
@@ -158,6 +159,16 @@ def inspect(arguments: argparse.Namespace, overrides: list[str]) -> int:
     for name, value in rows.items():
         table.add_row(name, str(value))
     Console().print(table)
+    return 0
+
+
+def import_(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    """Write an initial export from public Qwen3, SigLIP2 and DC-AE folders, for init.from of the first stage."""
+    from emma_train.checkpoint.pretrained import import_pretrained
+
+    llm, vision, autoencoder = (Path(arguments.llm), Path(arguments.vision), Path(arguments.autoencoder))
+    tokenizer = Path(arguments.tokenizer or arguments.llm)
+    print(import_pretrained(Path(arguments.out), llm, vision, autoencoder, tokenizer, overrides))
     return 0
 
 
@@ -293,7 +304,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(run: Callable[[argparse.Namespace, list[str]], int]) -> argparse.ArgumentParser:
-        command = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
+        name = run.__name__.removesuffix("_")  # `import` cannot be a function's name
+        command = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
         command.set_defaults(run=run)
         return command
 
@@ -308,6 +320,14 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("recipe", metavar="RECIPE", help="recipe file; key=value overrides may follow")
     command.add_argument("--gpus", type=int, default=8, help="number of GPUs (%(default)s)")
     command.add_argument("--gpu", default="h100-80g", help="kind of GPU (%(default)s)")
+    command = add(import_)
+    command.add_argument(
+        "out", metavar="OUT", help="folder to write; model.* overrides such as model.decoder.shallow=12 may follow"
+    )
+    command.add_argument("--llm", metavar="DIR", required=True, help="Qwen3ForCausalLM")
+    command.add_argument("--vision", metavar="DIR", required=True, help="SiglipVisionModel or SiglipModel")
+    command.add_argument("--autoencoder", metavar="DIR", required=True, help="AutoencoderDC (diffusers)")
+    command.add_argument("--tokenizer", metavar="DIR", help="tokenizer.json or its folder (that of --llm)")
     command = add(inspect)
     command.add_argument("checkpoint", metavar="CHECKPOINT", help="run folder or checkpoint")
     command.add_argument("--json", action="store_true", help="print the metadata as JSON")

@@ -1,6 +1,6 @@
 """An export: one folder of plain files that loads without torch.distributed.
 
-model.safetensors       float32 weights by parameter name
+model.safetensors       weights by parameter name, in float32 or as they were imported
 recipe.yaml             the recipe that made it, its paths pointing into this folder
 meta.json               stage, step and where it came from
 tokenizer.json, autoencoder/
@@ -8,19 +8,22 @@ tokenizer.json, autoencoder/
 
 import json
 import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from emma_train.checkpoint import tensors
+from emma_train.checkpoint.tensors import Spec, Tensors
 from emma_train.config import to_yaml
 from emma_train.config.errors import UserError
 from emma_train.config.files import write_atomic
 from emma_train.config.schema import Recipe
+from emma_train.model import autoencoder
 
 WEIGHTS, RECIPE, META, TOKENIZER, AUTOENCODER = (
     "model.safetensors",
@@ -36,21 +39,40 @@ def is_export(path: Path) -> bool:
     return (path / WEIGHTS).is_file() and (path / RECIPE).is_file()
 
 
+def check_free(out: Path) -> None:
+    """Raise UserError where an export must not be written: `out` holds something else."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not is_export(out):
+        raise UserError(f"{out}: is not empty and not an export; name a new folder")
+
+
 def write(out: Path, model: nn.Module, recipe: Recipe, meta: dict[str, Any], tokenizer: Path) -> None:
     """Write an export of a whole model. Raises UserError where `out` holds something else."""
-    if out.exists() and any(out.iterdir()) and not is_export(out):
-        raise UserError(f"{out}: is not empty and not an export; name a new folder")
+    parameters = dict(model.named_parameters())
+    specs = {name: Spec("F32", tuple(p.shape)) for name, p in parameters.items()}
+    write_tensors(out, specs, lambda n: parameters[n].detach().to("cpu", torch.float32), recipe, meta, tokenizer)
+
+
+def write_tensors(
+    out: Path,
+    specs: Mapping[str, Spec],
+    value: Callable[[str], Tensor],
+    recipe: Recipe,
+    meta: dict[str, Any],
+    tokenizer: Path,
+) -> None:
+    """Write an export whose tensors `value` gives one by one, by parameter name. Raises UserError likewise."""
+    check_free(out)
     out.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(tokenizer, out / TOKENIZER)
-    if Path(recipe.model.autoencoder.path).resolve() != (out / AUTOENCODER).resolve():
-        shutil.copytree(recipe.model.autoencoder.path, out / AUTOENCODER, dirs_exist_ok=True)
+    if tokenizer.resolve() != (out / TOKENIZER).resolve():
+        shutil.copyfile(tokenizer, out / TOKENIZER)
+    source = Path(recipe.model.autoencoder.path)
+    if source.resolve() != (out / AUTOENCODER).resolve():
+        _copy_autoencoder(source, out / AUTOENCODER)
     recipe.model.autoencoder.path, recipe.data.tokenizer = AUTOENCODER, TOKENIZER
     write_atomic(out / RECIPE, to_yaml(recipe))
-    write_atomic(
-        out / META, json.dumps({k: meta[k] for k in ("stage", "step", "config_hash", "time")}, indent=1) + "\n"
-    )
-    weights = {name: p.detach().to("cpu", torch.float32).contiguous() for name, p in model.named_parameters()}
-    save_file(weights, out / WEIGHTS, metadata={"format": "pt"})
+    kept = {k: meta[k] for k in ("stage", "step", "config_hash", "time", "sources") if k in meta}
+    write_atomic(out / META, json.dumps(kept, indent=1) + "\n")
+    tensors.write(out / WEIGHTS, specs, value)
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
@@ -61,18 +83,33 @@ def read_meta(folder: Path) -> dict[str, Any]:
 
 def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Names (model.NAME, as in checkpoints) and shapes of an export's tensors."""
-    with safe_open(folder / WEIGHTS, framework="pt") as file:
-        return {f"model.{name}": tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    return {f"model.{name}": shape for name, shape in Tensors(folder).shapes.items()}
 
 
 @torch.no_grad()
 def load_weights(folder: Path, names: dict[str, str], model: nn.Module) -> None:
-    """Fill parameters from an export, one tensor at a time: `names` maps a parameter name to model.NAME."""
-    parameters = dict(model.named_parameters())
-    with safe_open(folder / WEIGHTS, framework="pt") as file:
-        for name, stored in names.items():
-            parameter = parameters[name]
-            value = file.get_tensor(stored.removeprefix("model.")).to(parameter.device)
-            if isinstance(parameter, DTensor):
-                value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
-            parameter.copy_(value)
+    """Fill parameters from an export: `names` maps a parameter name to model.NAME. A rank reads its own slices only."""
+    parameters, stored = dict(model.named_parameters()), Tensors(folder)
+    for name, source in names.items():
+        parameter: Tensor = parameters[name]
+        place = _place(parameter) if isinstance(parameter, DTensor) else ()
+        own = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        if own.numel():
+            own.copy_(stored.read(source.removeprefix("model."), place))
+
+
+def _place(parameter: DTensor) -> tuple[slice, ...]:
+    """Where this rank's shard lies in the whole tensor."""
+    shape, start = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    return tuple(slice(first, first + size) for first, size in zip(start, shape, strict=True))
+
+
+def _copy_autoencoder(source: Path, target: Path) -> None:
+    """config.json and the weights, as one file even where they were several."""
+    target.mkdir(exist_ok=True)
+    shutil.copyfile(source / "config.json", target / "config.json")
+    if (source / autoencoder.WEIGHTS).is_file():
+        shutil.copyfile(source / autoencoder.WEIGHTS, target / autoencoder.WEIGHTS)
+    else:
+        weights = Tensors(source, autoencoder.STEM)
+        tensors.write(target / autoencoder.WEIGHTS, weights.specs, weights.read)

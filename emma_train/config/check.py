@@ -46,7 +46,7 @@ def check_recipe(recipe: Recipe, where: str) -> None:
     for key in BETWEEN_0_AND_1:
         if not 0 <= (value := get(recipe, key)) <= 1:
             raise UserError(f"{where}: {key} is {value}; it lies between 0 and 1")
-    _check_model(recipe, where)
+    check_model(recipe, where)
     for phase in phases(recipe):
         _check_mix(recipe, phase, where)
     before_last = sum(phase.steps for phase in recipe.data.phases[:-1])
@@ -107,7 +107,8 @@ def _check_mix(recipe: Recipe, phase: PhaseConfig, where: str) -> None:
         raise UserError(f"{where}: data.sources is empty; name a folder of shards ({{path: FOLDER}})")
 
 
-def _check_model(recipe: Recipe, where: str) -> None:
+def check_model(recipe: Recipe, where: str) -> None:
+    """Raise UserError on the first contradiction in the model section."""
     vision, decoder = recipe.model.vision, recipe.model.decoder
     if recipe.model.autoencoder.pixels != vision.patch * vision.shuffle:
         raise UserError(

@@ -73,9 +73,9 @@ def as_dict(recipe: Recipe) -> dict[str, Any]:
     return values
 
 
-def from_dict(values: dict[str, Any], where: str) -> Recipe:
+def from_dict(values: dict[str, Any], where: str, overrides: list[str] | None = None) -> Recipe:
     """A recipe from the plain values that a checkpoint keeps; `where` names it in errors. Raises UserError."""
-    return _from_values(Recipe, values, where, [])
+    return _from_values(Recipe, values, where, overrides or [])
 
 
 def config_hash(recipe: Recipe) -> str:

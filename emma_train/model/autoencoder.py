@@ -12,7 +12,8 @@ from torch import Tensor
 from emma_train.config.errors import UserError
 from emma_train.config.schema import AutoencoderConfig
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
+STEM = "diffusion_pytorch_model"
+WEIGHTS = f"{STEM}.safetensors"
 
 
 class Autoencoder:

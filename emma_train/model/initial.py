@@ -6,10 +6,17 @@ import math
 import torch
 from torch import Tensor
 
+from emma_train.config.schema import ModelConfig
 from emma_train.sequence.seeds import seed_of
 
 EMBEDDING_STD = 0.1
 """Text must not drown in what the first layers add to it; with 0.02 a small model learnt half as fast from scratch."""
+
+
+def start_value(name: str, shape: torch.Size, config: ModelConfig) -> Tensor:
+    """float32 start value of a parameter of this model."""
+    layers = config.vision.layers if name.startswith("vision.") else config.decoder.layers
+    return initial_value(name, shape, config.seed, layers)
 
 
 def initial_value(name: str, shape: torch.Size, seed: int, num_layers: int) -> Tensor:

@@ -2,13 +2,19 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from emma_train.config.errors import UserError
-from emma_train.config.schema import VisionConfig
+from emma_train.config.schema import ModelConfig, VisionConfig
 from emma_train.model.initial import cloned_from
 from emma_train.stages.freeze import group_of
 
 Shapes = Mapping[str, tuple[int, ...]]
+SETTINGS = {
+    "decoder": ("layers", "shallow", "shared", "heads", "kv_heads", "head_dim", "rope_theta", "eps", "tied"),
+    "vision": ("layers", "heads", "patch", "shuffle", "eps"),
+}
+"""What both models must agree on though shapes may not tell: a difference changes what the weights compute."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,18 @@ def plan_handoff(model: Shapes, stored: Shapes, vision: VisionConfig, use_ema: b
         if name.startswith("model.") and name.removeprefix("model.") not in model
     ]
     return HandOff(loaded, cloned, initial, sorted(dropped))
+
+
+def check_settings(stored: Mapping[str, Any], model: ModelConfig, source: str) -> None:
+    """Raise UserError where the model section that the weights were made with differs in one of SETTINGS."""
+    for section, keys in SETTINGS.items():
+        for key in keys:
+            there, here = stored[section][key], getattr(getattr(model, section), key)
+            if there != here and not (key == "shared" and set(there) == set(here)):
+                raise UserError(
+                    f"init.from {source}: model.{section}.{key} is {there} there and {here} in this recipe; "
+                    f"set model.{section}.{key}={there}"
+                )
 
 
 def _group(name: str) -> str:

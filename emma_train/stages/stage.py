@@ -90,4 +90,5 @@ def check_order(stage: Stage, previous: str | None, source: str | None) -> None:
     if previous is None:
         raise UserError(f"{stage.name} starts from {needed}: set init.from to its run folder (init.from=runs/NAME)")
     allowed = needed or "imported or random weights"
-    raise UserError(f"init.from {source}: is a checkpoint of {previous}, but {stage.name} starts from {allowed}")
+    found = f"is a checkpoint of {previous}" if previous else "holds imported weights"
+    raise UserError(f"init.from {source}: {found}, but {stage.name} starts from {allowed}")

@@ -13,14 +13,15 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from emma_train.checkpoint import export, store
 from emma_train.checkpoint import folder as folders
 from emma_train.config.errors import UserError
+from emma_train.config.load import load_yaml
 from emma_train.config.schema import ModelConfig, Recipe
 from emma_train.engine.fsdp import FsdpEngine, shard
 from emma_train.engine.recompute import recompute
 from emma_train.engine.world import World
 from emma_train.model.emma import Emma
-from emma_train.model.initial import initial_value
+from emma_train.model.initial import start_value
 from emma_train.stages.freeze import freeze
-from emma_train.stages.handoff import HandOff, plan_handoff
+from emma_train.stages.handoff import HandOff, check_settings, plan_handoff
 from emma_train.stages.stage import Stage, check_order
 from emma_train.training.ema import Ema
 from emma_train.training.optimizer import make_optimizer
@@ -85,8 +86,10 @@ def take_over(model: nn.Module, recipe: Recipe, source: Path) -> HandOff:
     """Fill the model from the previous stage; new modules are cloned or start from the seed."""
     weights = export if export.is_export(source) else store
     stored = export.shapes(source) if weights is export else store.tensors(source)
+    made_by = load_yaml(source / export.RECIPE) if weights is export else (folders.whole(source) or {})["config"]
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     plan = plan_handoff(shapes, stored, recipe.model.vision, recipe.init.ema, str(recipe.init.source))
+    check_settings(made_by["model"], recipe.model, str(recipe.init.source))
     weights.load_weights(source, plan.loaded, model)
     set_initial(model, recipe.model, plan.initial)
     parameters = dict(model.named_parameters())
@@ -103,8 +106,7 @@ def set_initial(model: nn.Module, config: ModelConfig, names: list[str]) -> None
     parameters = dict(model.named_parameters())
     for name in names:
         parameter = parameters[name]
-        layers = config.vision.layers if name.startswith("vision.") else config.decoder.layers
-        value: Tensor = initial_value(name, parameter.shape, config.seed, layers).to(parameter.device)
+        value: Tensor = start_value(name, parameter.shape, config).to(parameter.device)
         if isinstance(parameter, DTensor):
             value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
         parameter.copy_(value)

@@ -1,13 +1,17 @@
 """What ranks do in the distributed tests. Here, and not in a test module, because a rank finds its function by name."""
 
+import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from data_pipelines.stream.plan import Planner
 from data_pipelines.stream.reader import Reader
+from emma_train.checkpoint.tensors import Tensors
 from emma_train.cli import main
 from emma_train.config.schema import Recipe
 from emma_train.engine.world import World, join
@@ -20,10 +24,70 @@ from emma_train.stages.stage import stage_of
 from emma_train.training.build import Built, build, set_initial
 from emma_train.training.forward import micro_loss
 
+Result = TypeVar("Result")
+
 
 def command(argv: list[str]) -> int:
     """An emma-train command in this process."""
     return main(argv)
+
+
+def loaded(recipe: Recipe) -> dict[str, Any]:
+    """Whole weights after the start of a stage, and how many values this rank read and holds."""
+    count, read = 0, Tensors.read
+
+    def counted(self: Tensors, name: str, place: tuple[slice, ...] = ()) -> Tensor:
+        nonlocal count
+        part = read(self, name, place)
+        count += part.numel()
+        return part
+
+    Tensors.read = counted  # type: ignore[method-assign]
+    with join("cpu", 60) as world:
+        model = build(recipe, stage_of(recipe), world, resuming=False).engine.model
+        own = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
+        weights = {name: _whole(p.detach()) for name, p in model.named_parameters()}
+    return {"weights": weights, "read": count, "held": sum(p.numel() for p in own)}
+
+
+def command_memory(warm_up: list[str], argv: list[str]) -> int:
+    """Memory that a command takes at most, in a process that has run another."""
+    assert main(warm_up) == 0
+    code, peak = peak_memory(lambda: main(argv))
+    assert code == 0
+    return peak
+
+
+def start_memory(warm_up: Recipe, recipe: Recipe) -> tuple[int, int]:
+    """Memory that the start of a stage takes on this rank at most, and the bytes of the rank's shards."""
+    with join("cpu", 60) as world:
+        build(warm_up, stage_of(warm_up), world, resuming=False)
+        built, peak = peak_memory(lambda: build(recipe, stage_of(recipe), world, resuming=False))
+        own = [p.to_local() if isinstance(p, DTensor) else p for p in built.engine.model.parameters()]
+        return peak, sum(p.nbytes for p in own)
+
+
+def peak_memory(function: Callable[[], Result]) -> tuple[Result, int]:
+    """What a function gives, and the bytes of memory of its own (not mapped files) that it takes at most."""
+
+    def anonymous() -> int:
+        line = next(s for s in Path("/proc/self/status").read_text().splitlines() if s.startswith("RssAnon"))
+        return int(line.split()[1]) * 1024
+
+    before, peak, done = anonymous(), 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.001):
+            peak = max(peak, anonymous())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    result = function()
+    peak = max(peak, anonymous())
+    done.set()
+    watcher.join()
+    return result, max(0, peak - before)
 
 
 def one_step(recipe: Recipe, kinds: list[str], seeded: bool = False) -> dict[str, Any]:

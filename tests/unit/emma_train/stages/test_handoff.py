@@ -1,12 +1,14 @@
 """What one stage hands to the next: loaded, cloned, new and dropped, each parameter once."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from emma_train.config.errors import UserError
 from emma_train.config.schema import ModelConfig
 from emma_train.model.emma import Emma
-from emma_train.stages.handoff import plan_handoff
+from emma_train.stages.handoff import check_settings, plan_handoff
 from tests.helpers import tiny_model
 
 PLAIN = tiny_model()
@@ -81,3 +83,26 @@ def test_a_shape_that_differs_is_an_error_that_names_both() -> None:
         UserError, match=r"init.from runs/a: decoder.* has shape \[64, 32\] there and \[48, 32\] in this recipe"
     ):
         plan_handoff(shapes(PLAIN), stored(other), PLAIN.vision, use_ema=True, source="runs/a")
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "other"),
+    [
+        ("decoder", "rope_theta", 5e6),
+        ("decoder", "shared", ["mlp"]),
+        ("decoder", "tied", False),
+        ("vision", "heads", 4),
+    ],
+)
+def test_what_shapes_do_not_tell_must_agree(section: str, key: str, other: object) -> None:
+    there = dataclasses.asdict(PLAIN)
+    check_settings(there, EXPERT, "a")
+    there[section][key] = other
+    with pytest.raises(UserError, match=rf"init.from a: model.{section}.{key} is .* set model.{section}.{key}="):
+        check_settings(there, PLAIN, "a")
+
+
+def test_the_order_of_what_is_shared_does_not_matter() -> None:
+    there = dataclasses.asdict(PLAIN)
+    there["decoder"]["shared"].reverse()
+    check_settings(there, PLAIN, "a")

@@ -87,3 +87,12 @@ def test_a_stage_follows_the_one_before_it(name: str, previous: str | None) -> N
     message = str(caught.value)
     assert name in message and "\n" not in message
     assert ("set init.from" in message) if previous is None else (f"runs/{previous}" in message and previous in message)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_imported_weights_are_a_start_of_the_first_two_stages(name: str) -> None:
+    if (name, None) in ALLOWED:
+        check_order(STAGES[name], "", "models/initial")
+        return
+    with pytest.raises(UserError, match="models/initial: holds imported weights, but"):
+        check_order(STAGES[name], "", "models/initial")
