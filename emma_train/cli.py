@@ -62,6 +62,8 @@ def train(arguments: argparse.Namespace, overrides: list[str]) -> int:
         for file, recipe in recipes:
             if code := _train_stage(file, recipe, world):
                 return code
+        if world.is_main and len(recipes) > 1:
+            _try_report(Path(recipes[-1][1].run.root))
     return 0
 
 
@@ -124,7 +126,10 @@ def _train_stage(path: Path, recipe: "Recipe", world: "World") -> int:
     if world.is_main:
         run.prepare(recipe, world)
     world.barrier()
-    return trainer.train()
+    code = trainer.train()
+    if world.is_main and code == 0:
+        _try_report(run.path)
+    return code
 
 
 def inspect(arguments: argparse.Namespace, overrides: list[str]) -> int:
@@ -259,6 +264,16 @@ def evaluate(arguments: argparse.Namespace, overrides: list[str]) -> int:
         )
     print(out)
     return 0
+
+
+def _try_report(run: Path) -> None:
+    """Write the report of a run that has ended well; what is trained is worth more than its report."""
+    from emma_train.monitor.report import write_report
+
+    try:
+        log.info("report: %s", write_report(run))
+    except Exception as error:
+        log.warning("no report of %s: %s", run, error)
 
 
 def report(arguments: argparse.Namespace, overrides: list[str]) -> int:
