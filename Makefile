@@ -9,7 +9,7 @@ WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint format bench clean
+.PHONY: help setup demo test test-slow test-all lint format bench clean
 
 help: ## print this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -51,8 +51,10 @@ demo: setup ## train every stage on real pictures with two processes and write r
 test: setup ## the tests that need no GPU and little time
 	$(PYTEST) -m "not slow and not gpu"
 
-test-all: setup ## every test; those that need a GPU skip themselves without one
-	$(PYTEST)
+test-slow: setup ## the tests that take longer; those that need a GPU skip themselves without one
+	$(PYTEST) -m "slow or gpu"
+
+test-all: test test-slow ## every test
 
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check .

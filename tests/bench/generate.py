@@ -95,7 +95,9 @@ def main() -> None:
             "largest_difference": difference,
         }
     if arguments.json:
-        print(json.dumps({"threads": torch.get_num_threads(), **vars(arguments), **results}))
+        flat = {f"{task}_{name}": value for task, result in results.items() for name, value in result.items()}
+        settings = {"batch": arguments.batch, "steps": arguments.steps, "max_tokens": arguments.max_tokens}
+        print(json.dumps({"threads": torch.get_num_threads(), **settings, **flat}))
         return
     for task, result in results.items():
         print(f"{task:5}", *(f"{name}={value:.4g}" for name, value in result.items()))
