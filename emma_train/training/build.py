@@ -50,6 +50,10 @@ def build(recipe: Recipe, stage: Stage, world: World, resuming: bool) -> Built:
     """
     if recipe.engine.kind != "fsdp":
         raise UserError(f"engine.kind={recipe.engine.kind} is not available in this version; use engine.kind=fsdp")
+    if recipe.attention.backend not in ("auto", "sdpa"):
+        raise UserError(
+            f"attention.backend={recipe.attention.backend} is not available in this version; use attention.backend=auto"
+        )
     source, parent = None, None
     if not resuming:
         source, parent = find_source(recipe)
