@@ -18,6 +18,7 @@ from emma_train.config.schema import ModelConfig, Recipe
 from emma_train.engine.fsdp import FsdpEngine, shard
 from emma_train.engine.recompute import recompute
 from emma_train.engine.world import World
+from emma_train.model.attention import choose
 from emma_train.model.emma import Emma
 from emma_train.model.initial import start_value
 from emma_train.stages.freeze import freeze
@@ -50,16 +51,15 @@ def build(recipe: Recipe, stage: Stage, world: World, resuming: bool) -> Built:
     """
     if recipe.engine.kind != "fsdp":
         raise UserError(f"engine.kind={recipe.engine.kind} is not available in this version; use engine.kind=fsdp")
-    if recipe.attention.backend not in ("auto", "sdpa"):
-        raise UserError(
-            f"attention.backend={recipe.attention.backend} is not available in this version; use attention.backend=auto"
-        )
+    choose(
+        recipe.attention.backend, world.device, torch.bfloat16 if recipe.engine.precision == "bf16" else torch.float32
+    )
     source, parent = None, None
     if not resuming:
         source, parent = find_source(recipe)
         check_order(stage, parent["stage"] if parent else None, recipe.init.source)
     with torch.device("meta"):
-        model = Emma(recipe.model)
+        model = Emma(recipe.model, recipe.attention.backend)
     trainable = freeze(model, stage.trainable)
     num_parameters = sum(p.numel() for p in model.parameters())
     recompute(model, recipe.engine.activation_checkpointing)

@@ -119,7 +119,7 @@ def test_decoder_activations_are_what_autograd_keeps(stage: str, precision: str,
         model.requires_grad_(stage == "stage1")
         recompute_layers(model.layers, mode)
         x = torch.randn(tokens, config.hidden, dtype=dtype, requires_grad=True)
-        mask = attention.AttentionPlan(torch.ones(tokens, tokens, dtype=torch.bool))
+        mask = attention.MaskPlan(torch.ones(tokens, tokens, dtype=torch.bool))
         kept.append(kept_bytes(model, lambda m=model, x=x, mask=mask: m(x, 40, torch.arange(tokens), mask)))
     per_layer = (kept[1] - kept[0]) / 2
     assert planned.memory(planned.loads[0], 1, tokens).kept["decoder's activations"] == config.layers * per_layer

@@ -15,7 +15,7 @@ from emma_train.config.errors import UserError
 from emma_train.config.schema import DecoderConfig, ModelConfig, Recipe, VisionConfig
 from emma_train.generate.load import load_model
 from emma_train.model import hf
-from emma_train.model.attention import AttentionPlan
+from emma_train.model.attention import MaskPlan
 from emma_train.model.autoencoder import Autoencoder, fingerprint
 from emma_train.model.emma import Emma
 from emma_train.model.initial import start_value
@@ -96,7 +96,7 @@ def text_difference(model: Emma, llm: Qwen3ForCausalLM) -> float:
     ids, decoder = torch.randint(0, VOCAB, (40,)), model.decoder
     want = llm(ids[None]).logits[0]
     assert want.std() > 0.1
-    plan, place = AttentionPlan(torch.ones(40, 40).tril().bool()), torch.arange(40)
+    plan, place = MaskPlan(torch.ones(40, 40).tril().bool()), torch.arange(40)
     outputs = [decoder.logits(decoder(decoder.embed_tokens(ids), split, place, plan)) for split in (40, 0, 17)]
     return max(float((got - want).abs().max()) for got in outputs)
 
