@@ -152,8 +152,9 @@ def index_folder(folder: Path, tokenizer: Path | str, provenance: dict[str, Any]
     return manifest
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path | str) -> dict[str, Any]:
     """The manifest of a shard folder. Raises UserError where there is none or it is of another version."""
+    folder = Path(folder)
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
     except OSError as error:
@@ -175,7 +176,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
                 )
         if tar.stat().st_size != shard["bytes"]:
             raise UserError(f"{tar}: has {tar.stat().st_size} bytes, the manifest says {shard['bytes']}; copy it again")
+        if "tags" not in shard:  # INTERIM
+            shard["tags"] = {}
+            for row in pq.read_table(index_path(tar), columns=["task", "tags"]).to_pylist():
+                counts = shard["tags"].setdefault(row["task"], {})
+                counts["|".join(sorted(row["tags"]))] = counts.get("|".join(sorted(row["tags"])), 0) + 1
     return manifest
+
+
+def read_columns(folder: str, name: str, task: str) -> pa.Table:
+    """The rows of a task of one shard's index."""
+    return pq.read_table(index_path(Path(folder) / name), filters=[("task", "=", task)])
 
 
 def check_folder(folder: Path) -> list[str]:

@@ -1,17 +1,18 @@
-"""Plan -> packed batches of this rank, read ahead by stateless workers. The only state of the stream is the step."""
+"""Plan -> packed batches of this rank, read ahead by stateless workers: the trainer's process plans, they read."""
 
 import logging
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from data_pipelines.stream.plan import Planned, Planner, StepPlan
+from data_pipelines.stream.offers import Planned
+from data_pipelines.stream.plan import Planner, StepPlan
 from data_pipelines.stream.reader import BadSample, Reader
 from emma_train.config.check import check_world
 from emma_train.config.errors import UserError
@@ -21,6 +22,8 @@ from emma_train.sequence.step import Bad, StepBatches
 from emma_train.sequence.tokens import TextTokenizer
 
 log = logging.getLogger(__name__)
+Item = tuple[int, int, tuple[Planned, ...]]
+"""Step, slot and the samples that it is made of."""
 
 
 @dataclass(frozen=True)
@@ -46,46 +49,57 @@ class Stream:
         self.recipe, self.rank, self.size = recipe, rank, size
         self.planner = Planner(recipe, tokenizer)
         vision = recipe.model.vision
-        self.dataset = _Slots(self.planner, Reader(recipe.data, tokenizer, vision.patch, vision.shuffle, latents))
+        self.dataset = _Slots(Reader(recipe.data, tokenizer, vision.patch, vision.shuffle, latents))
 
     def state(self, step: int) -> dict[str, Any]:
         """All that a checkpoint needs to go on after `step` consumed steps, on any number of ranks and workers."""
-        return {"schema": 1, "step": step, "seed": self.recipe.data.seed, "manifests": self.planner.fingerprint}
+        return {
+            "schema": 2,
+            "step": step,
+            "seed": self.recipe.data.seed,
+            "manifests": self.planner.fingerprint,
+            "tasks": self.planner.state(step),
+        }
 
-    def check_state(self, state: dict[str, Any]) -> None:
-        """Raise UserError where a checkpoint's state is of other data; its escape hatch is
+    def resume(self, state: dict[str, Any]) -> None:
+        """Go on where a checkpoint's state says. Raises UserError where it is of other data; the escape hatch is
         resume.allow=[data.sources]."""
-        mine = self.state(state.get("step", 0))
-        if state.get("manifests") != mine["manifests"] and "data.sources" not in self.recipe.resume.allow:
+        if state.get("manifests") != self.planner.fingerprint and "data.sources" not in self.recipe.resume.allow:
             raise UserError(
                 "data.sources: the shards differ from those of the checkpoint, so the order of samples would too; "
                 "bring the old shards back, or accept with resume.allow=[data.sources]"
             )
+        self.planner.load(state["step"], state["tasks"])
 
     def steps(self, first: int, last: int) -> Iterator[StepBatches]:
         """Steps first to last, both included."""
-        mine = [
-            (step, slot)
-            for step in range(first, last + 1)
-            for slot in range(self.rank, self.recipe.data.slots, self.size)
-        ]
-        slots = self._slots(mine)
+        plans: deque[StepPlan] = deque()
+        slots = self._slots(self._items(first, last, plans))
         for step in range(first, last + 1):
             started = time.perf_counter()
             got = [next(slots) for _ in range(self.recipe.data.slots // self.size)]
             wait_s = time.perf_counter() - started
+            plan = plans.popleft()
+            self.planner.forget(step - 1)
             bad = [b for slot in got for b in slot.bad]
-            plan = self.planner.plan(step)
             yield StepBatches(step, [s.batch for s in got], plan.digest, plan.straggler, bad, wait_s)
 
-    def _slots(self, mine: list[tuple[int, int]]) -> Iterator[Slot]:
+    def _items(self, first: int, last: int, plans: "deque[StepPlan]") -> Iterator[Item]:
+        """What this rank reads, planned when it is asked for; the plans are put down for `steps`."""
+        for step in range(first, last + 1):
+            plan = self.planner.plan(step)
+            plans.append(replace(plan, offers=[], places=[]))
+            for slot in range(self.rank, self.recipe.data.slots, self.size):
+                yield step, slot, plan.slot(slot)
+
+    def _slots(self, items: Iterator[Item]) -> Iterator[Slot]:
         workers = self.recipe.data.workers
         if workers == 0:
-            return _read_ahead(self.dataset, mine, self.recipe.data.prefetch)
+            return _read_ahead(self.dataset, items, self.recipe.data.prefetch)
         loader = DataLoader(
             self.dataset,
             batch_size=None,
-            sampler=_Listed(mine),
+            sampler=_Listed(items),
             num_workers=workers,
             prefetch_factor=self.recipe.data.prefetch,
             multiprocessing_context="fork",
@@ -94,24 +108,24 @@ class Stream:
 
 
 class _Slots(Dataset["Slot | UserError"]):
-    """(step, slot) -> pack; the same in every process."""
+    """Planned samples -> pack; the same in every process."""
 
-    def __init__(self, planner: Planner, reader: Reader) -> None:
-        self.planner, self.reader = planner, reader
+    def __init__(self, reader: Reader) -> None:
+        self.reader = reader
 
-    def __getitem__(self, index: tuple[int, int]) -> Slot | UserError:
+    def __getitem__(self, item: Item) -> Slot | UserError:
         # Returned, not raised: torch would wrap what a worker raises in that worker's traceback.
         try:
-            return self.read(*index)
+            return self.read(item)
         except UserError as error:
             return error
 
-    def read(self, step: int, slot: int) -> Slot:
-        """The pack of one slot. Raises UserError where the plan is impossible or nothing of it can be read."""
-        plan: StepPlan = self.planner.plan(step)
+    def read(self, item: Item) -> Slot:
+        """The pack of one slot. Raises UserError where nothing of it can be read."""
+        step, slot, planned_samples = item
         samples: list[Sample] = []
         bad: list[Bad] = []
-        for planned in plan.slots[slot]:
+        for planned in planned_samples:
             try:
                 samples.append(self.reader.read(planned))
             except BadSample as error:
@@ -121,19 +135,16 @@ class _Slots(Dataset["Slot | UserError"]):
         return Slot(pack(samples, len(bad)), bad)
 
 
-class _Listed(Sampler[tuple[int, int]]):
-    def __init__(self, items: list[tuple[int, int]]) -> None:
+class _Listed(Sampler[Item]):
+    def __init__(self, items: Iterator[Item]) -> None:
         self.items = items
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        return iter(self.items)
-
-    def __len__(self) -> int:
-        return len(self.items)
+    def __iter__(self) -> Iterator[Item]:
+        return self.items
 
 
 def _bad(planned: Planned, error: BadSample) -> Bad:
-    return Bad(planned.key, planned.task, Path(planned.tar).name, str(error))
+    return Bad(planned.key, planned.task, planned.name, str(error))
 
 
 def _raised(results: Iterable[Slot | UserError]) -> Iterator[Slot]:
@@ -143,31 +154,32 @@ def _raised(results: Iterable[Slot | UserError]) -> Iterator[Slot]:
         yield result
 
 
-def _read_ahead(dataset: _Slots, items: list[tuple[int, int]], depth: int) -> Iterator[Slot]:
+def _read_ahead(dataset: _Slots, items: Iterator[Item], depth: int) -> Iterator[Slot]:
     """Read in one background thread, `depth` packs ahead; an error is raised where its pack would have come."""
-    ready: queue.Queue[Slot | BaseException] = queue.Queue(maxsize=max(1, depth))
+    ready: queue.Queue[Slot | BaseException | None] = queue.Queue(maxsize=max(1, depth))
     stop = threading.Event()
 
-    def read() -> None:
-        for item in items:
+    def put(result: Slot | BaseException | None) -> None:
+        while not stop.is_set():
             try:
-                result: Slot | BaseException = dataset.read(*item)
-            except BaseException as error:  # handed over to the consumer's thread
-                result = error
-            while not stop.is_set():
-                try:
-                    ready.put(result, timeout=0.2)
-                    break
-                except queue.Full:
-                    continue
-            if stop.is_set() or isinstance(result, BaseException):
-                return
+                return ready.put(result, timeout=0.2)
+            except queue.Full:
+                continue
+
+    def read() -> None:
+        try:
+            for item in items:
+                put(dataset.read(item))
+                if stop.is_set():
+                    return
+            put(None)
+        except BaseException as error:  # handed over to the consumer's thread
+            put(error)
 
     thread = threading.Thread(target=read, name="read-ahead", daemon=True)
     thread.start()
     try:
-        for _ in items:
-            result = ready.get()
+        while (result := ready.get()) is not None:
             if isinstance(result, BaseException):
                 raise result
             yield result

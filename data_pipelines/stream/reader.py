@@ -4,6 +4,7 @@ import io
 import json
 import os
 import zlib
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from data_pipelines.stream.index import picture_names, read_group
-from data_pipelines.stream.plan import Planned
+from data_pipelines.stream.offers import Planned
 from emma_train.config.schema import DataConfig, ImageConfig
 from emma_train.sequence import layout
 from emma_train.sequence.geometry import picture_size, to_patches
@@ -85,9 +86,14 @@ class Reader:
     def _picture(
         self, planned: Planned, name: str, data: bytes, image: ImageConfig, stem: int, target: bool = False
     ) -> Pixels:
+        if planned.max_tokens:
+            image = replace(image, max_tokens=min(image.max_tokens, planned.max_tokens))
         latent = None
         if self.latents is not None:
-            path, picture_key = latents_path(planned.tar, transform_name(image)), f"{planned.key}/{name}"
+            path, picture_key = (
+                latents_path(Path(planned.folder) / planned.name, transform_name(image)),
+                f"{planned.key}/{name}",
+            )
             latent = cached_latent(path, picture_key, self.latents, planned.shard)
         pixels = self.patch * self.shuffle
         with Image.open(io.BytesIO(data)) as picture:
@@ -143,11 +149,12 @@ def _open_latents(path: Path, fingerprint: str, shard: str):  # type: ignore[no-
 
 
 def _read_bytes(planned: Planned) -> bytes:
-    data = os.pread(_open(planned.tar), planned.size, planned.offset)
+    tar = Path(planned.folder) / planned.name
+    data = os.pread(_open(tar), planned.size, planned.offset)
     if len(data) != planned.size:
-        raise BadSample(f"{planned.tar} ends within the record: {len(data)} of {planned.size} bytes")
+        raise BadSample(f"{tar} ends within the record: {len(data)} of {planned.size} bytes")
     if zlib.crc32(data) != planned.crc32:
-        raise BadSample(f"{planned.tar}: bytes differ from the index's crc32")
+        raise BadSample(f"{tar}: bytes differ from the index's crc32")
     return data
 
 

@@ -19,6 +19,7 @@ CHOICES = {
     "tracker.kind": ("jsonl", "wandb"),
     "data.und.mode": ("square", "native", "buckets"),
     "data.gen.mode": ("square", "native", "buckets"),
+    "data.mix_by": ("samples", "tokens"),
 }
 POSITIVE = (
     "train.steps",
@@ -26,12 +27,13 @@ POSITIVE = (
     "train.save_every",
     "train.keep",
     "data.slots",
-    "data.samples_per_step",
+    "data.shuffle_window",
     "data.pack_tokens",
     "data.und.side",
     "data.gen.side",
     "optimizer.lr",
 )
+NOT_NEGATIVE = ("data.samples_per_step", "data.pack_pairs", "data.pack_patches", "data.pack_pixels")
 BETWEEN_0_AND_1 = ("data.text_dropout", "data.reference_dropout", "ema.decay", "model.vision.stem_threshold")
 
 
@@ -43,6 +45,9 @@ def check_recipe(recipe: Recipe, where: str) -> None:
     for key in POSITIVE:
         if (value := get(recipe, key)) <= 0:
             raise UserError(f"{where}: {key} is {value}; it must be more than 0")
+    for key in NOT_NEGATIVE:
+        if (value := get(recipe, key)) < 0:
+            raise UserError(f"{where}: {key} is {value}; it must be 0 or more")
     for key in BETWEEN_0_AND_1:
         if not 0 <= (value := get(recipe, key)) <= 1:
             raise UserError(f"{where}: {key} is {value}; it lies between 0 and 1")
@@ -90,6 +95,8 @@ def _check_mix(recipe: Recipe, phase: PhaseConfig, where: str) -> None:
     name = f"mix of phase {phase.name}"
     if min(mix.i2t, mix.t2i, mix.it2i) < 0 or total == 0:
         raise UserError(f"{where}: {name} needs shares of 0 or more, and at least one above 0 (mix.i2t=1)")
+    if recipe.data.samples_per_step and recipe.data.mix_by == "tokens":
+        raise UserError(f"{where}: data.mix_by=tokens takes what the packs hold; leave out data.samples_per_step")
     if recipe.data.samples_per_step % total:
         fits = recipe.data.samples_per_step // total * total or total
         raise UserError(
@@ -97,12 +104,19 @@ def _check_mix(recipe: Recipe, phase: PhaseConfig, where: str) -> None:
             f"({mix.i2t}:{mix.t2i}:{mix.it2i}) cannot divide exactly; {fits} would do"
         )
     for task, count in samples_per_task(mix, recipe.data.samples_per_step).items():
-        if count < recipe.data.slots:
+        if 0 < count < recipe.data.slots:
             raise UserError(
                 f"{where}: {count} {task} samples per step cannot reach each of {recipe.data.slots} slots "
                 f"(data.slots); "
                 f"raise data.samples_per_step or lower data.slots"
             )
+    weights = [source.weight for source in phase.sources]
+    if any(weight is not None for weight in weights) and not all(
+        weight is not None and weight > 0 for weight in weights
+    ):
+        raise UserError(
+            f"{where}: the sources of phase {phase.name} have weights {weights}; give each one above 0, or none"
+        )
     if not phase.sources:
         raise UserError(f"{where}: data.sources is empty; name a folder of shards ({{path: FOLDER}})")
 

@@ -128,6 +128,11 @@ class SourceConfig:
     """Tasks to take from it; empty takes all that it has."""
     require_tags: list[str] = field(default_factory=list)
     """Only samples that carry all of these tags."""
+    exclude_tags: list[str] = field(default_factory=list)
+    """Only samples that carry none of these tags."""
+    weight: float | None = None
+    """Share of a task's samples that come from here, against the weights of the task's other sources; all of them have
+    one or none has, and then each sample comes once an epoch."""
 
 
 @dataclass
@@ -155,7 +160,7 @@ class PhaseConfig:
 @dataclass
 class DataConfig:
     sources: list[SourceConfig] = field(default_factory=list)
-    """Shard folders; a task draws evenly from the samples of all of them."""
+    """Shard folders; a task draws evenly from the samples of all of them, or by their weights."""
     phases: list[PhaseConfig] = field(default_factory=list)
     """Curriculum; empty means one phase with `mix`."""
     tokenizer: str = MISSING
@@ -164,10 +169,20 @@ class DataConfig:
     """Seed of order, choices, noise and dropout (contract 1)."""
     slots: int = 12
     """Packs per optimizer step; world size must divide it (contract 2)."""
-    samples_per_step: int = MISSING
-    """Samples per optimizer step, over all tasks and ranks."""
+    samples_per_step: int = 0
+    """Samples per optimizer step, over all tasks and ranks; 0 takes as many as the packs hold."""
+    mix_by: str = "samples"
+    """Whether the task ratio counts samples, exact in every step, or tokens, exact over the steps."""
+    shuffle_window: int = 262144
+    """Samples that are shuffled together, at least; an epoch also shuffles all shards."""
     pack_tokens: int = 8192
     """Cap of LLM tokens in one pack."""
+    pack_pairs: int = 0
+    """Cap of token pairs that attention computes in one pack; 0 sets none."""
+    pack_patches: int = 0
+    """Cap of patches that the vision encoder sees in one pack; 0 sets none."""
+    pack_pixels: int = 0
+    """Cap of pixels that the autoencoder encodes in one pack; 0 sets none."""
     und: ImageConfig = field(default_factory=ImageConfig)
     """Pictures to be understood."""
     gen: ImageConfig = field(default_factory=ImageConfig)

@@ -45,7 +45,7 @@ class Batches(Protocol):
 
     def state(self, step: int) -> dict[str, Any]: ...
 
-    def check_state(self, state: dict[str, Any]) -> None: ...
+    def resume(self, state: dict[str, Any]) -> None: ...
 
 
 @dataclass
@@ -93,7 +93,7 @@ class Trainer:
                 + (f" (and {len(found) - 1} more)" if found[1:] else "")
                 + f"; put it back, start another run.name, or accept with resume.allow=[{field_name}]"
             )
-        self.stream.check_state(meta["data"])
+        self.stream.resume(meta["data"])
         averages = self.built.ema.averages if self.built.ema else {}
         store.load_training(checkpoint, self.engine.model, self.engine.optimizer, averages)
         self.done = Progressed(**meta["done"])

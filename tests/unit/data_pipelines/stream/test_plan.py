@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipelines.stream.plan import Planned, Planner, StepPlan
+from data_pipelines.stream.offers import Planned
+from data_pipelines.stream.plan import Planner, StepPlan
 from emma_train.config.errors import UserError
 from emma_train.config.schema import Recipe
 from tests.helpers import tiny_recipe, tokenizer

@@ -12,7 +12,8 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from data_pipelines.prepare.latents import cache_latents
-from data_pipelines.stream.plan import Planned, Planner
+from data_pipelines.stream.offers import Planned
+from data_pipelines.stream.plan import Planner
 from data_pipelines.stream.reader import BadSample, Reader, latents_path, load_picture, transform_name
 from emma_train.config.schema import ImageConfig, Recipe
 from emma_train.model.autoencoder import Autoencoder
