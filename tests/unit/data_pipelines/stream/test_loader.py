@@ -130,7 +130,7 @@ def test_a_slot_of_which_nothing_can_be_read_is_one_clear_line(tmp_path: Path, w
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_plan_that_does_not_fit_is_one_clear_line(small: Path, workers: int) -> None:
     with pytest.raises(UserError, match=r"^step 1 packs \d+ tokens") as caught:
-        steps_of(recipe_of(small, data__pack_tokens=60, data__workers=workers), 1, 1)
+        steps_of(recipe_of(small, data__pack_tokens=50, data__workers=workers), 1, 1)
     assert "\n" not in str(caught.value)
 
 
