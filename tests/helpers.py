@@ -6,6 +6,7 @@ recipe_values(stage, ...)    the plain values of a valid recipe; dotted keys ove
 tiny_recipe(stage, ...)      the same as a checked Recipe
 write_recipe(path, values)   the same as a YAML file
 picture(rows, columns)       uint8 picture of so many visual tokens
+block_order(rows, columns)   raster index of each patch, in block order
 pixels(rows, columns)        the same as Pixels, with a latent
 i2t_sample, t2i_sample, it2i_sample, mixed_samples    Samples, laid out by the real layouts
 random_sample(rng)           any mixture of text and pictures of all roles, for property tests
@@ -137,6 +138,12 @@ def tokenizer() -> TextTokenizer:
 def picture(rows: int, columns: int, seed: int = 0) -> np.ndarray:
     """uint8 [32*rows, 32*columns, 3] of noise."""
     return np.random.default_rng(seed).integers(0, 256, (rows * SIDE, columns * SIDE, 3), dtype=np.uint8)
+
+
+def block_order(rows: int, columns: int) -> Tensor:
+    """Raster index of each patch of so many visual tokens, in block order: int64 [patches]."""
+    raster = torch.arange(rows * columns * SHUFFLE**2).view(rows, SHUFFLE, columns, SHUFFLE)
+    return raster.transpose(1, 2).reshape(-1)
 
 
 def pixels(rows: int, columns: int, seed: int = 0, cached: bool = True, stem: int = -1, patch: int = PATCH) -> Pixels:
