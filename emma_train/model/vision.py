@@ -172,7 +172,7 @@ def resize_matrix(size: int, side: int, device: torch.device) -> Tensor:
     """Bicubic resize of `side` values to `size`, as a matrix: float32 [size, side].
 
     The resize of a grid is one such product for its rows and one for its columns. What is kept between steps then knows
-    nothing of the weights, and the products are faster than the kernel, whose backward adds up in no fixed order on CUDA.
+    nothing of the weights, and products are faster than the kernel, whose backward adds up in no fixed order on CUDA.
     """
     unit = torch.eye(side)[None, :, :, None]
     return F.interpolate(unit, (size, 1), mode="bicubic", align_corners=False)[0, :, :, 0].T.contiguous().to(device)
