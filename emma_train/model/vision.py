@@ -73,11 +73,14 @@ class VisionEncoder(nn.Module):
         return VisionOutput(x.reshape(-1, side**2 * self.config.hidden), router_logits)
 
     def choose(self, router_logits: Tensor | None, num_pictures: int) -> list[int]:
-        """Expert of each picture: STEM where the router's probability exceeds the threshold."""
+        """Expert of each picture."""
         if router_logits is None:
             return [VERSATILE] * num_pictures
-        stem = router_logits.float().softmax(-1)[:, STEM] > self.config.stem_threshold
-        return [int(s) for s in stem.tolist()]
+        return [STEM if stem else VERSATILE for stem in self.takes_stem(router_logits).tolist()]
+
+    def takes_stem(self, router_logits: Tensor) -> Tensor:
+        """[pictures, 2] -> bool [pictures]: whether the probability of STEM exceeds the threshold."""
+        return router_logits.float().softmax(-1)[:, STEM] > self.config.stem_threshold
 
     def _embed(self, patches: Tensor, grids: Grids) -> Tensor:
         weight = self.patch_embedding.weight.permute(0, 2, 3, 1).flatten(1)
