@@ -2,6 +2,7 @@
 
 tiny_model()                 ModelConfig: hidden 32, 4 decoder layers, 3 vision layers, 32 pixels per token
 tiny_emma(config)            Emma with every weight random, so that no output is zero by construction
+write_export(out, recipe)    an export of tiny_emma as if a stage had made it; returns the model
 recipe_values(stage, ...)    the plain values of a valid recipe; dotted keys override
 tiny_recipe(stage, ...)      the same as a checked Recipe
 write_recipe(path, values)   the same as a YAML file
@@ -25,6 +26,8 @@ import torch
 import yaml
 from torch import Tensor
 
+from emma_train.checkpoint import export
+from emma_train.checkpoint.tensors import Spec
 from emma_train.config.load import from_dict
 from emma_train.config.schema import AutoencoderConfig, DecoderConfig, ModelConfig, Recipe, VisionConfig
 from emma_train.model.emma import Emma
@@ -80,6 +83,16 @@ def tiny_emma(config: ModelConfig | None = None, seed: int = 0) -> Emma:
     """Emma with random weights everywhere, the velocity head and the placeholder too."""
     model = Emma(config or tiny_model())
     randomise(model, seed)
+    return model
+
+
+def write_export(out: Path, recipe: Recipe, seed: int = 0) -> Emma:
+    """Emma with random weights as an export of the recipe's stage."""
+    model = tiny_emma(recipe.model, seed)
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    specs = {name: Spec.of(value.dtype, value.shape) for name, value in weights.items()}
+    meta = {"stage": recipe.stage.name, "step": 1}
+    export.write(out, specs, weights.__getitem__, recipe, meta, tokenizer().path)
     return model
 
 

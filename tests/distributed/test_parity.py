@@ -6,11 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from emma_train.checkpoint import export
 from emma_train.checkpoint import folder as folders
 from tests.distributed.ranks import one_step, stream_steps
 from tests.distributed.spawn import run_ranks
-from tests.helpers import recipe_values, tiny_emma, tiny_recipe, tokenizer, write_recipe
+from tests.helpers import recipe_values, tiny_recipe, write_export, write_recipe
 from tests.runs import checkpoint, learnt, metrics, stored, train
 
 STEPS = 20
@@ -130,8 +129,7 @@ def test_a_checkpoint_says_how_many_processes_wrote_it(runs: dict[int, Path]) ->
 def test_the_share_of_pictures_that_take_the_stem_expert_is_that_of_all_ranks(tmp_path: Path) -> None:
     """By label while the expert learns; as the router would choose while the router does."""
     steps, shares, start = 8, {}, tmp_path / "start"
-    before = tiny_recipe("stage3")
-    export.write(start, tiny_emma(before.model), before, {"stage": "stage3", "step": 1}, tokenizer().path)
+    write_export(start, tiny_recipe("stage3"))
     for stage, rate, source in (("stage4_expert", 1e-3, start), ("stage4_router", 1e-2, tmp_path / "stage4_expert-1")):
         settings = {"train__steps": steps, "train__save_every": 100, "optimizer__lr": rate, "init__from": str(source)}
         recipe = write_recipe(tmp_path / f"{stage}.yaml", values(tmp_path, stage, **settings))
