@@ -183,16 +183,17 @@ def export(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from emma_train.checkpoint import export as exports
     from emma_train.checkpoint.qwen3 import write_qwen3
     from emma_train.checkpoint.stored import StoredModel
-    from emma_train.generate.settings import write_settings
+    from emma_train.generate.settings import read_settings, write_settings
     from emma_train.sequence.tokens import TextTokenizer
 
     model, out = StoredModel(arguments.checkpoint, use_ema=not arguments.no_ema), Path(arguments.out)
+    settings = read_settings(Path(arguments.checkpoint), model.recipe)
     if arguments.format == "qwen3":
         write_qwen3(out, model)
     else:
         tokenizer = TextTokenizer(model.recipe.data.tokenizer).path
         exports.write(out, model.specs, model.read, model.recipe, model.meta, tokenizer)
-        write_settings(out, model.recipe)
+        write_settings(out, *settings)
     print(out)
     return 0
 
@@ -384,7 +385,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--out", default="generated", help="folder for pictures (%(default)s)")
     command.add_argument("--num", type=int, default=1, help="answers or pictures per prompt (%(default)s)")
     command.add_argument("--size", type=int, nargs=2, metavar=("WIDTH", "HEIGHT"), help="of the picture in pixels")
-    own = command.add_argument_group("how to generate", "what is not given is that of the export, or of the recipe")
+    own = command.add_argument_group(
+        "how to generate", "what is not given is as the export says, else the recipe's shift and our defaults"
+    )
     own.add_argument("--steps", type=int, help="flow steps")
     own.add_argument("--solver", choices=("euler", "heun"), help="of the flow")
     own.add_argument("--shift", type=float, help="of the flow's time; larger pictures need more")

@@ -50,15 +50,15 @@ Settings = TypeVar("Settings", FlowSettings, TextSettings)
 ABOVE_0 = ("steps", "shift", "max_tokens")
 
 
-def write_settings(folder: Path, recipe: Recipe) -> None:
-    """What the stage of an export was trained for, and our defaults for the rest."""
-    text = {key: value for key, value in asdict(TextSettings()).items() if key != "fixed_length"}
-    values = {"flow": asdict(FlowSettings(shift=recipe.flow.shift)), "text": text}
+def write_settings(folder: Path, flow: FlowSettings, text: TextSettings) -> None:
+    """Write generation.json."""
+    values = {"flow": asdict(flow), "text": {k: v for k, v in asdict(text).items() if k != "fixed_length"}}
     write_atomic(folder / FILE, json.dumps(values, indent=1) + "\n")
 
 
 def read_settings(folder: Path, recipe: Recipe) -> tuple[FlowSettings, TextSettings]:
-    """The settings of an export; of a model that carries none, its recipe's and our defaults. Raises UserError."""
+    """The settings of an export; of a model that carries none, the shift that it was trained with and our defaults for
+    the rest. Raises UserError."""
     path, flow, text = folder / FILE, FlowSettings(shift=recipe.flow.shift), TextSettings()
     if not path.is_file():
         return flow, text

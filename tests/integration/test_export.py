@@ -136,6 +136,7 @@ def test_generate_follows_the_settings_of_an_export_unless_told_otherwise(
         assert drawn(tmp_path, exported) == told != plain
         back = ["--steps", "30", "--text-guidance", "2.5", "--shift", "3.0", "--solver", "euler"]
         assert drawn(tmp_path, exported, *back) == plain
+        assert json.loads((exported_to(tmp_path / "again", exported) / "generation.json").read_text()) == values
         for wrong, said in (
             ({"flow": {"stepps": 3}}, "flow.stepps: unknown key; did you mean steps?"),
             ({"flow": {"steps": 2.5}}, "flow.steps is 2.5; it is of type int"),
