@@ -386,7 +386,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--num", type=int, default=1, help="answers or pictures per prompt (%(default)s)")
     command.add_argument("--size", type=int, nargs=2, metavar=("WIDTH", "HEIGHT"), help="of the picture in pixels")
     own = command.add_argument_group(
-        "how to generate", "what is not given is as the export says, else the recipe's shift and our defaults"
+        "how to generate", "not given: as the export says, else the recipe's shift and our defaults"
     )
     own.add_argument("--steps", type=int, help="flow steps")
     own.add_argument("--solver", choices=("euler", "heun"), help="of the flow")
