@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -88,8 +88,9 @@ def _train_stage(path: Path, recipe: "Recipe", world: "World") -> int:
     from data_pipelines.stream.requests import read_requests
     from emma_train.checkpoint import folder as folders
     from emma_train.config.check import phases
-    from emma_train.generate.generator import FlowSettings, Generator, TextSettings
+    from emma_train.generate.generator import Generator
     from emma_train.generate.samples import write_samples
+    from emma_train.generate.settings import FlowSettings, TextSettings
     from emma_train.model.autoencoder import Autoencoder
     from emma_train.sequence.tokens import TextTokenizer
     from emma_train.stages.stage import stage_of
@@ -179,9 +180,20 @@ def import_(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 def export(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """Write a checkpoint as safetensors, config and tokenizer, loadable without torch.distributed."""
-    from emma_train.generate.load import export_checkpoint
+    from emma_train.checkpoint import export as exports
+    from emma_train.checkpoint.qwen3 import write_qwen3
+    from emma_train.checkpoint.stored import StoredModel
+    from emma_train.generate.settings import read_settings, write_settings
+    from emma_train.sequence.tokens import TextTokenizer
 
-    out = export_checkpoint(arguments.checkpoint, Path(arguments.out), use_ema=not arguments.no_ema)
+    model, out = StoredModel(arguments.checkpoint, use_ema=not arguments.no_ema), Path(arguments.out)
+    settings = read_settings(Path(arguments.checkpoint), model.recipe)
+    if arguments.format == "qwen3":
+        write_qwen3(out, model)
+    else:
+        tokenizer = TextTokenizer(model.recipe.data.tokenizer).path
+        exports.write(out, model.specs, model.read, model.recipe, model.meta, tokenizer)
+        write_settings(out, *settings)
     print(out)
     return 0
 
@@ -191,8 +203,8 @@ def generate(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from PIL import Image
 
     from data_pipelines.stream.reader import load_picture
-    from emma_train.generate.generator import FlowSettings, TextSettings
     from emma_train.generate.load import load_generator
+    from emma_train.generate.settings import changed, read_settings
     from emma_train.sequence.geometry import picture_size
     from emma_train.sequence.request import Request
     from emma_train.sequence.seeds import seed_of
@@ -202,6 +214,9 @@ def generate(arguments: argparse.Namespace, overrides: list[str]) -> int:
     if arguments.task == "t2i" and arguments.image:
         raise UserError("--task t2i takes no --image; --task it2i edits a picture")
     generator, recipe, _ = load_generator(arguments.model, arguments.device, not arguments.no_ema)
+    flow, text = read_settings(Path(arguments.model), recipe)
+    flow = changed(flow, _given(arguments, flow), "--")
+    text = changed(text, _given(arguments, text), "--")
     image, pixels = (recipe.data.und if arguments.task == "i2t" else recipe.data.gen), recipe.model.autoencoder.pixels
     pictures = []
     for file in arguments.image:
@@ -218,18 +233,17 @@ def generate(arguments: argparse.Namespace, overrides: list[str]) -> int:
         height, width = pictures[0].shape[:2]
     else:
         width = height = recipe.data.gen.side
-    prompts = arguments.prompt
     requests = [
-        Request(f"{n}", arguments.task, text, pictures, (height, width), seed_of(arguments.seed, 0, str(n), "generate"))
-        for text in prompts
+        Request(
+            f"{n}", arguments.task, prompt, pictures, (height, width), seed_of(arguments.seed, 0, str(n), "generate")
+        )
+        for prompt in arguments.prompt
         for n in range(arguments.num)
     ]
     if arguments.task == "i2t":
-        for answer in generator.answer(requests, TextSettings(arguments.max_tokens, arguments.temperature)):
+        for answer in generator.answer(requests, text):
             print(answer)
         return 0
-    guidance = (arguments.text_guidance, arguments.image_guidance)
-    flow = FlowSettings(arguments.steps, *guidance, recipe.flow.shift, arguments.solver)
     out = Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
     for start in range(0, len(requests), arguments.batch):
@@ -238,6 +252,11 @@ def generate(arguments: argparse.Namespace, overrides: list[str]) -> int:
             Image.fromarray(np.asarray(made)).save(path)
             print(path)
     return 0
+
+
+def _given(arguments: argparse.Namespace, settings: Any) -> dict[str, Any]:
+    """The options among a settings object's fields that were given."""
+    return {k: v for k in vars(settings) if (v := getattr(arguments, k, None)) is not None}
 
 
 def evaluate(arguments: argparse.Namespace, overrides: list[str]) -> int:
@@ -350,6 +369,14 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("checkpoint", metavar="CHECKPOINT", help="run folder or checkpoint")
     command.add_argument("out", metavar="OUT", help="folder to write")
     command.add_argument("--no-ema", action="store_true", help="export the weights, not their average")
+    command.add_argument(
+        "--as",
+        dest="format",
+        choices=("emma", "qwen3"),
+        default="emma",
+        help="emma: the whole model, for generate and init.from; qwen3: what understands, as transformers loads it "
+        "(%(default)s)",
+    )
     command = add(generate)
     add_model(command)
     command.add_argument("--task", choices=("i2t", "t2i", "it2i"), required=True)
@@ -358,12 +385,16 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--out", default="generated", help="folder for pictures (%(default)s)")
     command.add_argument("--num", type=int, default=1, help="answers or pictures per prompt (%(default)s)")
     command.add_argument("--size", type=int, nargs=2, metavar=("WIDTH", "HEIGHT"), help="of the picture in pixels")
-    command.add_argument("--steps", type=int, default=30, help="flow steps (%(default)s)")
-    command.add_argument("--solver", choices=("euler", "heun"), default="euler", help="of the flow (%(default)s)")
-    command.add_argument("--text-guidance", type=float, default=2.5, help="strength of the prompt (%(default)s)")
-    command.add_argument("--image-guidance", type=float, default=2.0, help="strength of the reference (%(default)s)")
-    command.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
-    command.add_argument("--max-tokens", type=int, default=64, help="longest answer (%(default)s)")
+    own = command.add_argument_group(
+        "how to generate", "not given: as the export says, else the recipe's shift and our defaults"
+    )
+    own.add_argument("--steps", type=int, help="flow steps")
+    own.add_argument("--solver", choices=("euler", "heun"), help="of the flow")
+    own.add_argument("--shift", type=float, help="of the flow's time; larger pictures need more")
+    own.add_argument("--text-guidance", type=float, help="strength of the prompt")
+    own.add_argument("--image-guidance", type=float, help="strength of the reference")
+    own.add_argument("--temperature", type=float, help="0 takes the likeliest token")
+    own.add_argument("--max-tokens", type=int, help="longest answer")
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--batch", type=int, default=16, help="pictures at once (%(default)s)")
     command = add(evaluate)

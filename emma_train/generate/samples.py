@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from emma_train.generate.generator import FlowSettings, Generator, TextSettings
+from emma_train.generate.generator import Generator
+from emma_train.generate.settings import FlowSettings, TextSettings
 from emma_train.sequence.request import Request
 
 

@@ -2,9 +2,8 @@
 §2.1).
 
 Pictures of one pack are rows of one matrix, without padding: every projection sees all rows at once, and attention,
-which
-has no weights, runs over runs of equally large pictures. Patches stand in block order (sequence/geometry.py), so pixel
-shuffle is a reshape.
+which has no weights, runs over runs of equally large pictures. Patches stand in block order (sequence/geometry.py), so
+pixel shuffle is a reshape.
 """
 
 from collections.abc import Sequence
@@ -88,11 +87,14 @@ class VisionEncoder(nn.Module):
         return VisionOutput(x.reshape(-1, side**2 * self.config.hidden), router_logits)
 
     def choose(self, router_logits: Tensor | None, num_pictures: int) -> list[int]:
-        """Expert of each picture: STEM where the router's probability exceeds the threshold."""
+        """Expert of each picture."""
         if router_logits is None:
             return [VERSATILE] * num_pictures
-        stem = router_logits.float().softmax(-1)[:, STEM] > self.config.stem_threshold
-        return [int(s) for s in stem.tolist()]
+        return [STEM if stem else VERSATILE for stem in self.takes_stem(router_logits).tolist()]
+
+    def takes_stem(self, router_logits: Tensor) -> Tensor:
+        """[pictures, 2] -> bool [pictures]: whether the probability of STEM exceeds the threshold."""
+        return router_logits.float().softmax(-1)[:, STEM] > self.config.stem_threshold
 
     def _pictures(self, lengths: list[int], x: Tensor) -> Pictures:
         flash = lengths and choose(self.backend, x.device, x.dtype) == "flash"
@@ -107,13 +109,15 @@ class VisionEncoder(nn.Module):
         return x + torch.cat([*(sizes[grid] for grid in grids), table[:0]]).to(x.dtype)
 
     def _positions(self, table: Tensor, rows: int, columns: int) -> Tensor:
+        """The position table, resized to a picture's patches, in block order: [patches, hidden]."""
         side, shuffle = self.config.table, self.config.shuffle
         height, width = rows * shuffle, columns * shuffle
+        grid = table.view(side, side, -1)
         if (height, width) != (side, side):
-            grid = table.float().reshape(1, side, side, -1).permute(0, 3, 1, 2)
-            grid = F.interpolate(grid, (height, width), mode="bicubic", align_corners=False)
-            table = grid.permute(0, 2, 3, 1).reshape(height * width, -1)
-        return table[block_order(rows, columns, shuffle).to(table.device)]
+            tall, wide = (resize_matrix(size, side, table.device) for size in (height, width))
+            grid = wide @ (tall @ grid.float().flatten(1)).view(height, side, -1)
+        blocks = grid.view(rows, shuffle, columns, shuffle, -1)
+        return blocks.transpose(1, 2).reshape(height * width, -1)
 
     def _split_by_expert(self, x: Tensor, lengths: Sequence[int], experts: Sequence[int]) -> Tensor:
         assert self.stem_layers is not None
@@ -189,7 +193,11 @@ def picture_attention(q: Tensor, k: Tensor, v: Tensor, pictures: Pictures, heads
 
 
 @lru_cache(maxsize=1024)
-def block_order(rows: int, columns: int, shuffle: int) -> Tensor:
-    """Raster index of each patch in block order: int64 [rows*columns*shuffle²]."""
-    raster = torch.arange(rows * columns * shuffle**2).view(rows, shuffle, columns, shuffle)
-    return raster.permute(0, 2, 1, 3).reshape(-1)
+def resize_matrix(size: int, side: int, device: torch.device) -> Tensor:
+    """Bicubic resize of `side` values to `size`, as a matrix: float32 [size, side].
+
+    The resize of a grid is one such product for its rows and one for its columns. What is kept between steps then knows
+    nothing of the weights, and products are faster than the kernel, whose backward adds up in no fixed order on CUDA.
+    """
+    unit = torch.eye(side)[None, :, :, None]
+    return F.interpolate(unit, (size, 1), mode="bicubic", align_corners=False)[0, :, :, 0].T.contiguous().to(device)

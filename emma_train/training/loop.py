@@ -175,7 +175,8 @@ class Trainer:
             self.done.seen[task] += int(number)
         if not log_now:
             return shared[8] > 0, None
-        sums = self.world.sum(account.sums.tolist())
+        pictures = sum(len(b.stem) for b in data.packs)
+        *sums, stem, seen_pictures = self.world.sum([*account.sums.tolist(), float(account.stem), pictures])
         step_s = time.perf_counter() - started + data.wait_s
         values: dict[str, Any] = {
             "step": data.step,
@@ -195,6 +196,8 @@ class Trainer:
             "data/skipped": self.done.bad_samples,
             "steps/skipped": self.done.skipped_steps,
         }
+        if self.stage.stem_expert and seen_pictures:
+            values["vision/stem_share"] = stem / seen_pictures
         share = step_mfu(self.recipe, self.stage, data.packs, step_s, self.world.device)
         return shared[8] > 0, values if share is None else {**values, "mfu": share}
 

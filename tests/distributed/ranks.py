@@ -11,8 +11,10 @@ from torch.distributed.tensor import DTensor
 
 from data_pipelines.stream.plan import Planner
 from data_pipelines.stream.reader import Reader
+from emma_train.checkpoint import store
 from emma_train.checkpoint.tensors import Tensors
 from emma_train.cli import main
+from emma_train.config.load import as_dict
 from emma_train.config.schema import Recipe
 from emma_train.engine.world import World, join
 from emma_train.model.autoencoder import Autoencoder
@@ -48,6 +50,15 @@ def loaded(recipe: Recipe) -> dict[str, Any]:
         own = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
         weights = {name: _whole(p.detach()) for name, p in model.named_parameters()}
     return {"weights": weights, "read": count, "held": sum(p.numel() for p in own)}
+
+
+def write_checkpoint(run: Path, recipe: Recipe) -> int:
+    """A run folder with a checkpoint of its start; returns the bytes of the model."""
+    with join("cpu", 60) as world:
+        built = build(recipe, stage_of(recipe), world, resuming=False)
+        meta = {"step": 1, "stage": recipe.stage.name, "config": as_dict(recipe)}
+        store.save(run / "checkpoints", meta, built.engine.model, built.engine.optimizer, {}, world, keep=1)
+        return sum(p.numel() * 4 for p in built.engine.model.parameters())
 
 
 def command_memory(warm_up: list[str], argv: list[str]) -> int:
