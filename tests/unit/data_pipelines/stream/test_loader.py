@@ -1,6 +1,7 @@
 """Packs of a step are the same on any number of ranks and workers, and what cannot be read is left out and reported."""
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +33,23 @@ def steps_of(recipe: Recipe, first: int, last: int, rank: int = 0, size: int = 1
 
 
 def assert_same(one: PackedBatch, other: PackedBatch) -> None:
-    for field in dataclasses.fields(PackedBatch):
-        a, b = getattr(one, field.name), getattr(other, field.name)
-        if isinstance(a, torch.Tensor):
-            assert a.dtype == b.dtype
-            assert torch.equal(a, b), field.name
+    a, b = (dict(_leaves(dataclasses.asdict(batch))) for batch in (one, other))
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        if isinstance(value, torch.Tensor):
+            assert value.dtype == b[name].dtype
+            assert torch.equal(value, b[name]), name
         else:
-            assert a == b, field.name
+            assert value == b[name], name
+
+
+def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Values of nested dictionaries and lists, by their path."""
+    if isinstance(value, dict | list):
+        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _leaves(part, f"{name}/{key}")
+    else:
+        yield name, value
 
 
 def assert_same_steps(one: list[StepBatches], other: list[StepBatches]) -> None:
