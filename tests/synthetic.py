@@ -1,7 +1,7 @@
 """A data set of any size that exists as an index alone: rows are made up when they are asked for.
 
-Lengths are those of Stage 1: pictures of 512 pixels, answers of 20 to 4,000 tokens (lognormal, mean about 190), prompts of
-15 to 400 (mean about 90). Nothing can be read from it but plans.
+Lengths are those of Stage 1: pictures of 512 pixels, answers of 20 to 4,000 tokens (lognormal, mean about 190), prompts
+of 15 to 400 (mean about 90). Nothing can be read from it but plans.
 """
 
 from collections.abc import Iterator
@@ -58,7 +58,9 @@ def rows(shard: int, task: str, sizes: list[int]) -> pa.Table:
         "crc32": pa.array(np.zeros(num, dtype=np.uint32)),
         "text_tokens": _lists(text, 1),
         "supervised_tokens": _lists(text, 1),
-        "context": pa.ListArray.from_arrays(pa.array(np.arange(num + 1, dtype=np.int32)), pa.ListArray.from_arrays(pa.array(shown), context)),
+        "context": pa.ListArray.from_arrays(
+            pa.array(np.arange(num + 1, dtype=np.int32)), pa.ListArray.from_arrays(pa.array(shown), context)
+        ),
         "target": _lists(np.full(num, {"i2t": -1, "t2i": 0, "it2i": 1}[task], dtype=np.int16), 1),
         "widths": _lists(sides, pictures),
         "heights": _lists(sides, pictures),

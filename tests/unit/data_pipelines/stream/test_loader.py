@@ -1,6 +1,7 @@
 """Packs of a step are the same on any number of ranks and workers, and what cannot be read is left out and reported."""
 
 import dataclasses
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,64 @@ def test_a_bad_sample_is_left_out_and_reported(tmp_path: Path, workers: int) -> 
         assert after.keys == [key for key in before.keys if key != "p001"]
         if "p001" not in before.keys:
             assert_same(before, after)
+
+
+RESUMED = [(1, 0), (1, 4), (2, 1), (4, 2), (3, 3), (6, 0)]
+"""Ranks and workers that go on with what two ranks with two workers each have begun."""
+
+
+def ranks_of(
+    recipe: Recipe, size: int, first: int, last: int, state: dict[str, Any] | None
+) -> tuple[list[StepBatches], dict[str, Any]]:
+    """Steps of all ranks together, each with a stream of its own, packs in the order of the slots; and the state after
+    them, which every rank agrees on."""
+    together: list[list[StepBatches]] = []
+    states = []
+    for rank in range(size):
+        stream = Stream(recipe, rank, size, None)
+        if state is not None:
+            stream.resume(state)
+        together.append(list(stream.steps(first, last)))
+        states.append(json.loads(json.dumps(stream.state(last))))
+    assert all(other == states[0] for other in states)
+    packs = [[step[n % size].packs[n // size] for n in range(12)] for step in zip(*together, strict=True)]
+    return [dataclasses.replace(one, packs=own) for one, own in zip(together[0], packs, strict=True)], states[0]
+
+
+def elastic(folder: Path, workers: int) -> Recipe:
+    """Packs that are filled, with dropout of text and references, so that all that is random shows."""
+    return recipe_of(
+        folder,
+        data__slots=12,
+        data__samples_per_step=0,
+        data__pack_tokens=120,
+        data__workers=workers,
+        data__text_dropout=0.3,
+        data__reference_dropout=0.3,
+    )
+
+
+@pytest.fixture(scope="module")
+def straight(small: Path) -> list[StepBatches]:
+    return ranks_of(elastic(small, 0), 1, 1, 6, None)[0]
+
+
+@pytest.fixture(scope="module")
+def begun(small: Path, straight: list[StepBatches]) -> dict[str, Any]:
+    """The state after two steps on two ranks with two workers each."""
+    steps, state = ranks_of(elastic(small, 2), 2, 1, 2, None)
+    assert_same_steps(steps, straight[:2])
+    return state
+
+
+@pytest.mark.parametrize(("size", "workers"), RESUMED)
+def test_a_run_goes_on_bit_for_bit_on_other_ranks_and_workers(
+    small: Path, straight: list[StepBatches], begun: dict[str, Any], size: int, workers: int
+) -> None:
+    """Steps 1 and 2 on two ranks with two workers, 3 and 4 on others, 5 and 6 on one alone."""
+    steps, state = ranks_of(elastic(small, workers), size, 3, 4, begun)
+    assert_same_steps(steps, straight[2:4])
+    assert_same_steps(ranks_of(elastic(small, 0), 1, 5, 6, state)[0], straight[4:])
 
 
 @pytest.mark.parametrize("workers", [0, 1])
