@@ -1,26 +1,33 @@
 """Plan -> packed batches of this rank, read ahead by stateless workers. The only state of the stream is the step."""
 
 import logging
+import os
 import queue
+import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
+from urllib.parse import urlsplit
 
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from data_pipelines.stream.flat import Flat
 from data_pipelines.stream.plan import Planned, Planner, StepPlan
-from data_pipelines.stream.reader import BadSample, Reader
+from data_pipelines.stream.reader import Reader
+from data_pipelines.stream.sampler import BadSample
 from emma_train.config.check import check_world
-from emma_train.config.errors import UserError
+from emma_train.config.errors import RunError, UserError
 from emma_train.config.schema import Recipe
 from emma_train.sequence.pack import PackedBatch, Sample, pack
 from emma_train.sequence.step import Bad, StepBatches
 from emma_train.sequence.tokens import TextTokenizer
 
 log = logging.getLogger(__name__)
+SPARES = 8
+"""How many spares are tried in the place of a sample that cannot be read, before it is left out."""
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 @dataclass(frozen=True)
@@ -29,13 +36,15 @@ class Slot:
 
     batch: PackedBatch
     bad: list[Bad]
+    replaced: int
 
 
 class Stream:
     """Packed batches of one rank: slots rank, rank + size, ... of every step. Raises UserError on bad input."""
 
-    def __init__(self, recipe: Recipe, rank: int, size: int, latents: str | None) -> None:
-        """`latents` is the fingerprint of the autoencoder, to use cached latents where they fit."""
+    def __init__(self, recipe: Recipe, rank: int, size: int, latents: str | None, pin: bool = False) -> None:
+        """`latents` is the fingerprint of the autoencoder, to use cached latents where they fit. `pin` puts packs into
+        pinned memory, from which a GPU copies while it computes."""
         check_world(recipe.data.slots, size)
         tokenizer = TextTokenizer(recipe.data.tokenizer)
         if tokenizer.vocab > recipe.model.decoder.vocab:
@@ -43,7 +52,7 @@ class Stream:
                 f"data.tokenizer {tokenizer.path} has {tokenizer.vocab} tokens, more than model.decoder.vocab="
                 f"{recipe.model.decoder.vocab}"
             )
-        self.recipe, self.rank, self.size = recipe, rank, size
+        self.recipe, self.rank, self.size, self.pin = recipe, rank, size, pin
         self.planner = Planner(recipe, tokenizer)
         vision = recipe.model.vision
         self.dataset = _Slots(self.planner, Reader(recipe.data, tokenizer, vision.patch, vision.shuffle, latents))
@@ -63,111 +72,176 @@ class Stream:
             )
 
     def steps(self, first: int, last: int) -> Iterator[StepBatches]:
-        """Steps first to last, both included."""
-        mine = [
-            (step, slot)
-            for step in range(first, last + 1)
-            for slot in range(self.rank, self.recipe.data.slots, self.size)
-        ]
-        slots = self._slots(mine)
+        """Steps first to last, both included; the last one given may be a failure, which has no packs."""
+        slots = self._slots(_Mine(first, last, self.rank, self.size, self.recipe.data.slots))
         for step in range(first, last + 1):
             started = time.perf_counter()
-            got = [next(slots) for _ in range(self.recipe.data.slots // self.size)]
-            wait_s = time.perf_counter() - started
-            bad = [b for slot in got for b in slot.bad]
+            got: list[Slot] = []
+            failure: Exception | None = None
+            try:
+                got = [next(slots) for _ in range(self.recipe.data.slots // self.size)]
+            except (UserError, RunError) as error:
+                failure = error
+            except RuntimeError as error:
+                failure = dead_worker(error)
             plan = self.planner.plan(step)
-            yield StepBatches(step, [s.batch for s in got], plan.digest, plan.straggler, bad, wait_s)
+            yield StepBatches(
+                step,
+                [slot.batch for slot in got] if failure is None else [],
+                plan.digest,
+                plan.straggler,
+                [b for slot in got for b in slot.bad],
+                time.perf_counter() - started,
+                sum(slot.replaced for slot in got),
+                failure,
+            )
+            if failure is not None:
+                return
 
-    def _slots(self, mine: list[tuple[int, int]]) -> Iterator[Slot]:
-        workers = self.recipe.data.workers
-        if workers == 0:
-            return _read_ahead(self.dataset, mine, self.recipe.data.prefetch)
+    def _slots(self, mine: "_Mine") -> Iterator[Slot]:
+        data = self.recipe.data
+        if data.workers == 0:
+            return _read_ahead(self.dataset, mine, data.prefetch, self.pin)
         loader = DataLoader(
             self.dataset,
             batch_size=None,
-            sampler=_Listed(mine),
-            num_workers=workers,
-            prefetch_factor=self.recipe.data.prefetch,
+            sampler=mine,
+            num_workers=data.workers,
+            prefetch_factor=data.prefetch,
+            pin_memory=self.pin,
             multiprocessing_context="fork",
+            worker_init_fn=_start_worker,
         )
-        return _raised(loader)
+        return _received(loader)
 
 
-class _Slots(Dataset["Slot | UserError"]):
+def dead_worker(error: RuntimeError) -> RunError:
+    """The one line about a loader worker that died, from what torch raises; other errors are raised again."""
+    if "DataLoader worker (pid" not in str(error):
+        raise error
+    told = str(error).splitlines()[0].rstrip(". ")
+    return RunError(
+        f"{told}. A kill is mostly the kernel's, for memory: lower data.workers or data.prefetch. "
+        f"The same command goes on from the last checkpoint"
+    )
+
+
+class _Slots(Dataset["Flat | UserError | RunError"]):
     """(step, slot) -> pack; the same in every process."""
 
     def __init__(self, planner: Planner, reader: Reader) -> None:
         self.planner, self.reader = planner, reader
 
-    def __getitem__(self, index: tuple[int, int]) -> Slot | UserError:
+    def __getitem__(self, index: tuple[int, int]) -> "Flat | UserError | RunError":
         # Returned, not raised: torch would wrap what a worker raises in that worker's traceback.
         try:
-            return self.read(*index)
-        except UserError as error:
+            slot = self.read(*index)
+        except (UserError, RunError) as error:
             return error
+        return Flat.of(slot.batch, (slot.bad, slot.replaced), shared=True)
 
     def read(self, step: int, slot: int) -> Slot:
-        """The pack of one slot. Raises UserError where the plan is impossible or nothing of it can be read."""
+        """The pack of one slot. Raises UserError where the plan is impossible, RunError where nothing can be read."""
         plan: StepPlan = self.planner.plan(step)
+        samples, bad, replaced = self._samples(plan.slots[slot], latents=True)
+        if not _alike(samples):
+            samples, bad, replaced = self._samples(plan.slots[slot], latents=False)
+        if not samples:
+            raise RunError(f"step {step}: no sample of slot {slot} can be read, nor a spare; the last: {bad[-1]}")
+        return Slot(pack(samples, len(plan.slots[slot]) - len(samples)), bad, replaced)
+
+    def _samples(self, slot: Sequence[Planned], latents: bool) -> tuple[list[Sample], list[Bad], int]:
+        """What can be read of a slot, what cannot, and how many spares are among the former."""
         samples: list[Sample] = []
         bad: list[Bad] = []
-        for planned in plan.slots[slot]:
+        replaced = 0
+        for planned in slot:
+            sample, problems = self._read_or_spare(planned, latents)
+            bad += problems
+            if sample is not None:
+                samples.append(sample)
+                replaced += bool(problems)
+        return samples, bad, replaced
+
+    def _read_or_spare(self, planned: Planned, latents: bool) -> tuple[Sample | None, list[Bad]]:
+        """The sample, or the first of its spares that can be read, and what could not be."""
+        bad: list[Bad] = []
+        wanted: Planned | None = planned
+        for attempt in range(SPARES + 1):
+            if wanted is None:
+                break
             try:
-                samples.append(self.reader.read(planned))
+                sample = self.reader.read(wanted, latents)
             except BadSample as error:
-                bad.append(_bad(planned, error))
-        if not samples:
-            raise UserError(f"step {step}: no sample of slot {slot} can be read; the last: {bad[-1]}")
-        return Slot(pack(samples, len(bad)), bad)
+                bad.append(Bad(wanted.key, wanted.task, os.path.basename(urlsplit(wanted.url).path), str(error)))
+                wanted = self.planner.spare(planned, attempt)
+                continue
+            return sample, [replace(b, replaced_by=wanted.key) for b in bad]
+        return None, bad
 
 
-class _Listed(Sampler[tuple[int, int]]):
-    def __init__(self, items: list[tuple[int, int]]) -> None:
-        self.items = items
+def _alike(samples: list[Sample]) -> bool:
+    """Whether a pack can be made: it takes the latents of all its pictures, or encodes all and needs their pixels."""
+    pictures = [p for sample in samples for p in sample.pictures.values()]
+    return all(p.latent is not None for p in pictures) or all(p.patches is not None for p in pictures)
+
+
+class _Mine(Sampler[tuple[int, int]]):
+    """(step, slot) of one rank, in order. Made as they are asked for: a long run has a hundred million."""
+
+    def __init__(self, first: int, last: int, rank: int, size: int, slots: int) -> None:
+        self.first, self.last, self.rank, self.size, self.slots = first, last, rank, size, slots
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        return iter(self.items)
+        for step in range(self.first, self.last + 1):
+            for slot in range(self.rank, self.slots, self.size):
+                yield step, slot
 
     def __len__(self) -> int:
-        return len(self.items)
+        return (self.last - self.first + 1) * (self.slots // self.size)
 
 
-def _bad(planned: Planned, error: BadSample) -> Bad:
-    return Bad(planned.key, planned.task, Path(planned.tar).name, str(error))
+def _start_worker(number: int) -> None:
+    """A request to stop goes to all processes of a job; the trainer acts on it, and needs its workers until the end."""
+    for name in STOP_SIGNALS:
+        signal.signal(name, signal.SIG_IGN)
 
 
-def _raised(results: Iterable[Slot | UserError]) -> Iterator[Slot]:
+def _received(results: Iterable[Flat | UserError | RunError]) -> Iterator[Slot]:
     for result in results:
-        if isinstance(result, UserError):
+        if isinstance(result, Exception):
             raise result
-        yield result
+        yield Slot(result.batch(), *result.other)
 
 
-def _read_ahead(dataset: _Slots, items: list[tuple[int, int]], depth: int) -> Iterator[Slot]:
+def _read_ahead(dataset: _Slots, items: Iterable[tuple[int, int]], depth: int, pin: bool) -> Iterator[Slot]:
     """Read in one background thread, `depth` packs ahead; an error is raised where its pack would have come."""
-    ready: queue.Queue[Slot | BaseException] = queue.Queue(maxsize=max(1, depth))
+    ready: queue.Queue[Slot | BaseException | None] = queue.Queue(maxsize=max(1, depth))
     stop = threading.Event()
 
-    def read() -> None:
-        for item in items:
+    def put(result: Slot | BaseException | None) -> None:
+        while not stop.is_set():
             try:
-                result: Slot | BaseException = dataset.read(*item)
-            except BaseException as error:  # handed over to the consumer's thread
-                result = error
-            while not stop.is_set():
-                try:
-                    ready.put(result, timeout=0.2)
-                    break
-                except queue.Full:
-                    continue
-            if stop.is_set() or isinstance(result, BaseException):
+                ready.put(result, timeout=0.2)
                 return
+            except queue.Full:
+                continue
+
+    def read() -> None:
+        try:
+            for item in items:
+                slot = dataset.read(*item)
+                put(replace(slot, batch=Flat.of(slot.batch).pin_memory().batch()) if pin else slot)
+                if stop.is_set():
+                    return
+            put(None)
+        except BaseException as error:  # handed over to the consumer's thread
+            put(error)
 
     thread = threading.Thread(target=read, name="read-ahead", daemon=True)
     thread.start()
     try:
-        for _ in items:
-            result = ready.get()
+        while (result := ready.get()) is not None:
             if isinstance(result, BaseException):
                 raise result
             yield result

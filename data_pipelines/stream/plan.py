@@ -8,13 +8,12 @@ which slot. Sample p of a task stands at place p mod n of epoch p div n, each ep
 import hashlib
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
-from data_pipelines.stream.index import index_path, read_manifest
+from data_pipelines.stream.index import read_columns, read_manifest
+from data_pipelines.stream.storage import Storage, join, shown
 from emma_train.config.check import TASKS, phases, samples_per_task
 from emma_train.config.errors import UserError
 from emma_train.config.schema import ImageConfig, Recipe, SourceConfig
@@ -29,7 +28,8 @@ class Planned:
 
     key: str
     task: str
-    tar: Path
+    url: str
+    """Of the shard."""
     shard: str
     """sha256 of the tar in the manifest."""
     offset: int
@@ -126,6 +126,18 @@ class Planner:
         phase = self._phase(step)
         return {task: phase.position(task, step) / len(rows) for task, rows in phase.rows.items()}
 
+    def spare(self, planned: Planned, attempt: int) -> Planned | None:
+        """What may stand for a sample that cannot be read: of its task and sources, no longer than it; None where there
+        is nothing. A pure function of (seed, the sample, attempt)."""
+        rows = next(phase.rows[planned.task] for phase in self._phases if planned.task in phase.rows)
+        start = choice_of(len(rows), self.data.seed, planned.epoch, planned.key, f"spare {attempt}")
+        for number in range(min(64, len(rows))):
+            row = rows[(start + number) % len(rows)]
+            found = self._planned(row, planned.task, planned.epoch)
+            if found.key != planned.key and found.num_tokens <= planned.num_tokens:
+                return found
+        return None
+
     def _phase(self, step: int) -> "_Phase":
         return next(phase for phase in reversed(self._phases) if step > phase.start)
 
@@ -134,19 +146,20 @@ class Planner:
         for source in sources:
             if source.tasks and task not in source.tasks:
                 continue
-            folder = Path(source.path)
-            manifest = read_manifest(folder)
+            folder, storage = source.path, Storage.of(self.data)
+            manifest = read_manifest(folder, storage)
             if manifest["tokenizer_sha256"] != tokenizer.sha256:
                 raise UserError(
-                    f"{folder}: was indexed with another tokenizer than data.tokenizer ({tokenizer.path}); "
-                    f"run `emma-data index {folder} --tokenizer {tokenizer.path}`"
+                    f"{shown(folder)}: was indexed with another tokenizer than data.tokenizer ({tokenizer.path}); "
+                    f"run `emma-data index {shown(folder)} --tokenizer {tokenizer.path}`"
                 )
             for shard in manifest["shards"]:
                 self.manifest_hash.update(f"{shard['sha256']}{task}".encode())
-                tar = folder / shard["name"]
-                for row in pq.read_table(index_path(tar), filters=[("task", "=", task)]).to_pylist():
+                url = join(folder, shard["name"])
+                table = read_columns(folder, shard["name"], task, None, storage, shard["index_sha256"])
+                for row in table.to_pylist():
                     if set(source.require_tags) <= set(row["tags"]):
-                        rows.append({**row, "tar": tar, "shard": shard["sha256"]})
+                        rows.append({**row, "url": url, "shard": shard["sha256"]})
         if not rows:
             raise UserError(
                 f"mix.{task} is above 0, but no sample of {', '.join(s.path for s in sources)} has that task"
@@ -156,7 +169,9 @@ class Planner:
 
     def _sample(self, rows: list[dict[str, Any]], task: str, position: int) -> Planned:
         epoch, place = divmod(position, len(rows))
-        row = rows[int(_order(self.data.seed, task, epoch, len(rows))[place])]
+        return self._planned(rows[int(_order(self.data.seed, task, epoch, len(rows))[place])], task, epoch)
+
+    def _planned(self, row: dict[str, Any], task: str, epoch: int) -> Planned:
         alternative = choice_of(len(row["text_tokens"]), self.data.seed, epoch, row["key"], f"{task} alternative")
         image = self.data.und if task == "i2t" else self.data.gen
         seen = sum(self._visual_tokens(row, number, image) for number in row["context"][alternative])
@@ -165,7 +180,7 @@ class Planner:
         return Planned(
             key=row["key"],
             task=task,
-            tar=row["tar"],
+            url=row["url"],
             shard=row["shard"],
             offset=row["offset"],
             size=row["size"],
