@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from emma_train.config.errors import UserError
+from emma_train.config.errors import RunError, UserError
 
 if TYPE_CHECKING:
     from emma_train.config.schema import Recipe
@@ -40,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Every rank says it: what only one of them met would be lost otherwise.
         print(f"emma-train {arguments.command}: {error}", file=sys.stderr, flush=True)
         return 2
+    except RunError as error:
+        print(f"emma-train {arguments.command}: {error}", file=sys.stderr, flush=True)
+        return 1
     except BrokenPipeError:
         return 1
 
@@ -84,7 +87,7 @@ def _pipeline_recipes(path: Path, overrides: list[str]) -> "list[tuple[Path, Rec
 
 def _train_stage(path: Path, recipe: "Recipe", world: "World") -> int:
     """Join stream, model, engine and loop for one stage."""
-    from data_pipelines.stream.loader import Stream
+    from data_pipelines.stream.loader import Stream, dead_worker
     from data_pipelines.stream.requests import read_requests
     from emma_train.checkpoint import folder as folders
     from emma_train.config.check import phases
@@ -104,10 +107,10 @@ def _train_stage(path: Path, recipe: "Recipe", world: "World") -> int:
         log.info("%s is complete: nothing to do", run.path)
         return 0
     autoencoder = Autoencoder(recipe.model.autoencoder, world.device)
-    stream = Stream(recipe, world.rank, world.size, autoencoder.fingerprint)
+    stream = Stream(recipe, world.rank, world.size, autoencoder.fingerprint, pin=world.device.type == "cuda")
     requests = []
     if recipe.train.sample_from and stage.loss == "tokens":
-        folder, pixels = Path(recipe.train.sample_from), recipe.model.autoencoder.pixels
+        folder, pixels = recipe.train.sample_from, recipe.model.autoencoder.pixels
         mixed = [task for task in stage.tasks if any(getattr(phase.mix, task) for phase in phases(recipe))]
         for task in mixed:
             requests += read_requests(folder, task, recipe.data, pixels, recipe.train.sample_num)
@@ -127,7 +130,10 @@ def _train_stage(path: Path, recipe: "Recipe", world: "World") -> int:
     if world.is_main:
         run.prepare(recipe, world)
     world.barrier()
-    code = trainer.train()
+    try:
+        code = trainer.train()
+    except RuntimeError as error:  # torch raises it wherever the trainer is when a worker dies
+        raise dead_worker(error) from None
     if world.is_main and code == 0:
         _try_report(run.path)
     return code
@@ -202,7 +208,7 @@ def generate(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """Answer a question about pictures, or make or edit a picture."""
     from PIL import Image
 
-    from data_pipelines.stream.reader import load_picture
+    from data_pipelines.stream.pictures import load_picture
     from emma_train.generate.load import load_generator
     from emma_train.generate.settings import changed, read_settings
     from emma_train.sequence.geometry import picture_size

@@ -29,13 +29,18 @@ def synthetic(rows_per_task: int, rows_per_shard: int = 10_000) -> Iterator[None
     manifest = {
         "tokenizer_sha256": tokenizer().sha256,
         "shards": [
-            {"name": f"{i:06d}.tar", "sha256": f"{i:064x}", "tags": {task: {"": size} for task in TASKS}}
+            {
+                "name": f"{i:06d}.tar",
+                "sha256": f"{i:064x}",
+                "index_sha256": "",
+                "tags": {task: {"": size} for task in TASKS},
+            }
             for i, size in enumerate(sizes)
         ],
     }
     with (
-        patch.object(sources, "read_manifest", lambda folder: manifest),
-        patch.object(sources, "read_columns", lambda folder, name, task: rows(int(name[:6]), task, sizes)),
+        patch.object(sources, "read_manifest", lambda folder, storage: manifest),
+        patch.object(sources, "read_columns", lambda folder, name, task, *_: rows(int(name[:6]), task, sizes)),
     ):
         yield
 
@@ -66,7 +71,7 @@ def rows(shard: int, task: str, sizes: list[int]) -> pa.Table:
         "heights": _lists(sides, pictures),
         "tags": pa.array([[]] * num, pa.list_(pa.string())),
     }
-    return pa.table({name: columns[name].cast(COLUMNS.field(name).type) for name in columns})
+    return pa.table({name: columns[name].cast(COLUMNS.field(name).type) for name in sources.PLANNED})
 
 
 def _lists(values: np.ndarray, length: int) -> pa.ListArray:

@@ -27,7 +27,7 @@ class Columns:
     shard: np.ndarray
     """int32: index into the shards that were read."""
     shards: list
-    """(folder, name, sha256) of each."""
+    """(URL, sha256) of each."""
     offset: np.ndarray
     size: np.ndarray
     crc32: np.ndarray
@@ -63,7 +63,7 @@ class Measure:
     """data.seed."""
 
 
-def measure(tables: Sequence[pa.Table], shards: Sequence[tuple[str, str, str]], epoch: int, how: Measure) -> Columns:
+def measure(tables: Sequence[pa.Table], shards: Sequence[tuple[str, str]], epoch: int, how: Measure) -> Columns:
     """Columns of the rows of some shards, one table each, one after another. Columns of a table as in index.COLUMNS."""
     table = pa.concat_tables(tables).combine_chunks()
     shard = np.repeat(np.arange(len(tables), dtype=np.int32), [len(t) for t in tables])

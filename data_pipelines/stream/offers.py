@@ -9,6 +9,7 @@ import pyarrow as pa
 from data_pipelines.stream.columns import Columns
 from data_pipelines.stream.order import Blend
 from data_pipelines.stream.packing import Queue
+from data_pipelines.stream.storage import shown
 from emma_train.config.errors import UserError
 from emma_train.sequence.seeds import seed_of
 
@@ -19,10 +20,8 @@ class Planned:
 
     key: str
     task: str
-    folder: str
-    """Of its shard: a path or URL."""
-    name: str
-    """Of the tar in it."""
+    url: str
+    """Of its shard."""
     shard: str
     """sha256 of the tar in the manifest."""
     offset: int
@@ -92,10 +91,10 @@ class Offers:
         epoch, columns = self.blocks[self.block[place]]
         fit = np.flatnonzero(~columns.refused)
         if not len(fit):
-            where = columns.shards[columns.shard[self.row[place]]]
+            url, _ = columns.shards[columns.shard[self.row[place]]]
             raise UserError(
-                f"{where[0]}: no {self.task} sample near {where[1]} fits a pack; raise data.pack_tokens (or its other "
-                "caps), or lower the size of pictures"
+                f"{shown(url)}: no {self.task} sample near it fits a pack; raise data.pack_tokens (or its other caps), "
+                "or lower the size of pictures"
             )
         key = columns.keys[int(self.row[place])].as_py()
         return int(fit[seed_of(seed, epoch, key, f"{self.task} stand-in") % len(fit)])
@@ -103,12 +102,11 @@ class Offers:
 
 def planned_row(columns: Columns, row: int, task: str, phase: int, epoch: int, position: int) -> Planned:
     """One row as the loader wants it."""
-    folder, name, sha256 = columns.shards[columns.shard[row]]
+    url, sha256 = columns.shards[columns.shard[row]]
     return Planned(
         key=columns.keys[row].as_py(),
         task=task,
-        folder=folder,
-        name=name,
+        url=url,
         shard=sha256,
         offset=int(columns.offset[row]),
         size=int(columns.size[row]),

@@ -31,6 +31,7 @@ class Shard:
     folder: str
     name: str
     sha256: str
+    index_sha256: str
     num_rows: int
 
 

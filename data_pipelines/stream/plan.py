@@ -102,7 +102,7 @@ class Planner:
             for task in shares:
                 image = self.data.und if task == "i2t" else self.data.gen
                 how = Measure(task, image, self.model, self.caps, self.data.seed)
-                blends[task] = blend_of(phase, how, tokenizer, self.data.shuffle_window, manifests)
+                blends[task] = blend_of(phase, how, tokenizer, self.data, manifests)
             self._phases.append(_Phase(number, start, shares, counts, blends, dict(taken)))
             start += phase.steps
             for task, count in counts.items():

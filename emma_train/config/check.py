@@ -31,9 +31,20 @@ POSITIVE = (
     "data.pack_tokens",
     "data.und.side",
     "data.gen.side",
+    "data.cache_gib",
+    "data.read_timeout_s",
     "optimizer.lr",
 )
-NOT_NEGATIVE = ("data.samples_per_step", "data.pack_pairs", "data.pack_patches", "data.pack_pixels")
+NOT_NEGATIVE = (
+    "data.samples_per_step",
+    "data.pack_pairs",
+    "data.pack_patches",
+    "data.pack_pixels",
+    "data.workers",
+    "data.max_bad_samples",
+    "data.read_retries",
+    "data.read_wait_s",
+)
 BETWEEN_0_AND_1 = ("data.text_dropout", "data.reference_dropout", "ema.decay", "model.vision.stem_threshold")
 
 
@@ -47,7 +58,7 @@ def check_recipe(recipe: Recipe, where: str) -> None:
             raise UserError(f"{where}: {key} is {value}; it must be more than 0")
     for key in NOT_NEGATIVE:
         if (value := get(recipe, key)) < 0:
-            raise UserError(f"{where}: {key} is {value}; it must be 0 or more")
+            raise UserError(f"{where}: {key} is {value}; it must not be negative")
     for key in BETWEEN_0_AND_1:
         if not 0 <= (value := get(recipe, key)) <= 1:
             raise UserError(f"{where}: {key} is {value}; it lies between 0 and 1")

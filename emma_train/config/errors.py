@@ -1,5 +1,9 @@
-"""The one error that is the user's to fix: the command line prints it as one line and exits with code 2."""
+"""The errors that the command line tells in one line, never as a traceback."""
 
 
 class UserError(Exception):
-    """Bad input: says what is wrong, where (file, key, value) and what to do. Never shown as a traceback."""
+    """Bad input, the user's to fix: says what is wrong, where (file, key, value) and what to do. Exit code 2."""
+
+
+class RunError(Exception):
+    """A run that cannot go on though its recipe is right: a worker died, too many samples are broken. Exit code 1."""

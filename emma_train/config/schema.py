@@ -123,7 +123,7 @@ class ImageConfig:
 @dataclass
 class SourceConfig:
     path: str = MISSING
-    """Folder of shards with a manifest.json."""
+    """Folder of shards with a manifest.json: a path, or a URL that fsspec opens (s3://, https://, ...)."""
     tasks: list[str] = field(default_factory=list)
     """Tasks to take from it; empty takes all that it has."""
     require_tags: list[str] = field(default_factory=list)
@@ -196,7 +196,17 @@ class DataConfig:
     prefetch: int = 8
     """Packs read ahead per worker."""
     max_bad_samples: int = 100
-    """Stop after this many unreadable samples in one process."""
+    """Stop once more samples than this could not be read, replaced or not, over all ranks."""
+    cache_dir: str = ""
+    """Folder on a local disk for copies of remote shards, shared by the ranks of a machine; empty reads ranges."""
+    cache_gib: float = 100.0
+    """Room for these copies; the ones read longest ago go first."""
+    read_retries: int = 5
+    """Further tries of a read whose failure may pass: no answer in time, a server's 5xx, a body cut short."""
+    read_wait_s: float = 0.5
+    """Wait before the first of them; it doubles from try to try, up to half a minute."""
+    read_timeout_s: float = 60.0
+    """Longest time that one answer of a remote store may take."""
 
 
 @dataclass

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -35,6 +36,12 @@ class World:
         tensor = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(tensor, group=self.host_group)
         return tensor.tolist()
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, by rank, on all ranks. Values are pickled; for what is rare and small."""
+        values = [None] * self.size
+        dist.all_gather_object(values, value, group=self.host_group)
+        return values
 
     def barrier(self) -> None:
         """Wait for every rank."""

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from emma_train.checkpoint import folder as folders
 from emma_train.checkpoint import store
 from emma_train.config import config_hash
-from emma_train.config.errors import UserError
+from emma_train.config.errors import RunError, UserError
 from emma_train.config.load import as_dict
 from emma_train.config.schema import Recipe
 from emma_train.engine.world import World
@@ -25,7 +25,7 @@ from emma_train.monitor.progress import Progress
 from emma_train.monitor.trackers import Trackers, make_trackers
 from emma_train.monitor.usage import memory_gib, step_mfu
 from emma_train.objectives.account import Counts, LossAccount, count, losses
-from emma_train.sequence.step import StepBatches
+from emma_train.sequence.step import Bad, StepBatches
 from emma_train.stages.freeze import changed, fingerprints
 from emma_train.stages.stage import Stage
 from emma_train.training.build import Built
@@ -56,6 +56,11 @@ class Progressed:
     seconds: float = 0.0
     skipped_steps: int = 0
     bad_samples: int = 0
+    """That could not be read, spares too."""
+    replaced_samples: int = 0
+    """Places of the plan that a spare took."""
+    left_out_samples: int = 0
+    """Places of the plan that stayed empty."""
     seen: dict[str, int] = field(default_factory=lambda: dict.fromkeys(TASKS, 0))
 
 
@@ -108,6 +113,8 @@ class Trainer:
             log.info("%s is complete at step %d", self.run.path, self.done.step)
             return 0
         main = self.world.is_main
+        if main:
+            self.run.forget_bad(after=self.done.step)
         trackers = self._trackers() if main else None
         progress = Progress(self.recipe.stage.name, total, self.done.step) if main else None
         self.run_id = trackers.run_id if trackers else self.run_id
@@ -150,9 +157,10 @@ class Trainer:
         mine = count(data.packs, self.stage.loss)
         seen = [sum(b.tasks.count(task) for b in data.packs) for task in TASKS]
         tokens = sum(b.num_tokens for b in data.packs)
-        shared = self.world.sum([mine.i2t, mine.t2i, mine.it2i, *seen, tokens, len(data.bad), float(stop_asked)])
-        counts, bad = Counts(*(int(n) for n in shared[:3])), int(shared[7])
-        self._note_bad(data, bad)
+        trouble = [len(data.bad), data.replaced, data.left_out, data.failure is not None]
+        shared = self.world.sum([mine.i2t, mine.t2i, mine.it2i, *seen, tokens, float(stop_asked), *trouble])
+        counts = Counts(*(int(n) for n in shared[:3]))
+        self._note_bad(data, *(int(n) for n in shared[8:]))
 
         account = LossAccount(self.recipe.loss, counts, self.world.device)
         for index, host in enumerate(data.packs):
@@ -174,7 +182,7 @@ class Trainer:
         for task, number in zip(TASKS, shared[3:6], strict=True):
             self.done.seen[task] += int(number)
         if not log_now:
-            return shared[8] > 0, None
+            return shared[7] > 0, None
         pictures = sum(len(b.stem) for b in data.packs)
         *sums, stem, seen_pictures = self.world.sum([*account.sums.tolist(), float(account.stem), pictures])
         step_s = time.perf_counter() - started + data.wait_s
@@ -193,13 +201,14 @@ class Trainer:
             "data/wait_s": data.wait_s,
             "data/digest": data.digest,
             "data/straggler": data.straggler,
-            "data/skipped": self.done.bad_samples,
+            "data/skipped": self.done.left_out_samples,
+            "data/replaced": self.done.replaced_samples,
             "steps/skipped": self.done.skipped_steps,
         }
         if self.stage.stem_expert and seen_pictures:
             values["vision/stem_share"] = stem / seen_pictures
         share = step_mfu(self.recipe, self.stage, data.packs, step_s, self.world.device)
-        return shared[8] > 0, values if share is None else {**values, "mfu": share}
+        return shared[7] > 0, values if share is None else {**values, "mfu": share}
 
     def save(self) -> float:
         """Write a checkpoint of the last finished step; returns the seconds that training stood still."""
@@ -244,17 +253,29 @@ class Trainer:
             group=Path(self.recipe.run.root).name,
         )
 
-    def _note_bad(self, data: StepBatches, bad_everywhere: int) -> None:
-        """Write out this rank's unreadable samples; past the limit all ranks stop together."""
-        if data.bad:
-            self.run.append_bad(data.step, data.bad)
-            log.warning("step %d: left out %s (%s)", data.step, data.bad[0].key, data.bad[0].reason)
-        self.done.bad_samples += bad_everywhere
+    def _note_bad(self, data: StepBatches, bad: int, replaced: int, left_out: int, failed: int) -> None:
+        """Count and write out what could not be read on all ranks. Where one cannot go on, or the limit is passed, all
+        stop at this step: they have all seen the same sums."""
+        self.done.bad_samples += bad
+        self.done.replaced_samples += replaced
+        self.done.left_out_samples += left_out
+        found: list[Bad] = []
+        if bad:
+            found = [item for of_rank in self.world.gather(data.bad) for item in of_rank]
+            if self.world.is_main:
+                self.run.append_bad(data.step, found)
+            for item in found[:3]:
+                instead = f"{item.replaced_by} is read instead" if item.replaced_by else "it is left out"
+                log.warning("step %d: %s cannot be read (%s); %s", data.step, item.key, item.reason, instead)
+        if failed:
+            failures = [failure for failure in self.world.gather(data.failure) if failure is not None]
+            raise failures[0]
         if self.done.bad_samples > self.recipe.data.max_bad_samples:
-            raise UserError(
-                f"{self.done.bad_samples} samples could not be read, more than data.max_bad_samples="
-                f"{self.recipe.data.max_bad_samples}; {self.run.bad_samples} lists them, `emma-data check` "
-                f"finds them all"
+            last = "; ".join(f"{b.key} ({b.task}, {b.shard}: {b.reason})" for b in found[:10])
+            raise RunError(
+                f"{self.done.bad_samples} samples could not be read by step {data.step}, more than "
+                f"data.max_bad_samples={self.recipe.data.max_bad_samples}: {last}. {self.run.bad_samples} lists them "
+                f"all; `emma-data check` finds what else is broken"
             )
 
     def _skip(self, data: StepBatches, norm: float) -> None:
@@ -288,6 +309,8 @@ class Trainer:
                     "seconds": round(self.done.seconds, 1),
                     "samples": self.done.seen,
                     "bad_samples": self.done.bad_samples,
+                    "replaced_samples": self.done.replaced_samples,
+                    "left_out_samples": self.done.left_out_samples,
                     "skipped_steps": self.done.skipped_steps,
                     "parameters": self.built.num_parameters,
                     "trainable": self.built.trainable,

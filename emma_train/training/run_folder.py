@@ -20,6 +20,7 @@ from emma_train.config.files import write_atomic
 from emma_train.config.load import as_dict
 from emma_train.config.schema import Recipe
 from emma_train.engine.world import World
+from emma_train.sequence.step import Bad
 
 PACKAGES = (
     "torch",
@@ -42,6 +43,9 @@ CHANGEABLE = (
     "resume.",
     "data.workers",
     "data.prefetch",
+    "data.max_bad_samples",
+    "data.cache_",
+    "data.read_",
 )
 """What may differ when a run is resumed: it does not change what is learnt from which data."""
 
@@ -74,11 +78,23 @@ class RunFolder:
     def write_summary(self, values: dict[str, Any]) -> None:
         write_atomic(self.summary, json.dumps(values, indent=1) + "\n")
 
-    def append_bad(self, step: int, bad: list[Any]) -> None:
-        """Add unreadable samples to bad_samples.jsonl."""
+    def append_bad(self, step: int, bad: list[Bad]) -> None:
+        """Add unreadable samples to bad_samples.jsonl; main rank only."""
         with open(self.bad_samples, "a", encoding="utf-8") as file:
-            for item in bad:
-                file.write(json.dumps({"step": step, **asdict(item)}) + "\n")
+            file.writelines(json.dumps({"step": step, **asdict(item)}) + "\n" for item in bad)
+
+    def forget_bad(self, after: int) -> None:
+        """Drop the unreadable samples of steps that will be done again, and a line that a crash tore; main rank only."""
+        if not self.bad_samples.exists():
+            return
+        kept = []
+        for line in self.bad_samples.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= after:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError, TypeError):
+                continue
+        write_atomic(self.bad_samples, "".join(kept))
 
 
 def environment(world: World) -> dict[str, Any]:

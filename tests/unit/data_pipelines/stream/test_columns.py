@@ -13,7 +13,7 @@ from emma_train.sequence.geometry import picture_size
 from emma_train.sequence.seeds import choice_of
 from tests.shards import every_task, write_shards
 
-SHARD = ("folder", "shard-000000.tar", "0" * 64)
+SHARD = ("folder/shard-000000.tar", "0" * 64)
 
 
 def how(task: str, image: ImageConfig, **caps: int) -> Measure:

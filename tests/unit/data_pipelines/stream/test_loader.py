@@ -2,6 +2,11 @@
 
 import dataclasses
 import json
+import multiprocessing
+import os
+import re
+import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from data_pipelines.stream.loader import StepBatches, Stream
-from emma_train.config.errors import UserError
+from data_pipelines.stream.loader import SPARES, StepBatches, Stream, dead_worker
+from emma_train.config.errors import RunError, UserError
 from emma_train.config.schema import Recipe
 from emma_train.sequence.pack import PackedBatch
 from tests.helpers import tiny_recipe
@@ -103,18 +108,33 @@ def test_leaving_a_stream_early_ends_its_thread(small: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_bad_sample_is_left_out_and_reported(tmp_path: Path, workers: int) -> None:
+def test_a_bad_sample_is_replaced_by_its_first_spare_that_can_be_read(tmp_path: Path, workers: int) -> None:
+    """Both the sample and its first spare are broken: the second spare stands in its place, all else is unmoved."""
     folder = write_shards(tmp_path, every_task(6), per_shard=9)
+    recipe = recipe_of(folder, data__workers=workers)
     good = steps_of(recipe_of(folder), 1, 1)[0]
-    damage(folder / "shard-000000.tar", "p001.img0.png")
-    found = steps_of(recipe_of(folder, data__workers=workers), 1, 1)[0]
-    assert [(bad.key, bad.task, bad.shard) for bad in found.bad] == [("p001", "t2i", "shard-000000.tar")]
-    assert "crc32" in found.bad[0].reason
-    assert sum(batch.num_skipped for batch in found.packs) == 1
+    planner = Stream(recipe, 0, 1, None).planner
+    planned = next(s for slot in planner.plan(1).slots for s in slot if s.key == "p001")
+    spares = list(dict.fromkeys(spare.key for i in range(8) if (spare := planner.spare(planned, i))))
+    assert len(spares) > 1
+    for key in ("p001", spares[0]):
+        damage(folder / ("shard-000000.tar" if int(key[1:]) < 3 else "shard-000001.tar"), f"{key}.img0.png")
+    found = steps_of(recipe, 1, 1)[0]
+    mine = [bad for bad in found.bad if bad.replaced_by == spares[1]]
+    assert [(bad.key, bad.task) for bad in mine][0] == ("p001", "t2i")
+    assert {bad.key for bad in mine} == {"p001", spares[0]}
+    assert all("crc32" in bad.reason and bad.shard.startswith("shard-00000") for bad in found.bad)
+    # The broken spare is a sample of the step too, and has spares of its own.
+    assert (found.left_out, found.replaced) == (0, 2)
     for before, after in zip(good.packs, found.packs, strict=True):
-        assert after.keys == [key for key in before.keys if key != "p001"]
-        if "p001" not in before.keys:
+        broken = {"p001", spares[0]} & set(before.keys)
+        assert len(after.keys) == len(before.keys)
+        assert after.num_tokens <= before.num_tokens
+        if not broken:
             assert_same(before, after)
+        elif "p001" in broken:
+            assert after.keys[before.keys.index("p001")] == spares[1]
+    assert found.digest == good.digest
 
 
 RESUMED = [(1, 0), (1, 4), (2, 1), (4, 2), (3, 3), (6, 0)]
@@ -176,14 +196,28 @@ def test_a_run_goes_on_bit_for_bit_on_other_ranks_and_workers(
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_slot_of_which_nothing_can_be_read_is_one_clear_line(tmp_path: Path, workers: int) -> None:
+def test_a_sample_without_a_readable_spare_is_left_out(tmp_path: Path, workers: int) -> None:
+    folder = write_shards(tmp_path, every_task(6))
+    for number in range(6):
+        damage(folder / "shard-000000.tar", f"p{number:03d}.img0.png")
+    found = steps_of(recipe_of(folder, data__workers=workers), 1, 1)[0]
+    assert (found.left_out, found.replaced) == (6, 0)
+    assert all("t2i" not in batch.tasks and batch.num_skipped == 1 for batch in found.packs)
+    assert all(bad.replaced_by is None for bad in found.bad)
+    # Each tried its spares, at most eight: no sample is asked for in vain for ever.
+    assert 6 * 2 <= len(found.bad) <= 6 * (1 + SPARES)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_slot_of_which_nothing_can_be_read_is_a_failure_of_that_step(tmp_path: Path, workers: int) -> None:
     folder = write_shards(tmp_path, every_task(1))
     for member in ("q000.img0.png", "p000.img0.png", "e000.img0.png"):
         damage(folder / "shard-000000.tar", member)
     recipe = recipe_of(folder, data__slots=1, data__samples_per_step=3, data__workers=workers)
-    with pytest.raises(UserError, match=r"^step 1: no sample of slot 0 can be read; the last: ") as caught:
-        steps_of(recipe, 1, 1)
-    assert "\n" not in str(caught.value)
+    (found,) = steps_of(recipe, 1, 5)
+    assert (found.step, found.packs) == (1, [])
+    assert isinstance(found.failure, RunError)
+    assert re.match(r"^step 1: no sample of slot 0 can be read, nor a spare; the last: [^\n]*$", str(found.failure))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -191,6 +225,42 @@ def test_a_plan_that_does_not_fit_is_one_clear_line(small: Path, workers: int) -
     with pytest.raises(UserError, match=r"^step 1 packs \d+ tokens") as caught:
         steps_of(recipe_of(small, data__pack_tokens=50, data__workers=workers), 1, 1)
     assert "\n" not in str(caught.value)
+
+
+def test_a_worker_that_is_killed_is_a_failure_and_no_hang(small: Path) -> None:
+    """The kernel kills for memory so; torch notices and the stream tells it in one line."""
+    steps = Stream(recipe_of(small, data__workers=2, data__prefetch=1), 0, 1, None).steps(1, 10**6)
+    assert next(steps).failure is None
+    children = multiprocessing.active_children()
+    os.kill(children[0].pid, signal.SIGKILL)  # type: ignore[arg-type]
+    started = time.monotonic()
+    try:
+        found = next(data for data in steps if data.failure)
+        error = found.failure
+    except RuntimeError as raised:  # torch raises from a signal handler, so it may come between two steps
+        error = dead_worker(raised)
+    assert time.monotonic() - started < 20
+    # Which of torch's two watches sees it first is a matter of luck.
+    told = (
+        r"^DataLoader worker (\(pid \d+\) is killed by signal: Killed|\(pid\(s\) \d+\) exited unexpectedly)\. A kill is"
+    )
+    assert re.match(told, str(error))
+    assert "\n" not in str(error)
+
+
+def test_a_bug_is_not_taken_for_a_dead_worker() -> None:
+    with pytest.raises(RuntimeError, match="shape"):
+        dead_worker(RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nshape"))
+
+
+def test_a_request_to_stop_does_not_reach_the_workers(small: Path) -> None:
+    """A cluster sends it to every process of a job; the trainer still needs packs for the step that it is in."""
+    steps = Stream(recipe_of(small, data__workers=2), 0, 1, None).steps(1, 60)
+    next(steps)
+    for child in multiprocessing.active_children():
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            os.kill(child.pid, number)  # type: ignore[arg-type]
+    assert [data.step for data in steps if data.failure is None] == list(range(2, 61))
 
 
 def test_a_world_that_cannot_share_the_slots_is_refused_with_those_that_can(small: Path) -> None:

@@ -35,7 +35,7 @@ def columns_of(shards: Any, epoch: int) -> Columns:
 
 
 def pool(sizes: list[int], window: int = 8, seed: int = 0, name: str = "i2t") -> Pool:
-    shards = [Shard("folder", f"s{i}", f"{i}", size) for i, size in enumerate(sizes)]
+    shards = [Shard("folder", f"s{i}", f"{i}", "", size) for i, size in enumerate(sizes)]
     return Pool(shards, columns_of, seed, name, window)
 
 

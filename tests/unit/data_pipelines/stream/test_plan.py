@@ -313,7 +313,7 @@ def test_a_sample_that_is_too_long_is_replaced_and_counted(tmp_path: Path) -> No
     keys = [s.key for s in all_of(plan, "i2t")]
     assert plan.refused == 1
     assert "long" not in keys and len(keys) == 10
-    with pytest.raises(UserError, match=r"no i2t sample near shard-000000.tar fits a pack; raise data.pack_tokens"):
+    with pytest.raises(UserError, match=r"shard-000000.tar: no i2t sample near it fits a pack; raise data.pack_tokens"):
         planner(small_recipe(folder, mix=mix, data__samples_per_step=10, data__slots=2, data__pack_tokens=10))
 
 

@@ -12,9 +12,12 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from data_pipelines.prepare.latents import cache_latents
+from data_pipelines.stream.latents import latents_path, transform_name
 from data_pipelines.stream.offers import Planned
+from data_pipelines.stream.pictures import load_picture
 from data_pipelines.stream.plan import Planner
-from data_pipelines.stream.reader import BadSample, Reader, latents_path, load_picture, transform_name
+from data_pipelines.stream.reader import Reader
+from data_pipelines.stream.sampler import BadSample
 from emma_train.config.schema import ImageConfig, Recipe
 from emma_train.model.autoencoder import Autoencoder
 from emma_train.sequence.layout import Role, Text
