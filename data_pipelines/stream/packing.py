@@ -38,20 +38,20 @@ Slots = list[list[tuple[int, int]]]
 
 
 def deal(queues: Sequence[Queue], num_slots: int) -> Slots:
-    """Every sample of every queue, as many of a queue to each slot, costliest first to the lightest slot."""
+    """Every sample of every queue, as many of a queue to each slot: round by round, costliest first, the costliest of a
+    round to the lightest slot."""
     slots: Slots = [[] for _ in range(num_slots)]
-    loads = [0.0] * num_slots
+    loads = np.zeros(num_slots)
     for number, queue in enumerate(queues):
-        share, extra = divmod(len(queue.costs), num_slots)
-        taken = [0] * num_slots
-        for place in np.argsort(-np.asarray(queue.costs), kind="stable").tolist():
-            # What does not divide goes to light slots too; fixed ones would collect the extra sample of every task.
-            open_slots = (s for s in range(num_slots) if taken[s] < share + (extra > 0))
-            lightest = min(open_slots, key=lambda s: (loads[s], s))
-            extra -= taken[lightest] == share
-            slots[lightest].append((number, place))
-            loads[lightest] += queue.costs[place]
-            taken[lightest] += 1
+        costs = np.asarray(queue.costs)
+        order = np.argsort(-costs, kind="stable")
+        for start in range(0, len(order), num_slots):
+            places = order[start : start + num_slots]
+            # The last round may not reach every slot; light ones take it, as fixed ones would collect those of all tasks.
+            lightest = np.argsort(loads, kind="stable")[: len(places)]
+            loads[lightest] += costs[places]
+            for slot, place in zip(lightest.tolist(), places.tolist(), strict=True):
+                slots[slot].append((number, place))
     return slots
 
 
@@ -84,10 +84,10 @@ def fill(queues: Sequence[Queue], num_slots: int, caps: Sequence[int]) -> Slots 
     units = max(1, most)
     while units >= 1 and (best is None or units >= LEAST_FILL / FIRST_FILL * most):
         if (slots := _lightest_first(queues, units, num_slots, caps)) is not None:
-            evenness = _evenness(queues, slots)
-            if best is None or evenness < best[0]:
-                best = evenness, units, slots
-            if evenness <= EVEN:
+            straggler = evenness(queues, slots)
+            if best is None or straggler < best[0]:
+                best = straggler, units, slots
+            if straggler <= EVEN:
                 break
         units -= max(1, units // 50)
     if best is None:
@@ -187,6 +187,7 @@ def _best_exchange(
     return best
 
 
-def _evenness(queues: Sequence[Queue], slots: Slots) -> float:
+def evenness(queues: Sequence[Queue], slots: Slots) -> float:
+    """Cost of the heaviest slot over the mean."""
     loads = [sum(queues[number].costs[place] for number, place in slot) for slot in slots]
     return max(loads) * len(loads) / sum(loads)

@@ -16,7 +16,7 @@ import numpy as np
 from data_pipelines.stream.columns import Measure
 from data_pipelines.stream.offers import Offers, Planned, planned_row
 from data_pipelines.stream.order import Blend
-from data_pipelines.stream.packing import Queue, Slots, deal, fill, look_ahead, spread, sums
+from data_pipelines.stream.packing import EVEN, Queue, Slots, deal, evenness, fill, look_ahead, spread, sums
 from data_pipelines.stream.sources import blend_of
 from emma_train.config.check import TASKS, phases, samples_per_task
 from emma_train.config.errors import UserError
@@ -207,19 +207,21 @@ class Planner:
         """A fixed number of samples."""
         offers = [self._offers(phase, task, before[task], count) for task, count in phase.counts.items()]
         queues = [own.queue() for own in offers]
-        slots = deal(queues, self.data.slots)
+        caps, slots = list(self.caps.values()), deal(queues, self.data.slots)
         most = np.max(sums(queues, slots)[1], axis=0)
-        if (most > list(self.caps.values())).any():
-            # Packs that hold everything matter more than packs that hold as many of each task.
-            found = spread(queues, self.data.slots, list(self.caps.values()))
-            if found is None:
+        fits = not (most > caps).any()
+        if not fits or evenness(queues, slots) > EVEN:
+            # Packs that fit and cost the same matter more than packs that hold as many of each task.
+            spread_out = spread(queues, self.data.slots, caps)
+            if spread_out is None and not fits:
                 name, value = next((n, v) for n, v in zip(self.caps, most.tolist(), strict=True) if v > self.caps[n])
                 raise UserError(
                     f"step {step} packs {value} {name} into one slot, more than data.pack_{name}={self.caps[name]}; "
                     f"raise it, or data.slots, or lower data.samples_per_step={self.data.samples_per_step} "
                     "(0 takes what fits)"
                 )
-            slots = found
+            if spread_out and (not fits or evenness(queues, spread_out) < evenness(queues, slots)):
+                slots = spread_out
         return offers, queues, slots
 
     def _filled(self, step: int, phase: _Phase, before: dict[str, Taken]) -> tuple[list[Offers], list[Queue], Slots]:
