@@ -170,9 +170,8 @@ def test_a_worker_that_is_killed_is_a_failure_and_no_hang(small: Path) -> None:
     except RuntimeError as raised:  # torch raises from a signal handler, so it may come between two steps
         error = dead_worker(raised)
     assert time.monotonic() - started < 20
-    # Which of torch's two watches sees it first is a matter of luck.
-    told = r"^DataLoader worker (\(pid \d+\) is killed by signal: Killed|\(pid\(s\) \d+\) exited unexpectedly)\. A kill is"
-    assert re.match(told, str(error))
+    # Which of torch's watches sees it first is a matter of luck.
+    assert re.search(r"DataLoader worker .*(killed by signal|exited unexpectedly|died).*\. A kill is mostly", str(error))
     assert "\n" not in str(error)
 
 
