@@ -132,7 +132,7 @@ def _train_stage(path: Path, recipe: "Recipe", world: "World") -> int:
     world.barrier()
     try:
         code = trainer.train()
-    except RuntimeError as error:  # torch raises it wherever the trainer is when a worker dies
+    except (RuntimeError, ConnectionError) as error:  # torch raises it wherever the trainer is when a worker dies
         raise dead_worker(error) from None
     if world.is_main and code == 0:
         _try_report(run.path)

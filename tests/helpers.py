@@ -12,11 +12,13 @@ pixels(rows, columns)        the same as Pixels, with a latent
 i2t_sample, t2i_sample, it2i_sample, mixed_samples    Samples, laid out by the real layouts
 random_sample(rng)           any mixture of text and pictures of all roles, for property tests
 kept_bytes(model, run)       bytes that autograd keeps for backward while run() calls the model
+assert_same_pack(one, other) compares two packs bit for bit
 FakeAutoencoder              the interface of Autoencoder without weights: encode is linear, decode a blank
 """
 
 import copy
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -280,3 +282,24 @@ def _seeded(sample: Sample, seed: int) -> Sample:
     sample.noise_seed = seed_of(seed, 0, sample.key, "noise")
     sample.time_seed = seed_of(seed, 0, sample.key, "time")
     return sample
+
+
+def assert_same_pack(one: PackedBatch, other: PackedBatch) -> None:
+    """Every table and tensor of two packs agrees, in type and to the last bit."""
+    a, b = (dict(_leaves(dataclasses.asdict(batch))) for batch in (one, other))
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        if isinstance(value, torch.Tensor):
+            assert value.dtype == b[name].dtype
+            assert torch.equal(value, b[name]), name
+        else:
+            assert value == b[name], name
+
+
+def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Values of nested dictionaries and lists, by their path."""
+    if isinstance(value, dict | list):
+        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _leaves(part, f"{name}/{key}")
+    else:
+        yield name, value

@@ -100,7 +100,7 @@ class Stream:
                 got = [next(slots) for _ in range(self.recipe.data.slots // self.size)]
             except (UserError, RunError) as error:
                 failure = error
-            except RuntimeError as error:
+            except (RuntimeError, OSError, EOFError) as error:
                 failure = dead_worker(error)
             plan = plans.popleft() if plans else None
             self.planner.forget(step - 1)
@@ -111,6 +111,8 @@ class Stream:
                 plan.straggler if plan else math.nan,
                 [b for slot in got for b in slot.bad],
                 time.perf_counter() - started,
+                plan.filled if plan else 0.0,
+                plan.refused if plan else 0,
                 sum(slot.replaced for slot in got),
                 failure,
             )
@@ -142,11 +144,16 @@ class Stream:
         return _received(loader)
 
 
-def dead_worker(error: RuntimeError) -> RunError:
-    """The one line about a loader worker that died, from what torch raises; other errors are raised again."""
-    if "DataLoader worker (pid" not in str(error):
+def dead_worker(error: Exception) -> RunError:
+    """The one line about a loader worker that died, from what torch raises; other errors are raised again.
+
+    Bytes of a pack are fetched from the worker that made it, so its death is also a connection that breaks.
+    """
+    told = str(error).splitlines()[0].rstrip(". ") if str(error) else ""
+    if isinstance(error, (ConnectionError, EOFError)):
+        told = f"a DataLoader worker died ({type(error).__name__})"
+    elif "DataLoader worker (pid" not in told:
         raise error
-    told = str(error).splitlines()[0].rstrip(". ")
     return RunError(
         f"{told}. A kill is mostly the kernel's, for memory: lower data.workers or data.prefetch. "
         f"The same command goes on from the last checkpoint"
@@ -223,9 +230,17 @@ class _Listed(Sampler[Item]):
 
 
 def _start_worker(number: int) -> None:
-    """A request to stop goes to all processes of a job; the trainer acts on it, and needs its workers until the end."""
-    for name in STOP_SIGNALS:
-        signal.signal(name, signal.SIG_IGN)
+    """A request to stop goes to all processes of a job. The trainer acts on it, and needs its workers until then, so
+    they heed the trainer's own signal only."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    trainer = os.getppid()
+
+    def watch() -> None:
+        while signal.sigwaitinfo(STOP_SIGNALS).si_pid != trainer:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=watch, name="stop-signals", daemon=True).start()
 
 
 def _received(results: Iterable[Flat | UserError | RunError]) -> Iterator[Slot]:

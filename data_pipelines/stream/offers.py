@@ -33,11 +33,11 @@ class Planned:
     """LLM tokens before any condition dropout."""
     num_visual: int
     """Visual tokens that the vision encoder sees."""
-    max_tokens: int
+    max_tokens: int = 0
     """Cap of visual tokens per picture that makes it fit a pack; 0 leaves it to the recipe."""
-    phase: int
+    phase: int = 0
     """Number of the phase that took it."""
-    position: int
+    position: int = 0
     """Where its task stood."""
 
 

@@ -47,7 +47,7 @@ def deal(queues: Sequence[Queue], num_slots: int) -> Slots:
         order = np.argsort(-costs, kind="stable")
         for start in range(0, len(order), num_slots):
             places = order[start : start + num_slots]
-            # The last round may not reach every slot; light ones take it, as fixed ones would collect those of all tasks.
+            # The last round may not reach every slot; light ones take it, fixed ones would collect those of all tasks.
             lightest = np.argsort(loads, kind="stable")[: len(places)]
             loads[lightest] += costs[places]
             for slot, place in zip(lightest.tolist(), places.tolist(), strict=True):

@@ -152,13 +152,15 @@ class Planner:
         pool, position = self._phases[planned.phase].blends[planned.task].at(planned.position)
         columns = pool.window_of(position)
         fits = (columns.tokens <= planned.num_tokens) & (columns.seen <= planned.num_visual) & ~columns.refused
-        choices = np.flatnonzero(fits)
+        itself = (columns.offset == planned.offset) & (
+            columns.shard == columns.shards.index((planned.url, planned.shard))
+        )
+        choices = np.flatnonzero(fits & ~itself)
         if not len(choices):
             return None
         draw = seed_of(self.data.seed, planned.epoch, planned.key, f"{planned.task} spare {attempt}")
         row = int(choices[draw % len(choices)])
-        spare = planned_row(columns, row, planned.task, planned.phase, planned.epoch, planned.position)
-        return None if spare.key == planned.key else spare
+        return planned_row(columns, row, planned.task, planned.phase, planned.epoch, planned.position)
 
     def _before(self, step: int) -> dict[str, Taken]:
         """What the tasks have taken before a step."""

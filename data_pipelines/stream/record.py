@@ -22,7 +22,11 @@ def read_record(members: Mapping[str, bytes | memoryview]) -> dict[str, Any]:
     record = json.loads(bytes(members["json"])) if "json" in members else {}
     if not isinstance(record, dict):
         raise ValueError("its JSON is no object")
-    if any(task in record for task in TASKS):
+    named = [task for task in TASKS if task in record]
+    for task in named:
+        if not isinstance(record[task], list) or not all(isinstance(item, dict) for item in record[task]):
+            raise ValueError(f"its {task} is no list of objects")
+    if named:
         return record
     pictures = picture_parts(members)
     captions = [bytes(members[part]).decode().strip() for part in sorted(members) if part.split(".")[-1] == "txt"]

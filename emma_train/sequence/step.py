@@ -31,6 +31,10 @@ class StepBatches:
     """Samples that could not be read for this rank's packs, spares too."""
     wait_s: float
     """Time that the trainer waited for the packs."""
+    filled: float = 0.0
+    """Planned LLM tokens of all slots over the room for them."""
+    refused: int = 0
+    """Samples of all slots that were too long for any pack; others stand in for them."""
     replaced: int = 0
     """Planned samples of this rank in whose place a spare was read; others that are bad are left out."""
     failure: Exception | None = field(default=None, compare=False)

@@ -61,6 +61,8 @@ class Progressed:
     """Places of the plan that a spare took."""
     left_out_samples: int = 0
     """Places of the plan that stayed empty."""
+    refused_samples: int = 0
+    """Too long for any pack; others stood in for them."""
     seen: dict[str, int] = field(default_factory=lambda: dict.fromkeys(TASKS, 0))
 
 
@@ -179,6 +181,7 @@ class Trainer:
         else:
             self._skip(data, norm)
         self.done.step = data.step
+        self.done.refused_samples += data.refused
         for task, number in zip(TASKS, shared[3:6], strict=True):
             self.done.seen[task] += int(number)
         if not log_now:
@@ -203,6 +206,8 @@ class Trainer:
             "data/straggler": data.straggler,
             "data/skipped": self.done.left_out_samples,
             "data/replaced": self.done.replaced_samples,
+            "data/refused": self.done.refused_samples,
+            "data/fill": data.filled,
             "steps/skipped": self.done.skipped_steps,
         }
         if self.stage.stem_expert and seen_pictures:

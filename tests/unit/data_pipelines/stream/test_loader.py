@@ -6,19 +6,17 @@ import multiprocessing
 import os
 import re
 import signal
+import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from data_pipelines.stream.loader import SPARES, StepBatches, Stream, dead_worker
 from emma_train.config.errors import RunError, UserError
 from emma_train.config.schema import Recipe
-from emma_train.sequence.pack import PackedBatch
-from tests.helpers import tiny_recipe
+from tests.helpers import assert_same_pack, tiny_recipe
 from tests.shards import damage, every_task, write_shards
 
 SLOTS = 6
@@ -38,32 +36,12 @@ def steps_of(recipe: Recipe, first: int, last: int, rank: int = 0, size: int = 1
     return list(Stream(recipe, rank, size, None).steps(first, last))
 
 
-def assert_same(one: PackedBatch, other: PackedBatch) -> None:
-    a, b = (dict(_leaves(dataclasses.asdict(batch))) for batch in (one, other))
-    assert a.keys() == b.keys()
-    for name, value in a.items():
-        if isinstance(value, torch.Tensor):
-            assert value.dtype == b[name].dtype
-            assert torch.equal(value, b[name]), name
-        else:
-            assert value == b[name], name
-
-
-def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Values of nested dictionaries and lists, by their path."""
-    if isinstance(value, dict | list):
-        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _leaves(part, f"{name}/{key}")
-    else:
-        yield name, value
-
-
 def assert_same_steps(one: list[StepBatches], other: list[StepBatches]) -> None:
     tables = [[(s.step, s.digest, s.straggler, s.bad) for s in steps] for steps in (one, other)]
     assert tables[0] == tables[1]
     for a, b in zip(one, other, strict=True):
         for pack, other_pack in zip(a.packs, b.packs, strict=True):
-            assert_same(pack, other_pack)
+            assert_same_pack(pack, other_pack)
 
 
 def test_a_step_holds_its_slots_and_every_sample_of_the_plan(small: Path) -> None:
@@ -87,7 +65,7 @@ def test_several_ranks_together_are_one_rank_alone(small: Path, size: int) -> No
     ranks = [steps_of(recipe_of(small), 1, 3, rank, size) for rank in range(size)]
     for number, data in enumerate(alone):
         for slot, batch in enumerate(data.packs):
-            assert_same(batch, ranks[slot % size][number].packs[slot // size])
+            assert_same_pack(batch, ranks[slot % size][number].packs[slot // size])
         assert {data.digest} == {steps[number].digest for steps in ranks}
         assert all(len(steps[number].packs) == SLOTS // size for steps in ranks)
 
@@ -131,7 +109,7 @@ def test_a_bad_sample_is_replaced_by_its_first_spare_that_can_be_read(tmp_path: 
         assert len(after.keys) == len(before.keys)
         assert after.num_tokens <= before.num_tokens
         if not broken:
-            assert_same(before, after)
+            assert_same_pack(before, after)
         elif "p001" in broken:
             assert after.keys[before.keys.index("p001")] == spares[1]
     assert found.digest == good.digest
@@ -240,11 +218,10 @@ def test_a_worker_that_is_killed_is_a_failure_and_no_hang(small: Path) -> None:
     except RuntimeError as raised:  # torch raises from a signal handler, so it may come between two steps
         error = dead_worker(raised)
     assert time.monotonic() - started < 20
-    # Which of torch's two watches sees it first is a matter of luck.
-    told = (
-        r"^DataLoader worker (\(pid \d+\) is killed by signal: Killed|\(pid\(s\) \d+\) exited unexpectedly)\. A kill is"
+    # Which of torch's watches sees it first is a matter of luck.
+    assert re.search(
+        r"DataLoader worker .*(killed by signal|exited unexpectedly|died).*\. A kill is mostly", str(error)
     )
-    assert re.match(told, str(error))
     assert "\n" not in str(error)
 
 
@@ -258,8 +235,8 @@ def test_a_request_to_stop_does_not_reach_the_workers(small: Path) -> None:
     steps = Stream(recipe_of(small, data__workers=2), 0, 1, None).steps(1, 60)
     next(steps)
     for child in multiprocessing.active_children():
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            os.kill(child.pid, number)  # type: ignore[arg-type]
+        for name in ("TERM", "USR1", "INT"):
+            subprocess.run(["kill", f"-{name}", str(child.pid)], check=True)  # not the trainer, as a cluster is not
     assert [data.step for data in steps if data.failure is None] == list(range(2, 61))
 
 
