@@ -34,7 +34,9 @@ def build_parser() -> argparse.ArgumentParser:
     sources = importing.add_subparsers(required=True, metavar="SOURCE")
     add_fluent_emoji(sources.add_parser("fluent-emoji", help="named drawings of the npm package fluentui-emoji"))
 
-    index = commands.add_parser("index", help="write the index and manifest of a folder of shards; goes on where it stopped")
+    index = commands.add_parser(
+        "index", help="write the index and manifest of a folder of shards; goes on where it stopped"
+    )
     index.add_argument("folder", type=Path)
     index.add_argument("--tokenizer", type=Path, default=TINY_TOKENIZER, help="tokenizer.json that counts the text")
     add_workers(index)

@@ -38,7 +38,8 @@ class Flat:
             end += -(-tensor.nbytes // ALIGN) * ALIGN
         # Made where it will stay; a tensor of ordinary memory would be copied once more when it is sent.
         storage = torch.UntypedStorage._new_shared(end) if shared else torch.UntypedStorage(end)
-        flat = cls(torch.empty(0, dtype=torch.uint8).set_(storage), places, replace(batch, **dict.fromkeys(tensors)), other)
+        without: dict[str, Any] = dict.fromkeys(tensors)
+        flat = cls(torch.empty(0, dtype=torch.uint8).set_(storage), places, replace(batch, **without), other)
         for name, tensor in tensors.items():
             flat._view(name).copy_(tensor)
         return flat
@@ -49,7 +50,8 @@ class Flat:
 
     def batch(self) -> PackedBatch:
         """The pack; its tensors are views of the buffer."""
-        return replace(self.rest, **{name: self._view(name) for name in self.places})
+        tensors: dict[str, Any] = {name: self._view(name) for name in self.places}
+        return replace(self.rest, **tensors)
 
     def _view(self, name: str) -> torch.Tensor:
         offset, dtype, shape = self.places[name]

@@ -19,9 +19,7 @@ from emma_train.sequence.seeds import seed_of
 COLUMNS = ["key", "offset", "size", "target"]
 
 
-def read_requests(
-    folder: str | Path, task: str, data: DataConfig, pixels: int, limit: int = 0
-) -> list[Request]:
+def read_requests(folder: str | Path, task: str, data: DataConfig, pixels: int, limit: int = 0) -> list[Request]:
     """Requests of one task: every alternative of an i2t record, the first of others; in an order fixed by their keys.
 
     `limit` takes the first so many (0: all); only these are read. Raises UserError where the folder is not a shard
@@ -51,9 +49,7 @@ def _request(
     storage: Storage,
 ) -> Request:
     try:
-        members = read_group(
-            storage.read(join(folder, shard["name"]), row["offset"], row["size"], shard["sha256"])
-        )
+        members = read_group(storage.read(join(folder, shard["name"]), row["offset"], row["size"], shard["sha256"]))
         record, files = read_record(members), pictures_of(members)
         alternative = record[task][number]
         image = data.und if task == "i2t" else data.gen

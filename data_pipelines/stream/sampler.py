@@ -1,4 +1,4 @@
-"""From a record to a sample: the planned alternative, what chance drops of it, its pictures at their size (contract 1)."""
+"""From a record to a sample: the planned alternative, less what chance drops, with its pictures at their size."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -66,9 +66,7 @@ class Sampler:
             images = []
         return layout.it2i(self.tokenizer, images, text, alternative["target"])
 
-    def _pixels(
-        self, data: memoryview, image: ImageConfig, decode: bool
-    ) -> tuple[tuple[int, int], np.ndarray | None]:
+    def _pixels(self, data: memoryview, image: ImageConfig, decode: bool) -> tuple[tuple[int, int], np.ndarray | None]:
         """Grid of visual tokens, and the patches where they are wanted."""
         pixels = self.patch * self.shuffle
         with open_picture(data) as picture:

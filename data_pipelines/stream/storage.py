@@ -206,7 +206,7 @@ class _Sequential(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer) -> int:  # type: ignore[no-untyped-def, override]
+    def readinto(self, buffer) -> int:  # type: ignore[no-untyped-def]
         size = min(len(buffer), self.size - self.at)
         buffer[:size] = self.storage.read(self.url, self.at, size) if size else b""
         self.at += size
@@ -271,6 +271,8 @@ def _file_system(url: str):  # type: ignore[no-untyped-def]
     except ImportError as error:
         scheme = urlsplit(url).scheme
         extra = f"; pip install 'emma-train[{EXTRAS[scheme]}]'" if scheme in EXTRAS else ""
-        raise UserError(f"{shown(url)}: {scheme}:// needs a package that is not installed ({error.name}){extra}") from None
+        raise UserError(
+            f"{shown(url)}: {scheme}:// needs a package that is not installed ({error.name}){extra}"
+        ) from None
     except ValueError:
         raise UserError(f"{shown(url)}: fsspec knows no file system {urlsplit(url).scheme}://") from None

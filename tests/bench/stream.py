@@ -60,7 +60,10 @@ def main() -> None:
 def read(folder: Path, num: int, repeats: int) -> dict[str, Any]:
     """Samples a second of each reader, and their ratios."""
     energon, reason = energon_raw(folder)
-    raw: dict[str, Callable[[], Iterator[int]]] = {"ours": lambda: ours_raw(folder), "webdataset": lambda: wds_raw(folder)}
+    raw: dict[str, Callable[[], Iterator[int]]] = {
+        "ours": lambda: ours_raw(folder),
+        "webdataset": lambda: wds_raw(folder),
+    }
     if energon is not None:
         raw["energon"] = energon
     decode: dict[str, Callable[[], Iterator[int]]] = {

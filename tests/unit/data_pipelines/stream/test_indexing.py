@@ -93,7 +93,9 @@ def test_an_index_of_another_tokenizer_or_a_torn_one_is_written_again(tmp_path: 
     other["model"]["merges"] = other["model"]["merges"][:-40]
     (tmp_path / "tokenizer.json").write_text(json.dumps(other))
     manifest = index_folder(folder, tmp_path / "tokenizer.json")
-    assert json.loads(pq.read_metadata(index).metadata[indexing.ENTRY])["tokenizer_sha256"] == manifest["tokenizer_sha256"]
+    assert (
+        json.loads(pq.read_metadata(index).metadata[indexing.ENTRY])["tokenizer_sha256"] == manifest["tokenizer_sha256"]
+    )
 
 
 def test_an_interrupted_run_goes_on_and_keeps_provenance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,7 +145,7 @@ def test_pictures_with_captions_of_others_are_understood_and_made(tmp_path: Path
         tmp_path / "00000.tar",
         {
             "000/0001.jpg": jpeg(64, 48),
-            "000/0001.txt": "a small dog\n".encode(),
+            "000/0001.txt": b"a small dog\n",
             "000/0001.json": meta,
             "000/0002.a.txt": "一只猫".encode(),
             "000/0002.b.txt": b"a cat",
@@ -160,7 +162,8 @@ def test_pictures_with_captions_of_others_are_understood_and_made(tmp_path: Path
     assert [row["supervised_tokens"] for row in answers] == [
         [len(tokenizer().encode(text)) + 1 for text in texts] for texts in (["a small dog"], ["一只猫", "a cat"])
     ]
-    asked = f"<|im_start|>user\n<|vision_start|><|vision_end|>{CAPTION_QUESTION}<|im_end|>\n<|im_start|>assistant\na cat<|im_end|>"
+    asked = f"<|im_start|>user\n<|vision_start|><|vision_end|>{CAPTION_QUESTION}<|im_end|>\n<|im_start|>assistant\n"
+    asked += "a cat<|im_end|>"
     assert answers[1]["text_tokens"][1] == len(tokenizer().encode(asked))
 
 
@@ -254,7 +257,9 @@ def test_memory_of_indexing_does_not_grow_with_the_size_of_records(tmp_path: Pat
     for number in (20, 40):
         folder = tmp_path / str(number)
         pad = {"pad.bin": bytes(300_000)}
-        write_shards(folder, [(k, r, {**p, **pad}) for k, r, p in map(prompt, (f"p{i:03d}" for i in range(number)))], index=False)
+        write_shards(
+            folder, [(k, r, {**p, **pad}) for k, r, p in map(prompt, (f"p{i:03d}" for i in range(number)))], index=False
+        )
         index_folder(folder, TOKENIZER, again=True)
         tracemalloc.start()
         index_folder(folder, TOKENIZER, again=True)

@@ -215,7 +215,9 @@ def test_a_worker_that_is_killed_is_a_failure_and_no_hang(small: Path) -> None:
         error = dead_worker(raised)
     assert time.monotonic() - started < 20
     # Which of torch's watches sees it first is a matter of luck.
-    assert re.search(r"DataLoader worker .*(killed by signal|exited unexpectedly|died).*\. A kill is mostly", str(error))
+    assert re.search(
+        r"DataLoader worker .*(killed by signal|exited unexpectedly|died).*\. A kill is mostly", str(error)
+    )
     assert "\n" not in str(error)
 
 

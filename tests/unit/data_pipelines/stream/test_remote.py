@@ -93,7 +93,10 @@ def test_a_server_that_fails_now_and_then_and_is_slow_changes_nothing(
 def test_a_server_whose_bytes_come_wrong_once_is_asked_again(folder: Path, memory: str) -> None:
     """The checksum tells; the bytes of the second answer are right."""
     recipe = recipe_of(memory)
-    reader, planned = Reader(recipe.data, tokenizer(), PATCH, SHUFFLE, None), Planner(recipe, tokenizer()).plan(1).slots[0][0]
+    reader, planned = (
+        Reader(recipe.data, tokenizer(), PATCH, SHUFFLE, None),
+        Planner(recipe, tokenizer()).plan(1).slots[0][0],
+    )
     real, answers = reader.storage.read, []
 
     class Flipping:

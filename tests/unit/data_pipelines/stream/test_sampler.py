@@ -48,7 +48,11 @@ def sample(record: dict[str, Any], task: str, names: list[str], alternative: int
 
 
 def text_of(found: Sample) -> str:
-    return str(tokenizer()._tokenizer.decode([i for s in found.segments if isinstance(s, Text) for i in s.ids], skip_special_tokens=False))
+    return str(
+        tokenizer()._tokenizer.decode(
+            [i for s in found.segments if isinstance(s, Text) for i in s.ids], skip_special_tokens=False
+        )
+    )
 
 
 def learnt(found: Sample) -> list[str]:
@@ -69,7 +73,9 @@ def test_of_several_turns_every_answer_is_supervised_and_nothing_else() -> None:
     )
     assert learnt(found) == [f"a cat{END}", f"red{END}"]
     batch = pack([found])
-    assert batch.labels.tolist() == [i for run in ("a cat", "red") for i in [*tokenizer().encode(run), tokenizer().im_end]]
+    assert batch.labels.tolist() == [
+        i for run in ("a cat", "red") for i in [*tokenizer().encode(run), tokenizer().im_end]
+    ]
 
 
 def test_several_pictures_stand_in_the_order_of_the_alternative() -> None:
@@ -107,7 +113,9 @@ def test_chinese_is_what_it_was_in_questions_answers_and_instructions() -> None:
     found = sample({"i2t": [{"images": ["img0"], "turns": turns("这是什么？", "一只红色的猫。")}]}, "i2t", ["img0"])
     assert text_of(found) == f"{USER}{PICTURE}这是什么？{END}\n{ASSISTANT}一只红色的猫。{END}"
     assert learnt(found) == [f"一只红色的猫。{END}"]
-    edit = sample({"it2i": [{"images": ["img0"], "target": "img1", "text": "把背景变成粉色"}]}, "it2i", ["img0", "img1"])
+    edit = sample(
+        {"it2i": [{"images": ["img0"], "target": "img1", "text": "把背景变成粉色"}]}, "it2i", ["img0", "img1"]
+    )
     assert f"把背景变成粉色{END}" in text_of(edit)
 
 
@@ -155,7 +163,10 @@ def test_a_picture_takes_the_size_of_its_mode_and_stays_the_picture(
     image: ImageConfig, size: tuple[int, int], expected: tuple[int, int]
 ) -> None:
     record = {"t2i": [{"target": "img0", "text": "x"}]}
-    members = {"img0.jpg": memoryview(picture(*size, "JPEG", quality=95)), "json": memoryview(json.dumps(record).encode())}
+    members = {
+        "img0.jpg": memoryview(picture(*size, "JPEG", quality=95)),
+        "json": memoryview(json.dumps(record).encode()),
+    }
     found = sampler(gen=image).sample(planned("t2i"), members, lambda name, image: None).pictures["img0"]
     assert found.patches is not None
     height, width = found.grid[0] * 32, found.grid[1] * 32
@@ -171,7 +182,9 @@ def test_a_picture_takes_the_size_of_its_mode_and_stays_the_picture(
 def test_a_large_jpeg_is_decoded_small_and_looks_the_same() -> None:
     """PIL's draft mode: of 4096 x 3072 pixels a sixteenth is made, and the picture differs by less than one level."""
     rng = np.random.default_rng(0)
-    noise = Image.fromarray(rng.integers(0, 256, (48, 64, 3), dtype=np.uint8)).resize((4096, 3072), Image.Resampling.BICUBIC)
+    noise = Image.fromarray(rng.integers(0, 256, (48, 64, 3), dtype=np.uint8)).resize(
+        (4096, 3072), Image.Resampling.BICUBIC
+    )
     file = io.BytesIO()
     noise.save(file, "JPEG", quality=90)
     with open_picture(file.getvalue()) as opened:
@@ -179,14 +192,18 @@ def test_a_large_jpeg_is_decoded_small_and_looks_the_same() -> None:
         assert opened.size == (1024, 768)
     with open_picture(file.getvalue()) as opened:
         small = load_picture(opened, 512, 512)
-    whole = np.asarray(Image.open(io.BytesIO(file.getvalue())).convert("RGB").resize((512, 512), Image.Resampling.BICUBIC))
+    whole = np.asarray(
+        Image.open(io.BytesIO(file.getvalue())).convert("RGB").resize((512, 512), Image.Resampling.BICUBIC)
+    )
     assert np.abs(small.astype(int) - whole).mean() < 1.0
 
 
 def test_draws_depend_on_seed_epoch_and_key_alone() -> None:
     """The same 3,000 draws from a fresh sampler, and in another order."""
     record = {"it2i": [{"images": ["img0"], "target": "img1", "text": "add a fish"}]}
-    members = {f"{n}.png": memoryview(picture(32, 32)) for n in ("img0", "img1")} | {"json": memoryview(json.dumps(record).encode())}
+    members = {f"{n}.png": memoryview(picture(32, 32)) for n in ("img0", "img1")} | {
+        "json": memoryview(json.dumps(record).encode())
+    }
     rates = {"text_dropout": 0.2, "reference_dropout": 0.1, "gen": ImageConfig(side=32)}
     plans = [planned("it2i", key=f"k{i % 30}", epoch=i // 30) for i in range(600)]
 

@@ -78,7 +78,9 @@ def test_waits_double_up_to_half_a_minute_and_are_jittered(folder: Path, monkeyp
     assert len({wait / e for wait, e in zip(waits, expected, strict=True)}) == 9
 
 
-@pytest.mark.parametrize(("status", "told"), [("404", "no such file"), ("403", "the server answers 403"), ("401", "401")])
+@pytest.mark.parametrize(
+    ("status", "told"), [("404", "no such file"), ("403", "the server answers 403"), ("401", "401")]
+)
 def test_what_cannot_pass_is_told_at_once(folder: Path, status: str, told: str) -> None:
     with http(folder, lambda number, path: status) as server:
         with pytest.raises(StorageError, match=told) as caught:

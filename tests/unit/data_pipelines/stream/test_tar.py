@@ -62,7 +62,11 @@ names = st.text(st.characters(codec="utf-8", exclude_characters="\0/."), min_siz
 def test_members_are_those_of_tarfile(keys: list[str], folder: str, sizes: list[int], kind: int, mtime: float) -> None:
     """Long and foreign names, and clocks with a fraction, which webdataset writes, take headers of their own."""
     parts = ["json", "img0.webp", "img1.png"]
-    members = [(f"{folder}{k}.{part}", random.Random(k).randbytes(s)) for k in keys for part, s in zip(parts, sizes, strict=False)]
+    members = [
+        (f"{folder}{k}.{part}", random.Random(k).randbytes(s))
+        for k in keys
+        for part, s in zip(parts, sizes, strict=False)
+    ]
     if any((key.startswith("__") and key.endswith("__")) for key in keys):
         return
     assert_read_alike(write(members, kind, mtime=mtime), len(keys))
@@ -119,7 +123,9 @@ def test_a_shard_as_webdataset_writes_it_by_default_has_the_samples_that_webdata
     path = tmp_path / "shard.tar"
     with webdataset.TarWriter(str(path)) as writer:
         for number in range(20):
-            writer.write({"__key__": f"{number:04d}", "jpg": bytes([number]) * 700, "txt": "深い", "json": {"n": number}})
+            writer.write(
+                {"__key__": f"{number:04d}", "jpg": bytes([number]) * 700, "txt": "深い", "json": {"n": number}}
+            )
     theirs = {}
     for sample in webdataset.WebDataset(str(path), shardshuffle=False, empty_check=False):
         theirs[sample["__key__"]] = {k: v for k, v in sample.items() if not k.startswith("__")}
