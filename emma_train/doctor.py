@@ -26,6 +26,8 @@ LEAST_FREE_GIB = 10  # a few checkpoints of the tiny model and a small data set
 OPTIONAL = (
     ("deepspeed", "deepspeed", "engine.kind=deepspeed", "deepspeed"),
     ("ray", "ray", "preparing data on a cluster", "ray"),
+    ("s3fs", "s3fs", "shards from s3://", "s3"),
+    ("aiohttp", "aiohttp", "shards from http(s)://", "http"),
     ("resvg_py", "resvg-py", "emma-data import of drawings", "data"),
     ("matplotlib", "matplotlib", "emma-data formulas and charts", "data"),
 )

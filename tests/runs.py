@@ -13,7 +13,8 @@ from tests.distributed.ranks import command
 from tests.distributed.spawn import Outcome, run_ranks
 
 SAME_EVERYWHERE = ("loss", "loss/i2t", "loss/t2i", "loss/it2i", "lr", "grad_norm", "data/digest", "data/straggler",
-                   "samples/i2t", "samples/t2i", "samples/it2i", "tokens/total", "data/skipped", "data/replaced")  # fmt: skip
+                   "data/skipped", "data/replaced", "samples/i2t", "samples/t2i", "samples/it2i",
+                   "tokens/total")  # fmt: skip
 """What two runs of one recipe agree on, bit for bit at the same world size; the rest are clocks and memory."""
 
 

@@ -4,8 +4,10 @@ torch would move every tensor of a pack through shared memory of its own, and a 
 more open files than most systems allow.
 """
 
+import io
 import math
-from dataclasses import dataclass, fields, replace
+import pickle
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,28 +23,27 @@ class Flat:
 
     buffer: torch.Tensor
     """uint8."""
-    places: dict[str, tuple[int, torch.dtype, tuple[int, ...]]]
-    """Offset, type and shape of each tensor, by its field."""
-    rest: PackedBatch
-    """The pack without its tensors."""
+    places: list[tuple[int, torch.dtype, tuple[int, ...]]]
+    """Offset, type and shape of each tensor."""
+    rest: bytes
+    """The pack, pickled, with the numbers of its tensors in their place."""
     other: Any = None
     """What goes along."""
 
     @classmethod
     def of(cls, batch: PackedBatch, other: Any = None, shared: bool = False) -> "Flat":
         """Flatten a pack; into memory that processes share, if it is to be sent."""
-        tensors = {f.name: t for f in fields(batch) if isinstance(t := getattr(batch, f.name), torch.Tensor)}
-        places, end = {}, 0
-        for name, tensor in tensors.items():
-            places[name] = (end, tensor.dtype, tuple(tensor.shape))
+        pickler = _Pickler()
+        pickler.dump(batch)
+        places, end = [], 0
+        for tensor in pickler.tensors:
+            places.append((end, tensor.dtype, tuple(tensor.shape)))
             end += -(-tensor.nbytes // ALIGN) * ALIGN
         # Made where it will stay; a tensor of ordinary memory would be copied once more when it is sent.
         storage = torch.UntypedStorage._new_shared(end) if shared else torch.UntypedStorage(end)
-        flat = cls(
-            torch.empty(0, dtype=torch.uint8).set_(storage), places, replace(batch, **dict.fromkeys(tensors)), other
-        )
-        for name, tensor in tensors.items():
-            flat._view(name).copy_(tensor)
+        flat = cls(torch.empty(0, dtype=torch.uint8).set_(storage), places, pickler.file.getvalue(), other)
+        for number, tensor in enumerate(pickler.tensors):
+            flat.view(number).copy_(tensor)
         return flat
 
     def pin_memory(self) -> "Flat":
@@ -51,9 +52,31 @@ class Flat:
 
     def batch(self) -> PackedBatch:
         """The pack; its tensors are views of the buffer."""
-        return replace(self.rest, **{name: self._view(name) for name in self.places})
+        return _Unpickler(self).load()
 
-    def _view(self, name: str) -> torch.Tensor:
-        offset, dtype, shape = self.places[name]
+    def view(self, number: int) -> torch.Tensor:
+        """One of the tensors."""
+        offset, dtype, shape = self.places[number]
         length = math.prod(shape) * dtype.itemsize
         return self.buffer[offset : offset + length].view(dtype).view(shape)
+
+
+class _Pickler(pickle.Pickler):
+    def __init__(self) -> None:
+        self.file, self.tensors = io.BytesIO(), list[torch.Tensor]()
+        super().__init__(self.file, pickle.HIGHEST_PROTOCOL)
+
+    def persistent_id(self, value: Any) -> int | None:
+        if not isinstance(value, torch.Tensor):
+            return None
+        self.tensors.append(value)
+        return len(self.tensors) - 1
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, flat: Flat) -> None:
+        super().__init__(io.BytesIO(flat.rest))
+        self.flat = flat
+
+    def persistent_load(self, number: int) -> torch.Tensor:
+        return self.flat.view(number)

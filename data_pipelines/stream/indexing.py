@@ -1,4 +1,4 @@
-"""Makes the index and manifest of a folder of shards: one pass over each tar, in parallel, going on where it stopped."""
+"""Makes index and manifest of a folder of shards: one pass over each tar, in parallel, going on where it stopped."""
 
 import hashlib
 import json
@@ -123,7 +123,8 @@ def _results(tars: list[Path], tokenizer: Path, again: bool, workers: int) -> It
                 yield futures[future], future.result()
         except BrokenProcessPool:
             raise UserError(
-                f"{tars[0].parent}: an indexing process died (out of memory?); run again with fewer --workers, it goes on"
+                f"{tars[0].parent}: an indexing process died (out of memory?); run again with fewer --workers, "
+                f"it goes on"
             ) from None
         finally:
             pool.shutdown(cancel_futures=True)

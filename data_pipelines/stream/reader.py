@@ -1,6 +1,5 @@
 """From a planned sample to its bytes, verified, and on to the sample. Stateless, so any process may read any sample."""
 
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +8,7 @@ from data_pipelines.stream.latents import cached_latent, latents_path, transform
 from data_pipelines.stream.offers import Planned
 from data_pipelines.stream.sampler import BadSample, Sampler
 from data_pipelines.stream.storage import Storage, StorageError, is_local, local_path, shown
-from data_pipelines.stream.tar import read_group
+from data_pipelines.stream.tar import crc32, read_group
 from emma_train.config.schema import DataConfig, ImageConfig
 from emma_train.sequence.pack import Sample
 from emma_train.sequence.tokens import TextTokenizer
@@ -48,7 +47,7 @@ class Reader:
                 data = self.storage.read(planned.url, planned.offset, planned.size, planned.shard)
             except StorageError as error:
                 raise BadSample(str(error)) from None
-            if zlib.crc32(data) == planned.crc32:
+            if crc32(data) == planned.crc32:
                 return read_group(data)
             self.storage.forget(planned.url, planned.shard)
         raise BadSample(f"{shown(planned.url)}: bytes differ from the index's crc32")

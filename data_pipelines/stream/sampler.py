@@ -1,4 +1,4 @@
-"""From a record to a sample: the planned alternative, what chance drops of it, its pictures at their size (contract 1)."""
+"""From a record to a sample: the planned alternative, less what chance drops, with its pictures at their size."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace

@@ -206,7 +206,7 @@ class _Sequential(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer) -> int:  # type: ignore[no-untyped-def, override]
+    def readinto(self, buffer) -> int:  # type: ignore[no-untyped-def]
         size = min(len(buffer), self.size - self.at)
         buffer[:size] = self.storage.read(self.url, self.at, size) if size else b""
         self.at += size

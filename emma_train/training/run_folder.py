@@ -84,7 +84,7 @@ class RunFolder:
             file.writelines(json.dumps({"step": step, **asdict(item)}) + "\n" for item in bad)
 
     def forget_bad(self, after: int) -> None:
-        """Drop the unreadable samples of steps that will be done again, and a line that a crash tore; main rank only."""
+        """Drop unreadable samples of steps that will be done again, and a line that a crash tore; main rank only."""
         if not self.bad_samples.exists():
             return
         kept = []

@@ -1,6 +1,9 @@
 """What ranks do in the distributed tests. Here, and not in a test module, because a rank finds its function by name."""
 
+import multiprocessing
+import os
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -164,3 +167,24 @@ def stream_steps(recipe: Recipe, rank: int, size: int, last: int) -> list[Any]:
 
     stream = Stream(recipe, rank, size, fingerprint(Path(recipe.model.autoencoder.path)))
     return list(stream.steps(1, last))
+
+
+def stream_memory(recipe: Recipe, steps: list[int]) -> list[dict[str, int]]:
+    """Resident bytes of the trainer and of each loader worker after the given steps of a stream, once what was read
+    ahead has arrived."""
+    from data_pipelines.stream.loader import Stream
+
+    found = []
+    for data in Stream(recipe, 0, 1, None).steps(1, steps[-1] + 20):
+        if data.step in steps:
+            time.sleep(3)
+            mine = [("trainer", os.getpid()), *((w.name, w.pid) for w in multiprocessing.active_children())]
+            found.append({name: _resident(pid) for name, pid in mine if pid is not None})
+        if data.step == steps[-1]:
+            break
+    return found
+
+
+def _resident(pid: int) -> int:
+    line = next(s for s in Path(f"/proc/{pid}/status").read_text().splitlines() if s.startswith("VmRSS"))
+    return int(line.split()[1]) * 1024

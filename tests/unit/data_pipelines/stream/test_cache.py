@@ -1,4 +1,4 @@
-"""Copies of remote shards: each is fetched once per machine, appears whole, and the bytes held stay within the limit."""
+"""Copies of remote shards: each is fetched once per machine, appears whole, and all of them stay within the limit."""
 
 import multiprocessing
 import os

@@ -5,6 +5,7 @@ import shutil
 import tarfile
 import zlib
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -65,6 +66,45 @@ def test_webdataset_sees_the_same_samples_as_we_do() -> None:
             theirs[sample["__key__"]] = {k: v for k, v in sample.items() if not k.startswith("__")}
         assert theirs == ours
         assert list(theirs) == list(ours)
+
+
+def test_energon_sees_the_same_samples_as_we_do(tmp_path: Path) -> None:
+    energon = pytest.importorskip("megatron.energon", reason="pip install megatron-energon")
+    from megatron.energon.flavors import BaseWebdatasetFactory
+
+    shutil.copytree(EMOJI / "heldout_concepts", tmp_path / "set")
+    tars = sorted(path.name for path in (tmp_path / "set").glob("*.tar"))
+    BaseWebdatasetFactory.prepare_dataset(tmp_path / "set", tars, split_parts_ratio=[("train", 1.0)], workers=1)
+    meta = "__module__: megatron.energon\n__class__: CrudeWebdataset\n"
+    (tmp_path / "set" / ".nv-meta" / "dataset.yaml").write_text(meta)
+
+    def keep(sample: dict[str, Any]) -> dict[str, Any]:
+        return dict(sample)
+
+    class AsTheyAre(energon.DefaultTaskEncoder):  # type: ignore[misc]
+        decoder = None
+        cookers = [energon.Cooker(energon.stateless(keep))]
+
+        def batch(self, samples: list[Any]) -> list[Any]:
+            return samples
+
+    dataset = energon.get_train_dataset(
+        tmp_path / "set",
+        worker_config=energon.WorkerConfig(rank=0, world_size=1, num_workers=0),
+        batch_size=1,
+        shuffle_buffer_size=None,
+        max_samples_per_sequence=None,
+        repeat=False,
+        task_encoder=AsTheyAre(),
+    )
+    theirs = {}
+    for (sample,) in energon.get_loader(dataset):
+        theirs[sample["__key__"]] = {k: v for k, v in sample.items() if not k.startswith("__")}
+    ours = {}
+    for tar in tars:
+        with open(tmp_path / "set" / tar, "rb") as file:
+            ours |= {group.key: group.members for group in groups(file)}
+    assert theirs == ours
 
 
 def test_an_index_row_counts_what_the_layout_lays_out(folder: Path) -> None:

@@ -162,7 +162,8 @@ def test_pictures_with_captions_of_others_are_understood_and_made(tmp_path: Path
     assert [row["supervised_tokens"] for row in answers] == [
         [len(tokenizer().encode(text)) + 1 for text in texts] for texts in (["a small dog"], ["一只猫", "a cat"])
     ]
-    asked = f"<|im_start|>user\n<|vision_start|><|vision_end|>{CAPTION_QUESTION}<|im_end|>\n<|im_start|>assistant\na cat<|im_end|>"
+    asked = f"<|im_start|>user\n<|vision_start|><|vision_end|>{CAPTION_QUESTION}<|im_end|>\n<|im_start|>assistant\n"
+    asked += "a cat<|im_end|>"
     assert answers[1]["text_tokens"][1] == len(tokenizer().encode(asked))
 
 

@@ -12,12 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from data_pipelines.prepare.latents import cache_latents
+from data_pipelines.stream import latents, pictures
 from data_pipelines.stream.loader import SPARES, StepBatches, Stream, dead_worker
 from emma_train.config.errors import RunError, UserError
-from emma_train.config.schema import Recipe
-from tests.helpers import assert_same_pack, tiny_recipe
-from tests.shards import damage, every_task, write_shards
+from emma_train.config.schema import ImageConfig, Recipe
+from emma_train.model.autoencoder import fingerprint
+from tests.helpers import assert_same_pack, tiny_model, tiny_recipe
+from tests.shards import Content, damage, every_task, prompt, write_shards
 
 SLOTS = 6
 
@@ -173,6 +177,46 @@ def test_a_run_goes_on_bit_for_bit_on_other_ranks_and_workers(
     assert_same_steps(ranks_of(elastic(small, 0), 1, 5, 6, state)[0], straight[4:])
 
 
+def broken(kind: str, content: Content) -> Content:
+    """A record that the index takes and a reader cannot use."""
+    key, record, parts = content
+    if kind == "half a picture":
+        parts = {**parts, "img0.png": parts["img0.png"][:1500]}
+    if kind == "empty text":
+        record = {"t2i": [{"target": "img0", "text": " \n" * 20}]}  # a spare is no longer than what it replaces
+    return key, record, parts
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("half a picture", "OSError: .*truncated"),
+        ("empty text", "no text to make a picture of"),
+        ("a flipped byte", "bytes differ from the index's crc32"),
+        ("a bomb", r"ValueError: a picture of 64 x 64 pixels, more than 1,024"),
+    ],
+)
+def test_each_kind_of_bad_sample_is_replaced_and_told(
+    tmp_path: Path, kind: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contents = [prompt(f"p{i:03d}") for i in range(12)]
+    contents[5] = broken(kind, contents[5] if kind != "a bomb" else prompt("p005", side=64))
+    folder = write_shards(tmp_path, contents)
+    if kind == "a flipped byte":
+        damage(folder / "shard-000000.tar", "p005.img0.png", 1)
+    if kind == "a bomb":  # indexed while it was allowed
+        monkeypatch.setattr(pictures, "MAX_PIXELS", 1024)
+    mix = {"i2t": 0, "t2i": 1, "it2i": 0}
+    (found,) = steps_of(recipe_of(folder, mix=mix, data__samples_per_step=12), 1, 1)
+    (bad,) = found.bad
+    assert (bad.key, bad.task, bad.shard) == ("p005", "t2i", "shard-000000.tar")
+    assert re.search(reason, bad.reason)
+    keys = [key for batch in found.packs for key in batch.keys]
+    assert "p005" not in keys and len(keys) == 12
+    assert keys.count(str(bad.replaced_by)) == 2
+    assert (found.replaced, found.left_out) == (1, 0)
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_sample_without_a_readable_spare_is_left_out(tmp_path: Path, workers: int) -> None:
     folder = write_shards(tmp_path, every_task(6))
@@ -236,8 +280,28 @@ def test_a_request_to_stop_does_not_reach_the_workers(small: Path) -> None:
     next(steps)
     for child in multiprocessing.active_children():
         for name in ("TERM", "USR1", "INT"):
-            subprocess.run(["kill", f"-{name}", str(child.pid)], check=True)  # not the trainer, as a cluster is not
+            subprocess.run(["kill", f"-{name}", str(child.pid)], check=True)  # by another than the trainer
     assert [data.step for data in steps if data.failure is None] == list(range(2, 61))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_pack_of_which_only_some_latents_are_cached_encodes_all(tmp_path: Path, workers: int) -> None:
+    """Its targets, whose pixels a cached latent makes needless, are decoded after all."""
+    folder = write_shards(tmp_path, every_task(12, side=64), per_shard=18)
+    tiny = tiny_model().autoencoder
+    cache_latents(folder, tiny, [ImageConfig(side=64)], torch.device("cpu"))
+    mark = fingerprint(Path(tiny.path))
+    recipe = recipe_of(folder, data__workers=workers)
+    plain = [batch for step in Stream(recipe, 0, 1, None).steps(1, 2) for batch in step.packs]
+    cached = [batch for step in Stream(recipe, 0, 1, mark).steps(1, 2) for batch in step.packs]
+    assert all(batch.latents is not None for batch in cached)
+    (folder / "shard-000001.square-64.latents.safetensors").unlink()
+    latents._open_latents.cache_clear()
+    mixed = [batch for step in Stream(recipe, 0, 1, mark).steps(1, 2) for batch in step.packs]
+    kinds = {batch.latents is None for batch in mixed}
+    assert True in kinds
+    for batch, with_none, with_all in zip(mixed, plain, cached, strict=True):
+        assert_same_pack(batch, with_none if batch.latents is None else with_all)
 
 
 def test_a_world_that_cannot_share_the_slots_is_refused_with_those_that_can(small: Path) -> None:
