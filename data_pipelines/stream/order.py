@@ -5,6 +5,7 @@ shards and permutes the rows of each window; position p stands at place p mod n 
 by looking at one window, and any later one costs the same. A blend interleaves weighted pools in a fixed pattern.
 """
 
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -50,7 +51,7 @@ class Pool:
         self._windows: OrderedDict[tuple[int, int], Future[tuple[Columns, np.ndarray]]] = OrderedDict()
         self._lock = threading.Lock()
         self._epoch = lru_cache(maxsize=2)(self._epoch_order)
-        self._beside = lru_cache(maxsize=1)(self._read)
+        self._process = os.getpid()
 
     def rows(self, positions: np.ndarray) -> list[tuple[np.ndarray, int, Columns, np.ndarray]]:
         """Positions by window: (which of `positions`, epoch, columns, rows of them), in the order of the windows."""
@@ -92,10 +93,13 @@ class Pool:
         return self._begin(epoch, window).result()
 
     def _begin(self, epoch: int, window: int) -> "Future[tuple[Columns, np.ndarray]]":
+        if self._process != os.getpid():
+            # A forked worker has neither the thread that would finish what its parent began, nor the lock's holder.
+            self._process, self._lock, self._windows = os.getpid(), threading.Lock(), OrderedDict()
         with self._lock:
             key = (epoch, window)
             if key not in self._windows:
-                self._windows[key] = _loader().submit(self._read, epoch, window)
+                self._windows[key] = _loader(self._process).submit(self._read, epoch, window)
                 while len(self._windows) > KEPT_WINDOWS:
                     self._windows.popitem(last=False)
             self._windows.move_to_end(key)
@@ -106,10 +110,9 @@ class Pool:
         return columns, _permutation(len(columns), seed_of(self._seed, epoch, f"{self._name} {window}", "rows"))
 
     def window_of(self, position: int) -> Columns:
-        """All rows of a position's window, in the order of the shards. For processes and threads beside the planner's:
-        shares nothing with it."""
+        """All rows of a position's window, in the order of the shards."""
         epoch, place = divmod(position, self.num_rows)
-        return self._beside(epoch, int(np.searchsorted(self._epoch(epoch)[1], place, side="right")) - 1)[0]
+        return self._get(epoch, int(np.searchsorted(self._epoch(epoch)[1], place, side="right")) - 1)[0]
 
 
 class Blend:
@@ -174,5 +177,5 @@ def _permutation(num: int, seed: int) -> np.ndarray:
 
 
 @lru_cache
-def _loader() -> ThreadPoolExecutor:
+def _loader(process: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(1, thread_name_prefix="index")

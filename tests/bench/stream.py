@@ -12,27 +12,46 @@ way from worker to trainer. Readers take turns, and the best of `repeats` counts
 import argparse
 import io
 import json
+import math
 import os
+import resource
+import statistics
+import subprocess
+import sys
 import tarfile
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
+import pyarrow as pa
 import torch
 import webdataset
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Sampler as IterableSampler
 
+from data_pipelines.stream import sources
+from data_pipelines.stream.index import read_columns, read_manifest
 from data_pipelines.stream.indexing import index_folder
-from data_pipelines.stream.loader import Stream
+from data_pipelines.stream.loader import Item, Stream
 from data_pipelines.stream.pictures import load_picture, open_picture
+from data_pipelines.stream.plan import Planner
 from emma_train.config.load import load_recipe
 from emma_train.config.schema import ImageConfig, MixConfig, PhaseConfig, Recipe, SourceConfig
 
 ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+from tests.helpers import tokenizer  # noqa: E402 - the folder above is not a package that is installed
+from tests.synthetic import synthetic  # noqa: E402
+
+ROWS = 10_000
+"""Rows of a shard in the large index."""
 SHARDS, BATCH, SIDE, WORKERS, SLOTS = 8, 32, 512, 2, 12
 
 
@@ -41,12 +60,17 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--samples", type=int, default=1200, help="records in the shards")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--only-plan", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     os.chdir(ROOT)  # paths in recipes count from here
     torch.set_num_threads(1)
+    if arguments.only_plan:
+        print(json.dumps(only_plan()))
+        return
     with tempfile.TemporaryDirectory() as temporary:
         folder = make_shards(Path(temporary) / "set", arguments.samples)
-        results = {**read(folder, arguments.samples, arguments.repeats), **resume(), **plan(), **balance()}
+        results = read(folder, arguments.samples, arguments.repeats) | resume(folder, arguments.repeats)
+    results |= plan() | balance()
     if arguments.json:
         print(json.dumps(results))
         return
@@ -111,20 +135,28 @@ def recipe_of(folder: Path) -> Recipe:
 
 
 class Bytes(Dataset[int]):
-    """(step, slot) -> how many samples of it were read, verified and split into their parts."""
+    """Planned samples of a slot -> how many of them were read, verified and split into their parts."""
 
     def __init__(self, stream: Stream) -> None:
-        self.planner, self.reader = stream.planner, stream.dataset.reader
+        self.reader = stream.dataset.reader
 
-    def __getitem__(self, index: tuple[int, int]) -> int:
-        slot = self.planner.plan(index[0]).slots[index[1]]
-        return sum(len(self.reader.members(planned)["jpg"]) > 0 for planned in slot)
+    def __getitem__(self, item: Item) -> int:
+        return sum(len(self.reader.members(planned)["jpg"]) > 0 for planned in item[2])
+
+
+class Items(IterableSampler):
+    """What a stream would have its workers read."""
+
+    def __init__(self, stream: Stream) -> None:
+        self.stream = stream
+
+    def __iter__(self) -> Iterator[Item]:
+        return self.stream._items(1, 400, deque())
 
 
 def ours_raw(folder: Path) -> Iterator[int]:
-    places = [(step, slot) for step in range(1, 400) for slot in range(SLOTS)]
-    dataset = Bytes(Stream(recipe_of(folder), 0, 1, None))
-    yield from DataLoader(dataset, None, sampler=places, num_workers=WORKERS, prefetch_factor=4)
+    stream = Stream(recipe_of(folder), 0, 1, None)
+    yield from DataLoader(Bytes(stream), None, sampler=Items(stream), num_workers=WORKERS, prefetch_factor=4)
 
 
 def ours_decoded(folder: Path) -> Iterator[int]:
@@ -235,25 +267,84 @@ def _photo(seed: int) -> bytes:
     return file.getvalue()
 
 
-# --- resume_ratio, resume_s: the first batch after a resume, early and late in a large synthetic index
+# --- resume_ratio, resume_s: the first packs after a resume, early and late in a large index
 
 
-def resume() -> dict[str, Any]:
-    return {"resume_ratio": None, "resume_s": None}
+def resume(folder: Path, repeats: int) -> dict[str, Any]:
+    """Seconds from nothing to the first pack after sample 10 and after sample 1,000,000 of two million.
+
+    The rows are those of the real shards, over and over, so that packs can be read.
+    """
+    entries = read_manifest(folder)["shards"] * (2_000_000 // ROWS // SHARDS)
+    manifest = {**read_manifest(folder), "shards": [{**entry, "tags": {"t2i": {"": ROWS}}} for entry in entries]}
+
+    def rows(where: str, name: str, task: str, *_: Any) -> pa.Table:
+        table = read_columns(where, name, task, sources.PLANNED)
+        return table.take(np.arange(ROWS) % len(table))
+
+    recipe = recipe_of(folder)
+    recipe.data.workers = 0
+    seconds: dict[int, float] = {10: math.inf, 1_000_000: math.inf}
+    with (
+        patch.object(sources, "read_manifest", lambda *_: manifest),
+        patch.object(sources, "read_columns", rows),
+    ):
+        for position in [*seconds] * repeats:
+            state = {"next": position, "left": [], "tokens": 0}
+            recipe.data.samples_per_step, recipe.data.pack_tokens = 0, 8192
+            started = time.perf_counter()
+            stream = Stream(recipe, 0, 1, None)
+            stream.planner.load(1, {"t2i": state})
+            packs = stream._slots(stream._items(2, 3, deque()))
+            next(packs)
+            seconds[position] = min(seconds[position], time.perf_counter() - started)
+            packs.close()  # type: ignore[attr-defined]
+    return {"resume_ratio": round(seconds[1_000_000] / seconds[10], 3), "resume_s": round(seconds[1_000_000], 3)}
 
 
-# --- plan_samples_per_s, plan_gib: planning over a manifest of a billion synthetic samples
+# --- plan_samples_per_s, plan_gib: planning over a manifest of a billion synthetic samples, in a process of its own
 
 
 def plan() -> dict[str, Any]:
-    return {"plan_samples_per_s": None, "plan_gib": None}
+    command = [sys.executable, __file__, "--only-plan"]
+    told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return json.loads(told.splitlines()[-1])
+
+
+def only_plan(seconds: float = 10.0) -> dict[str, Any]:
+    """Samples planned in some seconds of steps of 64 packs, and the most memory that the process held."""
+    with synthetic(10**9):
+        planner, num, step = Planner(paper_recipe(), tokenizer()), 0, 0
+        started = time.perf_counter()
+        while time.perf_counter() - started < seconds:
+            step += 1
+            num += sum(len(slot) for slot in planner.plan(step).places)
+            planner.forget(step)
+        rate = num / (time.perf_counter() - started)
+    gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return {"plan_samples_per_s": round(rate), "plan_gib": round(gib, 2)}
 
 
 # --- fill, straggler: how full slots are and how even, on a realistic mix of lengths
 
 
 def balance() -> dict[str, Any]:
-    return {"fill": None, "straggler": None}
+    """Means over 60 steps of 64 packs; `straggler` is of the costliest slot over the mean of its step."""
+    with synthetic(10**6):
+        planner = Planner(paper_recipe(), tokenizer())
+        plans = [planner.plan(step) for step in range(1, 61)]
+    return {
+        "fill": round(statistics.mean(p.filled for p in plans), 4),
+        "straggler": round(statistics.mean(p.straggler for p in plans), 4),
+        "straggler_worst": round(max(p.straggler for p in plans), 4),
+    }
+
+
+def paper_recipe() -> Recipe:
+    """I2T and T2I at 1:1 and 512 pixels at the paper's sizes, in 64 packs of 8,192 tokens that are filled."""
+    recipe = load_recipe(ROOT / "recipes" / "emma-4b" / "stage1.yaml")
+    recipe.data.slots, recipe.data.samples_per_step, recipe.data.pack_tokens = 64, 0, 8192
+    return recipe
 
 
 if __name__ == "__main__":
