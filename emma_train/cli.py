@@ -108,6 +108,8 @@ def _train_stage(path: Path, recipe: "Recipe", world: "World") -> int:
         return 0
     autoencoder = Autoencoder(recipe.model.autoencoder, world.device)
     stream = Stream(recipe, world.rank, world.size, autoencoder.fingerprint, pin=world.device.type == "cuda")
+    if checkpoint is None:
+        stream.planner.check()
     requests = []
     if recipe.train.sample_from and stage.loss == "tokens":
         folder, pixels = recipe.train.sample_from, recipe.model.autoencoder.pixels

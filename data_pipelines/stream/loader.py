@@ -9,6 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import urlsplit
@@ -20,6 +21,7 @@ from data_pipelines.stream.offers import Planned
 from data_pipelines.stream.plan import Planner, StepPlan
 from data_pipelines.stream.reader import Reader
 from data_pipelines.stream.sampler import BadSample
+from data_pipelines.stream.storage import is_local
 from emma_train.config.check import check_world
 from emma_train.config.errors import RunError, UserError
 from emma_train.config.schema import Recipe
@@ -33,6 +35,8 @@ Item = tuple[int, int, tuple[Planned, ...]]
 STATE_SCHEMA = 2
 SPARES = 8
 """How many spares are tried in the place of a sample that cannot be read, before it is left out."""
+READS_AT_ONCE = 16
+"""Requests to a store that a worker has under way."""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
@@ -190,17 +194,26 @@ class _Slots(Dataset["Flat | UserError | RunError"]):
         samples: list[Sample] = []
         bad: list[Bad] = []
         replaced = 0
-        for planned in slot:
-            sample, problems = self._read_or_spare(planned, latents)
+        for sample, problems in self._each(slot, latents):
             bad += problems
             if sample is not None:
                 samples.append(sample)
                 replaced += bool(problems)
         return samples, bad, replaced
 
+    def _each(self, slot: Sequence[Planned], latents: bool) -> Iterator[tuple[Sample | None, list[Bad]]]:
+        """Each of a slot, in order; of remote shards many at once, since most of the time is waiting for answers."""
+        if all(is_local(planned.url) for planned in slot):
+            yield from (self._read_or_spare(planned, latents) for planned in slot)
+            return
+        with ThreadPoolExecutor(READS_AT_ONCE) as pool:
+            yield from pool.map(lambda planned: self._read_or_spare(planned, latents), slot)
+
     def _read_or_spare(self, planned: Planned, latents: bool) -> tuple[Sample | None, list[Bad]]:
-        """The sample, or the first of its spares that can be read, and what could not be."""
+        """The sample, or the first of its spares that can be read, and what could not be. Raises RunError where the
+        store does not answer: to go through spares then would take hours, in which all ranks wait."""
         bad: list[Bad] = []
+        unreachable = 0
         wanted: Planned | None = planned
         for attempt in range(SPARES + 1):
             if wanted is None:
@@ -209,6 +222,9 @@ class _Slots(Dataset["Flat | UserError | RunError"]):
                 sample = self.reader.read(wanted, latents)
             except BadSample as error:
                 bad.append(Bad(wanted.key, wanted.task, os.path.basename(urlsplit(wanted.url).path), str(error)))
+                unreachable += error.unreachable
+                if unreachable == 2:
+                    raise RunError(f"{error}; nor could {planned.key} be read before it. Is the store up?") from None
                 wanted = self.planner.spare(planned, attempt)
                 continue
             return sample, [replace(b, replaced_by=wanted.key) for b in bad]

@@ -86,9 +86,7 @@ class Planner:
     """The plan of any step; of packs that are filled, of those after a known state. Holds the index's nearest rows."""
 
     def __init__(self, recipe: Recipe, tokenizer: TextTokenizer) -> None:
-        """Reads manifests. Raises UserError where one is missing, of another tokenizer or without samples, or where a
-        phase's first step does not fit its packs.
-        """
+        """Reads manifests. Raises UserError where one is missing, of another tokenizer or without samples."""
         self.data, self.model = recipe.data, recipe.model
         caps = {name: getattr(self.data, f"pack_{name}") for name in ("tokens", "pairs", "patches", "pixels")}
         self.caps = {name: cap for name, cap in caps.items() if cap}
@@ -112,8 +110,13 @@ class Planner:
         self._last: StepPlan | None = None
         self._depth: dict[int, int] = {}
         """Units that a step of each phase looks at."""
-        for begun in self._phases:  # arithmetic that cannot work is told now, not once the model is built
-            self._compute(begun.start + 1, self._states[0] if not begun.counts else self._before(begun.start + 1))
+
+    def check(self) -> None:
+        """Raise UserError where the first step of a phase cannot be packed: arithmetic that cannot work should be told
+        before a model is built."""
+        for phase in self._phases:
+            step = phase.start + 1
+            self._compute(step, self._before(step) if phase.counts else self._states[0])
 
     def plan(self, step: int) -> StepPlan:
         """The slots of optimizer step `step`, from 1. Raises UserError where they cannot hold what they must."""

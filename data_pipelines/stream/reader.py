@@ -46,7 +46,7 @@ class Reader:
             try:
                 data = self.storage.read(planned.url, planned.offset, planned.size, planned.shard)
             except StorageError as error:
-                raise BadSample(str(error)) from None
+                raise BadSample(str(error), unreachable=error.passing) from None
             if crc32(data) == planned.crc32:
                 return read_group(data)
             self.storage.forget(planned.url, planned.shard)

@@ -23,6 +23,11 @@ FindLatent = Callable[[str, ImageConfig], np.ndarray | None]
 class BadSample(Exception):
     """A sample that cannot be used: broken bytes, an undecodable picture, an empty answer."""
 
+    def __init__(self, reason: str, unreachable: bool = False) -> None:
+        super().__init__(reason)
+        self.unreachable = unreachable
+        """Its bytes did not come, after all tries; the fault may be the store's."""
+
 
 class Sampler:
     """Makes samples as the plan wants them. Everything random is drawn from (seed, epoch, key, what is drawn)."""

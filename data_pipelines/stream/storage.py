@@ -34,10 +34,12 @@ EXTRAS = {"s3": "s3", "s3a": "s3", "http": "http", "https": "http"}
 class StorageError(Exception):
     """Bytes that cannot be had, told without secrets."""
 
-    def __init__(self, message: str, missing: bool = False) -> None:
+    def __init__(self, message: str, missing: bool = False, passing: bool = False) -> None:
         super().__init__(message)
         self.missing = missing
         """There is no such file."""
+        self.passing = passing
+        """It was worth every try, and none helped."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Storage:
     """Further tries after a failure that may pass."""
     wait_s: float = 0.5
     """Wait before the first of them; each is twice as long as the one before."""
-    timeout_s: float = 60.0
+    timeout_s: float = 30.0
     """Longest time that one answer of a remote store may take."""
     cache: Cache | None = None
     """Local copies of remote files; None reads ranges."""
@@ -129,12 +131,13 @@ class Storage:
             except (StorageError, UserError):
                 raise
             except Exception as error:
-                told, missing = _told(error), isinstance(error, FileNotFoundError)
+                told, for_good = _told(error), _is_for_good(error)
                 if is_local(url):
                     _opened.cache_clear()  # a handle may have gone stale with its server
-                if _is_for_good(error) or attempt == self.retries:
+                if for_good or attempt == self.retries:
                     times = "" if attempt == 0 else f" ({attempt + 1} times)"
-                    raise StorageError(f"{shown(url)}: cannot be read: {told}{times}", missing) from None
+                    missing = isinstance(error, FileNotFoundError)
+                    raise StorageError(f"{shown(url)}: cannot be read: {told}{times}", missing, not for_good) from None
             wait = min(self.wait_s * 2**attempt, LONGEST_WAIT_S) * random.uniform(0.5, 1.5)
             log.warning("%s: %s; try %d of %d in %.1f s", shown(url), told, attempt + 2, self.retries + 1, wait)
             time.sleep(wait)

@@ -205,7 +205,7 @@ class DataConfig:
     """Further tries of a read whose failure may pass: no answer in time, a server's 5xx, a body cut short."""
     read_wait_s: float = 0.5
     """Wait before the first of them; it doubles from try to try, up to half a minute."""
-    read_timeout_s: float = 60.0
+    read_timeout_s: float = 30.0
     """Longest time that one answer of a remote store may take."""
 
 

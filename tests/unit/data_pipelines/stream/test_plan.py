@@ -314,7 +314,7 @@ def test_a_sample_that_is_too_long_is_replaced_and_counted(tmp_path: Path) -> No
     assert plan.refused == 1
     assert "long" not in keys and len(keys) == 10
     with pytest.raises(UserError, match=r"shard-000000.tar: no i2t sample near it fits a pack; raise data.pack_tokens"):
-        planner(small_recipe(folder, mix=mix, data__samples_per_step=10, data__slots=2, data__pack_tokens=10))
+        planner(small_recipe(folder, mix=mix, data__samples_per_step=10, data__slots=2, data__pack_tokens=10)).check()
 
 
 def test_slots_that_cannot_be_even_are_packed_to_fit_before_giving_up(tmp_path: Path) -> None:

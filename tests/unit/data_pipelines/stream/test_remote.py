@@ -14,7 +14,7 @@ from data_pipelines.stream.loader import Stream
 from data_pipelines.stream.plan import Planner
 from data_pipelines.stream.reader import Reader
 from data_pipelines.stream.requests import read_requests
-from emma_train.config.errors import UserError
+from emma_train.config.errors import RunError, UserError
 from emma_train.config.schema import Recipe
 from emma_train.sequence.step import StepBatches
 from tests.helpers import PATCH, SHUFFLE, assert_same_pack, tiny_recipe, tokenizer
@@ -133,6 +133,38 @@ def test_a_shard_that_disappears_is_replaced_by_spares_of_others(
     assert sum(len(batch.keys) for step in found for batch in step.packs) == 18 * STEPS
     # It is asked for each time, once: no time is lost with tries that cannot help.
     assert sum("shard-000002.tar" in get for get in server.gets) <= sum(len(step.bad) for step in found)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_store_that_does_not_answer_any_more_ends_the_run_soon(server: FileServer, workers: int) -> None:
+    """Spares are in the same store: two in vain are enough."""
+    stream = Stream(recipe_of(server.url, data__workers=workers, data__read_retries=2), 0, 1, None)
+    server.fault = lambda number, path: "503"
+    server.gets.clear()
+    (found,) = stream.steps(1, STEPS)
+    assert isinstance(found.failure, RunError)
+    assert "the server answers 503 (3 times); nor could" in str(found.failure)
+    assert str(found.failure).endswith("Is the store up?")
+    assert len(server.gets) <= 6 * 3 * 2 * 3  # samples of three packs, two of each, three tries
+
+
+def test_many_reads_are_under_way_at_once(server: FileServer) -> None:
+    """Eighteen answers of 0.3 s one after another would take five seconds."""
+    recipe = recipe_of(server.url, data__slots=1)
+    stream = Stream(recipe, 0, 1, None)
+    server.fault, server.slow_s, under_way, most = lambda number, path: "slow", 0.3, [0], [0]
+    real = server.answer
+
+    def counted(*words: Any) -> None:
+        under_way[0] += 1
+        most[0] = max(most[0], under_way[0])
+        real(*words)
+        under_way[0] -= 1
+
+    server.answer = counted  # type: ignore[method-assign]
+    (found,) = stream.steps(1, 1)
+    assert (len(found.packs[0].keys), found.bad) == (18, [])
+    assert most[0] >= 8
 
 
 def test_a_local_shard_that_disappears_while_the_run_goes_on_is_replaced(tmp_path: Path) -> None:
