@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from emma_train.config.errors import UserError
+from emma_train.config.errors import RunFailed, UserError
 
 if TYPE_CHECKING:
     from emma_train.config.schema import Recipe
@@ -40,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Every rank says it: what only one of them met would be lost otherwise.
         print(f"emma-train {arguments.command}: {error}", file=sys.stderr, flush=True)
         return 2
+    except RunFailed as error:
+        print(f"emma-train {arguments.command}: {error}", file=sys.stderr, flush=True)
+        return 1
     except BrokenPipeError:
         return 1
 
@@ -87,6 +90,7 @@ def _train_stage(path: Path, recipe: "Recipe", world: "World") -> int:
     from data_pipelines.stream.loader import Stream
     from data_pipelines.stream.requests import read_requests
     from emma_train.checkpoint import folder as folders
+    from emma_train.checkpoint import verify
     from emma_train.config.check import phases
     from emma_train.generate.generator import FlowSettings, Generator, TextSettings
     from emma_train.generate.samples import write_samples
@@ -98,10 +102,11 @@ def _train_stage(path: Path, recipe: "Recipe", world: "World") -> int:
     from emma_train.training.run_folder import RunFolder
 
     stage, run = stage_of(recipe, str(path)), RunFolder(recipe)
-    checkpoint = folders.newest(run.checkpoints) if run.checkpoints.is_dir() else None
-    if checkpoint is not None and (folders.whole(checkpoint) or {})["step"] >= recipe.train.steps:
+    newest = world.on_main(lambda: folders.newest(run.checkpoints))
+    if newest is not None and (folders.read_meta(newest) or {})["step"] >= recipe.train.steps:
         log.info("%s is complete: nothing to do", run.path)
         return 0
+    checkpoint = verify.to_resume(run.checkpoints, world)
     autoencoder = Autoencoder(recipe.model.autoencoder, world.device)
     stream = Stream(recipe, world.rank, world.size, autoencoder.fingerprint)
     requests = []
@@ -140,13 +145,13 @@ def inspect(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from emma_train.checkpoint import folder as folders
 
     checkpoint = folders.resolve(arguments.checkpoint, "CHECKPOINT")
-    meta = folders.whole(checkpoint)
+    meta = folders.read_meta(checkpoint)
     assert meta is not None
     if arguments.json:
         print(json.dumps({k: v for k, v in meta.items() if k != "files"}, indent=1))
         return 0
     table = Table(title=str(checkpoint), show_header=False)
-    size = sum(meta["files"].values()) / 2**20
+    size = sum(entry["bytes"] for entry in meta["files"].values()) / 2**20
     parent = meta["parent"]
     rows = {
         "stage": meta["stage"],

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from emma_train.checkpoint import store
 from tests.distributed.ranks import command
 from tests.distributed.spawn import Outcome, run_ranks
 
@@ -39,16 +39,16 @@ def checkpoint(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:08d}"
 
 
-def stored(folder: Path) -> dict[str, Any]:
-    """Everything that a checkpoint's shards hold: whole tensors and plain values, by name."""
-    entries = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-    state: dict[str, Any] = dict.fromkeys(entries)
-    for name, entry in entries.items():
-        if isinstance(entry, TensorStorageMetadata):
-            state[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it says that one process is one process
-        dcp.load(state, checkpoint_id=folder, no_dist=True)
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, whole, by name."""
+    state: dict[str, Any] = {}
+    for place in store.places(folder):
+        entries = dcp.FileSystemReader(place).read_metadata().state_dict_metadata
+        here: dict[str, Any] = {n: torch.empty(e.size, dtype=e.properties.dtype) for n, e in entries.items()}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it says that one process is one process
+            dcp.load(here, checkpoint_id=place, no_dist=True)
+        state |= here
     return state
 
 

@@ -3,3 +3,7 @@
 
 class UserError(Exception):
     """Bad input: says what is wrong, where (file, key, value) and what to do. Never shown as a traceback."""
+
+
+class RunFailed(Exception):
+    """A run cannot go on for a reason outside of the program, such as its storage: printed as one line, exit code 1."""

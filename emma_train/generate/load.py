@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from emma_train.checkpoint import export, store
+from emma_train.checkpoint import export, store, verify
 from emma_train.checkpoint import folder as folders
 from emma_train.config.errors import UserError
 from emma_train.config.load import from_dict, load_yaml
@@ -37,8 +37,8 @@ def load_model(path: str | Path, device: torch.device, use_ema: bool) -> tuple[E
         recipe.model.autoencoder.path = str(folder / recipe.model.autoencoder.path)
         recipe.data.tokenizer = str(folder / recipe.data.tokenizer)
     else:
-        folder = folders.resolve(newest_stage(folder), "MODEL")
-        found = folders.whole(folder)
+        folder = verify.resolve(newest_stage(folder), "MODEL")
+        found = folders.read_meta(folder)
         assert found is not None
         meta, recipe = found, from_dict(found["config"], str(folder))
     with torch.device("meta"):

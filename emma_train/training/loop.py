@@ -9,12 +9,14 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from emma_train.checkpoint import folder as folders
 from emma_train.checkpoint import store
+from emma_train.checkpoint.saver import Saver
+from emma_train.checkpoint.state import State, state_of
 from emma_train.config import config_hash
 from emma_train.config.errors import UserError
 from emma_train.config.load import as_dict
@@ -80,11 +82,13 @@ class Trainer:
         self.frozen = fingerprints(self.engine.model)
         self.run_id: str | None = None
         self.parent = built.parent
+        self.saver = Saver(self.run.checkpoints, recipe.train, world, recipe.engine.timeout_s)
+        self._since_save: list[dict[str, Any]] = []
         self._nonfinite_in_a_row = 0
 
     def resume(self, checkpoint: Path) -> None:
         """Go on after `checkpoint`. Raises UserError where recipe and checkpoint contradict each other."""
-        meta = folders.whole(checkpoint)
+        meta = folders.read_meta(checkpoint)
         assert meta is not None
         if found := contradictions(self.recipe, meta["config"]):
             field_name = found[0].split(" ")[0]
@@ -94,8 +98,9 @@ class Trainer:
                 + f"; put it back, start another run.name, or accept with resume.allow=[{field_name}]"
             )
         self.stream.check_state(meta["data"])
-        averages = self.built.ema.averages if self.built.ema else {}
-        store.load_training(checkpoint, self.engine.model, self.engine.optimizer, averages)
+        state = self._state()
+        store.load_training(checkpoint, state)
+        self.saver.continues(checkpoint, meta["step"], state)
         self.done = Progressed(**meta["done"])
         self.run_id, self.parent = meta.get("tracker_run"), meta.get("parent")
         self.frozen = fingerprints(self.engine.model)
@@ -121,14 +126,16 @@ class Trainer:
                 last = data.step == total or asked
                 if data.step == total:
                     self._verify()
-                stall = 0.0
-                if data.step % cadence.save_every == 0 or last:
-                    stall = self.save()
+                if values is not None:
+                    self._since_save.append(values)
+                if self.saver.due(data.step) or last:
+                    self.save(wait=last)
                 self.done.seconds += time.perf_counter() - started + data.wait_s
                 drawn = (cadence.sample_every and data.step % cadence.sample_every == 0) or data.step == total
                 pictures = self._draw(data.step) if drawn else []
                 if trackers and values is not None:
-                    trackers.log(data.step, {**values, "checkpoint/stall_s": stall, "time_unix": time.time()})
+                    stall = {"checkpoint/stall_s": self.saver.take_stall()}
+                    trackers.log(data.step, {**values, **stall, "time_unix": time.time()})
                     trackers.images(data.step, "samples", pictures, [p.stem for p in pictures])
                 if progress:
                     progress.update(data.step, values)
@@ -139,6 +146,7 @@ class Trainer:
             return code
         finally:
             stop.restore()
+            self.saver.close(self.recipe.train.stop_within_s)
             if progress:
                 progress.close()
             if trackers:
@@ -150,7 +158,9 @@ class Trainer:
         mine = count(data.packs, self.stage.loss)
         seen = [sum(b.tasks.count(task) for b in data.packs) for task in TASKS]
         tokens = sum(b.num_tokens for b in data.packs)
-        shared = self.world.sum([mine.i2t, mine.t2i, mine.it2i, *seen, tokens, len(data.bad), float(stop_asked)])
+        facts = [mine.i2t, mine.t2i, mine.it2i, *seen, tokens, len(data.bad), float(stop_asked), *self.saver.flags()]
+        shared = self.world.sum(facts)
+        self.saver.note(shared[9:])
         counts, bad = Counts(*(int(n) for n in shared[:3])), int(shared[7])
         self._note_bad(data, bad)
 
@@ -163,6 +173,7 @@ class Trainer:
             data.step - self.done.skipped_steps, self.recipe.optimizer.lr, self.recipe.train.steps, self.recipe.schedule
         )
         norm = self.engine.clip(self.recipe.optimizer.clip)
+        self.saver.settle()
         if math.isfinite(norm):
             self._nonfinite_in_a_row = 0
             self.engine.update(lr)
@@ -198,33 +209,43 @@ class Trainer:
         share = step_mfu(self.recipe, self.stage, data.packs, step_s, self.world.device)
         return shared[8] > 0, values if share is None else {**values, "mfu": share}
 
-    def save(self) -> float:
-        """Write a checkpoint of the last finished step; returns the seconds that training stood still."""
-        started = time.perf_counter()
-        meta = {
+    def save(self, wait: bool) -> None:
+        """Start a checkpoint of the last finished step; where `wait`, return when it is written."""
+        self.saver.start(self._state(), self._meta())
+        if wait:
+            self.saver.finish_last(lambda: self.saver.start(self._state(), self._meta()))
+        self._since_save = []
+
+    def _state(self) -> State:
+        averages = self.built.ema.averages if self.built.ema else {}
+        return state_of(self.engine.model, self.engine.optimizer, averages)
+
+    def _meta(self) -> dict[str, Any]:
+        """What a checkpoint says of itself and of how to go on."""
+        names = {key for values in self._since_save for key in values if key.startswith("loss")}
+        logged = {key: [values[key] for values in self._since_save if key in values] for key in names}
+        return {
             "step": self.done.step,
             "stage": self.recipe.stage.name,
             "trainable": self.built.trainable,
             "config_hash": config_hash(self.recipe),
             "config": as_dict(self.recipe),
             "ema_decay": self.recipe.ema.decay,
-            "done": vars(self.done),
+            "done": asdict(self.done),
+            "metrics": {key: sum(values) / len(values) for key, values in sorted(logged.items())},
             "data": self.stream.state(self.done.step),
             "tracker_run": self.run_id,
             "parent": self.parent,
             "world_size": self.world.size,
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
-        averages = self.built.ema.averages if self.built.ema else {}
-        keep = self.recipe.train.keep
-        store.save(self.run.checkpoints, meta, self.engine.model, self.engine.optimizer, averages, self.world, keep)
-        return time.perf_counter() - started
 
     def _draw(self, step: int) -> list[Path]:
         """Sample pictures with the averaged weights."""
         if self.draw_samples is None:
             return []
         self.engine.reshard()
+        self.saver.settle()
         with self.built.ema.swapped_in() if self.built.ema else nullcontext():
             pictures = self.draw_samples(step)
             self.engine.reshard()
