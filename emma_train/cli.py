@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,8 @@ from emma_train.config.errors import RunFailed, UserError
 if TYPE_CHECKING:
     from emma_train.config.schema import Recipe
     from emma_train.engine.world import World
+    from emma_train.training.preemption import StopRequest
+    from emma_train.training.run_folder import RunFolder
 
 log = logging.getLogger("emma_train")
 SCORE_SPLITS = ("heldout_drawings", "heldout_concepts")
@@ -52,6 +55,7 @@ def train(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from emma_train.config.load import is_pipeline, load_recipe
     from emma_train.engine.world import join
     from emma_train.stages.stage import stage_of
+    from emma_train.training.preemption import EXIT_PREEMPTED, StopRequest
 
     path = Path(arguments.recipe)
     recipes = _pipeline_recipes(path, overrides) if is_pipeline(path) else [(path, load_recipe(path, overrides))]
@@ -59,11 +63,13 @@ def train(arguments: argparse.Namespace, overrides: list[str]) -> int:
         stage_of(recipe, str(file))
     first = recipes[0][1].engine
     # One group of processes for all stages: gloo cannot be left and joined again within a process.
-    with join(first.device, first.timeout_s) as world:
+    with join(first.device, first.timeout_s) as world, StopRequest() as stop:
         if not world.is_main:
             logging.getLogger().setLevel(logging.ERROR)
         for file, recipe in recipes:
-            if code := _train_stage(file, recipe, world):
+            if world.sum([float(stop.asked)])[0]:
+                return EXIT_PREEMPTED
+            if code := _train_stage(file, recipe, world, stop):
                 return code
         if world.is_main and len(recipes) > 1:
             _try_report(Path(recipes[-1][1].run.root))
@@ -85,11 +91,26 @@ def _pipeline_recipes(path: Path, overrides: list[str]) -> "list[tuple[Path, Rec
     return recipes
 
 
-def _train_stage(path: Path, recipe: "Recipe", world: "World") -> int:
+def _train_stage(path: Path, recipe: "Recipe", world: "World", stop: "StopRequest") -> int:
+    """Train one stage, as far as it is not complete, alone in its run folder."""
+    from emma_train.checkpoint import folder as folders
+    from emma_train.training.run_folder import RunFolder
+    from emma_train.training.run_lock import RunLock
+
+    run = RunFolder(recipe)
+    newest = world.on_main(lambda: folders.newest(run.checkpoints))
+    if newest is not None and (folders.read_meta(newest) or {})["step"] >= recipe.train.steps:
+        log.info("%s is complete: nothing to do", run.path)
+        return 0
+    with ExitStack() as held:
+        world.on_main(lambda: held.enter_context(RunLock(run.path)) and None)
+        return _train_in(run, path, recipe, world, stop)
+
+
+def _train_in(run: "RunFolder", path: Path, recipe: "Recipe", world: "World", stop: "StopRequest") -> int:
     """Join stream, model, engine and loop for one stage."""
     from data_pipelines.stream.loader import Stream
     from data_pipelines.stream.requests import read_requests
-    from emma_train.checkpoint import folder as folders
     from emma_train.checkpoint import verify
     from emma_train.config.check import phases
     from emma_train.generate.generator import FlowSettings, Generator, TextSettings
@@ -99,13 +120,8 @@ def _train_stage(path: Path, recipe: "Recipe", world: "World") -> int:
     from emma_train.stages.stage import stage_of
     from emma_train.training.build import build
     from emma_train.training.loop import Trainer
-    from emma_train.training.run_folder import RunFolder
 
-    stage, run = stage_of(recipe, str(path)), RunFolder(recipe)
-    newest = world.on_main(lambda: folders.newest(run.checkpoints))
-    if newest is not None and (folders.read_meta(newest) or {})["step"] >= recipe.train.steps:
-        log.info("%s is complete: nothing to do", run.path)
-        return 0
+    stage = stage_of(recipe, str(path))
     checkpoint = verify.to_resume(run.checkpoints, world)
     autoencoder = Autoencoder(recipe.model.autoencoder, world.device)
     stream = Stream(recipe, world.rank, world.size, autoencoder.fingerprint)
@@ -128,10 +144,8 @@ def _train_stage(path: Path, recipe: "Recipe", world: "World") -> int:
     trainer = Trainer(recipe, stage, world, built, autoencoder, stream, draw_samples if requests else None)
     if checkpoint is not None:
         trainer.resume(checkpoint)
-    if world.is_main:
-        run.prepare(recipe, world)
-    world.barrier()
-    code = trainer.train()
+    world.on_main(lambda: run.prepare(recipe, world))
+    code = trainer.train(stop)
     if world.is_main and code == 0:
         _try_report(run.path)
     return code

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch.distributed.checkpoint import CheckpointException
+
 from emma_train.checkpoint.staging import Staging
 from emma_train.checkpoint.state import State, local
 from emma_train.checkpoint.writer import Writer, plain
@@ -165,6 +167,7 @@ class Saver:
                 f"no checkpoint could be written since step {since} (the last: {save.error}); training stops before "
                 f"more work is at stake. {self._last_words()}"
             )
+        self._writer.renew()
 
     def _last_words(self) -> str:
         last = "the beginning" if self._saved is None else f"step {self._saved}"
@@ -181,7 +184,7 @@ class Saver:
                 save.staged.set()
                 size = self._writer.write(state, values, meta)
             log.info("saved step %d: %.1f MB in %.1f s", save.step, size / 1e6, time.perf_counter() - started)
-        except Exception as error:  # whatever storage or another rank does: training decides
+        except (Exception, CheckpointException) as error:  # whatever storage or another rank does: training decides
             save.error = plain(error)
         finally:
             save.staged.set()

@@ -14,6 +14,9 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from emma_train.checkpoint import folder as folders
 from emma_train.checkpoint.state import State
@@ -34,7 +37,7 @@ def write(
     Raises CheckpointException on every rank where one of them fails.
     """
     planner = _Planner(values, key)
-    dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(folder), planner=planner, process_group=group)
+    dcp.save(dict(tensors), storage_writer=_FileSystemWriter(folder), planner=planner, process_group=group)
 
 
 def written_by(folder: Path, rank: int) -> list[Path]:
@@ -114,3 +117,15 @@ class _Planner(DefaultSavePlanner):
 
     def lookup_object(self, index: MetadataIndex) -> Tensor:
         return self._values[index.fqn]
+
+
+class _FileSystemWriter(dcp.FileSystemWriter):
+    """Says what the file system said: torch's zip writer would hide it behind a complaint about positions."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):
+                raise OSError(error.__context__.errno, error.__context__.strerror, str(self.path)) from None
+            raise

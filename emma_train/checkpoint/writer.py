@@ -28,10 +28,14 @@ class Writer:
     """Writes checkpoints into one folder. A rank that fails makes the write fail on every rank."""
 
     def __init__(self, checkpoints: Path, config: TrainConfig, world: World, timeout_s: float) -> None:
-        self._checkpoints, self._config, self._world = checkpoints, config, world
-        # Collectives of a save run beside those of training, so they must not share a group with them.
-        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+        self._checkpoints, self._config, self._world, self._timeout_s = checkpoints, config, world, timeout_s
         self._frozen: str | None = None
+        self.renew()
+
+    def renew(self) -> None:
+        """A new group of processes; a collective that has timed out leaves one that cannot be used again."""
+        # Collectives of a save run beside those of training, so they must not share a group with them.
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=self._timeout_s))
 
     def continues(self, checkpoint: Path, state: State) -> None:
         """After a resume: what is frozen lies there already, unless the recipe freezes something else by now."""

@@ -6,6 +6,7 @@ gradient is not finite moves nothing at all. The loop is handed its batches and 
 
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -18,7 +19,7 @@ from emma_train.checkpoint import store
 from emma_train.checkpoint.saver import Saver
 from emma_train.checkpoint.state import State, state_of
 from emma_train.config import config_hash
-from emma_train.config.errors import UserError
+from emma_train.config.errors import RunFailed, UserError
 from emma_train.config.load import as_dict
 from emma_train.config.schema import Recipe
 from emma_train.engine.world import World
@@ -106,7 +107,7 @@ class Trainer:
         self.frozen = fingerprints(self.engine.model)
         log.info("resumed %s", checkpoint)
 
-    def train(self) -> int:
+    def train(self, stop: StopRequest) -> int:
         """Run the remaining steps. Returns the exit code: 0, or 75 after a signal and a checkpoint."""
         total, cadence = self.recipe.train.steps, self.recipe.train
         if self.done.step >= total:
@@ -116,7 +117,7 @@ class Trainer:
         trackers = self._trackers() if main else None
         progress = Progress(self.recipe.stage.name, total, self.done.step) if main else None
         self.run_id = trackers.run_id if trackers else self.run_id
-        stop, code = StopRequest(), 1
+        code, stop.within_s = 1, cadence.stop_within_s
         self.engine.model.train()
         try:
             for data in self.stream.steps(self.done.step + 1, total):
@@ -144,9 +145,14 @@ class Trainer:
                     return code
             code = 0
             return code
+        except BaseException as error:
+            if not self.saver.close(0 if isinstance(error, RunFailed) else cadence.stop_within_s):
+                # A thread that storage does not let go of would keep the process, and the other ranks, for good.
+                log.error("%s: %s", type(error).__name__, error)
+                logging.shutdown()
+                os._exit(code)
+            raise
         finally:
-            stop.restore()
-            self.saver.close(self.recipe.train.stop_within_s)
             if progress:
                 progress.close()
             if trackers:

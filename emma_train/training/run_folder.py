@@ -1,6 +1,7 @@
 """The run folder: what is written before step 0, beside the metrics, and at the end."""
 
 import json
+import logging
 import os
 import platform
 import socket
@@ -21,6 +22,7 @@ from emma_train.config.load import as_dict
 from emma_train.config.schema import Recipe
 from emma_train.engine.world import World
 
+log = logging.getLogger(__name__)
 PACKAGES = (
     "torch",
     "transformers",
@@ -72,13 +74,20 @@ class RunFolder:
             ) from None
 
     def write_summary(self, values: dict[str, Any]) -> None:
-        write_atomic(self.summary, json.dumps(values, indent=1) + "\n")
+        """Write summary.json. Where storage refuses it a warning says so, as with what follows: training goes on."""
+        try:
+            write_atomic(self.summary, json.dumps(values, indent=1) + "\n")
+        except OSError as error:
+            log.warning("%s: cannot be written (%s)", self.summary, error.strerror)
 
     def append_bad(self, step: int, bad: list[Any]) -> None:
         """Add unreadable samples to bad_samples.jsonl."""
-        with open(self.bad_samples, "a", encoding="utf-8") as file:
-            for item in bad:
-                file.write(json.dumps({"step": step, **asdict(item)}) + "\n")
+        try:
+            with open(self.bad_samples, "a", encoding="utf-8") as file:
+                for item in bad:
+                    file.write(json.dumps({"step": step, **asdict(item)}) + "\n")
+        except OSError as error:
+            log.warning("%s: cannot be written (%s)", self.bad_samples, error.strerror)
 
 
 def environment(world: World) -> dict[str, Any]:
