@@ -29,6 +29,7 @@ with preemption.StopRequest() as stop:
         if worker == 0:
             time.sleep(60)
             os._exit(0)
+        time.sleep(0.3)  # fork itself takes a moment to let go of the trainer's pipe
         for number in preemption.SIGNALS:
             os.kill(worker, number)
         time.sleep(0.3)
