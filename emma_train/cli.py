@@ -152,36 +152,31 @@ def _train_in(run: "RunFolder", path: Path, recipe: "Recipe", world: "World", st
 
 
 def inspect(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    """Say what a checkpoint is."""
+    """Say what a checkpoint is, whether it is whole to the byte, or copy it so that it stands alone."""
     from rich.console import Console
     from rich.table import Table
 
     from emma_train.checkpoint import folder as folders
+    from emma_train.checkpoint.inspect import faults, flatten, rows
 
-    checkpoint = folders.resolve(arguments.checkpoint, "CHECKPOINT")
+    path = Path(arguments.checkpoint)
+    if arguments.self_contained:
+        print(flatten(path, Path(arguments.self_contained)))
+        return 0
+    if arguments.verify:
+        found = faults(path)
+        for folder, problem in found.items():
+            print(f"{folder}: {problem or 'whole'}")
+        return 1 if any(found.values()) else 0
+    checkpoint = folders.resolve(path, "CHECKPOINT")
     meta = folders.read_meta(checkpoint)
     assert meta is not None
     if arguments.json:
         print(json.dumps({k: v for k, v in meta.items() if k != "files"}, indent=1))
         return 0
     table = Table(title=str(checkpoint), show_header=False)
-    size = sum(entry["bytes"] for entry in meta["files"].values()) / 2**20
-    parent = meta["parent"]
-    rows = {
-        "stage": meta["stage"],
-        "step": f"{meta['step']} of {meta['config']['train']['steps']}",
-        "trainable": ", ".join(f"{group} ({n:,})" for group, n in meta["trainable"].items()),
-        "EMA": meta["ema_decay"] or "none",
-        "config": meta["config_hash"],
-        "from": f"{parent['path']} ({parent['stage'] or 'imported'}, step {parent['step']})" if parent else "the seed",
-        "data": ", ".join(f"{k} {v}" for k, v in meta["data"].items()),
-        "samples seen": ", ".join(f"{k} {v:,}" for k, v in meta["done"]["seen"].items()),
-        "written": f"{meta['time']} by {meta['world_size']} processes",
-        "tracker run": meta["tracker_run"] or "none",
-        "size": f"{size:,.1f} MiB in {len(meta['files'])} files",
-    }
-    for name, value in rows.items():
-        table.add_row(name, str(value))
+    for name, value in rows(checkpoint, meta).items():
+        table.add_row(name, value)
     Console().print(table)
     return 0
 
@@ -364,7 +359,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--tokenizer", metavar="DIR", help="tokenizer.json or its folder (that of --llm)")
     command = add(inspect)
     command.add_argument("checkpoint", metavar="CHECKPOINT", help="run folder or checkpoint")
-    command.add_argument("--json", action="store_true", help="print the metadata as JSON")
+    how = command.add_mutually_exclusive_group()
+    how.add_argument("--json", action="store_true", help="print the metadata as JSON")
+    how.add_argument("--verify", action="store_true", help="read every byte of all checkpoints there; exit 1 on damage")
+    how.add_argument("--self-contained", metavar="OUT", help="copy the newest one, with its frozen weights, to OUT")
     command = add(export)
     command.add_argument("checkpoint", metavar="CHECKPOINT", help="run folder or checkpoint")
     command.add_argument("out", metavar="OUT", help="folder to write")

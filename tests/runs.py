@@ -9,7 +9,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from emma_train.checkpoint import store
-from tests.distributed.ranks import command
+from emma_train.training.preemption import EXIT_PREEMPTED
+from tests.distributed.ranks import command, stopped_command
 from tests.distributed.spawn import Outcome, run_ranks
 
 SAME_EVERYWHERE = ("loss", "loss/i2t", "loss/t2i", "loss/it2i", "lr", "grad_norm", "data/digest", "data/straggler",
@@ -23,6 +24,13 @@ def train(recipe: Path, *overrides: str, processes: int = 1, code: int = 0, time
     for outcome in outcomes:
         assert outcome.value == code, f"exit code {outcome.value}, not {code}\n{outcome.out}\n{outcome.err}"
     return outcomes
+
+
+def train_until(recipe: Path, stop: int, *overrides: str, processes: int = 1) -> None:
+    """The same, asked to stop during step `stop`; ends after a checkpoint of it."""
+    outcomes = run_ranks(processes, stopped_command, ["train", str(recipe), *overrides], stop, timeout_s=180)
+    for outcome in outcomes:
+        assert outcome.value == EXIT_PREEMPTED, f"exit code {outcome.value}\n{outcome.out}\n{outcome.err}"
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:

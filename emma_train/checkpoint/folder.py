@@ -3,7 +3,7 @@
 checkpoints/step-00000100/            a whole checkpoint
     meta.json                         what it is, and size and SHA-256 of every file; written last
     weights/ optimizer/               DCP folders: .metadata and one file of shards per rank
-checkpoints/frozen/DIGEST/            weights that cannot change during the stage, stored once; DIGEST is of their files
+checkpoints/frozen/DIGEST/            weights that cannot change in the stage, stored once; DIGEST is of their shards
 checkpoints/step-00000100.tmp/        one being written, or torn by a crash; never read
 checkpoints/step-00000100.removed/    one on its way out
 checkpoints/step-00000100.damaged/    one that was found damaged at a resume, and set aside
@@ -169,8 +169,9 @@ def commit_frozen(folder: Path, files: Files) -> str:
 
 
 def digest_of(files: Files) -> str:
-    """The name of frozen weights: a hash over the sizes and checksums of their files."""
-    return _checksum(files)[:16]
+    """The name of frozen weights: a hash over the sizes and checksums of their shards."""
+    # Tables of contents hold the time and place of writing, so the same weights would get other names.
+    return _checksum({name: entry for name, entry in files.items() if not name.endswith(".metadata")})[:16]
 
 
 def remove(folder: Path) -> None:

@@ -26,16 +26,26 @@ def entry(path: Path) -> dict[str, Any]:
         return {"bytes": file.tell(), "sha256": digest}
 
 
-def fault(folder: Path, parts: Iterable[str] = folders.PARTS, world: World | None = None) -> str | None:
+def fault(
+    folder: Path,
+    parts: Iterable[str] = folders.PARTS,
+    world: World | None = None,
+    sound: set[Path] | None = None,
+) -> str | None:
     """What is wrong with a checkpoint; None where it is whole and every byte of `parts` and of its frozen weights is as
-    it was written. With a world every rank calls it, hashes its share, and gets the same answer."""
+    it was written. With a world every rank calls it, hashes its share, and gets the same answer. Files in `sound` are
+    taken as read, and what is found good is added to them."""
     problem = world.on_main(lambda: folders.fault(folder)) if world else folders.fault(folder)
     if problem is not None:
         return problem
-    content = folders.content(folder, parts)
-    mine = sorted(content)[world.rank :: world.size] if world else sorted(content)
+    content, sound = folders.content(folder, parts), set() if sound is None else sound
+    mine = sorted(content.keys() - sound)
+    if world:
+        mine = mine[world.rank :: world.size]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        found = [problem for problem in pool.map(lambda path: _difference(path, content[path]), mine) if problem]
+        problems = list(pool.map(lambda path: _difference(path, content[path]), mine))
+    sound |= {path for path, problem in zip(mine, problems, strict=True) if problem is None}
+    found = [problem for problem in problems if problem is not None]
     if world:
         found = [problem for of_rank in world.gather(found) for problem in of_rank]
     more = f" (and {len(found) - 1} more files)" if found[1:] else ""

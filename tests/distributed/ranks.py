@@ -1,5 +1,6 @@
 """What ranks do in the distributed tests. Here, and not in a test module, because a rank finds its function by name."""
 
+import resource
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -19,16 +20,36 @@ from emma_train.model.autoencoder import Autoencoder
 from emma_train.objectives.account import Counts, LossAccount, count, losses
 from emma_train.sequence.layout import Text
 from emma_train.sequence.pack import PackedBatch, Sample, pack
+from emma_train.sequence.step import StepBatches
 from emma_train.sequence.tokens import TextTokenizer
 from emma_train.stages.stage import stage_of
 from emma_train.training.build import Built, build, set_initial
 from emma_train.training.forward import micro_loss
+from emma_train.training.loop import Trainer
 
 Result = TypeVar("Result")
 
 
 def command(argv: list[str]) -> int:
     """An emma-train command in this process."""
+    return main(argv)
+
+
+def stopped_command(argv: list[str], step: int) -> int:
+    """A command whose last rank is asked to stop during an optimizer step."""
+    take = Trainer._step
+
+    def asked_to_stop(self: Trainer, data: StepBatches, stop_asked: bool, log_now: bool) -> Any:
+        mine = data.step == step and self.world.rank == self.world.size - 1
+        return take(self, data, stop_asked or mine, log_now)
+
+    Trainer._step = asked_to_stop  # type: ignore[method-assign]
+    return main(argv)
+
+
+def full_disk_command(argv: list[str], num_bytes: int) -> int:
+    """A command for which no file may grow beyond so many bytes."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes))
     return main(argv)
 
 
