@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 
 from emma_train.checkpoint import folder as folders
+from emma_train.checkpoint import verify
+from emma_train.checkpoint.retention import prune
 from emma_train.config.errors import UserError
+from emma_train.config.schema import TrainConfig
 from tests.unit.emma_train.checkpoint.folders import listed, names, truncate, write, write_frozen
 
 
@@ -145,6 +148,62 @@ def test_a_crash_at_any_point_of_commit_leaves_a_whole_newest(
     assert folders.newest(checkpoints) == checkpoints / ("step-00000040" if crash == "latest" else "step-00000030")
     # The next attempt is not disturbed by what is left.
     assert write(checkpoints, 40) == folders.newest(checkpoints)
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["a new step", "a step that is there"])
+def test_a_kill_before_any_operation_of_a_save_leaves_a_whole_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: bool
+) -> None:
+    """Every file operation of writing, committing and pruning in turn is the one that does not happen any more."""
+    operations = ("replace", "fsync", "unlink", "rmdir", "mkdir", "open")
+    kept = {name: getattr(os, name) for name in operations}
+    step = 30 if again else 40
+
+    def save(checkpoints: Path) -> None:
+        write(checkpoints, step, frozen=write_frozen(checkpoints))
+        prune(checkpoints, TrainConfig(steps=99, keep=2))
+
+    for number in range(1000):
+        checkpoints = tmp_path / str(number)
+        for before in (10, 20, 30):
+            write(checkpoints, before)
+        left = number
+
+        def counted(name: str) -> Callable[..., object]:
+            def run(*arguments: object, **more: object) -> object:
+                nonlocal left
+                if left == 0:
+                    raise Killed
+                left -= 1
+                return kept[name](*arguments, **more)
+
+            return run
+
+        for name in operations:
+            monkeypatch.setattr(os, name, counted(name))
+        try:
+            save(checkpoints)
+            break
+        except Killed:
+            pass
+        finally:
+            monkeypatch.undo()
+        newest = folders.newest(checkpoints)
+        # Only where the very step is written again may the one before it be all that is left, for two renames.
+        assert newest is not None and newest.name >= ("step-00000020" if again else "step-00000030")
+        assert verify.fault(newest) is None
+        save(checkpoints)
+        assert names(checkpoints) == [
+            "frozen",
+            "latest",
+            *(folders.step_name(s) for s in sorted({step, 20 if again else 30})),
+        ]
+        assert len(names(checkpoints / "frozen")) == 1
+    assert number > 25
 
 
 def test_a_checkpoint_may_be_written_again(checkpoints: Path) -> None:
