@@ -1,6 +1,7 @@
 """Which checkpoints stay: the last few, every n-th step for good, and the best by a metric. Never none."""
 
 import logging
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ def kept(steps: Mapping[int, float | None], last: int, every: int) -> set[int]:
     better) where they have one; `last` counts the newest, and `every` 0 keeps none for good."""
     newest = sorted(steps, reverse=True)[: max(1, last)]
     for_good = [step for step in steps if every and step % every == 0]
-    measured = {step: value for step, value in steps.items() if value is not None}
+    measured = {step: value for step, value in steps.items() if value is not None and math.isfinite(value)}
     best = [min(measured, key=lambda step: (measured[step], -step))] if measured else []
     return {*newest, *for_good, *best}
 

@@ -30,12 +30,15 @@ class Writer:
     def __init__(self, checkpoints: Path, config: TrainConfig, world: World, timeout_s: float) -> None:
         self._checkpoints, self._config, self._world, self._timeout_s = checkpoints, config, world, timeout_s
         self._frozen: str | None = None
+        self._failures = -1
         self.renew()
 
     def renew(self) -> None:
-        """A new group of processes; a collective that has timed out leaves one that cannot be used again."""
+        """After a failure, forget what ranks may not have in common: a group in which a collective has timed out cannot
+        be used again, nor can a plan that not all of them got."""
         # Collectives of a save run beside those of training, so they must not share a group with them.
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=self._timeout_s))
+        self._failures += 1
 
     def continues(self, checkpoint: Path, state: State) -> None:
         """After a resume: what is frozen lies there already, unless the recipe freezes something else by now."""
@@ -54,7 +57,7 @@ class Writer:
             if state.frozen and self._frozen is None:
                 size += self._write_frozen(state.frozen)
             for part, tensors in state.parts.items():
-                store.write(folder / part, tensors, values, self._group, key=part)
+                store.write(folder / part, tensors, values, self._group, key=f"{part}-{self._failures}")
             files = self._files(folder, list(state.parts))
             self._main(lambda: folders.commit(folder, {**meta, "frozen": self._frozen}, files))
         except BaseException:

@@ -223,6 +223,8 @@ class Trainer:
         self._since_save = []
 
     def _state(self) -> State:
+        """What a checkpoint holds of this rank."""
+        self.engine.reshard()
         averages = self.built.ema.averages if self.built.ema else {}
         return state_of(self.engine.model, self.engine.optimizer, averages)
 

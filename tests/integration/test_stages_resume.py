@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from emma_train.checkpoint import folder as folders
 from emma_train.checkpoint import store
@@ -75,6 +76,19 @@ def test_a_stage_that_trains_little_saves_little(recipes: dict[str, Path], name:
         assert groups == {n for n in groups if n.startswith(own)}
     assert not (full / "checkpoints" / "frozen").exists()
     assert sum(e["bytes"] for e in meta(run)["files"].values()) < sum(e["bytes"] for e in meta(full)["files"].values())
+
+
+def test_what_is_saved_has_full_precision_where_frozen_weights_stay_gathered(recipes: dict[str, Path]) -> None:
+    """The router's stage gathers units that backward never reaches; they would be there whole, and in bfloat16."""
+    recipe = recipes["stage4_router"]
+    settings = ("train.steps=2", "train.save_every=1", "engine.precision=bf16", "engine.reshard_after_forward=false")
+    train(recipe, "run.name=gathered", *settings, processes=2)
+    one = stored(checkpoint(recipe.parent / "gathered", 1))
+    source = stored(checkpoint(recipe.parent / "stage4_expert", STEPS))
+    assert {tensor.dtype for tensor in one.values()} == {torch.float32}
+    for name in (n for n in one if n.startswith("model.") and not n.startswith("model.vision.router.")):
+        averaged = source.get(name.replace("model.", "ema.", 1), source[name])
+        assert torch.equal(one[name], averaged), name
 
 
 def test_the_number_of_ranks_may_change_at_every_start(recipes: dict[str, Path]) -> None:

@@ -31,6 +31,7 @@ def checkpoints(tmp_path: Path) -> Path:
         (1, 0, {20: 0.3, 30: 0.1, 50: 0.2}, {30, 50}),
         (1, 0, {20: 0.1, 30: 0.1}, {30, 50}),
         (1, 40, {10: 0.0}, {10, 40, 50}),
+        (1, 0, {10: float("nan"), 20: 2.0, 30: float("inf")}, {20, 50}),
     ],
 )
 def test_the_last_every_nth_and_the_best_stay(last: int, every: int, values: dict[int, float], left: set[int]) -> None:
