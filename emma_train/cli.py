@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,8 @@ from emma_train.config.errors import RunError, UserError
 if TYPE_CHECKING:
     from emma_train.config.schema import Recipe
     from emma_train.engine.world import World
+    from emma_train.training.preemption import StopRequest
+    from emma_train.training.run_folder import RunFolder
 
 log = logging.getLogger("emma_train")
 SCORE_SPLITS = ("heldout_drawings", "heldout_concepts")
@@ -52,6 +55,7 @@ def train(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from emma_train.config.load import is_pipeline, load_recipe
     from emma_train.engine.world import join
     from emma_train.stages.stage import stage_of
+    from emma_train.training.preemption import EXIT_PREEMPTED, StopRequest
 
     path = Path(arguments.recipe)
     recipes = _pipeline_recipes(path, overrides) if is_pipeline(path) else [(path, load_recipe(path, overrides))]
@@ -59,11 +63,13 @@ def train(arguments: argparse.Namespace, overrides: list[str]) -> int:
         stage_of(recipe, str(file))
     first = recipes[0][1].engine
     # One group of processes for all stages: gloo cannot be left and joined again within a process.
-    with join(first.device, first.timeout_s) as world:
+    with join(first.device, first.timeout_s) as world, StopRequest() as stop:
         if not world.is_main:
             logging.getLogger().setLevel(logging.ERROR)
         for file, recipe in recipes:
-            if code := _train_stage(file, recipe, world):
+            if world.sum([float(stop.asked)])[0]:
+                return EXIT_PREEMPTED
+            if code := _train_stage(file, recipe, world, stop):
                 return code
         if world.is_main and len(recipes) > 1:
             _try_report(Path(recipes[-1][1].run.root))
@@ -85,11 +91,27 @@ def _pipeline_recipes(path: Path, overrides: list[str]) -> "list[tuple[Path, Rec
     return recipes
 
 
-def _train_stage(path: Path, recipe: "Recipe", world: "World") -> int:
+def _train_stage(path: Path, recipe: "Recipe", world: "World", stop: "StopRequest") -> int:
+    """Train one stage, as far as it is not complete, alone in its run folder."""
+    from emma_train.checkpoint import folder as folders
+    from emma_train.training.run_folder import RunFolder
+    from emma_train.training.run_lock import RunLock
+
+    run = RunFolder(recipe)
+    newest = world.on_main(lambda: folders.newest(run.checkpoints))
+    if newest is not None and (folders.read_meta(newest) or {})["step"] >= recipe.train.steps:
+        log.info("%s is complete: nothing to do", run.path)
+        return 0
+    with ExitStack() as held:
+        world.on_main(lambda: held.enter_context(RunLock(run.path)) and None)
+        return _train_in(run, path, recipe, world, stop)
+
+
+def _train_in(run: "RunFolder", path: Path, recipe: "Recipe", world: "World", stop: "StopRequest") -> int:
     """Join stream, model, engine and loop for one stage."""
     from data_pipelines.stream.loader import Stream, dead_worker
     from data_pipelines.stream.requests import read_requests
-    from emma_train.checkpoint import folder as folders
+    from emma_train.checkpoint import verify
     from emma_train.config.check import phases
     from emma_train.generate.generator import Generator
     from emma_train.generate.samples import write_samples
@@ -99,13 +121,9 @@ def _train_stage(path: Path, recipe: "Recipe", world: "World") -> int:
     from emma_train.stages.stage import stage_of
     from emma_train.training.build import build
     from emma_train.training.loop import Trainer
-    from emma_train.training.run_folder import RunFolder
 
-    stage, run = stage_of(recipe, str(path)), RunFolder(recipe)
-    checkpoint = folders.newest(run.checkpoints) if run.checkpoints.is_dir() else None
-    if checkpoint is not None and (folders.whole(checkpoint) or {})["step"] >= recipe.train.steps:
-        log.info("%s is complete: nothing to do", run.path)
-        return 0
+    stage = stage_of(recipe, str(path))
+    checkpoint = verify.to_resume(run.checkpoints, world)
     autoencoder = Autoencoder(recipe.model.autoencoder, world.device)
     stream = Stream(recipe, world.rank, world.size, autoencoder.fingerprint, pin=world.device.type == "cuda")
     if checkpoint is None:
@@ -129,11 +147,9 @@ def _train_stage(path: Path, recipe: "Recipe", world: "World") -> int:
     trainer = Trainer(recipe, stage, world, built, autoencoder, stream, draw_samples if requests else None)
     if checkpoint is not None:
         trainer.resume(checkpoint)
-    if world.is_main:
-        run.prepare(recipe, world)
-    world.barrier()
+    world.on_main(lambda: run.prepare(recipe, world))
     try:
-        code = trainer.train()
+        code = trainer.train(stop)
     except (RuntimeError, ConnectionError) as error:  # torch raises it wherever the trainer is when a worker dies
         raise dead_worker(error) from None
     if world.is_main and code == 0:
@@ -142,36 +158,31 @@ def _train_stage(path: Path, recipe: "Recipe", world: "World") -> int:
 
 
 def inspect(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    """Say what a checkpoint is."""
+    """Say what a checkpoint is, whether it is whole to the byte, or copy it so that it stands alone."""
     from rich.console import Console
     from rich.table import Table
 
     from emma_train.checkpoint import folder as folders
+    from emma_train.checkpoint.inspect import faults, flatten, rows
 
-    checkpoint = folders.resolve(arguments.checkpoint, "CHECKPOINT")
-    meta = folders.whole(checkpoint)
+    path = Path(arguments.checkpoint)
+    if arguments.self_contained:
+        print(flatten(path, Path(arguments.self_contained)))
+        return 0
+    if arguments.verify:
+        found = faults(path)
+        for folder, problem in found.items():
+            print(f"{folder}: {problem or 'whole'}")
+        return 1 if any(found.values()) else 0
+    checkpoint = folders.resolve(path, "CHECKPOINT")
+    meta = folders.read_meta(checkpoint)
     assert meta is not None
     if arguments.json:
         print(json.dumps({k: v for k, v in meta.items() if k != "files"}, indent=1))
         return 0
     table = Table(title=str(checkpoint), show_header=False)
-    size = sum(meta["files"].values()) / 2**20
-    parent = meta["parent"]
-    rows = {
-        "stage": meta["stage"],
-        "step": f"{meta['step']} of {meta['config']['train']['steps']}",
-        "trainable": ", ".join(f"{group} ({n:,})" for group, n in meta["trainable"].items()),
-        "EMA": meta["ema_decay"] or "none",
-        "config": meta["config_hash"],
-        "from": f"{parent['path']} ({parent['stage'] or 'imported'}, step {parent['step']})" if parent else "the seed",
-        "data": ", ".join(f"{k} {v}" for k, v in meta["data"].items()),
-        "samples seen": ", ".join(f"{k} {v:,}" for k, v in meta["done"]["seen"].items()),
-        "written": f"{meta['time']} by {meta['world_size']} processes",
-        "tracker run": meta["tracker_run"] or "none",
-        "size": f"{size:,.1f} MiB in {len(meta['files'])} files",
-    }
-    for name, value in rows.items():
-        table.add_row(name, str(value))
+    for name, value in rows(checkpoint, meta).items():
+        table.add_row(name, value)
     Console().print(table)
     return 0
 
@@ -372,7 +383,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--tokenizer", metavar="DIR", help="tokenizer.json or its folder (that of --llm)")
     command = add(inspect)
     command.add_argument("checkpoint", metavar="CHECKPOINT", help="run folder or checkpoint")
-    command.add_argument("--json", action="store_true", help="print the metadata as JSON")
+    how = command.add_mutually_exclusive_group()
+    how.add_argument("--json", action="store_true", help="print the metadata as JSON")
+    how.add_argument("--verify", action="store_true", help="read every byte of all checkpoints there; exit 1 on damage")
+    how.add_argument("--self-contained", metavar="OUT", help="copy the newest one, with its frozen weights, to OUT")
     command = add(export)
     command.add_argument("checkpoint", metavar="CHECKPOINT", help="run folder or checkpoint")
     command.add_argument("out", metavar="OUT", help="folder to write")

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from emma_train.checkpoint import export, store
+from emma_train.checkpoint import export, store, verify
 from emma_train.checkpoint import folder as folders
 from emma_train.checkpoint.shards import Shards
 from emma_train.checkpoint.tensors import Spec, Tensors
@@ -29,10 +29,10 @@ class StoredModel:
             self.recipe.data.tokenizer = str(self.folder / self.recipe.data.tokenizer)
             self._tensors = Tensors(self.folder)
         else:
-            self.folder = folders.resolve(newest_stage(self.folder), "MODEL")
-            self.meta = folders.whole(self.folder) or {}
+            self.folder = verify.resolve(newest_stage(self.folder), "MODEL")
+            self.meta = folders.read_meta(self.folder) or {}
             self.recipe = from_dict(self.meta["config"], str(self.folder))
-            self._tensors = Shards([self.folder])
+            self._tensors = Shards(store.places(self.folder))
         with torch.device("meta"):
             names = [name for name, _ in Emma(self.recipe.model).named_parameters()]
         self._names = {name: self._stored_name(name, use_ema) for name in names}

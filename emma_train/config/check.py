@@ -17,6 +17,7 @@ CHOICES = {
     "engine.device": ("auto", "cpu", "cuda"),
     "attention.backend": ("auto", "flash", "flex", "sdpa"),
     "tracker.kind": ("jsonl", "wandb"),
+    "train.keep_best": ("", "loss", "loss/i2t", "loss/t2i", "loss/it2i"),
     "data.und.mode": ("square", "native", "buckets"),
     "data.gen.mode": ("square", "native", "buckets"),
     "data.mix_by": ("samples", "tokens"),
@@ -26,6 +27,7 @@ POSITIVE = (
     "train.log_every",
     "train.save_every",
     "train.keep",
+    "train.stop_within_s",
     "data.slots",
     "data.shuffle_window",
     "data.pack_tokens",
@@ -65,6 +67,7 @@ def check_recipe(recipe: Recipe, where: str) -> None:
     check_model(recipe, where)
     for phase in phases(recipe):
         _check_mix(recipe, phase, where)
+    _check_keeping(recipe, where)
     before_last = sum(phase.steps for phase in recipe.data.phases[:-1])
     if recipe.data.phases and before_last >= recipe.train.steps:
         last = recipe.data.phases[-1].name
@@ -130,6 +133,22 @@ def _check_mix(recipe: Recipe, phase: PhaseConfig, where: str) -> None:
         )
     if not phase.sources:
         raise UserError(f"{where}: data.sources is empty; name a folder of shards ({{path: FOLDER}})")
+
+
+def _check_keeping(recipe: Recipe, where: str) -> None:
+    train, task = recipe.train, recipe.train.keep_best.removeprefix("loss").removeprefix("/")
+    if train.keep_every % train.save_every:
+        raise UserError(
+            f"{where}: train.keep_every is {train.keep_every}, no multiple of train.save_every ({train.save_every}); "
+            "there is no such checkpoint to keep"
+        )
+    if task and not any(getattr(phase.mix, task) for phase in phases(recipe)):
+        raise UserError(f"{where}: train.keep_best is {train.keep_best}, but {task} is not in the mix")
+    if train.keep_best and train.log_every > train.save_every:
+        raise UserError(
+            f"{where}: train.keep_best needs a logged loss for each checkpoint; lower train.log_every "
+            f"({train.log_every}) to train.save_every ({train.save_every})"
+        )
 
 
 def check_model(recipe: Recipe, where: str) -> None:

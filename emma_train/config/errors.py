@@ -6,4 +6,5 @@ class UserError(Exception):
 
 
 class RunError(Exception):
-    """A run that cannot go on though its recipe is right: a worker died, too many samples are broken. Exit code 1."""
+    """A run that cannot go on though its recipe is right: a worker died, samples are broken, storage is gone. Exit code
+    1."""

@@ -265,8 +265,16 @@ class TrainConfig:
     """Steps between lines of metrics.jsonl."""
     save_every: int = 1000
     """Steps between checkpoints; the last step is always saved."""
+    save_async: bool = True
+    """Write checkpoints while training goes on; takes host memory for one copy of what is saved."""
     keep: int = 2
     """Newest checkpoints that are kept."""
+    keep_every: int = 0
+    """Checkpoints of steps that this divides are kept for good; 0 keeps none."""
+    keep_best: str = ""
+    """Loss by which the best checkpoint is kept too (its mean since the checkpoint before): loss, loss/i2t, ..."""
+    stop_within_s: int = 240
+    """Seconds that a run which is asked to stop may take to finish its step and save; then it ends as it is."""
     sample_every: int = 0
     """Steps between sample pictures; 0 makes them only at the end."""
     sample_from: str = ""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from emma_train.checkpoint import export, store
+from emma_train.checkpoint import export, store, verify
 from emma_train.checkpoint import folder as folders
 from emma_train.config.errors import UserError
 from emma_train.config.load import load_yaml
@@ -56,7 +56,7 @@ def build(recipe: Recipe, stage: Stage, world: World, resuming: bool) -> Built:
     )
     source, parent = None, None
     if not resuming:
-        source, parent = find_source(recipe)
+        source, parent = find_source(recipe, world)
         check_order(stage, parent["stage"] if parent else None, recipe.init.source)
     with torch.device("meta"):
         model = Emma(recipe.model, recipe.attention.backend)
@@ -75,14 +75,14 @@ def build(recipe: Recipe, stage: Stage, world: World, resuming: bool) -> Built:
     return Built(FsdpEngine(model, optimizer, recipe.engine), ema, trainable, num_parameters, handoff, parent)
 
 
-def find_source(recipe: Recipe) -> tuple[Path | None, dict[str, Any] | None]:
-    """The checkpoint or export that init.from names, with its path, stage and step. Raises UserError where there is
-    none."""
+def find_source(recipe: Recipe, world: World) -> tuple[Path | None, dict[str, Any] | None]:
+    """The checkpoint or export that init.from names, with its path, stage and step; every rank calls it. Raises
+    UserError where there is none that is whole."""
     if not recipe.init.source:
         return None, None
     given = Path(recipe.init.source)
-    source = given if export.is_export(given) else folders.resolve(given)
-    meta = export.read_meta(source) if export.is_export(source) else folders.whole(source) or {}
+    source = given if export.is_export(given) else verify.resolve(given, world=world)
+    meta = export.read_meta(source) if export.is_export(source) else folders.read_meta(source) or {}
     return source, {"path": str(source), "stage": meta["stage"], "step": meta["step"]}
 
 
@@ -90,7 +90,7 @@ def take_over(model: nn.Module, recipe: Recipe, source: Path) -> HandOff:
     """Fill the model from the previous stage; new modules are cloned or start from the seed."""
     weights = export if export.is_export(source) else store
     stored = export.shapes(source) if weights is export else store.tensors(source)
-    made_by = load_yaml(source / export.RECIPE) if weights is export else (folders.whole(source) or {})["config"]
+    made_by = load_yaml(source / export.RECIPE) if weights is export else (folders.read_meta(source) or {})["config"]
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     plan = plan_handoff(shapes, stored, recipe.model.vision, recipe.init.ema, str(recipe.init.source))
     check_settings(made_by["model"], recipe.model, str(recipe.init.source))

@@ -6,15 +6,18 @@ gradient is not finite moves nothing at all. The loop is handed its batches and 
 
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from emma_train.checkpoint import folder as folders
 from emma_train.checkpoint import store
+from emma_train.checkpoint.saver import Saver
+from emma_train.checkpoint.state import State, state_of
 from emma_train.config import config_hash
 from emma_train.config.errors import RunError, UserError
 from emma_train.config.load import as_dict
@@ -87,11 +90,13 @@ class Trainer:
         self.frozen = fingerprints(self.engine.model)
         self.run_id: str | None = None
         self.parent = built.parent
+        self.saver = Saver(self.run.checkpoints, recipe.train, world, recipe.engine.timeout_s)
+        self._since_save: list[dict[str, Any]] = []
         self._nonfinite_in_a_row = 0
 
     def resume(self, checkpoint: Path) -> None:
         """Go on after `checkpoint`. Raises UserError where recipe and checkpoint contradict each other."""
-        meta = folders.whole(checkpoint)
+        meta = folders.read_meta(checkpoint)
         assert meta is not None
         if found := contradictions(self.recipe, meta["config"]):
             field_name = found[0].split(" ")[0]
@@ -101,14 +106,15 @@ class Trainer:
                 + f"; put it back, start another run.name, or accept with resume.allow=[{field_name}]"
             )
         self.stream.resume(meta["data"])
-        averages = self.built.ema.averages if self.built.ema else {}
-        store.load_training(checkpoint, self.engine.model, self.engine.optimizer, averages)
+        state = self._state()
+        store.load_training(checkpoint, state)
+        self.saver.continues(checkpoint, meta["step"], state)
         self.done = Progressed(**meta["done"])
         self.run_id, self.parent = meta.get("tracker_run"), meta.get("parent")
         self.frozen = fingerprints(self.engine.model)
         log.info("resumed %s", checkpoint)
 
-    def train(self) -> int:
+    def train(self, stop: StopRequest) -> int:
         """Run the remaining steps. Returns the exit code: 0, or 75 after a signal and a checkpoint."""
         total, cadence = self.recipe.train.steps, self.recipe.train
         if self.done.step >= total:
@@ -120,7 +126,7 @@ class Trainer:
         trackers = self._trackers() if main else None
         progress = Progress(self.recipe.stage.name, total, self.done.step) if main else None
         self.run_id = trackers.run_id if trackers else self.run_id
-        stop, code = StopRequest(), 1
+        code, stop.within_s = 1, cadence.stop_within_s
         self.engine.model.train()
         try:
             for data in self.stream.steps(self.done.step + 1, total):
@@ -130,14 +136,16 @@ class Trainer:
                 last = data.step == total or asked
                 if data.step == total:
                     self._verify()
-                stall = 0.0
-                if data.step % cadence.save_every == 0 or last:
-                    stall = self.save()
+                if values is not None:
+                    self._since_save.append(values)
+                if self.saver.due(data.step) or last:
+                    self.save(wait=last)
                 self.done.seconds += time.perf_counter() - started + data.wait_s
                 drawn = (cadence.sample_every and data.step % cadence.sample_every == 0) or data.step == total
                 pictures = self._draw(data.step) if drawn else []
                 if trackers and values is not None:
-                    trackers.log(data.step, {**values, "checkpoint/stall_s": stall, "time_unix": time.time()})
+                    stall = {"checkpoint/stall_s": self.saver.take_stall()}
+                    trackers.log(data.step, {**values, **stall, "time_unix": time.time()})
                     trackers.images(data.step, "samples", pictures, [p.stem for p in pictures])
                 if progress:
                     progress.update(data.step, values)
@@ -146,8 +154,14 @@ class Trainer:
                     return code
             code = 0
             return code
+        except BaseException as error:
+            if not self.saver.close(0 if isinstance(error, RunError) else cadence.stop_within_s):
+                # A thread that storage does not let go of would keep the process, and the other ranks, for good.
+                log.error("%s: %s", type(error).__name__, error)
+                logging.shutdown()
+                os._exit(code)
+            raise
         finally:
-            stop.restore()
             if progress:
                 progress.close()
             if trackers:
@@ -160,9 +174,11 @@ class Trainer:
         seen = [sum(b.tasks.count(task) for b in data.packs) for task in TASKS]
         tokens = sum(b.num_tokens for b in data.packs)
         trouble = [len(data.bad), data.replaced, data.left_out, data.failure is not None]
-        shared = self.world.sum([mine.i2t, mine.t2i, mine.it2i, *seen, tokens, float(stop_asked), *trouble])
+        facts = [mine.i2t, mine.t2i, mine.it2i, *seen, tokens, float(stop_asked), *trouble, *self.saver.flags()]
+        shared = self.world.sum(facts)
         counts = Counts(*(int(n) for n in shared[:3]))
-        self._note_bad(data, *(int(n) for n in shared[8:]))
+        self.saver.note(shared[12:])
+        self._note_bad(data, *(int(n) for n in shared[8:12]))
 
         account = LossAccount(self.recipe.loss, counts, self.world.device)
         for index, host in enumerate(data.packs):
@@ -173,6 +189,7 @@ class Trainer:
             data.step - self.done.skipped_steps, self.recipe.optimizer.lr, self.recipe.train.steps, self.recipe.schedule
         )
         norm = self.engine.clip(self.recipe.optimizer.clip)
+        self.saver.settle()
         if math.isfinite(norm):
             self._nonfinite_in_a_row = 0
             self.engine.update(lr)
@@ -215,33 +232,45 @@ class Trainer:
         share = step_mfu(self.recipe, self.stage, data.packs, step_s, self.world.device)
         return shared[7] > 0, values if share is None else {**values, "mfu": share}
 
-    def save(self) -> float:
-        """Write a checkpoint of the last finished step; returns the seconds that training stood still."""
-        started = time.perf_counter()
-        meta = {
+    def save(self, wait: bool) -> None:
+        """Start a checkpoint of the last finished step; where `wait`, return when it is written."""
+        self.saver.start(self._state(), self._meta())
+        if wait:
+            self.saver.finish_last(lambda: self.saver.start(self._state(), self._meta()))
+        self._since_save = []
+
+    def _state(self) -> State:
+        """What a checkpoint holds of this rank."""
+        self.engine.reshard()
+        averages = self.built.ema.averages if self.built.ema else {}
+        return state_of(self.engine.model, self.engine.optimizer, averages)
+
+    def _meta(self) -> dict[str, Any]:
+        """What a checkpoint says of itself and of how to go on."""
+        names = {key for values in self._since_save for key in values if key.startswith("loss")}
+        logged = {key: [values[key] for values in self._since_save if key in values] for key in names}
+        return {
             "step": self.done.step,
             "stage": self.recipe.stage.name,
             "trainable": self.built.trainable,
             "config_hash": config_hash(self.recipe),
             "config": as_dict(self.recipe),
             "ema_decay": self.recipe.ema.decay,
-            "done": vars(self.done),
+            "done": asdict(self.done),
+            "metrics": {key: sum(values) / len(values) for key, values in sorted(logged.items())},
             "data": self.stream.state(self.done.step),
             "tracker_run": self.run_id,
             "parent": self.parent,
             "world_size": self.world.size,
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
-        averages = self.built.ema.averages if self.built.ema else {}
-        keep = self.recipe.train.keep
-        store.save(self.run.checkpoints, meta, self.engine.model, self.engine.optimizer, averages, self.world, keep)
-        return time.perf_counter() - started
 
     def _draw(self, step: int) -> list[Path]:
         """Sample pictures with the averaged weights."""
         if self.draw_samples is None:
             return []
         self.engine.reshard()
+        self.saver.settle()
         with self.built.ema.swapped_in() if self.built.ema else nullcontext():
             pictures = self.draw_samples(step)
             self.engine.reshard()

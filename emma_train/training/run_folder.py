@@ -1,6 +1,7 @@
 """The run folder: what is written before step 0, beside the metrics, and at the end."""
 
 import json
+import logging
 import os
 import platform
 import socket
@@ -22,6 +23,7 @@ from emma_train.config.schema import Recipe
 from emma_train.engine.world import World
 from emma_train.sequence.step import Bad
 
+log = logging.getLogger(__name__)
 PACKAGES = (
     "torch",
     "transformers",
@@ -76,12 +78,19 @@ class RunFolder:
             ) from None
 
     def write_summary(self, values: dict[str, Any]) -> None:
-        write_atomic(self.summary, json.dumps(values, indent=1) + "\n")
+        """Write summary.json. Where storage refuses it a warning says so, as with what follows: training goes on."""
+        try:
+            write_atomic(self.summary, json.dumps(values, indent=1) + "\n")
+        except OSError as error:
+            log.warning("%s: cannot be written (%s)", self.summary, error.strerror)
 
     def append_bad(self, step: int, bad: list[Bad]) -> None:
         """Add unreadable samples to bad_samples.jsonl; main rank only."""
-        with open(self.bad_samples, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps({"step": step, **asdict(item)}) + "\n" for item in bad)
+        try:
+            with open(self.bad_samples, "a", encoding="utf-8") as file:
+                file.writelines(json.dumps({"step": step, **asdict(item)}) + "\n" for item in bad)
+        except OSError as error:
+            log.warning("%s: cannot be written (%s)", self.bad_samples, error.strerror)
 
     def forget_bad(self, after: int) -> None:
         """Drop unreadable samples of steps that will be done again, and a line that a crash tore; main rank only."""
@@ -94,7 +103,10 @@ class RunFolder:
                     kept.append(line + "\n")
             except (ValueError, KeyError, TypeError):
                 continue
-        write_atomic(self.bad_samples, "".join(kept))
+        try:
+            write_atomic(self.bad_samples, "".join(kept))
+        except OSError as error:
+            log.warning("%s: cannot be written (%s)", self.bad_samples, error.strerror)
 
 
 def environment(world: World) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import resource
 import threading
 import time
 from collections.abc import Callable
@@ -14,7 +15,8 @@ from torch.distributed.tensor import DTensor
 
 from data_pipelines.stream.plan import Planner
 from data_pipelines.stream.reader import Reader
-from emma_train.checkpoint import store
+from emma_train.checkpoint.saver import Saver
+from emma_train.checkpoint.state import state_of
 from emma_train.checkpoint.tensors import Tensors
 from emma_train.cli import main
 from emma_train.config.load import as_dict
@@ -24,16 +26,36 @@ from emma_train.model.autoencoder import Autoencoder
 from emma_train.objectives.account import Counts, LossAccount, count, losses
 from emma_train.sequence.layout import Text
 from emma_train.sequence.pack import PackedBatch, Sample, pack
+from emma_train.sequence.step import StepBatches
 from emma_train.sequence.tokens import TextTokenizer
 from emma_train.stages.stage import stage_of
 from emma_train.training.build import Built, build, set_initial
 from emma_train.training.forward import micro_loss
+from emma_train.training.loop import Trainer
 
 Result = TypeVar("Result")
 
 
 def command(argv: list[str]) -> int:
     """An emma-train command in this process."""
+    return main(argv)
+
+
+def stopped_command(argv: list[str], step: int) -> int:
+    """A command whose last rank is asked to stop during an optimizer step."""
+    take = Trainer._step
+
+    def asked_to_stop(self: Trainer, data: StepBatches, stop_asked: bool, log_now: bool) -> Any:
+        mine = data.step == step and self.world.rank == self.world.size - 1
+        return take(self, data, stop_asked or mine, log_now)
+
+    Trainer._step = asked_to_stop  # type: ignore[method-assign]
+    return main(argv)
+
+
+def full_disk_command(argv: list[str], num_bytes: int) -> int:
+    """A command for which no file may grow beyond so many bytes."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes))
     return main(argv)
 
 
@@ -60,7 +82,9 @@ def write_checkpoint(run: Path, recipe: Recipe) -> int:
     with join("cpu", 60) as world:
         built = build(recipe, stage_of(recipe), world, resuming=False)
         meta = {"step": 1, "stage": recipe.stage.name, "config": as_dict(recipe)}
-        store.save(run / "checkpoints", meta, built.engine.model, built.engine.optimizer, {}, world, keep=1)
+        saver = Saver(run / "checkpoints", recipe.train, world, timeout_s=60)
+        saver.start(state_of(built.engine.model, built.engine.optimizer, {}), meta)
+        saver.finish_last(lambda: None)
         return sum(p.numel() * 4 for p in built.engine.model.parameters())
 
 

@@ -184,10 +184,11 @@ def test_moments_after_a_resume_are_not_zero(recipe: Path) -> None:
 def test_a_torn_checkpoint_is_named_and_the_one_before_it_taken(recipe: Path, straight: Path) -> None:
     run = recipe.parent / "torn"
     train(recipe, "run.name=torn", "train.steps=6")
-    shard = next(checkpoint(run, 6).glob("*.distcp"))
+    shard = next(checkpoint(run, 6).rglob("*.distcp"))
     shard.write_bytes(shard.read_bytes()[:-1])
     (outcome,) = train(recipe, "run.name=torn")
-    assert "step-00000006 is incomplete: skipped" in outcome.err
+    assert "step-00000006 cannot be used: " in outcome.err
+    assert "step-00000006: set aside as step-00000006.damaged" in outcome.err
     assert "resumed" in outcome.err
     assert "step-00000004" in outcome.err
     assert_same_end(run, straight)

@@ -68,7 +68,9 @@ def test_metrics_have_the_promised_names_and_believable_values(run: Path) -> Non
         assert 1.0 <= line["data/straggler"] < 1.2
         assert 0 <= line["data/wait_s"] <= line["step_s"]
         assert 0 < time.time() - line["time_unix"] < 3600
-        assert (line["checkpoint/stall_s"] > 0) == (line["step"] % 2 == 0)
+        assert line["checkpoint/stall_s"] >= 0
+        if line["step"] % 2 == 0:
+            assert line["checkpoint/stall_s"] > 0
     # At the start an untrained model is as good as chance over the vocabulary: ln 1024 = 6.93.
     assert lines[0]["loss/i2t"] == pytest.approx(math.log(1024), abs=0.5)
     assert lines[0]["loss"] == pytest.approx(0.25 * lines[0]["loss/i2t"] + lines[0]["loss/t2i"], rel=1e-6)
@@ -123,4 +125,4 @@ def test_two_processes_under_torchrun_write_one_run_folder(make_recipe: MakeReci
     assert all(line.keys() >= PROMISED for line in lines)
     assert json.loads((tmp_path / "two" / "environment.json").read_text())["world_size"] == 2
     assert "[1] " not in outcome.err  # only the first process talks
-    assert len(list((tmp_path / "two" / "checkpoints" / "step-00000003").glob("*.distcp"))) == 2
+    assert len(list((tmp_path / "two" / "checkpoints" / "step-00000003" / "weights").glob("*.distcp"))) == 2
