@@ -75,6 +75,8 @@ def test_index_keeps_the_provenance(imported: Path, tmp_path: Path) -> None:
         (["stats", "{empty}"], "no *.tar"),
         (["check", "{empty}/missing"], "no *.tar"),
         (["index", "{set}", "--tokenizer", "{empty}/none.json"], "none.json"),
+        (["index", "{set}", "--workers", "0"], "--workers is 0"),
+        (["check", "{set}", "--workers", "0"], "--workers is 0"),
         (["cache-latents", "{empty}", "--autoencoder", "{empty}"], "no *.tar"),
     ],
 )

@@ -181,6 +181,18 @@ def test_check_finds_each_kind_of_damage_and_nothing_in_a_whole_folder(folder: P
     assert any("shard-000002.idx.parquet: content differs" in problem for problem in check_folder(folder))
 
 
+def test_processes_find_the_same_problems_in_the_same_order(folder: Path) -> None:
+    damage(folder / "shard-000000.tar", "q000.img0.png")
+    (folder / "shard-000001.tar").write_bytes(bytes((folder / "shard-000001.tar").stat().st_size))
+    tar = folder / "shard-000002.tar"
+    tar.write_bytes(tar.read_bytes()[:4000].ljust(tar.stat().st_size, b"\xff"))
+    alone = check_folder(folder)
+    assert check_folder(folder, workers=3) == alone
+    text = "\n".join(alone)
+    assert "shard-000001.tar: record p001 of the index is not in it" in text
+    assert "shard-000002.tar: broken tar, it" in text
+
+
 def test_a_key_that_occurs_twice_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"shard-000001\.tar: key p000 occurs twice"):
         write_shards(tmp_path, [prompt("p000"), prompt("p001"), prompt("p000")], per_shard=2)

@@ -130,6 +130,17 @@ def test_a_broken_tar_is_told_when_all_others_are_done(tmp_path: Path) -> None:
     assert index_path(folder / "shard-000002.tar").exists()
 
 
+def _die(tar: Path, tokenizer: Path, again: bool) -> None:
+    os._exit(9)
+
+
+def test_a_process_that_dies_is_told_and_what_is_done_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_shards(tmp_path, every_task(4), per_shard=4, index=False)
+    monkeypatch.setattr(indexing, "_told", _die)
+    with pytest.raises(UserError, match="an indexing process died .*fewer --workers, it goes on"):
+        index_folder(folder, TOKENIZER, workers=2)
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_key_in_two_shards_is_told_with_both(tmp_path: Path, workers: int) -> None:
     contents = [prompt(f"p{i:03d}") for i in (0, 1, 2, 3, 1, 4)]

@@ -240,6 +240,17 @@ def test_a_cache_of_another_autoencoder_or_of_other_pictures_is_ignored(cached: 
     assert reader_of(recipe).read(planned).pictures["img0"].latent is None
 
 
+def test_a_picture_that_cannot_be_decoded_is_left_out_of_the_cache(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    key, record, parts = prompt("p001", side=64)
+    half = (key, record, {"img0.png": parts["img0.png"][:3000]})
+    folder = write_shards(tmp_path, [prompt("p000", side=64), half, prompt("p002", side=64)])
+    assert cache_latents(folder, tiny_model().autoencoder, [ImageConfig(side=64)], torch.device("cpu")) == 2
+    assert "picture img0 of p001 cannot be read" in caplog.text
+    assert sorted(load_file(folder / "shard-000000.square-64.latents.safetensors")) == ["p000/img0", "p002/img0"]
+
+
 def test_a_cache_of_another_size_is_another_file(cached: Path, autoencoder: Autoencoder) -> None:
     recipe = recipe_of(cached, data__gen={"side": 96}, data__und={"side": 64})
     for planned in planned_of(recipe, 2):
