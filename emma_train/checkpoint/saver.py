@@ -41,6 +41,10 @@ class _Save:
         return self.thread is None or not self.thread.is_alive()
 
 
+class SaveFailed(RunError):
+    """Checkpoints cannot be written, and going on would risk work."""
+
+
 class Saver:
     """Writes the checkpoints of a run. Every rank has one and calls its methods at the same steps."""
 
@@ -68,7 +72,7 @@ class Saver:
     def start(self, state: State, meta: Mapping[str, Any]) -> None:
         """Begin to save; waits for the save before it. `meta` is not looked at again by the caller.
 
-        Until `settle` has returned, nothing of `state` may change. Raises RunError as `finish` does.
+        Until `settle` has returned, nothing of `state` may change. Raises SaveFailed as `finish` does.
         """
         with self._standing_still():
             self._start(_Save(int(meta["step"])), state, meta)
@@ -109,27 +113,27 @@ class Saver:
         return [1.0, float(self._running.error is not None)]
 
     def note(self, sums: Sequence[float]) -> None:
-        """Takes the sum of all ranks' flags. Raises RunError where saves have failed for too long."""
+        """Takes the sum of all ranks' flags. Raises SaveFailed where saves have failed for too long."""
         ended, failed = sums
         if ended == self._world.size:
             self._conclude(failed > 0)
 
     def finish(self) -> None:
-        """Wait for the save under way. Raises RunError where it does not end, or where saves fail for too long."""
+        """Wait for the save under way. Raises SaveFailed where it does not end, or where saves fail for too long."""
         if (save := self._running) is None:
             return
         if save.thread is not None:
             save.thread.join(self._timeout_s)
         late, failed = self._world.sum([float(not save.ended), float(save.error is not None)])
         if late:
-            raise RunError(
+            raise SaveFailed(
                 f"the checkpoint of step {save.step} is not written after {self._timeout_s:.0f} s (engine.timeout_s): "
                 f"{self._checkpoints} does not take it. {self._last_words()}"
             )
         self._conclude(failed > 0)
 
     def finish_last(self, again: Callable[[], None]) -> None:
-        """Wait for the last save of a run; where it fails, `again` starts it anew, once. Raises RunError."""
+        """Wait for the last save of a run; where it fails, `again` starts it anew, once. Raises SaveFailed."""
         with self._standing_still():
             self.finish()
         if self._failing_since is not None:
@@ -137,7 +141,7 @@ class Saver:
             with self._standing_still():
                 self.finish()
         if self._failing_since is not None:
-            raise RunError(f"the last checkpoint could not be written. {self._last_words()}")
+            raise SaveFailed(f"the last checkpoint could not be written. {self._last_words()}")
 
     def close(self, patience_s: float) -> bool:
         """Let a save under way end, as far as it does within `patience_s`. Returns whether none is left."""
@@ -163,7 +167,7 @@ class Saver:
         since = self._failing_since = save.step if self._failing_since is None else self._failing_since
         log.warning("the checkpoint of step %d failed (%s). Training goes on", save.step, save.error)
         if save.step - since >= self._config.save_every:
-            raise RunError(
+            raise SaveFailed(
                 f"no checkpoint could be written since step {since} (the last: {save.error}); training stops before "
                 f"more work is at stake. {self._last_words()}"
             )

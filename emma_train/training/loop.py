@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from emma_train.checkpoint import folder as folders
 from emma_train.checkpoint import store
-from emma_train.checkpoint.saver import Saver
+from emma_train.checkpoint.saver import SaveFailed, Saver
 from emma_train.checkpoint.state import State, state_of
 from emma_train.config import config_hash
 from emma_train.config.errors import RunError, UserError
@@ -155,7 +155,7 @@ class Trainer:
             code = 0
             return code
         except BaseException as error:
-            if not self.saver.close(0 if isinstance(error, RunError) else cadence.stop_within_s):
+            if not self.saver.close(0 if isinstance(error, SaveFailed) else cadence.stop_within_s):
                 # A thread that storage does not let go of would keep the process, and the other ranks, for good.
                 log.error("%s: %s", type(error).__name__, error)
                 logging.shutdown()
