@@ -139,6 +139,7 @@ def test_a_shard_that_disappears_is_replaced_by_spares_of_others(
 def test_a_store_that_does_not_answer_any_more_ends_the_run_soon(server: FileServer, workers: int) -> None:
     """Spares are in the same store: two in vain are enough."""
     stream = Stream(recipe_of(server.url, data__workers=workers, data__read_retries=2), 0, 1, None)
+    stream.planner.check()
     server.fault = lambda number, path: "503"
     server.gets.clear()
     (found,) = stream.steps(1, STEPS)
@@ -202,7 +203,7 @@ def test_a_missing_manifest_or_credential_is_one_line_without_the_secret(server:
 def test_an_index_that_is_missing_is_one_line(server: FileServer) -> None:
     server.fault = lambda number, path: "404" if "000001.idx" in path else ""
     with pytest.raises(UserError, match=r"shard-000001\.idx\.parquet: cannot be read: no such file"):
-        Planner(recipe_of(server.url), tokenizer())
+        Planner(recipe_of(server.url), tokenizer()).check()
 
 
 def test_requests_come_from_afar_too_and_only_those_asked_for(folder: Path, server: FileServer) -> None:
