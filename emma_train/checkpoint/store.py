@@ -1,30 +1,23 @@
 """Sharded save and load of model, optimizer and EMA through torch.distributed.checkpoint, for any number of ranks."""
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
+from torch import Tensor
 
 from emma_train.checkpoint import folder as folders
 from emma_train.config.errors import UserError
+from emma_train.engine.protocol import Engine
 from emma_train.engine.world import World
-
-_FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
 def save(
     checkpoints: Path,
     meta: dict[str, Any],
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    engine: Engine,
     averages: dict[str, Tensor],
     world: World,
     keep: int,
@@ -35,7 +28,7 @@ def save(
         folders.begin(checkpoints, step)
     world.barrier()
     folder = checkpoints / f"{folders.step_name(step)}.tmp"
-    state = {"model": dict(model.state_dict()), "optimizer": _optimizer_state(model, optimizer), "ema": dict(averages)}
+    state = {**engine.state(), "ema": dict(averages)}
     with _quiet():
         dcp.save(state, checkpoint_id=folder)
     world.barrier()
@@ -46,12 +39,10 @@ def save(
     return folder.with_suffix("")
 
 
-def load_training(
-    checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer, averages: dict[str, Tensor]
-) -> None:
+def load_training(checkpoint: Path, engine: Engine, averages: dict[str, Tensor]) -> None:
     """Restore model, optimizer and EMA in place. Every tensor must be there; raises UserError otherwise."""
     stored = tensors(checkpoint)
-    state = {"model": dict(model.state_dict()), "optimizer": _optimizer_state(model, optimizer), "ema": dict(averages)}
+    state = {**engine.state(), "ema": dict(averages)}
     wanted = {f"{part}.{name}" for part, values in state.items() for name in values}
     if missing := sorted(wanted - stored.keys()):
         raise UserError(
@@ -59,13 +50,12 @@ def load_training(
         )
     with _quiet():
         dcp.load(state, checkpoint_id=checkpoint)
-        set_optimizer_state_dict(model, optimizer, state["optimizer"], options=_FLAT)
+    engine.refresh()
 
 
-def load_weights(checkpoint: Path, names: dict[str, str], model: nn.Module) -> None:
-    """Fill model parameters from stored tensors: `names` maps a parameter name to the stored tensor's name."""
-    parameters = dict(model.named_parameters())
-    state = {stored: parameters[name].detach() for name, stored in names.items()}
+def load_weights(checkpoint: Path, names: Mapping[str, str], weights: Mapping[str, Tensor]) -> None:
+    """Fill weights from stored tensors: `names` maps a weight's name to the stored tensor's, each given once."""
+    state = {stored: weights[name].detach() for name, stored in names.items()}
     with _quiet():
         dcp.load(state, checkpoint_id=checkpoint)
 
@@ -80,10 +70,6 @@ def tensors(checkpoint: Path) -> dict[str, tuple[int, ...]]:
         name: tuple(entry.size) if hasattr(entry, "size") else ()
         for name, entry in metadata.state_dict_metadata.items()
     }
-
-
-def _optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    return dict(get_optimizer_state_dict(model, optimizer, options=_FLAT))
 
 
 class _quiet(warnings.catch_warnings):

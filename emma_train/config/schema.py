@@ -260,10 +260,14 @@ class EngineConfig:
     """bf16 (bf16 compute, fp32 master weights and reduction) or fp32."""
     device: str = "auto"
     """auto, cpu or cuda."""
+    zero_stage: int = 2
+    """deepspeed divides among the ranks: 1 optimizer state, 2 gradients too, 3 weights too."""
+    offload_optimizer: bool = False
+    """deepspeed keeps fp32 weights and optimizer state in host memory and updates them there."""
     reshard_after_forward: bool = True
-    """Free gathered weights between forward and backward; false is faster where memory allows."""
+    """fsdp frees gathered weights between forward and backward; false is faster where memory allows."""
     reduce_every_micro_step: bool = True
-    """Reduce gradients after every micro-batch; false keeps whole gradients until the last one: faster, more memory."""
+    """fsdp reduces gradients after every micro-batch; false keeps whole ones until the last: faster, more memory."""
     activation_checkpointing: str = "none"
     """Layers whose activations backward computes again: none, full (all layers of decoder and vision encoder) or
     selective (every second one)."""

@@ -51,7 +51,7 @@ def load_model(path: str | Path, device: torch.device, use_ema: bool) -> tuple[E
         names[name] = averaged if use_ema and averaged in stored else f"model.{name}"
         if names[name] not in stored:
             raise UserError(f"{folder}: lacks {name}; it is not a whole EMMA model")
-    (export if exported else store).load_weights(folder, names, model)
+    (export if exported else store).load_weights(folder, names, dict(model.named_parameters()))
     return model.eval(), recipe, meta
 
 

@@ -95,7 +95,7 @@ class Trainer:
             )
         self.stream.check_state(meta["data"])
         averages = self.built.ema.averages if self.built.ema else {}
-        store.load_training(checkpoint, self.engine.model, self.engine.optimizer, averages)
+        store.load_training(checkpoint, self.engine, averages)
         self.done = Progressed(**meta["done"])
         self.run_id, self.parent = meta.get("tracker_run"), meta.get("parent")
         self.frozen = fingerprints(self.engine.model)
@@ -162,10 +162,9 @@ class Trainer:
         lr = learning_rate(
             data.step - self.done.skipped_steps, self.recipe.optimizer.lr, self.recipe.train.steps, self.recipe.schedule
         )
-        norm = self.engine.clip(self.recipe.optimizer.clip)
+        norm = self.engine.step(lr)
         if math.isfinite(norm):
             self._nonfinite_in_a_row = 0
-            self.engine.update(lr)
             if self.built.ema is not None:
                 self.built.ema.update()
         else:
@@ -217,17 +216,17 @@ class Trainer:
         }
         averages = self.built.ema.averages if self.built.ema else {}
         keep = self.recipe.train.keep
-        store.save(self.run.checkpoints, meta, self.engine.model, self.engine.optimizer, averages, self.world, keep)
+        store.save(self.run.checkpoints, meta, self.engine, averages, self.world, keep)
         return time.perf_counter() - started
 
     def _draw(self, step: int) -> list[Path]:
         """Sample pictures with the averaged weights."""
         if self.draw_samples is None:
             return []
-        self.engine.reshard()
         with self.built.ema.swapped_in() if self.built.ema else nullcontext():
+            self.engine.refresh()
             pictures = self.draw_samples(step)
-            self.engine.reshard()
+        self.engine.refresh()
         return pictures
 
     def _trackers(self) -> Trackers:
@@ -256,7 +255,6 @@ class Trainer:
 
     def _skip(self, data: StepBatches, norm: float) -> None:
         """A gradient that is not finite moves neither weights, averages nor schedule."""
-        self.engine.discard()
         self.done.skipped_steps += 1
         self._nonfinite_in_a_row += 1
         keys = [key for b in data.packs for key in b.keys]

@@ -6,14 +6,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from data_pipelines.stream.plan import Planner
 from data_pipelines.stream.reader import Reader
 from emma_train.checkpoint.tensors import Tensors
 from emma_train.cli import main
 from emma_train.config.schema import Recipe
+from emma_train.engine.fragment import local, pieces
 from emma_train.engine.world import World, join
 from emma_train.model.autoencoder import Autoencoder
 from emma_train.objectives.account import Counts, LossAccount, count, losses
@@ -44,10 +45,9 @@ def loaded(recipe: Recipe) -> dict[str, Any]:
 
     Tensors.read = counted  # type: ignore[method-assign]
     with join("cpu", 60) as world:
-        model = build(recipe, stage_of(recipe), world, resuming=False).engine.model
-        own = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
-        weights = {name: _whole(p.detach()) for name, p in model.named_parameters()}
-    return {"weights": weights, "read": count, "held": sum(p.numel() for p in own)}
+        own = build(recipe, stage_of(recipe), world, resuming=False).engine.weights
+        weights = {name: whole(weight) for name, weight in own.items()}
+    return {"weights": weights, "read": count, "held": sum(local(weight).numel() for weight in own.values())}
 
 
 def command_memory(warm_up: list[str], argv: list[str]) -> int:
@@ -63,8 +63,7 @@ def start_memory(warm_up: Recipe, recipe: Recipe) -> tuple[int, int]:
     with join("cpu", 60) as world:
         build(warm_up, stage_of(warm_up), world, resuming=False)
         built, peak = peak_memory(lambda: build(recipe, stage_of(recipe), world, resuming=False))
-        own = [p.to_local() if isinstance(p, DTensor) else p for p in built.engine.model.parameters()]
-        return peak, sum(p.nbytes for p in own)
+        return peak, sum(local(weight).nbytes for weight in built.engine.weights.values())
 
 
 def peak_memory(function: Callable[[], Result]) -> tuple[Result, int]:
@@ -98,7 +97,8 @@ def one_step(recipe: Recipe, kinds: list[str], seeded: bool = False) -> dict[str
     with join("cpu", 60) as world:
         built = build(recipe, stage_of(recipe), world, resuming=seeded)
         if seeded:
-            set_initial(built.engine.model, recipe.model, [name for name, _ in built.engine.model.named_parameters()])
+            set_initial(built.engine.weights, recipe.model, list(built.engine.weights))
+            built.engine.refresh()
         _wake_up(built)
         mine = [make_pack(recipe, kind) for kind in kinds[world.rank :: world.size]]
         return step_of(recipe, world, built, mine)
@@ -114,8 +114,8 @@ def step_of(recipe: Recipe, world: World, built: Built, packs: list[PackedBatch]
     for index, batch in enumerate(packs):
         loss = micro_loss(engine.model, autoencoder, batch, recipe.flow, stage, account)
         engine.accumulate(loss, last=index == len(packs) - 1)
-    gradients = {name: _whole(p.grad) for name, p in engine.model.named_parameters() if p.grad is not None}
-    norm = engine.clip(0.0)
+    gradients = {name: whole(p.grad) for name, p in engine.weights.items() if p.grad is not None}
+    norm = engine.step(lr=0.0)
     return {**losses(world.sum(account.sums.tolist()), counts, recipe.loss), "norm": norm, "gradients": gradients}
 
 
@@ -136,14 +136,20 @@ def make_pack(recipe: Recipe, kind: str) -> PackedBatch:
 
 def _wake_up(built: Built) -> None:
     """The velocity head starts at zero and would hide every gradient behind it."""
-    with torch.no_grad():
-        for name, parameter in built.engine.model.named_parameters():
-            if name.startswith("velocity_head."):
-                parameter.fill_(0.02)
+    for name, weight in built.engine.weights.items():
+        if name.startswith("velocity_head."):
+            local(weight).fill_(0.02)
+    built.engine.refresh()
 
 
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.clone()
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor from all ranks' parts of it."""
+    found = torch.zeros(tensor.shape, dtype=tensor.dtype)
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, [(place, own.detach().cpu()) for place, own in pieces(tensor)])
+    for place, own in (piece for part in parts for piece in part):
+        found[place] = own
+    return found
 
 
 def stream_steps(recipe: Recipe, rank: int, size: int, last: int) -> list[Any]:
