@@ -13,6 +13,8 @@ CHOICES = {
     "schedule.kind": ("constant", "cosine"),
     "engine.kind": ("fsdp", "deepspeed"),
     "engine.precision": ("bf16", "fp32"),
+    "engine.zero_stage": (1, 2, 3),
+    "engine.frozen": ("sharded", "replicated"),
     "engine.activation_checkpointing": ("none", "full", "selective"),
     "engine.device": ("auto", "cpu", "cuda"),
     "attention.backend": ("auto", "flash", "flex", "sdpa"),
@@ -31,6 +33,7 @@ POSITIVE = (
     "data.und.side",
     "data.gen.side",
     "optimizer.lr",
+    "engine.replicate",
 )
 BETWEEN_0_AND_1 = ("data.text_dropout", "data.reference_dropout", "ema.decay", "model.vision.stem_threshold")
 
@@ -39,7 +42,7 @@ def check_recipe(recipe: Recipe, where: str) -> None:
     """Raise UserError on the first contradiction in a recipe."""
     for key, allowed in CHOICES.items():
         if (value := get(recipe, key)) not in allowed:
-            raise UserError(f"{where}: {key} is {value!r}; it is one of {', '.join(allowed)}")
+            raise UserError(f"{where}: {key} is {value!r}; it is one of {', '.join(map(str, allowed))}")
     for key in POSITIVE:
         if (value := get(recipe, key)) <= 0:
             raise UserError(f"{where}: {key} is {value}; it must be more than 0")

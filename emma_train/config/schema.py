@@ -263,7 +263,13 @@ class EngineConfig:
     zero_stage: int = 2
     """deepspeed divides among the ranks: 1 optimizer state, 2 gradients too, 3 weights too."""
     offload_optimizer: bool = False
-    """deepspeed keeps fp32 weights and optimizer state in host memory and updates them there."""
+    """Keep fp32 weights and optimizer state in host memory and update them there."""
+    replicate: int = 1
+    """fsdp keeps so many copies of the shards, each over its share of the ranks (HSDP); best the number of nodes."""
+    frozen: str = "sharded"
+    """fsdp keeps units that do not train sharded, or replicated: whole on every rank, never gathered."""
+    prefetch: int = 1
+    """Decoder layers that fsdp gathers ahead of their turn, forward and backward; 0 leaves it to torch."""
     reshard_after_forward: bool = True
     """fsdp frees gathered weights between forward and backward; false is faster where memory allows."""
     reduce_every_micro_step: bool = True

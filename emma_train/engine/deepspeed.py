@@ -55,7 +55,7 @@ class DeepSpeedEngine:
             _materialise_in_parts(model, settings, world.device)
         else:
             model.to_empty(device=world.device)
-        self._adam = make_optimizer(model)
+        self._adam = make_optimizer(p for p in model.parameters() if p.requires_grad)
         group_of = {id(p): number for number, g in enumerate(self._adam.param_groups) for p in g["params"]}
         root = _Root(model)
         if config.zero_stage == 3:

@@ -1,12 +1,13 @@
 """What the loop asks of an engine; the only seam between training and sharding."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
+MakeOptimizer = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
+"""An optimizer over plain tensors."""
 
 
 class Engine(Protocol):

@@ -22,11 +22,12 @@ from emma_train.engine.fsdp import FsdpEngine
 from emma_train.engine.protocol import Engine
 from emma_train.engine.recompute import recompute
 from emma_train.engine.world import World
+from emma_train.model.decoder import DecoderLayer
 from emma_train.model.emma import Emma
 from emma_train.model.initial import start_value
 from emma_train.stages.freeze import freeze
 from emma_train.stages.handoff import HandOff, check_settings, plan_handoff
-from emma_train.stages.stage import Stage, check_order
+from emma_train.stages.stage import Stage, check_order, makes_pictures
 from emma_train.training.ema import Ema
 from emma_train.training.optimizer import make_optimizer
 
@@ -65,6 +66,9 @@ def build(recipe: Recipe, stage: Stage, world: World, resuming: bool) -> Built:
         model = Emma(recipe.model)
     trainable = freeze(model, stage.trainable)
     num_parameters = sum(p.numel() for p in model.parameters())
+    for layer in model.modules():
+        if isinstance(layer, DecoderLayer):
+            layer.gen_rests = not makes_pictures(recipe)
     recompute(model, recipe.engine.activation_checkpointing)
     learns = [name for name, p in model.named_parameters() if p.requires_grad]
     optimizer = partial(make_optimizer, config=recipe.optimizer)
