@@ -127,6 +127,7 @@ def _train_stage(path: Path, recipe: "Recipe", world: "World") -> int:
         run.prepare(recipe, world)
     world.barrier()
     code = trainer.train()
+    built.engine.close()
     if world.is_main and code == 0:
         _try_report(run.path)
     return code

@@ -17,6 +17,7 @@ CHOICES = {
     "engine.frozen": ("sharded", "replicated"),
     "engine.activation_checkpointing": ("none", "full", "selective"),
     "engine.device": ("auto", "cpu", "cuda"),
+    "ema.device": ("auto", "cpu"),
     "attention.backend": ("auto", "flash", "flex", "sdpa"),
     "tracker.kind": ("jsonl", "wandb"),
     "data.und.mode": ("square", "native", "buckets"),

@@ -230,6 +230,8 @@ class ScheduleConfig:
 class EmaConfig:
     decay: float = 0.0
     """Decay of the averaged weights; 0 keeps none."""
+    device: str = "auto"
+    """auto keeps them beside the weights; cpu in host memory, where every step copies the weights."""
 
 
 @dataclass
@@ -250,6 +252,8 @@ class TrainConfig:
     """Samples per task."""
     max_skipped_steps: int = 10
     """Stop after this many non-finite steps in a row."""
+    gc_every: int = 100
+    """Steps between garbage collections, on all ranks at once; 0 leaves them to Python."""
 
 
 @dataclass

@@ -112,6 +112,13 @@ class DeepSpeedEngine:
             optimizer |= {f"state.{name}.{moment}": self._fragment(name, moment) for moment in MOMENTS}
         return {"model": dict(self.weights), "optimizer": optimizer}
 
+    def close(self) -> None:
+        """Hooks on parameters, and a list of models of this process, would hold the model for ever."""
+        from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+
+        self._deepspeed.destroy()
+        FWD_MODULE_STACK.clear()
+
     def _run(self, parameter: Tensor, group: int) -> Run:
         zero: Any = self._zero
         if self._stage == 3:

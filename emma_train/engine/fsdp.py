@@ -1,6 +1,5 @@
 """FSDP2 and HSDP on gloo/CPU and NCCL/CUDA: fp32 master weights and reduction, bf16 or fp32 compute."""
 
-import warnings
 from collections.abc import Sequence
 from math import isfinite
 from typing import Any, cast
@@ -87,6 +86,9 @@ class FsdpEngine:
                 optimizer[f"state.{name}.{key}"] = spread
         return {"model": {name: weight.detach() for name, weight in self.weights.items()}, "optimizer": optimizer}
 
+    def close(self) -> None:
+        pass  # Python finds it all
+
 
 def shard(model: Emma, config: EngineConfig, world: World) -> None:
     """Shard in place: the vision encoder and every decoder layer are units, the rest belongs to the root.
@@ -95,9 +97,6 @@ def shard(model: Emma, config: EngineConfig, world: World) -> None:
     of a layer is a unit apart, which is then never gathered. Gradients are summed, not averaged: the loss account has
     divided by the counts of the whole step already.
     """
-    # Of torch's own making: its deprecated collectives, and views that we never write to in place.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
-    warnings.filterwarnings("ignore", message=".*returned a view tensor")
     mesh, whole = make_meshes(config, world)
     on_gpu = world.device.type == "cuda"
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32

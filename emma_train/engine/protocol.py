@@ -39,3 +39,6 @@ class Engine(Protocol):
 
         Tensors are the engine's own memory: loading into them, and then `refresh`, goes on from a checkpoint.
         """
+
+    def close(self) -> None:
+        """After the last step: let go of what would outlive the engine."""

@@ -3,6 +3,7 @@
 import logging
 import os
 import socket
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -44,6 +45,9 @@ class World:
 @contextmanager
 def join(device: str, timeout_s: int) -> Iterator[World]:
     """Join the processes that torchrun or SLURM started, or be the only one; leave cleanly whatever happens."""
+    # Of torch's own making: its deprecated collectives, and views that we never write to in place.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
+    warnings.filterwarnings("ignore", message=".*returned a view tensor")
     kind = pick_device(device)
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device("cpu")

@@ -1,6 +1,7 @@
 """The one function that states and enforces the order: meta build -> freeze -> recompute -> shard -> optimizer ->
 weights -> EMA."""
 
+import gc
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -58,6 +59,7 @@ def build(recipe: Recipe, stage: Stage, world: World, resuming: bool) -> Built:
         raise UserError(
             f"attention.backend={recipe.attention.backend} is not available in this version; use attention.backend=auto"
         )
+    gc.collect()  # a stage before this one may have left its model in cycles
     source, parent = None, None
     if not resuming:
         source, parent = find_source(recipe)
@@ -79,7 +81,9 @@ def build(recipe: Recipe, stage: Stage, world: World, resuming: bool) -> Built:
     elif not resuming:
         set_initial(engine.weights, recipe.model, list(engine.weights))
     engine.refresh()
-    ema = Ema({name: engine.weights[name] for name in learns}, recipe.ema.decay) if recipe.ema.decay else None
+    ema = None
+    if recipe.ema.decay:
+        ema = Ema({name: engine.weights[name] for name in learns}, recipe.ema.decay, recipe.ema.device)
     return Built(engine, ema, trainable, num_parameters, handoff, parent)
 
 

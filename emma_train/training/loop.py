@@ -30,6 +30,7 @@ from emma_train.stages.freeze import changed, fingerprints
 from emma_train.stages.stage import Stage
 from emma_train.training.build import Built
 from emma_train.training.forward import micro_loss
+from emma_train.training.health import GarbageCollection, SpikeWatch
 from emma_train.training.preemption import EXIT_PREEMPTED, StopRequest
 from emma_train.training.run_folder import RunFolder, contradictions
 from emma_train.training.schedule import learning_rate
@@ -81,6 +82,7 @@ class Trainer:
         self.run_id: str | None = None
         self.parent = built.parent
         self._nonfinite_in_a_row = 0
+        self._spikes = SpikeWatch()
 
     def resume(self, checkpoint: Path) -> None:
         """Go on after `checkpoint`. Raises UserError where recipe and checkpoint contradict each other."""
@@ -113,6 +115,7 @@ class Trainer:
         self.run_id = trackers.run_id if trackers else self.run_id
         stop, code = StopRequest(), 1
         self.engine.model.train()
+        garbage = GarbageCollection(cadence.gc_every)
         try:
             for data in self.stream.steps(self.done.step + 1, total):
                 started = time.perf_counter()
@@ -132,6 +135,7 @@ class Trainer:
                     trackers.images(data.step, "samples", pictures, [p.stem for p in pictures])
                 if progress:
                     progress.update(data.step, values)
+                garbage.after(data.step)
                 if asked:
                     code = EXIT_PREEMPTED if data.step < total else 0
                     return code
@@ -139,6 +143,7 @@ class Trainer:
             return code
         finally:
             stop.restore()
+            garbage.restore()
             if progress:
                 progress.close()
             if trackers:
@@ -176,10 +181,13 @@ class Trainer:
             return shared[8] > 0, None
         sums = self.world.sum(account.sums.tolist())
         step_s = time.perf_counter() - started + data.wait_s
+        found = losses(sums, counts, self.recipe.loss)
+        if spike := self._spikes.note(found["loss"]):
+            log.warning("step %d: %s", data.step, spike)
         values: dict[str, Any] = {
             "step": data.step,
             "stage": self.recipe.stage.name,
-            **losses(sums, counts, self.recipe.loss),
+            **found,
             "lr": lr,
             "grad_norm": norm,
             **{f"samples/{task}": int(n) for task, n in zip(TASKS, shared[3:6], strict=True)},
@@ -254,18 +262,20 @@ class Trainer:
             )
 
     def _skip(self, data: StepBatches, norm: float) -> None:
-        """A gradient that is not finite moves neither weights, averages nor schedule."""
+        """A gradient that is not finite moves neither weights, averages nor schedule. Every rank writes down its
+        samples."""
         self.done.skipped_steps += 1
         self._nonfinite_in_a_row += 1
         keys = [key for b in data.packs for key in b.keys]
+        self.run.append_skipped(data.step, self.world.rank, norm, keys)
         log.warning(
             "step %d: gradient norm is %s, step skipped; keys on this rank: %s", data.step, norm, " ".join(keys[:8])
         )
         if self._nonfinite_in_a_row >= self.recipe.train.max_skipped_steps:
             raise RuntimeError(
                 f"{self._nonfinite_in_a_row} steps in a row had a gradient that is not finite "
-                f"(train.max_skipped_steps); "
-                f"keys of the last on rank {self.world.rank}: {' '.join(keys)}"
+                f"(train.max_skipped_steps); {self.run.skipped_steps} lists their samples; of the last on rank "
+                f"{self.world.rank}: {' '.join(keys[:8])}"
             )
 
     def _verify(self) -> None:

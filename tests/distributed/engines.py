@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from emma_train.engine.adam import MOMENTS
 from tests.helpers import ASSETS, recipe_values, write_recipe
 from tests.runs import checkpoint, learnt, stored, train
 
@@ -40,7 +41,7 @@ class Distance:
     norm: float
     """The same of the gradient norm."""
     weights: float
-    """Norm of the difference of all weights after the last step, over the weights' own."""
+    """Norm of the difference of the weights that trained, after the last step, over their own."""
     averages: float
     moments: float
 
@@ -74,11 +75,13 @@ def distance(run: Path, reference: Path, steps: int) -> Distance:
     here, there = (stored(checkpoint(folder, steps)) for folder in (run, reference))
     assert here.keys() == there.keys()
 
+    trained = [name.removeprefix("ema.") for name in there if name.startswith("ema.")]
+
     def apart(prefix: str, suffix: str = "") -> float:
-        names = [name for name in there if name.startswith(prefix) and name.endswith(suffix)]
+        names = [f"{prefix}{name}{suffix}" for name in trained]
         difference = sum(float((here[n].double() - there[n].double()).square().sum()) for n in names)
         return (difference / sum(float(there[n].double().square().sum()) for n in names)) ** 0.5
 
     assert all(torch.equal(here[n], there[n]) for n in there if n.endswith(".step"))
-    moments = max(apart("optimizer.", moment) for moment in (".exp_avg", ".exp_avg_sq"))
+    moments = max(apart("optimizer.state.", f".{moment}") for moment in MOMENTS)
     return Distance(worst(LOSSES), worst(("grad_norm",)), apart("model."), apart("ema."), moments)

@@ -1,7 +1,10 @@
 """What ranks do in the distributed tests. Here, and not in a test module, because a rank finds its function by name."""
 
+import gc
 import threading
+import weakref
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,7 +16,7 @@ from data_pipelines.stream.plan import Planner
 from data_pipelines.stream.reader import Reader
 from emma_train.checkpoint.tensors import Tensors
 from emma_train.cli import main
-from emma_train.config.schema import Recipe
+from emma_train.config.schema import AutoencoderConfig, Recipe
 from emma_train.engine.fragment import local, pieces
 from emma_train.engine.world import World, join
 from emma_train.model.autoencoder import Autoencoder
@@ -104,19 +107,25 @@ def one_step(recipe: Recipe, kinds: list[str], seeded: bool = False) -> dict[str
         return step_of(recipe, world, built, mine)
 
 
-def step_of(recipe: Recipe, world: World, built: Built, packs: list[PackedBatch]) -> dict[str, Any]:
-    """What the loop does in a step, without the update."""
+def step_of(
+    recipe: Recipe, world: World, built: Built, packs: list[PackedBatch], lr: float = 0.0, factor: float = 1.0
+) -> dict[str, Any]:
+    """What the loop does in a step; a rate of 0 leaves the weights alone. `factor` is for this rank's loss."""
     stage, engine = stage_of(recipe), built.engine
     mine = count(packs, stage.loss)
     counts = Counts(*(int(n) for n in world.sum([mine.i2t, mine.t2i, mine.it2i])))
     account = LossAccount(recipe.loss, counts, world.device)
-    autoencoder = Autoencoder(recipe.model.autoencoder, world.device)
     for index, batch in enumerate(packs):
-        loss = micro_loss(engine.model, autoencoder, batch, recipe.flow, stage, account)
-        engine.accumulate(loss, last=index == len(packs) - 1)
+        loss = micro_loss(engine.model, _autoencoder(recipe.model.autoencoder.path), batch, recipe.flow, stage, account)
+        engine.accumulate(loss * factor, last=index == len(packs) - 1)
     gradients = {name: whole(p.grad) for name, p in engine.weights.items() if p.grad is not None}
-    norm = engine.step(lr=0.0)
+    norm = engine.step(lr)
     return {**losses(world.sum(account.sums.tolist()), counts, recipe.loss), "norm": norm, "gradients": gradients}
+
+
+@lru_cache(maxsize=1)
+def _autoencoder(path: str) -> Autoencoder:
+    return Autoencoder(AutoencoderConfig(path), torch.device("cpu"))
 
 
 def make_pack(recipe: Recipe, kind: str) -> PackedBatch:
@@ -159,3 +168,61 @@ def stream_steps(recipe: Recipe, rank: int, size: int, last: int) -> list[Any]:
 
     stream = Stream(recipe, rank, size, fingerprint(Path(recipe.model.autoencoder.path)))
     return list(stream.steps(1, last))
+
+
+def steps_with_poison(recipe: Recipe, kinds: list[str], poisoned: int | None) -> dict[str, Any]:
+    """Three steps; the gradients of step `poisoned` are not finite on the last rank. Norms, whether that step moved
+    anything, and whole weights at the end."""
+    with join("cpu", 60) as world:
+        built = build(recipe, stage_of(recipe), world, resuming=True)
+        engine = built.engine
+        set_initial(engine.weights, recipe.model, list(engine.weights))
+        engine.refresh()
+        packs = [make_pack(recipe, kind) for kind in kinds[world.rank :: world.size]]
+        norms, moved = [], None
+        for step in range(3):
+            before = [local(t).clone() for part in engine.state().values() for t in part.values()]
+            bad = step == poisoned and world.rank == world.size - 1
+            norms.append(step_of(recipe, world, built, packs, lr=1e-3, factor=float("nan") if bad else 1.0)["norm"])
+            after = [local(t) for part in engine.state().values() for t in part.values()]
+            if step == poisoned:
+                moved = not all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        return {"norms": norms, "moved": moved, "weights": {n: whole(w) for n, w in engine.weights.items()}}
+
+
+def live_tensors(recipe: Recipe, kinds: list[str], steps: int) -> list[int]:
+    """Tensors that exist after every tenth step, while Python collects no garbage."""
+    with join("cpu", 60) as world:
+        built = build(recipe, stage_of(recipe), world, resuming=True)
+        set_initial(built.engine.weights, recipe.model, list(built.engine.weights))
+        built.engine.refresh()
+        packs = [make_pack(recipe, kind) for kind in kinds[world.rank :: world.size]]
+        counts = []
+        gc.disable()
+        for step in range(1, steps + 1):
+            step_of(recipe, world, built, packs, lr=1e-3)
+            if built.ema is not None:
+                built.ema.update()
+            if step % 10 == 0:
+                counts.append(sum(issubclass(type(thing), Tensor) for thing in gc.get_objects()))
+        return counts
+
+
+def models_left(recipe: Recipe, kinds: list[str]) -> int:
+    """Tensors that are left of a stage's model and optimizer when the next stage has been built."""
+    with join("cpu", 60) as world:
+        left: list[Any] = []
+        for _ in range(2):
+            built = build(recipe, stage_of(recipe), world, resuming=True)
+            if left:
+                break
+            set_initial(built.engine.weights, recipe.model, list(built.engine.weights))
+            built.engine.refresh()
+            packs = [make_pack(recipe, kind) for kind in kinds[world.rank :: world.size]]
+            step_of(recipe, world, built, packs, lr=1e-3)
+            state = built.engine.state()
+            storages = [local(t) for part in state.values() for t in part.values()]
+            left = [weakref.ref(t.untyped_storage()) for t in (*storages, *built.engine.model.parameters())]
+            built.engine.close()
+            del built, state, storages
+        return sum(reference() is not None for reference in left)
