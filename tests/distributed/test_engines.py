@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from emma_train.stages.stage import STAGES
-from tests.distributed.engines import REFERENCE, WAYS, Distance, Way, distance, run, stage_recipe
+from tests.distributed.engines import LOSSES, REFERENCE, WAYS, Distance, Way, distance, run, stage_recipe
+from tests.runs import learnt
 
 STEPS, FEW = 20, 3
 CLOSE = 1e-5
@@ -65,6 +66,18 @@ def test_a_checkpoint_of_one_engine_goes_on_under_another(few: tuple[Path, Path]
     ):
         run(recipe, Way("", processes, tuple(overrides)), "chain", f"train.steps={step}")
     assert_close(distance(recipe.parent / "chain", reference, FEW))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", [Way("FSDP", 2), *WAYS[3:]], ids=lambda way: way.name)
+def test_fifty_steps_in_bf16_lose_what_float32_loses(tmp_path: Path, way: Way) -> None:
+    """Within a hundredth, each task by itself, in every step."""
+    recipe = stage_recipe(tmp_path, "stage1", None, 50)
+    exact, rounded = (learnt(run(recipe, way, name, f"engine.precision={name}")) for name in ("fp32", "bf16"))
+    for one, other in zip(exact, rounded, strict=True):
+        for key in LOSSES:
+            assert other[key] == pytest.approx(one[key], rel=0.01)
+    assert exact[-1]["loss"] < 0.8 * exact[0]["loss"]
 
 
 @pytest.fixture(scope="module")

@@ -5,11 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
+from emma_train.stages.freeze import group_of
 from emma_train.stages.stage import STAGES
 from tests.distributed.spawn import run_command
 from tests.helpers import ROOT
+from tests.runs import checkpoint, stored
 
 TINY = ROOT / "recipes" / "tiny"
 STEPS = 3
@@ -17,7 +20,7 @@ STEPS = 3
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """recipes/tiny/pipeline.yaml with three steps a stage and all that belongs to a stage: samples, averages, phases."""
+    """recipes/tiny/pipeline.yaml with three steps a stage, and all else that is in it: samples, averages, phases."""
     folder = tmp_path_factory.mktemp("tiny")
     for stage in STAGES:
         values: dict[str, Any] = yaml.safe_load((TINY / f"{stage}.yaml").read_text())
@@ -49,4 +52,10 @@ def test_every_engine_runs_the_whole_pipeline(pipeline: Path, overrides: tuple[s
         if stage != "stage4_router":
             assert list((run / "samples").glob("step-*/samples.json"))
     assert (pipeline.parent / name / "report.html").exists()
+    # Frozen weights pass through bf16 compute, and DeepSpeed keeps no other copy of them.
+    before, after = (stored(checkpoint(pipeline.parent / name / stage, STEPS)) for stage in ("stage3", "stage4_expert"))
+    frozen = [n for n in after if n.startswith("model.") and group_of(n.removeprefix("model.")) != "stem_expert"]
+    assert len(frozen) > 100
+    for tensor in frozen:
+        assert torch.equal(after[tensor], before[tensor.replace("model.", "ema.", 1)]), tensor
     assert "Warning" not in outcome.err
