@@ -3,6 +3,7 @@
 import gc
 import threading
 import weakref
+from collections import defaultdict
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from data_pipelines.stream.plan import Planner
 from data_pipelines.stream.reader import Reader
@@ -18,12 +21,14 @@ from emma_train.checkpoint.tensors import Tensors
 from emma_train.cli import main
 from emma_train.config.schema import AutoencoderConfig, Recipe
 from emma_train.engine.fragment import local, pieces
+from emma_train.engine.norm import global_norm
 from emma_train.engine.world import World, join
 from emma_train.model.autoencoder import Autoencoder
 from emma_train.objectives.account import Counts, LossAccount, count, losses
 from emma_train.sequence.layout import Text
 from emma_train.sequence.pack import PackedBatch, Sample, pack
 from emma_train.sequence.tokens import TextTokenizer
+from emma_train.stages.freeze import group_of
 from emma_train.stages.stage import stage_of
 from emma_train.training.build import Built, build, set_initial
 from emma_train.training.forward import micro_loss
@@ -226,3 +231,51 @@ def models_left(recipe: Recipe, kinds: list[str]) -> int:
             built.engine.close()
             del built, state, storages
         return sum(reference() is not None for reference in left)
+
+
+def gathered_gen(recipe: Recipe) -> dict[str, set[bool]]:
+    """By branch: whether layers' weights are whole on this rank after a forward pass that gives up none."""
+    with join("cpu", 60) as world:
+        built = build(recipe, stage_of(recipe), world, resuming=True)
+        set_initial(built.engine.weights, recipe.model, list(built.engine.weights))
+        built.engine.refresh()
+        batch, stage = make_pack(recipe, "i2t"), stage_of(recipe)
+        account = LossAccount(recipe.loss, count([batch], stage.loss), world.device)
+        micro_loss(built.engine.model, _autoencoder(recipe.model.autoencoder.path), batch, recipe.flow, stage, account)
+        found: dict[str, set[bool]] = {"und": set(), "gen": set()}
+        for name, parameter in built.engine.model.named_parameters():
+            for branch, whole_ones in found.items():
+                if name.startswith("decoder.layers.") and f".{branch}." in name:
+                    whole_ones.add(not isinstance(parameter, DTensor))
+        return found
+
+
+def norm_over_meshes() -> tuple[float, float]:
+    """The norm of three tensors on three meshes of four ranks, and what one process computes."""
+    with join("cpu", 60):
+        meshes = [
+            init_device_mesh("cpu", (4,), mesh_dim_names=("shard",)),
+            init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")),
+            init_device_mesh("cpu", (4, 1), mesh_dim_names=("replicate", "shard")),
+        ]
+        generator = torch.Generator().manual_seed(0)
+        tensors = [torch.randn(7, 3, generator=generator) for _ in meshes for _ in range(2)]
+        spread = [
+            distribute_tensor(tensor, mesh, [*[Replicate()] * (mesh.ndim - 1), Shard(0)])
+            for tensor, mesh in zip(tensors, meshes * 2, strict=True)
+        ]
+        return global_norm(spread), float(torch.cat([t.flatten() for t in tensors]).double().norm())
+
+
+def spread(recipe: Recipe) -> dict[str, float]:
+    """By parameter group, and for the decoder's layers: the share of the values that this rank holds."""
+    with join("cpu", 60) as world:
+        weights = build(recipe, stage_of(recipe), world, resuming=True).engine.weights
+        own: dict[str, int] = defaultdict(int)
+        all_: dict[str, int] = defaultdict(int)
+        for name, weight in weights.items():
+            groups = [group_of(name), *(["layers"] if name.startswith("decoder.layers.") else [])]
+            for group in groups:
+                own[group] += local(weight).numel()
+                all_[group] += weight.numel()
+        return {group: own[group] / all_[group] for group in all_}
