@@ -281,6 +281,8 @@ class EngineConfig:
     activation_checkpointing: str = "none"
     """Layers whose activations backward computes again: none, full (all layers of decoder and vision encoder) or
     selective (every second one)."""
+    compile: bool = False
+    """torch.compile for every layer; the first steps then take minutes."""
     timeout_s: int = 1800
     """Collective time-out."""
 

@@ -3,6 +3,8 @@
 import logging
 import os
 import shutil
+from contextlib import AbstractContextManager
+from typing import cast
 
 import torch
 from torch.utils._triton import has_triton
@@ -10,16 +12,20 @@ from torch.utils._triton import has_triton
 from emma_train.model.emma import Emma
 
 log = logging.getLogger(__name__)
+KINDS = 32
+"""Graphs that one kind of layer may need: no row, one or many in either branch, and every form of attention."""
 
 
 def compile_layers(model: Emma, device: torch.device) -> None:
     """Compile the layers of decoder and vision encoder; where there is nothing to compile with, a warning says so.
 
-    It comes after activation checkpointing, which it then sees, and before sharding, whose hooks stay outside.
+    It comes before activation checkpointing, whose one function for all layers would be compiled for each of them in
+    turn until torch gives up, and before sharding, whose hooks stay outside.
     """
     if missing := missing_compiler(device):
         log.warning("engine.compile has no effect here: %s", missing)
         return
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, KINDS)
     for stack in (model.decoder.layers, model.vision.layers, model.vision.stem_layers):
         for layer in stack if stack is not None else []:
             layer.forward = torch.compile(layer.forward, dynamic=True)
@@ -31,6 +37,11 @@ def missing_compiler(device: torch.device) -> str | None:
         names = (os.environ.get("CXX", ""), "g++", "clang++")
         return None if any(shutil.which(name) for name in names if name) else "it needs a C++ compiler on CPU (g++)"
     return None if has_triton() else "it needs triton, which comes with torch for CUDA"
+
+
+def uncompiled() -> AbstractContextManager[None]:
+    """Within, layers run as they are written: samples are of sizes that need no graphs of their own."""
+    return cast(AbstractContextManager[None], torch.compiler.set_stance("force_eager"))
 
 
 def num_graphs() -> int:

@@ -1,5 +1,5 @@
-"""The one function that states and enforces the order: meta build -> freeze -> recompute -> shard -> optimizer ->
-weights -> EMA."""
+"""The one function that states and enforces the order: meta build -> freeze -> compile -> recompute -> shard ->
+optimizer -> weights -> EMA."""
 
 import gc
 import logging
@@ -17,6 +17,7 @@ from emma_train.checkpoint import folder as folders
 from emma_train.config.errors import UserError
 from emma_train.config.load import load_yaml
 from emma_train.config.schema import ModelConfig, Recipe
+from emma_train.engine.compiled import compile_layers
 from emma_train.engine.deepspeed import DeepSpeedEngine
 from emma_train.engine.fragment import pieces
 from emma_train.engine.fsdp import FsdpEngine
@@ -71,6 +72,8 @@ def build(recipe: Recipe, stage: Stage, world: World, resuming: bool) -> Built:
     for layer in model.modules():
         if isinstance(layer, DecoderLayer):
             layer.gen_rests = not makes_pictures(recipe)
+    if recipe.engine.compile:
+        compile_layers(model, world.device)
     recompute(model, recipe.engine.activation_checkpointing)
     learns = [name for name, p in model.named_parameters() if p.requires_grad]
     optimizer = partial(make_optimizer, config=recipe.optimizer)

@@ -19,6 +19,7 @@ from emma_train.config import config_hash
 from emma_train.config.errors import UserError
 from emma_train.config.load import as_dict
 from emma_train.config.schema import Recipe
+from emma_train.engine.compiled import num_graphs, uncompiled
 from emma_train.engine.world import World
 from emma_train.model.autoencoder import Autoencoder
 from emma_train.monitor.progress import Progress
@@ -83,6 +84,7 @@ class Trainer:
         self.parent = built.parent
         self._nonfinite_in_a_row = 0
         self._spikes = SpikeWatch()
+        self._graphs: int | None = None
 
     def resume(self, checkpoint: Path) -> None:
         """Go on after `checkpoint`. Raises UserError where recipe and checkpoint contradict each other."""
@@ -175,6 +177,7 @@ class Trainer:
         else:
             self._skip(data, norm)
         self.done.step = data.step
+        self._graphs = num_graphs() if self._graphs is None else self._graphs
         for task, number in zip(TASKS, shared[3:6], strict=True):
             self.done.seen[task] += int(number)
         if not log_now:
@@ -202,6 +205,8 @@ class Trainer:
             "data/skipped": self.done.bad_samples,
             "steps/skipped": self.done.skipped_steps,
         }
+        if self.recipe.engine.compile:
+            values["compile/recompiles"] = num_graphs() - self._graphs
         share = step_mfu(self.recipe, self.stage, data.packs, step_s, self.world.device)
         return shared[8] > 0, values if share is None else {**values, "mfu": share}
 
@@ -231,7 +236,7 @@ class Trainer:
         """Sample pictures with the averaged weights."""
         if self.draw_samples is None:
             return []
-        with self.built.ema.swapped_in() if self.built.ema else nullcontext():
+        with uncompiled(), self.built.ema.swapped_in() if self.built.ema else nullcontext():
             self.engine.refresh()
             pictures = self.draw_samples(step)
         self.engine.refresh()

@@ -56,9 +56,9 @@ def stage_recipe(root: Path, stage: str, previous: str | None, steps: int, **dot
     return write_recipe(root / f"{stage}.yaml", recipe_values(stage, **{**settings, **dotted}))
 
 
-def run(recipe: Path, way: Way, name: str, *overrides: str) -> Path:
+def run(recipe: Path, way: Way, name: str, *overrides: str, timeout_s: float = 180) -> Path:
     """Train a recipe in a way; the run folder."""
-    train(recipe, f"run.name={name}", *way.overrides, *overrides, processes=way.processes)
+    train(recipe, f"run.name={name}", *way.overrides, *overrides, processes=way.processes, timeout_s=timeout_s)
     return recipe.parent / name
 
 
