@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from emma_train.config.errors import UserError
+from emma_train.config.errors import LostRanks, UserError
 
 if TYPE_CHECKING:
     from emma_train.config.schema import Recipe
@@ -42,6 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except BrokenPipeError:
         return 1
+    except LostRanks as error:
+        if str(error):
+            print(f"emma-train {arguments.command}: {error}", file=sys.stderr, flush=True)
+        return 1
 
 
 def train(arguments: argparse.Namespace, overrides: list[str]) -> int:
@@ -56,7 +60,8 @@ def train(arguments: argparse.Namespace, overrides: list[str]) -> int:
         stage_of(recipe, str(file))
     first = recipes[0][1].engine
     # One group of processes for all stages: gloo cannot be left and joined again within a process.
-    with join(first.device, first.timeout_s) as world:
+    traces = Path(recipes[0][1].run.root) / recipes[0][1].run.name / "logs" / "nccl-rank-"
+    with join(first.device, first.timeout_s, traces) as world:
         if not world.is_main:
             logging.getLogger().setLevel(logging.ERROR)
         for file, recipe in recipes:

@@ -34,6 +34,8 @@ POSITIVE = (
     "data.gen.side",
     "optimizer.lr",
     "engine.replicate",
+    "engine.timeout_s",
+    "engine.step_timeout_s",
 )
 BETWEEN_0_AND_1 = ("data.text_dropout", "data.reference_dropout", "ema.decay", "model.vision.stem_threshold")
 
@@ -92,6 +94,8 @@ def check_world(slots: int, world: int) -> None:
 def _check_engine(engine: EngineConfig, where: str) -> None:
     if engine.zero_stage not in (1, 2, 3):
         raise UserError(f"{where}: engine.zero_stage is {engine.zero_stage}; it is one of 1, 2, 3")
+    if engine.debug_lockstep and engine.compile:
+        raise UserError(f"{where}: engine.debug_lockstep watches modules one by one; set engine.compile=false")
     if engine.kind == "fsdp":
         return
     for key, usual in (("replicate", 1), ("frozen", "sharded")):

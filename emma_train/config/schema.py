@@ -284,7 +284,11 @@ class EngineConfig:
     compile: bool = False
     """torch.compile for every layer; the first steps then take minutes."""
     timeout_s: int = 1800
-    """Collective time-out."""
+    """Longest wait for other ranks until the first step is done, and while checkpoints and samples are written."""
+    step_timeout_s: int = 600
+    """The same from step to step; a rank whose step takes longer also writes its stack to stderr."""
+    debug_lockstep: bool = False
+    """Have ranks compare which module they run before each of them, and stop where they differ; slow."""
 
 
 @dataclass

@@ -65,6 +65,7 @@ class DeepSpeedEngine:
                 deepspeed.zero.register_external_parameter(root, parameter)
             if not any(p.requires_grad for p in model.vision.parameters()):
                 deepspeed.utils.set_z3_leaf_modules(root, [type(model.vision)])
+        self.groups: list[dist.ProcessGroup] = []
         self._deepspeed, self._zero, _, _ = deepspeed.initialize(
             model=root, optimizer=self._adam, config=settings, dist_init_required=False
         )

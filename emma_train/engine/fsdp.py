@@ -40,6 +40,8 @@ class FsdpEngine:
         self.model: nn.Module = model
         # Held from here on: while a unit is gathered, the model's own names stand for gathered copies.
         self.weights: dict[str, Tensor] = dict(model.named_parameters())
+        meshes = {cast(DTensor, weight).device_mesh for weight in self.weights.values()}
+        self.groups = [group for mesh in meshes for group in mesh.get_all_groups()]
         self._shards = {name: local(weight) for name, weight in self.weights.items() if weight.requires_grad}
         self._adam = make_optimizer(self._shards.values())
         self._clip = clip

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 MakeOptimizer = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
@@ -15,6 +16,8 @@ class Engine(Protocol):
 
     model: nn.Module
     """Call it for a forward pass; parameters may be shards."""
+    groups: list[dist.ProcessGroup]
+    """Of its collectives, beside the default group."""
     weights: dict[str, Tensor]
     """fp32 value of every parameter, of which a rank holds its part (engine/fragment.py). Reading and writing them
     needs no communication."""

@@ -21,6 +21,7 @@ from emma_train.engine.compiled import compile_layers
 from emma_train.engine.deepspeed import DeepSpeedEngine
 from emma_train.engine.fragment import pieces
 from emma_train.engine.fsdp import FsdpEngine
+from emma_train.engine.lockstep import watched
 from emma_train.engine.protocol import Engine
 from emma_train.engine.recompute import recompute
 from emma_train.engine.world import World
@@ -77,7 +78,9 @@ def build(recipe: Recipe, stage: Stage, world: World, resuming: bool) -> Built:
     recompute(model, recipe.engine.activation_checkpointing)
     learns = [name for name, p in model.named_parameters() if p.requires_grad]
     optimizer = partial(make_optimizer, config=recipe.optimizer)
-    engine = ENGINES[recipe.engine.kind](model, recipe.engine, recipe.optimizer.clip, world, optimizer)
+    engine: Engine = ENGINES[recipe.engine.kind](model, recipe.engine, recipe.optimizer.clip, world, optimizer)
+    if recipe.engine.debug_lockstep:
+        engine = watched(engine, world, recipe.engine.timeout_s)
     handoff = None
     if source is not None:
         handoff = take_over(engine.weights, recipe, source)

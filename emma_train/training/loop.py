@@ -20,6 +20,7 @@ from emma_train.config.errors import UserError
 from emma_train.config.load import as_dict
 from emma_train.config.schema import Recipe
 from emma_train.engine.compiled import num_graphs, uncompiled
+from emma_train.engine.limits import Limits
 from emma_train.engine.world import World
 from emma_train.model.autoencoder import Autoencoder
 from emma_train.monitor.progress import Progress
@@ -118,6 +119,7 @@ class Trainer:
         stop, code = StopRequest(), 1
         self.engine.model.train()
         garbage = GarbageCollection(cadence.gc_every)
+        limits = Limits(self.world, self.engine.groups, self.recipe.engine.timeout_s, self.recipe.engine.step_timeout_s)
         try:
             for data in self.stream.steps(self.done.step + 1, total):
                 started = time.perf_counter()
@@ -128,16 +130,19 @@ class Trainer:
                     self._verify()
                 stall = 0.0
                 if data.step % cadence.save_every == 0 or last:
-                    stall = self.save()
+                    with limits.unhurried():
+                        stall = self.save()
                 self.done.seconds += time.perf_counter() - started + data.wait_s
                 drawn = (cadence.sample_every and data.step % cadence.sample_every == 0) or data.step == total
-                pictures = self._draw(data.step) if drawn else []
+                with limits.unhurried():
+                    pictures = self._draw(data.step) if drawn else []
                 if trackers and values is not None:
                     trackers.log(data.step, {**values, "checkpoint/stall_s": stall, "time_unix": time.time()})
                     trackers.images(data.step, "samples", pictures, [p.stem for p in pictures])
                 if progress:
                     progress.update(data.step, values)
                 garbage.after(data.step)
+                limits.next_step()
                 if asked:
                     code = EXIT_PREEMPTED if data.step < total else 0
                     return code
@@ -146,6 +151,7 @@ class Trainer:
         finally:
             stop.restore()
             garbage.restore()
+            limits.restore()
             if progress:
                 progress.close()
             if trackers:

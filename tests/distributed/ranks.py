@@ -1,7 +1,10 @@
 """What ranks do in the distributed tests. Here, and not in a test module, because a rank finds its function by name."""
 
 import gc
+import os
+import signal
 import threading
+import time
 import weakref
 from collections import defaultdict
 from collections.abc import Callable
@@ -21,17 +24,20 @@ from emma_train.checkpoint.tensors import Tensors
 from emma_train.cli import main
 from emma_train.config.schema import AutoencoderConfig, Recipe
 from emma_train.engine.fragment import local, pieces
+from emma_train.engine.lockstep import OutOfStep
 from emma_train.engine.norm import global_norm
 from emma_train.engine.world import World, join
 from emma_train.model.autoencoder import Autoencoder
 from emma_train.objectives.account import Counts, LossAccount, count, losses
 from emma_train.sequence.layout import Text
 from emma_train.sequence.pack import PackedBatch, Sample, pack
+from emma_train.sequence.step import StepBatches
 from emma_train.sequence.tokens import TextTokenizer
 from emma_train.stages.freeze import group_of
 from emma_train.stages.stage import stage_of
 from emma_train.training.build import Built, build, set_initial
 from emma_train.training.forward import micro_loss
+from emma_train.training.loop import Trainer
 
 Result = TypeVar("Result")
 
@@ -279,3 +285,37 @@ def spread(recipe: Recipe) -> dict[str, float]:
                 own[group] += local(weight).numel()
                 all_[group] += weight.numel()
         return {group: own[group] / all_[group] for group in all_}
+
+
+def end_in_step(argv: list[str], victim: int, step: int, how: str) -> None:
+    """A training command in which a rank is killed, fails or hangs in a step; ends with the command's exit code."""
+    plain = Trainer._step
+
+    def ending(self: Trainer, data: StepBatches, *rest: Any) -> Any:
+        if self.world.rank == victim and data.step == step:
+            if how == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if how == "failed":
+                raise ValueError("a bad day")
+            time.sleep(60)
+        return plain(self, data, *rest)
+
+    Trainer._step = ending  # type: ignore[method-assign]
+    raise SystemExit(main(argv))
+
+
+def out_of_step(recipe: Recipe, victim: int) -> str:
+    """What a rank says when one of them runs another module than the rest."""
+    with join("cpu", 60) as world:
+        built = build(recipe, stage_of(recipe), world, resuming=True)
+        set_initial(built.engine.weights, recipe.model, list(built.engine.weights))
+        built.engine.refresh()
+        batch = make_pack(recipe, "i2t")
+        if world.rank == victim:
+            vision = built.engine.model.vision
+            vision.layers[1].forward = lambda x, lengths: vision.post_layernorm(x)
+        try:
+            step_of(recipe, world, built, [batch])
+        except OutOfStep as error:
+            return str(error)
+        return ""
