@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from emma_train.config.errors import RunError, UserError
+from emma_train.config.errors import LostRanks, RunError, UserError
 
 if TYPE_CHECKING:
     from emma_train.config.schema import Recipe
@@ -48,6 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except BrokenPipeError:
         return 1
+    except LostRanks as error:
+        if str(error):
+            print(f"emma-train {arguments.command}: {error}", file=sys.stderr, flush=True)
+        return 1
 
 
 def train(arguments: argparse.Namespace, overrides: list[str]) -> int:
@@ -63,7 +67,8 @@ def train(arguments: argparse.Namespace, overrides: list[str]) -> int:
         stage_of(recipe, str(file))
     first = recipes[0][1].engine
     # One group of processes for all stages: gloo cannot be left and joined again within a process.
-    with join(first.device, first.timeout_s) as world, StopRequest() as stop:
+    traces = Path(recipes[0][1].run.root) / recipes[0][1].run.name / "logs" / "nccl-rank-"
+    with join(first.device, first.timeout_s, traces) as world, StopRequest() as stop:
         if not world.is_main:
             logging.getLogger().setLevel(logging.ERROR)
         for file, recipe in recipes:
@@ -152,6 +157,7 @@ def _train_in(run: "RunFolder", path: Path, recipe: "Recipe", world: "World", st
         code = trainer.train(stop)
     except (RuntimeError, ConnectionError) as error:  # torch raises it wherever the trainer is when a worker dies
         raise dead_worker(error) from None
+    built.engine.close()
     if world.is_main and code == 0:
         _try_report(run.path)
     return code

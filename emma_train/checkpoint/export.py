@@ -15,9 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch import Tensor
 
 from emma_train.checkpoint import tensors
 from emma_train.checkpoint.tensors import Spec, Tensors
@@ -25,6 +23,7 @@ from emma_train.config import to_yaml
 from emma_train.config.errors import UserError
 from emma_train.config.files import write_atomic
 from emma_train.config.schema import Recipe
+from emma_train.engine.fragment import pieces
 from emma_train.model import autoencoder
 
 WEIGHTS, RECIPE, META, TOKENIZER, AUTOENCODER = (
@@ -95,21 +94,12 @@ def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 @torch.no_grad()
-def load_weights(folder: Path, names: dict[str, str], model: nn.Module) -> None:
-    """Fill parameters from an export: `names` maps a parameter name to model.NAME. A rank reads its own slices only."""
-    parameters, stored = dict(model.named_parameters()), Tensors(folder)
+def load_weights(folder: Path, names: Mapping[str, str], weights: Mapping[str, Tensor]) -> None:
+    """Fill weights from an export: `names` maps a weight's name to model.NAME. A rank reads its own slices only."""
+    stored = Tensors(folder)
     for name, source in names.items():
-        parameter: Tensor = parameters[name]
-        place = _place(parameter) if isinstance(parameter, DTensor) else ()
-        own = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        if own.numel():
+        for place, own in pieces(weights[name]):
             own.copy_(stored.read(source.removeprefix("model."), place))
-
-
-def _place(parameter: DTensor) -> tuple[slice, ...]:
-    """Where this rank's shard lies in the whole tensor."""
-    shape, start = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
-    return tuple(slice(first, first + size) for first, size in zip(start, shape, strict=True))
 
 
 def _copy_autoencoder(source: Path, target: Path) -> None:

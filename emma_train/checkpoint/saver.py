@@ -16,7 +16,7 @@ from typing import Any
 from torch.distributed.checkpoint import CheckpointException
 
 from emma_train.checkpoint.staging import Staging
-from emma_train.checkpoint.state import State, local
+from emma_train.checkpoint.state import State, part
 from emma_train.checkpoint.writer import Writer, plain
 from emma_train.config.errors import RunError
 from emma_train.config.schema import TrainConfig
@@ -184,7 +184,7 @@ class Saver:
             with self._staging.aside():
                 learnt = {**state.weights, **state.optimizer}
                 threaded = save.thread is not None
-                values = self._staging.copy(learnt) if threaded else {n: local(t) for n, t in learnt.items()}
+                values = self._staging.copy(learnt) if threaded else {n: part(t) for n, t in learnt.items()}
                 save.staged.set()
                 size = self._writer.write(state, values, meta)
             log.info("saved step %d: %.1f MB in %.1f s", save.step, size / 1e6, time.perf_counter() - started)

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from emma_train.checkpoint.state import local
+from emma_train.engine.fragment import Fragment, local
 
 
 class Staging:
@@ -37,10 +37,14 @@ class Staging:
                 buffer.copy_(part, non_blocking=True)
         if self._stream is not None:
             self._stream.synchronize()
-        return {name: self._buffers[name] for name in tensors}
+        return {name: _in_place_of(tensor, self._buffers[name]) for name, tensor in tensors.items()}
 
     @contextmanager
     def aside(self) -> Iterator[None]:
         """Within, this thread's work on the device queues behind nothing of the training thread's."""
         with torch.cuda.stream(self._stream):
             yield
+
+
+def _in_place_of(tensor: Tensor, buffer: Tensor) -> Tensor:
+    return Fragment(buffer, tensor.start, tensor.shape) if isinstance(tensor, Fragment) else buffer

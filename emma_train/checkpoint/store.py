@@ -11,7 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
@@ -21,6 +21,7 @@ from torch.futures import Future
 from emma_train.checkpoint import folder as folders
 from emma_train.checkpoint.state import State
 from emma_train.config.errors import UserError
+from emma_train.engine.fragment import Fragment
 
 METADATA = ".metadata"
 # Of torch's own making. Filters cannot be set for a while only: checkpoints are written in a thread of their own.
@@ -62,10 +63,9 @@ def load_training(checkpoint: Path, state: State) -> None:
     _load(checkpoint, wanted)
 
 
-def load_weights(checkpoint: Path, names: dict[str, str], model: nn.Module) -> None:
-    """Fill model parameters from stored tensors: `names` maps a parameter name to the stored tensor's name."""
-    parameters = dict(model.named_parameters())
-    _load(checkpoint, {stored: parameters[name].detach() for name, stored in names.items()})
+def load_weights(checkpoint: Path, names: Mapping[str, str], weights: Mapping[str, Tensor]) -> None:
+    """Fill weights from stored tensors: `names` maps a weight's name to the stored tensor's, each given once."""
+    _load(checkpoint, {stored: weights[name].detach() for name, stored in names.items()})
 
 
 def tensors(checkpoint: Path) -> dict[str, tuple[int, ...]]:
@@ -116,7 +116,8 @@ class _Planner(DefaultSavePlanner):
         self._values = values
 
     def lookup_object(self, index: MetadataIndex) -> Tensor:
-        return self._values[index.fqn]
+        value = self._values[index.fqn]
+        return value.__get_tensor_shard__(index) if isinstance(value, Fragment) else value
 
 
 class _FileSystemWriter(dcp.FileSystemWriter):

@@ -46,7 +46,7 @@ class StoredModel:
     def load(self, model: nn.Module) -> None:
         """Fill a model's parameters in place."""
         names = {name: f"model.{stored}" if self._exported else stored for name, stored in self._names.items()}
-        (export if self._exported else store).load_weights(self.folder, names, model)
+        (export if self._exported else store).load_weights(self.folder, names, dict(model.named_parameters()))
 
     def _stored_name(self, name: str, use_ema: bool) -> str:
         wanted = [name] if self._exported else [f"ema.{name}"] * use_ema + [f"model.{name}"]

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint import CheckpointException
 from emma_train.checkpoint import folder as folders
 from emma_train.checkpoint import store, verify
 from emma_train.checkpoint.retention import prune
-from emma_train.checkpoint.state import State, local
+from emma_train.checkpoint.state import State, part
 from emma_train.config.schema import TrainConfig
 from emma_train.engine.world import World
 
@@ -73,7 +73,7 @@ class Writer:
         folder = above / "new.tmp"
         try:
             self._main(lambda: folders.begin(above, "new"))
-            store.write(folder, frozen, {name: local(tensor) for name, tensor in frozen.items()}, self._group)
+            store.write(folder, frozen, {name: part(tensor) for name, tensor in frozen.items()}, self._group)
             files = self._files(folder, [""])
             self._frozen = self._together(
                 lambda: folders.commit_frozen(folder, files) if self._world.is_main else folders.digest_of(files)

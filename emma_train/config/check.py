@@ -4,7 +4,7 @@ import logging
 from typing import Any
 
 from emma_train.config.errors import UserError
-from emma_train.config.schema import MixConfig, PhaseConfig, Recipe
+from emma_train.config.schema import EngineConfig, MixConfig, PhaseConfig, Recipe
 
 log = logging.getLogger(__name__)
 TASKS = ("i2t", "t2i", "it2i")
@@ -13,8 +13,10 @@ CHOICES = {
     "schedule.kind": ("constant", "cosine"),
     "engine.kind": ("fsdp", "deepspeed"),
     "engine.precision": ("bf16", "fp32"),
+    "engine.frozen": ("sharded", "replicated"),
     "engine.activation_checkpointing": ("none", "full", "selective"),
     "engine.device": ("auto", "cpu", "cuda"),
+    "ema.device": ("auto", "cpu"),
     "attention.backend": ("auto", "flash", "flex", "sdpa"),
     "tracker.kind": ("jsonl", "wandb"),
     "train.keep_best": ("", "loss", "loss/i2t", "loss/t2i", "loss/it2i"),
@@ -36,6 +38,9 @@ POSITIVE = (
     "data.cache_gib",
     "data.read_timeout_s",
     "optimizer.lr",
+    "engine.replicate",
+    "engine.timeout_s",
+    "engine.step_timeout_s",
 )
 NOT_NEGATIVE = (
     "data.samples_per_step",
@@ -65,6 +70,7 @@ def check_recipe(recipe: Recipe, where: str) -> None:
         if not 0 <= (value := get(recipe, key)) <= 1:
             raise UserError(f"{where}: {key} is {value}; it lies between 0 and 1")
     check_model(recipe, where)
+    _check_engine(recipe.engine, where)
     for phase in phases(recipe):
         _check_mix(recipe, phase, where)
     _check_keeping(recipe, where)
@@ -102,6 +108,23 @@ def check_world(slots: int, world: int) -> None:
     if slots % world:
         fits = ", ".join(str(n) for n in range(1, slots + 1) if slots % n == 0)
         raise UserError(f"data.slots is {slots}, which {world} processes cannot share evenly; it fits {fits} processes")
+
+
+def _check_engine(engine: EngineConfig, where: str) -> None:
+    if engine.zero_stage not in (1, 2, 3):
+        raise UserError(f"{where}: engine.zero_stage is {engine.zero_stage}; it is one of 1, 2, 3")
+    if engine.debug_lockstep and engine.compile:
+        raise UserError(f"{where}: engine.debug_lockstep watches modules one by one; set engine.compile=false")
+    if engine.kind == "fsdp":
+        return
+    for key, usual in (("replicate", 1), ("frozen", "sharded")):
+        if (value := getattr(engine, key)) != usual:
+            raise UserError(f"{where}: engine.{key} is {value}, which engine.kind=deepspeed does not know; drop it")
+    if engine.compile and engine.zero_stage == 3:
+        raise UserError(
+            f"{where}: engine.compile cannot see through ZeRO-3, which gathers weights inside of a layer; "
+            f"set engine.zero_stage=2 or engine.kind=fsdp"
+        )
 
 
 def _check_mix(recipe: Recipe, phase: PhaseConfig, where: str) -> None:

@@ -8,3 +8,8 @@ class UserError(Exception):
 class RunError(Exception):
     """A run that cannot go on though its recipe is right: a worker died, samples are broken, storage is gone. Exit code
     1."""
+
+
+class LostRanks(Exception):
+    """Other ranks died, failed or hang: the message names them, and is empty where another rank prints it. Exit code
+    1."""

@@ -255,6 +255,8 @@ class ScheduleConfig:
 class EmaConfig:
     decay: float = 0.0
     """Decay of the averaged weights; 0 keeps none."""
+    device: str = "auto"
+    """auto keeps them beside the weights; cpu in host memory, where every step copies the weights."""
 
 
 @dataclass
@@ -283,6 +285,8 @@ class TrainConfig:
     """Samples per task."""
     max_skipped_steps: int = 10
     """Stop after this many non-finite steps in a row."""
+    gc_every: int = 100
+    """Steps between garbage collections, on all ranks at once; 0 leaves them to Python."""
 
 
 @dataclass
@@ -293,15 +297,31 @@ class EngineConfig:
     """bf16 (bf16 compute, fp32 master weights and reduction) or fp32."""
     device: str = "auto"
     """auto, cpu or cuda."""
+    zero_stage: int = 2
+    """deepspeed divides among the ranks: 1 optimizer state, 2 gradients too, 3 weights too."""
+    offload_optimizer: bool = False
+    """Keep fp32 weights and optimizer state in host memory and update them there."""
+    replicate: int = 1
+    """fsdp keeps so many copies of the shards, each over its share of the ranks (HSDP); best the number of nodes."""
+    frozen: str = "sharded"
+    """fsdp keeps units that do not train sharded, or replicated: whole on every rank, never gathered."""
+    prefetch: int = 1
+    """Decoder layers that fsdp gathers ahead of their turn, forward and backward; 0 leaves it to torch."""
     reshard_after_forward: bool = True
-    """Free gathered weights between forward and backward; false is faster where memory allows."""
+    """fsdp frees gathered weights between forward and backward; false is faster where memory allows."""
     reduce_every_micro_step: bool = True
-    """Reduce gradients after every micro-batch; false keeps whole gradients until the last one: faster, more memory."""
+    """fsdp reduces gradients after every micro-batch; false keeps whole ones until the last: faster, more memory."""
     activation_checkpointing: str = "none"
     """Layers whose activations backward computes again: none, full (all layers of decoder and vision encoder) or
     selective (every second one)."""
+    compile: bool = False
+    """torch.compile for every layer; the first steps then take minutes."""
     timeout_s: int = 1800
-    """Collective time-out."""
+    """Longest wait for other ranks until the first step is done, and while checkpoints and samples are written."""
+    step_timeout_s: int = 600
+    """The same from step to step; a rank whose step takes longer also writes its stack to stderr."""
+    debug_lockstep: bool = False
+    """Have ranks compare which module they run before each of them, and stop where they differ; slow."""
 
 
 @dataclass

@@ -1,52 +1,54 @@
-"""FSDP2 on gloo/CPU and NCCL/CUDA: fp32 master weights and reduction, bf16 or fp32 compute."""
+"""FSDP2 and HSDP on gloo/CPU and NCCL/CUDA: fp32 master weights and reduction, bf16 or fp32 compute."""
 
-import warnings
+from collections.abc import Sequence
+from math import isfinite
+from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor
 
+from emma_train.config.errors import UserError
 from emma_train.config.schema import EngineConfig
+from emma_train.engine.adam import adam_state
+from emma_train.engine.fragment import local
+from emma_train.engine.norm import global_norm
+from emma_train.engine.protocol import MakeOptimizer
 from emma_train.engine.world import World
+from emma_train.model.decoder import DecoderLayer
 from emma_train.model.emma import Emma
-
-
-def shard(model: Emma, config: EngineConfig, world: World) -> None:
-    """Shard in place: the vision encoder and every decoder layer are units, the rest belongs to the root.
-
-    Every rank runs every unit in every micro-step (contract 3). Gradients are summed, not averaged: the loss account
-    has divided by the counts of the whole step already.
-    """
-    # Of torch's own making: its deprecated collectives, and views that we never write to in place.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
-    warnings.filterwarnings("ignore", message=".*returned a view tensor")
-    mesh = dist.init_device_mesh(world.device.type, (world.size,))
-    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    units: list[nn.Module] = [model.vision, *model.decoder.layers]
-    for unit in units:
-        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=config.reshard_after_forward)
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=config.reshard_after_forward)
-    register_fsdp_forward_method(model, "route")
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            # gloo has no pre-multiplied sum, and both setters reach one module only.
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
 
 
 class FsdpEngine:
     """An FSDP2-sharded model and the optimizer on its shards (engine/protocol.py)."""
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, config: EngineConfig) -> None:
-        self.model = model
-        self.optimizer = optimizer
+    def __init__(
+        self, model: Emma, config: EngineConfig, clip: float, world: World, make_optimizer: MakeOptimizer
+    ) -> None:
+        """`model` is on the meta device. Raises UserError where the ranks cannot be divided as the recipe says."""
+        shard(model, config, world)
+        model.to_empty(device="cpu" if config.offload_optimizer else world.device)
+        self.model: nn.Module = model
+        # Held from here on: while a unit is gathered, the model's own names stand for gathered copies.
+        self.weights: dict[str, Tensor] = dict(model.named_parameters())
+        meshes = {cast(DTensor, weight).device_mesh for weight in self.weights.values()}
+        self.groups = [group for mesh in meshes for group in mesh.get_all_groups()]
+        self._shards = {name: local(weight) for name, weight in self.weights.items() if weight.requires_grad}
+        self._adam = make_optimizer(self._shards.values())
+        self._clip = clip
         self._every_micro_step = config.reduce_every_micro_step
+        self._units = [m for m in model.modules() if isinstance(m, FSDPModule)]
         # Units that do not train have no gradient to hold back; torch fails on those that did not even run.
-        self._trained = [
-            m for m in model.modules() if isinstance(m, FSDPModule) and any(p.requires_grad for p in m.parameters())
-        ]
+        self._trained = [m for m in self._units if any(p.requires_grad for p in m.parameters())]
 
     def accumulate(self, loss: Tensor, last: bool) -> None:
         assert isinstance(self.model, FSDPModule)
@@ -55,26 +57,96 @@ class FsdpEngine:
         self.model.set_is_last_backward(last)
         loss.backward()
 
-    def clip(self, max_norm: float) -> float:
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        total = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        if max_norm > 0:
-            torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, total)
-        return float(total)
+    def step(self, lr: float) -> float:
+        gradients = {name: cast(DTensor, g) for name in self._shards if (g := self.weights[name].grad) is not None}
+        norm = global_norm(list(gradients.values()))
+        if isfinite(norm):
+            for name, gradient in gradients.items():
+                self._shards[name].grad = gradient.to_local()
+            if 0 < self._clip < norm:
+                torch._foreach_mul_([g.to_local() for g in gradients.values()], self._clip / (norm + 1e-6))
+            for group in self._adam.param_groups:
+                group["lr"] = lr
+            self._adam.step()
+        self._adam.zero_grad(set_to_none=True)
+        for name in gradients:
+            self.weights[name].grad = None
+        return norm
 
-    def update(self, lr: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        self.discard()
+    def refresh(self) -> None:
+        self.reshard()  # the next forward gathers anew
 
     def reshard(self) -> None:
-        """Give up gathered weights, so that named parameters are this rank's shards and the next forward gathers
-        anew."""
-        for module in self.model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        for unit in self._units:
+            unit.reshard()
 
-    def discard(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
+    def state(self) -> dict[str, dict[str, Any]]:
+        optimizer: dict[str, Any] = {}
+        for name, own in self._shards.items():
+            for key, value in adam_state(self._adam, own).items():
+                spread = value if key == "step" else _as_shard_of(cast(DTensor, self.weights[name]), value)
+                optimizer[f"{name}.{key}"] = spread
+        return {"model": {name: weight.detach() for name, weight in self.weights.items()}, "optimizer": optimizer}
+
+    def close(self) -> None:
+        pass  # Python finds it all
+
+
+def shard(model: Emma, config: EngineConfig, world: World) -> None:
+    """Shard in place: the vision encoder and every decoder layer are units, the rest belongs to the root.
+
+    Every rank runs every unit in every micro-step (contract 3); where the Gen branch rests in the whole stage, its part
+    of a layer is a unit apart, which is then never gathered. Gradients are summed, not averaged: the loss account has
+    divided by the counts of the whole step already.
+    """
+    mesh, whole = make_meshes(config, world)
+    on_gpu = world.device.type == "cuda"
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    policy: dict[str, Any] = {
+        "mp_policy": MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False),
+        "offload_policy": CPUOffloadPolicy(pin_memory=on_gpu) if config.offload_optimizer else OffloadPolicy(),
+        "reshard_after_forward": config.reshard_after_forward,
+    }
+    layers = [layer for layer in model.decoder.layers if isinstance(layer, DecoderLayer)]
+    resting = [list(layer.gen.values()) for layer in layers if layer.gen_rests and len(layer.gen)]
+    whole_units: list[nn.Module] = [model.vision, *layers]
+    for unit in (*resting, *([module] for module in whole_units)):
+        trains = any(p.requires_grad for module in unit for p in module.parameters())
+        fully_shard(unit, mesh=mesh if trains or config.frozen == "sharded" else whole, **policy)
+    fully_shard(model, mesh=mesh, **policy)
+    register_fsdp_forward_method(model, "route")
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # gloo has no pre-multiplied sum, and both setters reach one module only.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    if config.prefetch:
+        gather_ahead(layers, config.prefetch)
+
+
+def make_meshes(config: EngineConfig, world: World) -> tuple[DeviceMesh, DeviceMesh]:
+    """(what is sharded, what every rank keeps whole): ranks as replicas x shards. Raises UserError."""
+    kind, copies = world.device.type, config.replicate
+    if world.size % copies:
+        raise UserError(f"engine.replicate is {copies}, which does not divide {world.size} processes")
+    names = ("replicate", "shard")
+    plain = init_device_mesh(kind, (world.size,), mesh_dim_names=names[1:])
+    mesh = plain if copies == 1 else init_device_mesh(kind, (copies, world.size // copies), mesh_dim_names=names)
+    if config.frozen == "sharded":
+        return mesh, mesh
+    return mesh, init_device_mesh(kind, (world.size, 1), mesh_dim_names=names)
+
+
+def gather_ahead(layers: Sequence[nn.Module], count: int) -> None:
+    """Have every layer start to gather the `count` after it, in forward and in backward."""
+    units = [cast(FSDPModule, layer) for layer in layers]
+    for index, unit in enumerate(units):
+        unit.set_modules_to_forward_prefetch(units[index + 1 : index + 1 + count])
+        unit.set_modules_to_backward_prefetch(units[max(0, index - count) : index][::-1])
+
+
+def _as_shard_of(weight: DTensor, own: Tensor) -> DTensor:
+    """A plain tensor of this rank, as a shard of a whole that is spread as a weight is."""
+    return DTensor.from_local(
+        own, weight.device_mesh, weight.placements, run_check=False, shape=weight.shape, stride=weight.stride()
+    )

@@ -12,8 +12,9 @@ from emma_train.model.emma import Emma
 def recompute(model: Emma, mode: str) -> None:
     """Have layers of the decoder and the vision encoder computed again in backward; `mode` as in `chosen`.
 
-    It comes before sharding and wraps `forward` alone. So parameters keep their names, and the second run falls between
-    the hooks of the layer's FSDP unit: on weights that are gathered for the layer's gradients anyway.
+    It comes after compiling and before sharding, and wraps `forward` alone. So parameters keep their names, and the
+    second run falls between the hooks of the layer's FSDP unit: on weights that are gathered for the layer's gradients
+    anyway.
     """
     for stack in (model.decoder.layers, model.vision.layers, model.vision.stem_layers):
         recompute_layers(list(stack) if stack is not None else [], mode)

@@ -3,16 +3,19 @@
 import logging
 import os
 import socket
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from emma_train.config.errors import UserError
+from emma_train.engine.lost import last_words
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -63,8 +66,15 @@ class World:
 
 
 @contextmanager
-def join(device: str, timeout_s: int) -> Iterator[World]:
-    """Join the processes that torchrun or SLURM started, or be the only one; leave cleanly whatever happens."""
+def join(device: str, timeout_s: int, traces: Path | None = None) -> Iterator[World]:
+    """Join the processes that torchrun or SLURM started, or be the only one; leave cleanly whatever happens.
+
+    NCCL writes what it was at when it timed out to `traces` with the rank behind it. Raises LostRanks where others are
+    gone.
+    """
+    # Of torch's own making: its deprecated collectives, and views that we never write to in place.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
+    warnings.filterwarnings("ignore", message=".*returned a view tensor")
     kind = pick_device(device)
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device("cpu")
@@ -72,11 +82,26 @@ def join(device: str, timeout_s: int) -> Iterator[World]:
         torch.cuda.set_device(local)
     backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
     store = None if "RANK" in os.environ else dist.HashStore()
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s))
+    timeout = timedelta(seconds=timeout_s)
+    record_flights(traces)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     try:
-        yield World(rank, size, local, dist.new_group(backend="gloo"))
+        yield World(rank, size, local, dist.new_group(backend="gloo", timeout=timeout))
+    except Exception as error:
+        if (lost := last_words(error, rank, size)) is not None:
+            raise lost from error
+        raise
     finally:
         dist.destroy_process_group()
+
+
+def record_flights(traces: Path | None) -> None:
+    """Have NCCL keep its last collectives and write them out when one times out; what is set already stays."""
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+    if traces is not None:
+        for name in ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"):
+            os.environ.setdefault(name, str(traces))
 
 
 def pick_device(device: str) -> str:

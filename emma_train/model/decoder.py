@@ -58,6 +58,9 @@ class Decoder(nn.Module):
 class DecoderLayer(nn.Module):
     """One layer; `shared` names the roles that both branches share, the others exist once per branch."""
 
+    gen_rests = False
+    """Whether no pack of the stage has a Gen token: then the Gen branch's modules do not run at all."""
+
     def __init__(self, config: DecoderConfig, shared: list[str]) -> None:
         super().__init__()
         self.config = config
@@ -90,6 +93,9 @@ class DecoderLayer(nn.Module):
     def _rows(self, role: str, x: Tensor, num_und: int) -> Tensor:
         if role in self.shared:
             return self.shared[role](x)
+        if self.gen_rests:
+            assert num_und == len(x), "a token of the Gen branch in a stage that was to have none"
+            return self.und[role](x)
         return torch.cat([self.und[role](x[:num_und]), self.gen[role](x[num_und:])])
 
 

@@ -48,6 +48,7 @@ def changed(model: nn.Module, before: Mapping[str, str]) -> list[str]:
 
 
 def _hash(parameter: Tensor) -> str:
+    parameter = getattr(parameter, "ds_tensor", parameter)  # where ZeRO-3 keeps a rank's part
     local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
     content = local.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
     return hashlib.blake2b(content, digest_size=8).hexdigest()

@@ -82,6 +82,12 @@ def stage_of(recipe: Recipe, where: str = "recipe") -> Stage:
     return stage
 
 
+def makes_pictures(recipe: Recipe) -> bool:
+    """Whether any pack of the stage may hold a token of the Gen branch: decided by stage, never by pack (contract
+    3)."""
+    return any(phase.mix.t2i or phase.mix.it2i for phase in phases(recipe))
+
+
 def check_order(stage: Stage, previous: str | None, source: str | None) -> None:
     """Raise UserError where `stage` cannot start from a checkpoint of stage `previous` (None: no checkpoint)."""
     if (previous or "") in stage.follows:

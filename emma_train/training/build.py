@@ -1,38 +1,46 @@
-"""The one function that states and enforces the order: meta build -> freeze -> recompute -> shard -> weights ->
-optimizer -> EMA."""
+"""The one function that states and enforces the order: meta build -> freeze -> compile -> recompute -> shard ->
+optimizer -> weights -> EMA."""
 
+import gc
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch import Tensor
 
 from emma_train.checkpoint import export, store, verify
 from emma_train.checkpoint import folder as folders
-from emma_train.config.errors import UserError
 from emma_train.config.load import load_yaml
 from emma_train.config.schema import ModelConfig, Recipe
-from emma_train.engine.fsdp import FsdpEngine, shard
+from emma_train.engine.compiled import compile_layers
+from emma_train.engine.deepspeed import DeepSpeedEngine
+from emma_train.engine.fragment import pieces
+from emma_train.engine.fsdp import FsdpEngine
+from emma_train.engine.lockstep import watched
+from emma_train.engine.protocol import Engine
 from emma_train.engine.recompute import recompute
 from emma_train.engine.world import World
 from emma_train.model.attention import choose
+from emma_train.model.decoder import DecoderLayer
 from emma_train.model.emma import Emma
 from emma_train.model.initial import start_value
 from emma_train.stages.freeze import freeze
 from emma_train.stages.handoff import HandOff, check_settings, plan_handoff
-from emma_train.stages.stage import Stage, check_order
+from emma_train.stages.stage import Stage, check_order, makes_pictures
 from emma_train.training.ema import Ema
 from emma_train.training.optimizer import make_optimizer
 
 log = logging.getLogger(__name__)
+ENGINES: dict[str, type[FsdpEngine] | type[DeepSpeedEngine]] = {"fsdp": FsdpEngine, "deepspeed": DeepSpeedEngine}
 
 
 @dataclass
 class Built:
-    engine: FsdpEngine
+    engine: Engine
     ema: Ema | None
     trainable: dict[str, int]
     """Trainable parameters by group."""
@@ -49,11 +57,10 @@ def build(recipe: Recipe, stage: Stage, world: World, resuming: bool) -> Built:
 
     When `resuming`, weights are left for checkpoint.store.load_training to fill.
     """
-    if recipe.engine.kind != "fsdp":
-        raise UserError(f"engine.kind={recipe.engine.kind} is not available in this version; use engine.kind=fsdp")
     choose(
         recipe.attention.backend, world.device, torch.bfloat16 if recipe.engine.precision == "bf16" else torch.float32
     )
+    gc.collect()  # a stage before this one may have left its model in cycles
     source, parent = None, None
     if not resuming:
         source, parent = find_source(recipe, world)
@@ -62,17 +69,27 @@ def build(recipe: Recipe, stage: Stage, world: World, resuming: bool) -> Built:
         model = Emma(recipe.model, recipe.attention.backend)
     trainable = freeze(model, stage.trainable)
     num_parameters = sum(p.numel() for p in model.parameters())
+    for layer in model.modules():
+        if isinstance(layer, DecoderLayer):
+            layer.gen_rests = not makes_pictures(recipe)
+    if recipe.engine.compile:
+        compile_layers(model, world.device)
     recompute(model, recipe.engine.activation_checkpointing)
-    shard(model, recipe.engine, world)
-    model.to_empty(device=world.device)
+    learns = [name for name, p in model.named_parameters() if p.requires_grad]
+    optimizer = partial(make_optimizer, config=recipe.optimizer)
+    engine: Engine = ENGINES[recipe.engine.kind](model, recipe.engine, recipe.optimizer.clip, world, optimizer)
+    if recipe.engine.debug_lockstep:
+        engine = watched(engine, world, recipe.engine.timeout_s)
     handoff = None
     if source is not None:
-        handoff = take_over(model, recipe, source)
+        handoff = take_over(engine.weights, recipe, source)
     elif not resuming:
-        set_initial(model, recipe.model, [name for name, _ in model.named_parameters()])
-    optimizer = make_optimizer(model, recipe.optimizer)
-    ema = Ema(model, recipe.ema.decay) if recipe.ema.decay else None
-    return Built(FsdpEngine(model, optimizer, recipe.engine), ema, trainable, num_parameters, handoff, parent)
+        set_initial(engine.weights, recipe.model, list(engine.weights))
+    engine.refresh()
+    ema = None
+    if recipe.ema.decay:
+        ema = Ema({name: engine.weights[name] for name in learns}, recipe.ema.decay, recipe.ema.device)
+    return Built(engine, ema, trainable, num_parameters, handoff, parent)
 
 
 def find_source(recipe: Recipe, world: World) -> tuple[Path | None, dict[str, Any] | None]:
@@ -86,31 +103,26 @@ def find_source(recipe: Recipe, world: World) -> tuple[Path | None, dict[str, An
     return source, {"path": str(source), "stage": meta["stage"], "step": meta["step"]}
 
 
-def take_over(model: nn.Module, recipe: Recipe, source: Path) -> HandOff:
-    """Fill the model from the previous stage; new modules are cloned or start from the seed."""
+def take_over(own: Mapping[str, Tensor], recipe: Recipe, source: Path) -> HandOff:
+    """Fill the weights from the previous stage; new modules are cloned or start from the seed."""
     weights = export if export.is_export(source) else store
     stored = export.shapes(source) if weights is export else store.tensors(source)
     made_by = load_yaml(source / export.RECIPE) if weights is export else (folders.read_meta(source) or {})["config"]
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    shapes = {name: tuple(weight.shape) for name, weight in own.items()}
     plan = plan_handoff(shapes, stored, recipe.model.vision, recipe.init.ema, str(recipe.init.source))
     check_settings(made_by["model"], recipe.model, str(recipe.init.source))
-    weights.load_weights(source, plan.loaded, model)
-    set_initial(model, recipe.model, plan.initial)
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, origin in plan.cloned.items():
-            parameters[name].copy_(parameters[origin])
+    weights.load_weights(source, plan.loaded, own)
+    # A clone is read once more: its parts need not lie on the ranks that have those of the original.
+    weights.load_weights(source, {name: plan.loaded[origin] for name, origin in plan.cloned.items()}, own)
+    set_initial(own, recipe.model, plan.initial)
     return plan
 
 
 @torch.no_grad()
-def set_initial(model: nn.Module, config: ModelConfig, names: list[str]) -> None:
-    """Start values from the recipe's seed, one whole tensor at a time, cut to this rank's shard without
+def set_initial(weights: Mapping[str, Tensor], config: ModelConfig, names: Sequence[str]) -> None:
+    """Start values from the recipe's seed, one whole tensor at a time, of which a rank takes its part without
     communication."""
-    parameters = dict(model.named_parameters())
     for name in names:
-        parameter = parameters[name]
-        value: Tensor = start_value(name, parameter.shape, config).to(parameter.device)
-        if isinstance(parameter, DTensor):
-            value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
-        parameter.copy_(value)
+        value = start_value(name, weights[name].shape, config)
+        for place, own in pieces(weights[name]):
+            own.copy_(value[place])

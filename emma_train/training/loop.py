@@ -22,6 +22,8 @@ from emma_train.config import config_hash
 from emma_train.config.errors import RunError, UserError
 from emma_train.config.load import as_dict
 from emma_train.config.schema import Recipe
+from emma_train.engine.compiled import num_graphs, uncompiled
+from emma_train.engine.limits import Limits
 from emma_train.engine.world import World
 from emma_train.model.autoencoder import Autoencoder
 from emma_train.monitor.progress import Progress
@@ -33,6 +35,7 @@ from emma_train.stages.freeze import changed, fingerprints
 from emma_train.stages.stage import Stage
 from emma_train.training.build import Built
 from emma_train.training.forward import micro_loss
+from emma_train.training.health import GarbageCollection, SpikeWatch
 from emma_train.training.preemption import EXIT_PREEMPTED, StopRequest
 from emma_train.training.run_folder import RunFolder, contradictions
 from emma_train.training.schedule import learning_rate
@@ -93,6 +96,8 @@ class Trainer:
         self.saver = Saver(self.run.checkpoints, recipe.train, world, recipe.engine.timeout_s)
         self._since_save: list[dict[str, Any]] = []
         self._nonfinite_in_a_row = 0
+        self._spikes = SpikeWatch()
+        self._graphs: int | None = None
 
     def resume(self, checkpoint: Path) -> None:
         """Go on after `checkpoint`. Raises UserError where recipe and checkpoint contradict each other."""
@@ -108,6 +113,7 @@ class Trainer:
         self.stream.resume(meta["data"])
         state = self._state()
         store.load_training(checkpoint, state)
+        self.engine.refresh()
         self.saver.continues(checkpoint, meta["step"], state)
         self.done = Progressed(**meta["done"])
         self.run_id, self.parent = meta.get("tracker_run"), meta.get("parent")
@@ -128,6 +134,8 @@ class Trainer:
         self.run_id = trackers.run_id if trackers else self.run_id
         code, stop.within_s = 1, cadence.stop_within_s
         self.engine.model.train()
+        garbage = GarbageCollection(cadence.gc_every)
+        limits = Limits(self.world, self.engine.groups, self.recipe.engine.timeout_s, self.recipe.engine.step_timeout_s)
         try:
             for data in self.stream.steps(self.done.step + 1, total):
                 started = time.perf_counter()
@@ -139,16 +147,20 @@ class Trainer:
                 if values is not None:
                     self._since_save.append(values)
                 if self.saver.due(data.step) or last:
-                    self.save(wait=last)
+                    with limits.unhurried():
+                        self.save(wait=last)
                 self.done.seconds += time.perf_counter() - started + data.wait_s
                 drawn = (cadence.sample_every and data.step % cadence.sample_every == 0) or data.step == total
-                pictures = self._draw(data.step) if drawn else []
+                with limits.unhurried():
+                    pictures = self._draw(data.step) if drawn else []
                 if trackers and values is not None:
                     stall = {"checkpoint/stall_s": self.saver.take_stall()}
                     trackers.log(data.step, {**values, **stall, "time_unix": time.time()})
                     trackers.images(data.step, "samples", pictures, [p.stem for p in pictures])
                 if progress:
                     progress.update(data.step, values)
+                garbage.after(data.step)
+                limits.next_step()
                 if asked:
                     code = EXIT_PREEMPTED if data.step < total else 0
                     return code
@@ -162,6 +174,8 @@ class Trainer:
                 os._exit(code)
             raise
         finally:
+            garbage.restore()
+            limits.restore()
             if progress:
                 progress.close()
             if trackers:
@@ -188,16 +202,16 @@ class Trainer:
         lr = learning_rate(
             data.step - self.done.skipped_steps, self.recipe.optimizer.lr, self.recipe.train.steps, self.recipe.schedule
         )
-        norm = self.engine.clip(self.recipe.optimizer.clip)
         self.saver.settle()
+        norm = self.engine.step(lr)
         if math.isfinite(norm):
             self._nonfinite_in_a_row = 0
-            self.engine.update(lr)
             if self.built.ema is not None:
                 self.built.ema.update()
         else:
             self._skip(data, norm)
         self.done.step = data.step
+        self._graphs = num_graphs() if self._graphs is None else self._graphs
         self.done.refused_samples += data.refused
         for task, number in zip(TASKS, shared[3:6], strict=True):
             self.done.seen[task] += int(number)
@@ -206,10 +220,13 @@ class Trainer:
         pictures = sum(len(b.stem) for b in data.packs)
         *sums, stem, seen_pictures = self.world.sum([*account.sums.tolist(), float(account.stem), pictures])
         step_s = time.perf_counter() - started + data.wait_s
+        found = losses(sums, counts, self.recipe.loss)
+        if spike := self._spikes.note(found["loss"]):
+            log.warning("step %d: %s", data.step, spike)
         values: dict[str, Any] = {
             "step": data.step,
             "stage": self.recipe.stage.name,
-            **losses(sums, counts, self.recipe.loss),
+            **found,
             "lr": lr,
             "grad_norm": norm,
             **{f"samples/{task}": int(n) for task, n in zip(TASKS, shared[3:6], strict=True)},
@@ -229,6 +246,8 @@ class Trainer:
         }
         if self.stage.stem_expert and seen_pictures:
             values["vision/stem_share"] = stem / seen_pictures
+        if self.recipe.engine.compile:
+            values["compile/recompiles"] = num_graphs() - self._graphs
         share = step_mfu(self.recipe, self.stage, data.packs, step_s, self.world.device)
         return shared[7] > 0, values if share is None else {**values, "mfu": share}
 
@@ -241,9 +260,7 @@ class Trainer:
 
     def _state(self) -> State:
         """What a checkpoint holds of this rank."""
-        self.engine.reshard()
-        averages = self.built.ema.averages if self.built.ema else {}
-        return state_of(self.engine.model, self.engine.optimizer, averages)
+        return state_of(self.engine, self.built.ema.averages if self.built.ema else {})
 
     def _meta(self) -> dict[str, Any]:
         """What a checkpoint says of itself and of how to go on."""
@@ -269,11 +286,11 @@ class Trainer:
         """Sample pictures with the averaged weights."""
         if self.draw_samples is None:
             return []
-        self.engine.reshard()
         self.saver.settle()
-        with self.built.ema.swapped_in() if self.built.ema else nullcontext():
+        with uncompiled(), self.built.ema.swapped_in() if self.built.ema else nullcontext():
+            self.engine.refresh()
             pictures = self.draw_samples(step)
-            self.engine.reshard()
+        self.engine.refresh()
         return pictures
 
     def _trackers(self) -> Trackers:
@@ -313,19 +330,20 @@ class Trainer:
             )
 
     def _skip(self, data: StepBatches, norm: float) -> None:
-        """A gradient that is not finite moves neither weights, averages nor schedule."""
-        self.engine.discard()
+        """A gradient that is not finite moves neither weights, averages nor schedule. Every rank writes down its
+        samples."""
         self.done.skipped_steps += 1
         self._nonfinite_in_a_row += 1
         keys = [key for b in data.packs for key in b.keys]
+        self.run.append_skipped(data.step, self.world.rank, norm, keys)
         log.warning(
             "step %d: gradient norm is %s, step skipped; keys on this rank: %s", data.step, norm, " ".join(keys[:8])
         )
         if self._nonfinite_in_a_row >= self.recipe.train.max_skipped_steps:
             raise RuntimeError(
                 f"{self._nonfinite_in_a_row} steps in a row had a gradient that is not finite "
-                f"(train.max_skipped_steps); "
-                f"keys of the last on rank {self.world.rank}: {' '.join(keys)}"
+                f"(train.max_skipped_steps); {self.run.skipped_steps} lists their samples; of the last on rank "
+                f"{self.world.rank}: {' '.join(keys[:8])}"
             )
 
     def _verify(self) -> None:

@@ -61,6 +61,7 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.summary = self.path / "summary.json"
         self.bad_samples = self.path / "bad_samples.jsonl"
+        self.skipped_steps = self.path / "skipped_steps.jsonl"
 
     def samples(self, step: int) -> Path:
         return self.path / "samples" / f"step-{step:08d}"
@@ -107,6 +108,11 @@ class RunFolder:
             write_atomic(self.bad_samples, "".join(kept))
         except OSError as error:
             log.warning("%s: cannot be written (%s)", self.bad_samples, error.strerror)
+
+    def append_skipped(self, step: int, rank: int, norm: float, keys: list[str]) -> None:
+        """Add a rank's samples of a step whose gradient was not finite to skipped_steps.jsonl."""
+        with open(self.skipped_steps, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "rank": rank, "grad_norm": str(norm), "keys": keys}) + "\n")
 
 
 def environment(world: World) -> dict[str, Any]:

@@ -1,17 +1,24 @@
 """What ranks do in the distributed tests. Here, and not in a test module, because a rank finds its function by name."""
 
+import gc
 import multiprocessing
 import os
 import resource
+import signal
 import threading
 import time
+import weakref
+from collections import defaultdict
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from data_pipelines.stream.plan import Planner
 from data_pipelines.stream.reader import Reader
@@ -20,7 +27,10 @@ from emma_train.checkpoint.state import state_of
 from emma_train.checkpoint.tensors import Tensors
 from emma_train.cli import main
 from emma_train.config.load import as_dict
-from emma_train.config.schema import Recipe
+from emma_train.config.schema import AutoencoderConfig, Recipe
+from emma_train.engine.fragment import local, pieces
+from emma_train.engine.lockstep import OutOfStep
+from emma_train.engine.norm import global_norm
 from emma_train.engine.world import World, join
 from emma_train.model.autoencoder import Autoencoder
 from emma_train.objectives.account import Counts, LossAccount, count, losses
@@ -28,6 +38,7 @@ from emma_train.sequence.layout import Text
 from emma_train.sequence.pack import PackedBatch, Sample, pack
 from emma_train.sequence.step import StepBatches
 from emma_train.sequence.tokens import TextTokenizer
+from emma_train.stages.freeze import group_of
 from emma_train.stages.stage import stage_of
 from emma_train.training.build import Built, build, set_initial
 from emma_train.training.forward import micro_loss
@@ -71,10 +82,9 @@ def loaded(recipe: Recipe) -> dict[str, Any]:
 
     Tensors.read = counted  # type: ignore[method-assign]
     with join("cpu", 60) as world:
-        model = build(recipe, stage_of(recipe), world, resuming=False).engine.model
-        own = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
-        weights = {name: _whole(p.detach()) for name, p in model.named_parameters()}
-    return {"weights": weights, "read": count, "held": sum(p.numel() for p in own)}
+        own = build(recipe, stage_of(recipe), world, resuming=False).engine.weights
+        weights = {name: whole(weight) for name, weight in own.items()}
+    return {"weights": weights, "read": count, "held": sum(local(weight).numel() for weight in own.values())}
 
 
 def write_checkpoint(run: Path, recipe: Recipe) -> int:
@@ -83,7 +93,7 @@ def write_checkpoint(run: Path, recipe: Recipe) -> int:
         built = build(recipe, stage_of(recipe), world, resuming=False)
         meta = {"step": 1, "stage": recipe.stage.name, "config": as_dict(recipe)}
         saver = Saver(run / "checkpoints", recipe.train, world, timeout_s=60)
-        saver.start(state_of(built.engine.model, built.engine.optimizer, {}), meta)
+        saver.start(state_of(built.engine, {}), meta)
         saver.finish_last(lambda: None)
         return sum(p.numel() * 4 for p in built.engine.model.parameters())
 
@@ -101,8 +111,7 @@ def start_memory(warm_up: Recipe, recipe: Recipe) -> tuple[int, int]:
     with join("cpu", 60) as world:
         build(warm_up, stage_of(warm_up), world, resuming=False)
         built, peak = peak_memory(lambda: build(recipe, stage_of(recipe), world, resuming=False))
-        own = [p.to_local() if isinstance(p, DTensor) else p for p in built.engine.model.parameters()]
-        return peak, sum(p.nbytes for p in own)
+        return peak, sum(local(weight).nbytes for weight in built.engine.weights.values())
 
 
 def peak_memory(function: Callable[[], Result]) -> tuple[Result, int]:
@@ -136,25 +145,32 @@ def one_step(recipe: Recipe, kinds: list[str], seeded: bool = False) -> dict[str
     with join("cpu", 60) as world:
         built = build(recipe, stage_of(recipe), world, resuming=seeded)
         if seeded:
-            set_initial(built.engine.model, recipe.model, [name for name, _ in built.engine.model.named_parameters()])
+            set_initial(built.engine.weights, recipe.model, list(built.engine.weights))
+            built.engine.refresh()
         _wake_up(built)
         mine = [make_pack(recipe, kind) for kind in kinds[world.rank :: world.size]]
         return step_of(recipe, world, built, mine)
 
 
-def step_of(recipe: Recipe, world: World, built: Built, packs: list[PackedBatch]) -> dict[str, Any]:
-    """What the loop does in a step, without the update."""
+def step_of(
+    recipe: Recipe, world: World, built: Built, packs: list[PackedBatch], lr: float = 0.0, factor: float = 1.0
+) -> dict[str, Any]:
+    """What the loop does in a step; a rate of 0 leaves the weights alone. `factor` is for this rank's loss."""
     stage, engine = stage_of(recipe), built.engine
     mine = count(packs, stage.loss)
     counts = Counts(*(int(n) for n in world.sum([mine.i2t, mine.t2i, mine.it2i])))
     account = LossAccount(recipe.loss, counts, world.device)
-    autoencoder = Autoencoder(recipe.model.autoencoder, world.device)
     for index, batch in enumerate(packs):
-        loss = micro_loss(engine.model, autoencoder, batch, recipe.flow, stage, account)
-        engine.accumulate(loss, last=index == len(packs) - 1)
-    gradients = {name: _whole(p.grad) for name, p in engine.model.named_parameters() if p.grad is not None}
-    norm = engine.clip(0.0)
+        loss = micro_loss(engine.model, _autoencoder(recipe.model.autoencoder.path), batch, recipe.flow, stage, account)
+        engine.accumulate(loss * factor, last=index == len(packs) - 1)
+    gradients = {name: whole(p.grad) for name, p in engine.weights.items() if p.grad is not None}
+    norm = engine.step(lr)
     return {**losses(world.sum(account.sums.tolist()), counts, recipe.loss), "norm": norm, "gradients": gradients}
+
+
+@lru_cache(maxsize=1)
+def _autoencoder(path: str) -> Autoencoder:
+    return Autoencoder(AutoencoderConfig(path), torch.device("cpu"))
 
 
 def make_pack(recipe: Recipe, kind: str) -> PackedBatch:
@@ -174,14 +190,20 @@ def make_pack(recipe: Recipe, kind: str) -> PackedBatch:
 
 def _wake_up(built: Built) -> None:
     """The velocity head starts at zero and would hide every gradient behind it."""
-    with torch.no_grad():
-        for name, parameter in built.engine.model.named_parameters():
-            if name.startswith("velocity_head."):
-                parameter.fill_(0.02)
+    for name, weight in built.engine.weights.items():
+        if name.startswith("velocity_head."):
+            local(weight).fill_(0.02)
+    built.engine.refresh()
 
 
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.clone()
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor from all ranks' parts of it."""
+    found = torch.zeros(tensor.shape, dtype=tensor.dtype)
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, [(place, own.detach().cpu()) for place, own in pieces(tensor)])
+    for place, own in (piece for part in parts for piece in part):
+        found[place] = own
+    return found
 
 
 def stream_steps(recipe: Recipe, rank: int, size: int, last: int) -> list[Any]:
@@ -212,3 +234,143 @@ def stream_memory(recipe: Recipe, steps: list[int]) -> list[dict[str, int]]:
 def _resident(pid: int) -> int:
     line = next(s for s in Path(f"/proc/{pid}/status").read_text().splitlines() if s.startswith("VmRSS"))
     return int(line.split()[1]) * 1024
+
+
+def steps_with_poison(recipe: Recipe, kinds: list[str], poisoned: int | None) -> dict[str, Any]:
+    """Three steps; the gradients of step `poisoned` are not finite on the last rank. Norms, whether that step moved
+    anything, and whole weights at the end."""
+    with join("cpu", 60) as world:
+        built = build(recipe, stage_of(recipe), world, resuming=True)
+        engine = built.engine
+        set_initial(engine.weights, recipe.model, list(engine.weights))
+        engine.refresh()
+        packs = [make_pack(recipe, kind) for kind in kinds[world.rank :: world.size]]
+        norms, moved = [], None
+        for step in range(3):
+            before = [local(t).clone() for part in engine.state().values() for t in part.values()]
+            bad = step == poisoned and world.rank == world.size - 1
+            norms.append(step_of(recipe, world, built, packs, lr=1e-3, factor=float("nan") if bad else 1.0)["norm"])
+            after = [local(t) for part in engine.state().values() for t in part.values()]
+            if step == poisoned:
+                moved = not all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        return {"norms": norms, "moved": moved, "weights": {n: whole(w) for n, w in engine.weights.items()}}
+
+
+def live_tensors(recipe: Recipe, kinds: list[str], steps: int) -> list[int]:
+    """Tensors that exist after every tenth step, while Python collects no garbage."""
+    with join("cpu", 60) as world:
+        built = build(recipe, stage_of(recipe), world, resuming=True)
+        set_initial(built.engine.weights, recipe.model, list(built.engine.weights))
+        built.engine.refresh()
+        packs = [make_pack(recipe, kind) for kind in kinds[world.rank :: world.size]]
+        counts = []
+        gc.disable()
+        for step in range(1, steps + 1):
+            step_of(recipe, world, built, packs, lr=1e-3)
+            if built.ema is not None:
+                built.ema.update()
+            if step % 10 == 0:
+                counts.append(sum(issubclass(type(thing), Tensor) for thing in gc.get_objects()))
+        return counts
+
+
+def models_left(recipe: Recipe, kinds: list[str]) -> int:
+    """Tensors that are left of a stage's model and optimizer when the next stage has been built."""
+    with join("cpu", 60) as world:
+        left: list[Any] = []
+        for _ in range(2):
+            built = build(recipe, stage_of(recipe), world, resuming=True)
+            if left:
+                break
+            set_initial(built.engine.weights, recipe.model, list(built.engine.weights))
+            built.engine.refresh()
+            packs = [make_pack(recipe, kind) for kind in kinds[world.rank :: world.size]]
+            step_of(recipe, world, built, packs, lr=1e-3)
+            state = built.engine.state()
+            storages = [local(t) for part in state.values() for t in part.values()]
+            left = [weakref.ref(t.untyped_storage()) for t in (*storages, *built.engine.model.parameters())]
+            built.engine.close()
+            del built, state, storages
+        return sum(reference() is not None for reference in left)
+
+
+def gathered_gen(recipe: Recipe) -> dict[str, set[bool]]:
+    """By branch: whether layers' weights are whole on this rank after a forward pass that gives up none."""
+    with join("cpu", 60) as world:
+        built = build(recipe, stage_of(recipe), world, resuming=True)
+        set_initial(built.engine.weights, recipe.model, list(built.engine.weights))
+        built.engine.refresh()
+        batch, stage = make_pack(recipe, "i2t"), stage_of(recipe)
+        account = LossAccount(recipe.loss, count([batch], stage.loss), world.device)
+        micro_loss(built.engine.model, _autoencoder(recipe.model.autoencoder.path), batch, recipe.flow, stage, account)
+        found: dict[str, set[bool]] = {"und": set(), "gen": set()}
+        for name, parameter in built.engine.model.named_parameters():
+            for branch, whole_ones in found.items():
+                if name.startswith("decoder.layers.") and f".{branch}." in name:
+                    whole_ones.add(not isinstance(parameter, DTensor))
+        return found
+
+
+def norm_over_meshes() -> tuple[float, float]:
+    """The norm of three tensors on three meshes of four ranks, and what one process computes."""
+    with join("cpu", 60):
+        meshes = [
+            init_device_mesh("cpu", (4,), mesh_dim_names=("shard",)),
+            init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")),
+            init_device_mesh("cpu", (4, 1), mesh_dim_names=("replicate", "shard")),
+        ]
+        generator = torch.Generator().manual_seed(0)
+        tensors = [torch.randn(7, 3, generator=generator) for _ in meshes for _ in range(2)]
+        spread = [
+            distribute_tensor(tensor, mesh, [*[Replicate()] * (mesh.ndim - 1), Shard(0)])
+            for tensor, mesh in zip(tensors, meshes * 2, strict=True)
+        ]
+        return global_norm(spread), float(torch.cat([t.flatten() for t in tensors]).double().norm())
+
+
+def spread(recipe: Recipe) -> dict[str, float]:
+    """By parameter group, and for the decoder's layers: the share of the values that this rank holds."""
+    with join("cpu", 60) as world:
+        weights = build(recipe, stage_of(recipe), world, resuming=True).engine.weights
+        own: dict[str, int] = defaultdict(int)
+        all_: dict[str, int] = defaultdict(int)
+        for name, weight in weights.items():
+            groups = [group_of(name), *(["layers"] if name.startswith("decoder.layers.") else [])]
+            for group in groups:
+                own[group] += local(weight).numel()
+                all_[group] += weight.numel()
+        return {group: own[group] / all_[group] for group in all_}
+
+
+def end_in_step(argv: list[str], victim: int, step: int, how: str) -> None:
+    """A training command in which a rank is killed, fails or hangs in a step; ends with the command's exit code."""
+    plain = Trainer._step
+
+    def ending(self: Trainer, data: StepBatches, *rest: Any) -> Any:
+        if self.world.rank == victim and data.step == step:
+            if how == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if how == "failed":
+                raise ValueError("a bad day")
+            time.sleep(60)
+        return plain(self, data, *rest)
+
+    Trainer._step = ending  # type: ignore[method-assign]
+    raise SystemExit(main(argv))
+
+
+def out_of_step(recipe: Recipe, victim: int) -> str:
+    """What a rank says when one of them runs another module than the rest."""
+    with join("cpu", 60) as world:
+        built = build(recipe, stage_of(recipe), world, resuming=True)
+        set_initial(built.engine.weights, recipe.model, list(built.engine.weights))
+        built.engine.refresh()
+        batch = make_pack(recipe, "i2t")
+        if world.rank == victim:
+            vision = built.engine.model.vision
+            vision.layers[1].forward = lambda x, lengths: vision.post_layernorm(x)
+        try:
+            step_of(recipe, world, built, [batch])
+        except OutOfStep as error:
+            return str(error)
+        return ""

@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from emma_train.checkpoint.staging import Staging
 from emma_train.checkpoint.state import State, state_of
 from emma_train.config.errors import RunError, UserError
 from emma_train.config.schema import TrainConfig
+from emma_train.engine.adam import adam_state
 from emma_train.engine.world import World, join
 
 
@@ -39,7 +41,15 @@ class Job:
 
     @property
     def state(self) -> State:
-        return state_of(self.model, self.optimizer, self.averages)
+        parameters = dict(self.model.named_parameters())
+        moments = {
+            f"{name}.{key}": value
+            for name, p in parameters.items()
+            if p.requires_grad
+            for key, value in adam_state(self.optimizer, p).items()
+        }
+        held = {"model": {name: p.detach() for name, p in parameters.items()}, "optimizer": moments}
+        return state_of(SimpleNamespace(state=lambda: held), self.averages)
 
     def go(self, steps: int = 1) -> None:
         """Steps with gradients that are a function of the step and of the place in the whole tensor."""

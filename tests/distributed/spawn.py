@@ -40,8 +40,11 @@ class Outcome:
         return [line for line in self.err.splitlines() if line.strip()]
 
 
-def run_ranks(size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 120) -> list[Outcome]:
-    """Call function(*args) on `size` ranks, with RANK and its like where there are several; raises where one fails.
+def run_ranks(
+    size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 120, grace_s: float = 5
+) -> list[Outcome]:
+    """Call function(*args) on `size` ranks, with RANK and its like where there are several; raises where one fails,
+    after `grace_s` in which the others may end by themselves.
 
     The function is found by name, so it must be defined at the top of a module, and its value must be picklable.
     """
@@ -56,7 +59,7 @@ def run_ranks(size: int, function: Callable[..., Any], *args: Any, timeout_s: fl
             process = context.Process(target=_rank, args=(function, args, rank, size, port, folder))
             process.start()
             processes.append(process)
-        late = _wait(processes, time.monotonic() + timeout_s)
+        late = _wait(processes, time.monotonic() + timeout_s, grace_s)
         outcomes = [_outcome(folder) for folder in folders]
         if late or any(process.exitcode for process in processes):
             codes = [process.exitcode for process in processes]
@@ -148,12 +151,12 @@ def _rank(function: Callable[..., Any], args: tuple[Any, ...], rank: int, size: 
         os._exit(code)
 
 
-def _wait(processes: list[Any], deadline: float) -> bool:
+def _wait(processes: list[Any], deadline: float, grace_s: float) -> bool:
     """Wait for all; when one fails, the others get a moment and are ended. True where the time was up."""
+    failed = False
     while any(process.is_alive() for process in processes):
-        failed = any(process.exitcode for process in processes)
-        if failed:
-            deadline = min(deadline, time.monotonic() + 5)
+        if not failed and any(process.exitcode for process in processes):
+            failed, deadline = True, min(deadline, time.monotonic() + grace_s)
         if time.monotonic() > deadline:
             for process in processes:
                 process.kill()

@@ -12,19 +12,18 @@ from tests.helpers import tiny_recipe
 TIME_LIMIT_S = 60
 
 
-@pytest.mark.parametrize(
-    "kinds",
-    [
-        ["i2t", "t2i"],  # one rank has no target, the other nothing to understand
-        ["it2i", "i2t"],  # references on one rank only
-        ["t2i", "silent"],  # no rank has a supervised token
-        ["silent", "i2t"],  # one rank has no token of any loss
-        ["text", "mixed"],  # one rank has no picture at all
-        ["text", "t2i"],  # nobody sees a picture
-        ["i2t", "t2i", "text", "it2i"],  # two packs each
-    ],
-    ids="-".join,
-)
+KINDS = [
+    ["i2t", "t2i"],  # one rank has no target, the other nothing to understand
+    ["it2i", "i2t"],  # references on one rank only
+    ["t2i", "silent"],  # no rank has a supervised token
+    ["silent", "i2t"],  # one rank has no token of any loss
+    ["text", "mixed"],  # one rank has no picture at all
+    ["text", "t2i"],  # nobody sees a picture
+    ["i2t", "t2i", "text", "it2i"],  # two packs each
+]
+
+
+@pytest.mark.parametrize("kinds", KINDS, ids="-".join)
 def test_asymmetric_packs_end_with_the_gradients_of_one_process(kinds: list[str]) -> None:
     recipe = tiny_recipe()
     (alone,) = run_ranks(1, one_step, recipe, kinds, timeout_s=TIME_LIMIT_S)
@@ -40,6 +39,17 @@ def test_asymmetric_packs_end_with_the_gradients_of_one_process(kinds: list[str]
             assert torch.isfinite(gradient).all(), name
             expected = alone.value["gradients"][name]
             torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()) + 1e-9)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("kinds", KINDS, ids="-".join)
+@pytest.mark.slow
+def test_asymmetric_packs_end_under_deepspeed_too(kinds: list[str], stage: int) -> None:
+    recipe = tiny_recipe(engine__kind="deepspeed", engine__zero_stage=stage)
+    (alone,) = run_ranks(1, one_step, tiny_recipe(), kinds, timeout_s=TIME_LIMIT_S)
+    for outcome in run_ranks(2, one_step, recipe, kinds, timeout_s=TIME_LIMIT_S):
+        assert outcome.value["loss"] == pytest.approx(alone.value["loss"], rel=1e-6)
+        assert outcome.value["norm"] == pytest.approx(alone.value["norm"], rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["i2t", "t2i", "silent", "text"])

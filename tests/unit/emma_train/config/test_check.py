@@ -9,6 +9,7 @@ from emma_train.config.errors import UserError
 from emma_train.config.schema import MixConfig
 from tests.helpers import tiny_recipe
 
+DEEPSPEED = {"engine__kind": "deepspeed"}
 WRONG: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     *[({key.replace(".", "__"): "odd"}, (key, "'odd'", allowed[0])) for key, allowed in CHOICES.items()],
     *[({key.replace(".", "__"): 0}, (key, "more than 0")) for key in POSITIVE],
@@ -37,6 +38,11 @@ WRONG: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"model__vision__heads": 5}, ("model.vision.hidden (32)", "heads (5)")),
     ({"data__und": {"side": 65}}, ("data.und.side is 65", "multiple of 32")),
     ({"data__gen": {"side": 48}}, ("data.gen.side is 48", "multiple of 32")),
+    ({"engine__zero_stage": 4}, ("engine.zero_stage is 4", "1, 2, 3")),
+    ({"engine__debug_lockstep": True, "engine__compile": True}, ("engine.debug_lockstep", "engine.compile=false")),
+    ({**DEEPSPEED, "engine__replicate": 2}, ("engine.replicate is 2", "engine.kind=deepspeed")),
+    ({**DEEPSPEED, "engine__frozen": "replicated"}, ("engine.frozen is replicated", "engine.kind=deepspeed")),
+    ({**DEEPSPEED, "engine__compile": True, "engine__zero_stage": 3}, ("engine.compile", "ZeRO-3", "zero_stage=2")),
 ]
 
 

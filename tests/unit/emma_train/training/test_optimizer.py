@@ -14,7 +14,9 @@ from tests.helpers import tiny_emma, tiny_model
 def test_what_learns_is_in_one_group_and_only_matrices_decay(stage) -> None:  # type: ignore[no-untyped-def]
     model = tiny_emma(tiny_model(vision={"stem_expert": True, "router": True}))
     freeze(model, stage.trainable)
-    optimizer = make_optimizer(model, OptimizerConfig(lr=1e-3, weight_decay=0.1))
+    optimizer = make_optimizer(
+        (p for p in model.parameters() if p.requires_grad), OptimizerConfig(lr=1e-3, weight_decay=0.1)
+    )
     listed = [id(p) for group in optimizer.param_groups for p in group["params"]]
     assert len(listed) == len(set(listed))
     assert set(listed) == {id(p) for p in model.parameters() if p.requires_grad}
@@ -24,7 +26,7 @@ def test_what_learns_is_in_one_group_and_only_matrices_decay(stage) -> None:  # 
 
 
 def test_no_group_is_empty() -> None:
-    optimizer = make_optimizer(torch.nn.Linear(3, 2, bias=False), OptimizerConfig(lr=1e-3))
+    optimizer = make_optimizer(torch.nn.Linear(3, 2, bias=False).parameters(), OptimizerConfig(lr=1e-3))
     assert [len(group["params"]) for group in optimizer.param_groups] == [1]
 
 
@@ -36,7 +38,7 @@ def test_the_paper_has_no_decay_and_the_usual_moments() -> None:
 def test_three_steps_are_adamws() -> None:
     layer = torch.nn.Linear(3, 2)
     config = OptimizerConfig(lr=0.01, weight_decay=0.1)
-    optimizer = make_optimizer(layer, config)
+    optimizer = make_optimizer(layer.parameters(), config)
     want = {n: p.detach().double().clone() for n, p in layer.named_parameters()}
     m = {n: torch.zeros_like(p) for n, p in want.items()}
     v = {n: torch.zeros_like(p) for n, p in want.items()}

@@ -1,0 +1,20 @@
+"""AdamW's state by parameter name, the same for every engine; hyperparameters are the recipe's and are not kept."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def adam_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+    """`step` and both moments of a parameter; zeros before its first step, so that a checkpoint can be loaded into
+    them."""
+    state: dict[str, Any] = optimizer.state[parameter]
+    if not state:
+        on_device = optimizer.defaults["fused"] or optimizer.defaults["capturable"]
+        device = parameter.device if on_device else torch.device("cpu")
+        state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+        state |= {moment: torch.zeros_like(parameter, requires_grad=False) for moment in MOMENTS}
+    return state

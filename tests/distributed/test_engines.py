@@ -1,0 +1,101 @@
+"""Whoever changes the engine, the number of ranks or the accumulation changes the speed, not the training."""
+
+from pathlib import Path
+
+import pytest
+
+from emma_train.stages.stage import STAGES
+from tests.distributed.engines import LOSSES, REFERENCE, WAYS, Distance, Way, distance, run, stage_recipe
+from tests.runs import learnt
+
+STEPS, FEW = 20, 3
+CLOSE = 1e-5
+
+
+def assert_close(found: Distance) -> None:
+    assert found.loss <= CLOSE
+    # A norm adds up squares of every gradient of the model in float32.
+    assert found.norm <= 1e-4
+    assert found.weights <= CLOSE
+    assert found.averages <= CLOSE
+    assert found.moments <= CLOSE
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A recipe of three steps of all tasks, and its run on one rank."""
+    recipe = stage_recipe(tmp_path_factory.mktemp("few"), "stage1", None, FEW)
+    return recipe, run(recipe, REFERENCE, "reference")
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.name)
+def test_every_engine_trains_the_same(few: tuple[Path, Path], way: Way) -> None:
+    recipe, reference = few
+    assert_close(distance(run(recipe, way, way.name), reference, FEW))
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        Way("replicas that keep frozen units whole", 2, ("engine.replicate=2", "engine.frozen=replicated")),
+        Way("host memory, no prefetch", 2, ("engine.offload_optimizer=true", "engine.prefetch=0")),
+        Way("two layers ahead", 2, ("engine.prefetch=2", "engine.reshard_after_forward=false")),
+        *(
+            Way(
+                f"ZeRO-{n}, host memory",
+                2,
+                ("engine.kind=deepspeed", f"engine.zero_stage={n}", "engine.offload_optimizer=true"),
+            )
+            for n in (1, 2, 3)
+        ),
+    ],
+    ids=lambda way: way.name,
+)
+@pytest.mark.slow
+def test_policies_of_memory_change_nothing(few: tuple[Path, Path], way: Way) -> None:
+    recipe, reference = few
+    assert_close(distance(run(recipe, way, way.name), reference, FEW))
+
+
+def test_a_checkpoint_of_one_engine_goes_on_under_another(few: tuple[Path, Path]) -> None:
+    """Another engine and another number of ranks at every step."""
+    recipe, reference = few
+    zero = "engine.kind=deepspeed"
+    for step, (processes, *overrides) in enumerate(
+        [(2, zero, "engine.zero_stage=3"), (1, "engine.kind=fsdp"), (2, zero, "engine.zero_stage=1")], start=1
+    ):
+        run(recipe, Way("", processes, tuple(overrides)), "chain", f"train.steps={step}")
+    assert_close(distance(recipe.parent / "chain", reference, FEW))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", [Way("FSDP", 2), *WAYS[3:]], ids=lambda way: way.name)
+def test_fifty_steps_in_bf16_lose_what_float32_loses(tmp_path: Path, way: Way) -> None:
+    """Within a hundredth, each task by itself, in every step."""
+    recipe = stage_recipe(tmp_path, "stage1", None, 50)
+    exact, rounded = (learnt(run(recipe, way, name, f"engine.precision={name}")) for name in ("fp32", "bf16"))
+    for one, other in zip(exact, rounded, strict=True):
+        for key in LOSSES:
+            assert other[key] == pytest.approx(one[key], rel=0.01)
+    assert exact[-1]["loss"] < 0.8 * exact[0]["loss"]
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
+    """Every stage for twenty steps on one rank, from the one before: its recipe and run."""
+    root = tmp_path_factory.mktemp("chain")
+    made: dict[str, tuple[Path, Path]] = {}
+    previous = None
+    for stage in STAGES:
+        recipe = stage_recipe(root, stage, previous, STEPS)
+        made[stage] = recipe, run(recipe, REFERENCE, stage)
+        previous = str(made[stage][1])
+    return made
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.name)
+@pytest.mark.parametrize("stage", STAGES)
+def test_twenty_steps_of_every_stage(chain: dict[str, tuple[Path, Path]], stage: str, way: Way) -> None:
+    recipe, reference = chain[stage]
+    assert_close(distance(run(recipe, way, f"{stage}-{way.name}"), reference, STEPS))

@@ -1,0 +1,67 @@
+"""A gradient that is not finite moves nothing, on any engine; nothing that a step makes outlives it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed.ranks import live_tensors, models_left, steps_with_poison
+from tests.distributed.spawn import run_ranks
+from tests.helpers import recipe_values, tiny_recipe, write_recipe
+from tests.runs import train
+
+KINDS = ["it2i", "i2t"]
+ENGINES: dict[str, dict[str, Any]] = {
+    "fsdp": {},
+    **{f"zero{stage}": {"engine__kind": "deepspeed", "engine__zero_stage": stage} for stage in (1, 2, 3)},
+}
+
+
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_step_that_is_not_finite_on_one_rank_moves_nothing_on_any(engine: str, precision: str) -> None:
+    """And the step after it is the one that would have come anyway."""
+    recipe = tiny_recipe(engine__precision=precision, **ENGINES[engine])
+    for outcome in run_ranks(2, steps_with_poison, recipe, KINDS, 1):
+        found = outcome.value
+        assert found["moved"] is False
+        assert [norm for norm in found["norms"] if not torch.isfinite(torch.tensor(norm))] == [found["norms"][1]]
+    healthy = run_ranks(2, steps_with_poison, recipe, KINDS, None)[0].value
+    assert found["norms"][0] == healthy["norms"][0]
+    # A healthy run has taken a third step by then: the norm of its second is what tells.
+    assert found["norms"][2] == healthy["norms"][1]
+
+
+@pytest.mark.parametrize("engine", ["fsdp", *(pytest.param(f"zero{n}", marks=pytest.mark.slow) for n in (1, 2, 3))])
+def test_no_tensor_outlives_its_step(engine: str) -> None:
+    """Fifty steps without garbage collection: a cycle or a cache would show."""
+    recipe = tiny_recipe(ema__decay=0.9, **ENGINES[engine])
+    for outcome in run_ranks(2, live_tensors, recipe, KINDS, 50):
+        counts = outcome.value
+        # Gradients of the last pack may still be on their way to be freed when they are counted.
+        assert max(counts) - min(counts) <= 4, counts
+
+
+def test_a_run_whose_every_step_is_not_finite_stops_and_names_the_samples(tmp_path: Path) -> None:
+    settings = {"run__root": str(tmp_path), "run__name": "nan", "loss__ce_weight": float("inf"), "train__steps": 9}
+    recipe = write_recipe(tmp_path / "nan.yaml", recipe_values("stage1", train__max_skipped_steps=3, **settings))
+    with pytest.raises(AssertionError) as failure:
+        train(recipe, processes=2)
+    told = str(failure.value)
+    assert "3 steps in a row had a gradient that is not finite (train.max_skipped_steps)" in told
+    assert "skipped_steps.jsonl lists their samples" in told
+    lines = [json.loads(line) for line in (tmp_path / "nan" / "skipped_steps.jsonl").read_text().splitlines()]
+    assert sorted((line["step"], line["rank"]) for line in lines) == [(s, r) for s in (1, 2, 3) for r in (0, 1)]
+    # 12 samples a step, 6 on each rank.
+    assert all(len(line["keys"]) == 6 for line in lines)
+
+
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("zero1", "zero2")]
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "zero3", *SLOW])
+def test_a_stage_leaves_nothing_of_its_model_to_the_next(engine: str) -> None:
+    """A pipeline runs in one process: what one stage kept would be missing to the next."""
+    assert [outcome.value for outcome in run_ranks(2, models_left, tiny_recipe(**ENGINES[engine]), KINDS)] == [0, 0]
