@@ -12,6 +12,7 @@ checkpoints/latest                    the name of the newest whole one, written 
 A frozen folder may also lie in the checkpoint itself (step-00000100/frozen/DIGEST), which makes it self-contained.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -207,10 +208,11 @@ def _checksum(values: Mapping[str, Any]) -> str:
 
 
 def _sync(folder: Path) -> None:
-    """Make the names in a folder survive a power cut."""
+    """Make the names in a folder survive a power cut, where its file system can."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with contextlib.suppress(OSError):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 

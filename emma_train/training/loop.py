@@ -132,7 +132,9 @@ class Trainer:
                 if self.saver.due(data.step) or last:
                     self.save(wait=last)
                 self.done.seconds += time.perf_counter() - started + data.wait_s
-                drawn = (cadence.sample_every and data.step % cadence.sample_every == 0) or data.step == total
+                # Who is asked to stop has no time for pictures.
+                drawn = cadence.sample_every and data.step % cadence.sample_every == 0 and not asked
+                drawn = drawn or data.step == total
                 pictures = self._draw(data.step) if drawn else []
                 if trackers and values is not None:
                     stall = {"checkpoint/stall_s": self.saver.take_stall()}
