@@ -108,7 +108,11 @@ def _train_stage(path: Path, recipe: "Recipe", world: "World", stop: "StopReques
         log.info("%s is complete: nothing to do", run.path)
         return 0
     with ExitStack() as held:
-        world.on_main(lambda: held.enter_context(RunLock(run.path)) and None)
+
+        def lock() -> None:
+            held.enter_context(RunLock(run.path))
+
+        world.on_main(lock)
         return _train_in(run, path, recipe, world, stop)
 
 

@@ -12,6 +12,7 @@ checkpoints/latest                    the name of the newest whole one, written 
 A frozen folder may also lie in the checkpoint itself (step-00000100/frozen/DIGEST), which makes it self-contained.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -80,14 +81,17 @@ def fault(folder: Path) -> str | None:
     if problem := _wrong_size(folder, meta["files"]):
         return problem
     frozen = frozen_folder(folder, meta)
-    if frozen is None:
-        return None
-    stored = read_meta(frozen)
-    if stored is None or not isinstance(stored.get("files"), dict):
+    return None if frozen is None else frozen_fault(frozen)
+
+
+def frozen_fault(frozen: Path) -> str | None:
+    """The same for frozen weights."""
+    meta = read_meta(frozen)
+    if meta is None or not isinstance(meta.get("files"), dict):
         return f"the frozen weights that it refers to are missing ({FROZEN}/{frozen.name} beside it)"
-    if digest_of(stored["files"]) != frozen.name:
+    if digest_of(meta["files"]) != frozen.name:
         return f"{FROZEN}/{frozen.name}/{META} is not what its name says"
-    problem = _wrong_size(frozen, stored["files"])
+    problem = _wrong_size(frozen, meta["files"])
     return f"{FROZEN}/{frozen.name}/{problem}" if problem else None
 
 
@@ -145,11 +149,12 @@ def none_at(path: str | Path, what: str, faults: list[str]) -> str:
 
 
 def begin(checkpoints: Path, name: str) -> Path:
-    """An empty folder NAME.tmp to write into; leftovers of a crash are removed."""
+    """An empty folder NAME.tmp to write into; leftovers of a crash are removed. Raises OSError where `checkpoints` is
+    not there: it may be storage that has gone, and a mount point would take anything."""
     folder = checkpoints / f"{name}.tmp"
     if folder.exists():
         shutil.rmtree(folder)
-    folder.mkdir(parents=True)
+    folder.mkdir()
     return folder
 
 
@@ -207,10 +212,11 @@ def _checksum(values: Mapping[str, Any]) -> str:
 
 
 def _sync(folder: Path) -> None:
-    """Make the names in a folder survive a power cut."""
+    """Make the names in a folder survive a power cut, where its file system can."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with contextlib.suppress(OSError):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 

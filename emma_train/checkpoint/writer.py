@@ -53,9 +53,7 @@ class Writer:
         folder = self._checkpoints / f"{name}.tmp"
         try:
             self._main(lambda: folders.begin(self._checkpoints, name))
-            size = 0
-            if state.frozen and self._frozen is None:
-                size += self._write_frozen(state.frozen)
+            size = 0 if self._has_frozen(state) else self._write_frozen(state.frozen)
             for part, tensors in state.parts.items():
                 store.write(folder / part, tensors, values, self._group, key=f"{part}-{self._failures}")
             files = self._files(folder, list(state.parts))
@@ -67,11 +65,19 @@ class Writer:
             prune(self._checkpoints, self._config)
         return size + sum(entry["bytes"] for entry in files.values())
 
+    def _has_frozen(self, state: State) -> bool:
+        """Whether there is nothing frozen to write: nothing is frozen, or it is there, and nobody has removed it."""
+        if not state.frozen or self._frozen is None:
+            return not state.frozen
+        folder = self._checkpoints / folders.FROZEN / self._frozen
+        return self._together(lambda: not self._world.is_main or folders.frozen_fault(folder) is None)[0]
+
     def _write_frozen(self, frozen: Mapping[str, Tensor]) -> int:
         """Once in a stage. They are read where they lie, because nothing changes them."""
         above = self._checkpoints / folders.FROZEN
         folder = above / "new.tmp"
         try:
+            self._main(lambda: above.mkdir(exist_ok=True))
             self._main(lambda: folders.begin(above, "new"))
             store.write(folder, frozen, {name: part(tensor) for name, tensor in frozen.items()}, self._group)
             files = self._files(folder, [""])

@@ -150,7 +150,9 @@ class Trainer:
                     with limits.unhurried():
                         self.save(wait=last)
                 self.done.seconds += time.perf_counter() - started + data.wait_s
-                drawn = (cadence.sample_every and data.step % cadence.sample_every == 0) or data.step == total
+                # Who is asked to stop has no time for pictures.
+                drawn = cadence.sample_every and data.step % cadence.sample_every == 0 and not asked
+                drawn = drawn or data.step == total
                 with limits.unhurried():
                     pictures = self._draw(data.step) if drawn else []
                 if trackers and values is not None:

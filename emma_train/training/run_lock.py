@@ -18,6 +18,7 @@ import threading
 import time
 from pathlib import Path
 from types import TracebackType
+from typing import NoReturn
 
 from emma_train.config.errors import UserError
 
@@ -38,13 +39,9 @@ class RunLock:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+            self._take()
         except OSError as error:
             raise UserError(f"{self._path}: cannot be written ({error.strerror}); set run.root") from None
-        try:
-            self._take()
-        except UserError:
-            os.close(self._descriptor)
-            raise
         threading.Thread(target=self._beat, name="lock", daemon=True).start()
         return self
 
@@ -60,21 +57,23 @@ class RunLock:
         holder, alone = self._holder(), self._lock()
         here = holder.get("host") == socket.gethostname()
         if alone is False and (here or not holder):
-            raise self._refusal()
+            self._refuse()
         if holder and not (here and alone):
             # A kernel knows its own processes only; of others the heartbeat tells.
             if self._beats(3 if alone else 12) or (self._lock() is False and alone):
-                raise self._refusal()
+                self._refuse()
             log.warning("%s: taken over from a job that is gone (%s)", self._path, _told(holder))
         me = {"host": socket.gethostname(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID")}
         text = json.dumps({**me, "since": time.strftime("%Y-%m-%dT%H:%M:%S%z")}).encode()
         os.ftruncate(self._descriptor, 0)
         os.pwrite(self._descriptor, text, 0)
 
-    def _refusal(self) -> UserError:
-        return UserError(
-            f"{self._path.parent}: is being trained by another job ({_told(self._holder())}); stop it, or choose "
-            "another run.name. Once that job has ended, the same command resumes the run"
+    def _refuse(self) -> NoReturn:
+        holder = _told(self._holder())
+        os.close(self._descriptor)
+        raise UserError(
+            f"{self._path.parent}: is being trained by another job ({holder}); stop it, or choose another run.name. "
+            "Once that job has ended, the same command resumes the run"
         )
 
     def _lock(self) -> bool | None:

@@ -1,5 +1,6 @@
 """What ranks do in the tests of saving. Here, and not in a test module, because a rank finds its function by name."""
 
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -36,6 +37,7 @@ class Job:
         self.optimizer = torch.optim.AdamW(learns, lr=0.1, fused=True)
         self.averages = {n: p.detach().clone() for n, p in self.model.named_parameters() if p.requires_grad}
         self.world, self.checkpoints, self.step = world, checkpoints, 0
+        checkpoints.mkdir(parents=True, exist_ok=True)
         timeout_s = settings.pop("timeout_s", 20)
         self.saver = Saver(checkpoints, TrainConfig(steps=99, save_every=save_every, **settings), world, timeout_s)
 
@@ -180,6 +182,27 @@ def failing(root: Path, where: str, rank: int, fails: list[int], steps: int, sav
             "newest": newest and newest.name,
             "stopped": stopped,
         }
+
+
+def vanishing(root: Path, what: str, steps: int) -> tuple[list[int], list[str]]:
+    """Train while the storage goes before the save of step 8 and comes back before that of step 10, or while its frozen
+    weights are removed before that of step 8. Gives the steps whose save was begun, and what is there in the end."""
+    with join("cpu", 60) as world:
+        job, begun = Job(world, root / "checkpoints", keep=99), []
+        for _ in range(steps):
+            job.go()
+            if world.is_main and what == "storage" and job.step in (8, 10):
+                here, away = root / "checkpoints", root / "away"
+                here.rename(away) if job.step == 8 else away.rename(here)
+            if world.is_main and what == "frozen" and job.step == 8:
+                shutil.rmtree(root / "checkpoints" / "frozen")
+            world.barrier()
+            if job.saver.due(job.step):
+                begun.append(job.step)
+                job.save()
+                _ended(job)
+        job.saver.finish()
+        return begun, sorted(p.name for p in (root / "checkpoints").glob("step-*"))
 
 
 def storage_that_hangs(root: Path) -> str:

@@ -106,6 +106,19 @@ def test_training_stops_before_more_than_an_interval_is_at_stake(tmp_path: Path)
         assert "it goes on from step 4" in outcome.value["stopped"]
 
 
+def test_storage_that_goes_and_comes_back_is_waited_for(tmp_path: Path) -> None:
+    """Nothing is written where it was: that may be the disk under a mount point."""
+    for outcome in run_ranks(2, saving.vanishing, tmp_path, "storage", 12):
+        assert outcome.value == ([4, 8, 9, 10, 12], [folders.step_name(step) for step in (4, 10, 12)])
+    assert all(verify.fault(folder) is None for folder in folders.steps(tmp_path / "checkpoints"))
+
+
+def test_frozen_weights_that_were_removed_are_written_again(tmp_path: Path) -> None:
+    for outcome in run_ranks(2, saving.vanishing, tmp_path, "frozen", 8):
+        assert outcome.value == ([4, 8], ["step-00000004", "step-00000008"])
+    assert all(verify.fault(folder) is None for folder in folders.steps(tmp_path / "checkpoints"))
+
+
 def test_storage_that_hangs_ends_the_run_with_a_message(tmp_path: Path) -> None:
     for outcome in run_ranks(2, saving.storage_that_hangs, tmp_path):
         assert "the checkpoint of step 2 is not written after" in outcome.value

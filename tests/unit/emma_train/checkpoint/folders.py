@@ -8,6 +8,7 @@ from emma_train.checkpoint import verify
 
 
 def write(checkpoints: Path, step: int, frozen: str | None = None, metrics: dict[str, float] | None = None) -> Path:
+    checkpoints.mkdir(parents=True, exist_ok=True)
     folder = folders.begin(checkpoints, folders.step_name(step))
     (folder / "weights").mkdir()
     (folder / "weights" / "__0_0.distcp").write_bytes(b"x" * (100 + step))
@@ -17,6 +18,7 @@ def write(checkpoints: Path, step: int, frozen: str | None = None, metrics: dict
 
 
 def write_frozen(checkpoints: Path, content: bytes = b"frozen") -> str:
+    (checkpoints / folders.FROZEN).mkdir(parents=True, exist_ok=True)
     folder = folders.begin(checkpoints / folders.FROZEN, "new")
     (folder / "__0_0.distcp").write_bytes(content)
     return folders.commit_frozen(folder, listed(folder))
