@@ -92,6 +92,7 @@ def write_checkpoint(run: Path, recipe: Recipe) -> int:
     with join("cpu", 60) as world:
         built = build(recipe, stage_of(recipe), world, resuming=False)
         meta = {"step": 1, "stage": recipe.stage.name, "config": as_dict(recipe)}
+        (run / "checkpoints").mkdir(parents=True)
         saver = Saver(run / "checkpoints", recipe.train, world, timeout_s=60)
         saver.start(state_of(built.engine, {}), meta)
         saver.finish_last(lambda: None)
