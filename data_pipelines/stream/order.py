@@ -49,6 +49,7 @@ class Pool:
         self.num_rows = sum(shard.num_rows for shard in self.shards)
         self._load, self._seed, self._name, self._window = load, seed, name, window
         self._windows: OrderedDict[tuple[int, int], Future[tuple[Columns, np.ndarray]]] = OrderedDict()
+        self._ready: dict[tuple[int, int], tuple[Columns, np.ndarray]] = {}
         self._lock = threading.Lock()
         self._epoch = lru_cache(maxsize=2)(self._epoch_order)
         self._process = os.getpid()
@@ -90,24 +91,26 @@ class Pool:
         return windows, np.asarray(starts, dtype=np.int64)
 
     def _get(self, epoch: int, window: int) -> tuple[Columns, np.ndarray]:
-        return self._begin(epoch, window).result()
+        ready = self._ready.get((epoch, window))
+        return self._begin(epoch, window).result() if ready is None else ready
 
     def _begin(self, epoch: int, window: int) -> "Future[tuple[Columns, np.ndarray]]":
         if self._process != os.getpid():
-            # A forked worker has neither the thread that would finish what its parent began, nor the lock's holder.
+            # A forked worker has what is ready, but not the thread that would finish the rest, nor the holder of the lock.
             self._process, self._lock, self._windows = os.getpid(), threading.Lock(), OrderedDict()
         with self._lock:
             key = (epoch, window)
             if key not in self._windows:
                 self._windows[key] = _loader(self._process).submit(self._read, epoch, window)
                 while len(self._windows) > KEPT_WINDOWS:
-                    self._windows.popitem(last=False)
-            self._windows.move_to_end(key)
+                    self._ready.pop(self._windows.popitem(last=False)[0], None)
             return self._windows[key]
 
     def _read(self, epoch: int, window: int) -> tuple[Columns, np.ndarray]:
         columns = self._load([self.shards[i] for i in self._epoch(epoch)[0][window]], epoch)
-        return columns, _permutation(len(columns), seed_of(self._seed, epoch, f"{self._name} {window}", "rows"))
+        ready = columns, _permutation(len(columns), seed_of(self._seed, epoch, f"{self._name} {window}", "rows"))
+        self._ready[epoch, window] = ready
+        return ready
 
     def window_of(self, position: int) -> Columns:
         """All rows of a position's window, in the order of the shards."""
