@@ -1,19 +1,17 @@
 """The command `emma-data`: makes data sets and says what is in them."""
 
 import argparse
-import json
 import logging
+import os
 import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from emma_train.config.errors import UserError
 
 TINY_TOKENIZER = Path(__file__).parents[1] / "recipes" / "tiny" / "assets" / "tokenizer" / "tokenizer.json"
-COLUMNS = ("split", "shards", "kB", "records", "i2t", "t2i", "it2i", "stem")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,9 +34,13 @@ def build_parser() -> argparse.ArgumentParser:
     sources = importing.add_subparsers(required=True, metavar="SOURCE")
     add_fluent_emoji(sources.add_parser("fluent-emoji", help="named drawings of the npm package fluentui-emoji"))
 
-    index = commands.add_parser("index", help="write the index and manifest of a folder of shards")
+    index = commands.add_parser(
+        "index", help="write the index and manifest of a folder of shards; goes on where it stopped"
+    )
     index.add_argument("folder", type=Path)
     index.add_argument("--tokenizer", type=Path, default=TINY_TOKENIZER, help="tokenizer.json that counts the text")
+    add_workers(index)
+    index.add_argument("--again", action="store_true", help="also shards whose index is valid")
     index.set_defaults(run=run_index)
 
     latents = commands.add_parser("cache-latents", help="encode every picture once, for training from latents")
@@ -50,13 +52,18 @@ def build_parser() -> argparse.ArgumentParser:
     latents.set_defaults(run=run_cache_latents)
 
     check = commands.add_parser("check", help="verify shards against their index and manifest; exit 1 on a difference")
-    check.add_argument("folder", type=Path)
+    check.add_argument("folder", help="a path, or a URL that fsspec opens")
+    add_workers(check)
     check.set_defaults(run=run_check)
 
     stats = commands.add_parser("stats", help="what a data set holds")
-    stats.add_argument("folder", type=Path)
+    stats.add_argument("folder", help="a path, or a URL that fsspec opens")
     stats.set_defaults(run=run_stats)
     return parser
+
+
+def add_workers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (%(default)s)")
 
 
 def add_fluent_emoji(parser: argparse.ArgumentParser) -> None:
@@ -80,7 +87,7 @@ def add_fluent_emoji(parser: argparse.ArgumentParser) -> None:
 def run_import_fluent_emoji(arguments: argparse.Namespace) -> int:
     from data_pipelines.prepare.concepts import WORLDS, Amounts
     from data_pipelines.prepare.package import DRAWINGS, UNICODE_TABLE, fetch
-    from data_pipelines.stream.index import index_folder
+    from data_pipelines.stream.indexing import index_folder
 
     try:
         from data_pipelines.prepare.drawings import read_catalogue
@@ -110,11 +117,12 @@ def run_import_fluent_emoji(arguments: argparse.Namespace) -> int:
 
 
 def run_index(arguments: argparse.Namespace) -> int:
-    from data_pipelines.stream.index import index_folder
+    from data_pipelines.stream.indexing import index_folder
 
     require_file(arguments.tokenizer, "--tokenizer")
+    check_range("--workers", arguments.workers, 1, 4096)
     for folder in shard_folders(arguments.folder):
-        index_folder(folder, arguments.tokenizer, known_provenance(folder))
+        index_folder(folder, arguments.tokenizer, workers=arguments.workers, again=arguments.again)
     return 0
 
 
@@ -134,49 +142,39 @@ def run_cache_latents(arguments: argparse.Namespace) -> int:
 
 
 def run_check(arguments: argparse.Namespace) -> int:
-    from data_pipelines.stream.index import check_folder
+    from data_pipelines.stream.check import check_folder
 
-    folders = shard_folders(arguments.folder)
-    problems = [f"{folder.name}: {problem}" for folder in folders for problem in check_folder(folder)]
+    check_range("--workers", arguments.workers, 1, 4096)
+    folders = readable_folders(arguments.folder)
+    problems = [f"{name}: {p}" for name, folder in folders.items() for p in check_folder(folder, arguments.workers)]
     for problem in problems:
         sys.stdout.write(f"{problem}\n")
-    names = ", ".join(folder.name for folder in folders)
-    sys.stdout.write(f"{names}: {f'{len(problems)} problems' if problems else 'as the index says'}\n")
+    sys.stdout.write(f"{', '.join(folders)}: {f'{len(problems)} problems' if problems else 'as the index says'}\n")
     return 1 if problems else 0
 
 
 def run_stats(arguments: argparse.Namespace) -> int:
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table(title=f"{arguments.folder}: records, and how many of them each task can use")
-    for column in COLUMNS:
-        table.add_column(column, justify="left" if column == "split" else "right")
-    for folder in shard_folders(arguments.folder):
-        numbers = folder_numbers(folder)
-        table.add_row(folder.name, *(f"{numbers[column]:,}" for column in COLUMNS[1:]))
-    Console().print(table)
+    from data_pipelines.stream.stats import details, folder_stats, overview
+
+    found = {name: folder_stats(folder) for name, folder in readable_folders(arguments.folder).items()}
+    console = Console()
+    console.print(overview(arguments.folder, found))
+    for name, stats in found.items():
+        console.print(f"\n[bold]{name}[/bold]")
+        for table in details(stats):
+            console.print(table)
     return 0
 
 
-def folder_numbers(folder: Path) -> dict[str, int]:
-    """What a folder of shards holds, from its manifest and indexes: shards, kB, records, STEM records, task rows."""
-    import pyarrow.parquet as parquet
+def readable_folders(folder: str) -> dict[str, str]:
+    """Folders of shards by name: those of shard_folders, or the URL of a remote one."""
+    from data_pipelines.stream.storage import is_local, local_path, shown
 
-    from data_pipelines.stream.index import index_path, read_manifest
-
-    manifest = read_manifest(folder)
-    stem: dict[str, bool] = {}
-    for shard in manifest["shards"]:
-        rows = parquet.read_table(index_path(folder / shard["name"]), columns=["key", "tags"])
-        stem.update(zip(rows["key"].to_pylist(), ("stem" in tags for tags in rows["tags"].to_pylist()), strict=True))
-    return {
-        "shards": len(manifest["shards"]),
-        "kB": sum(shard["bytes"] for shard in manifest["shards"]) // 1000,
-        "records": len(stem),
-        "stem": sum(stem.values()),
-        **manifest["samples"],
-    }
+    if not is_local(folder):
+        return {shown(folder): folder}
+    return {path.name: str(path) for path in shard_folders(Path(local_path(folder)))}
 
 
 def shard_folders(folder: Path) -> list[Path]:
@@ -187,17 +185,6 @@ def shard_folders(folder: Path) -> list[Path]:
     if not found:
         raise UserError(f"{folder}: no *.tar in it or in its subfolders; give a folder of shards")
     return list(dict.fromkeys(found))
-
-
-def known_provenance(folder: Path) -> dict[str, Any]:
-    """The provenance in the folder's manifest, so that indexing again keeps it; empty where there is none yet."""
-    path = folder / "manifest.json"
-    if not path.exists():
-        return {}
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")).get("provenance", {}))
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: not readable ({error}); remove it and index again") from error
 
 
 def check_range(option: str, value: int, low: int, high: int) -> None:

@@ -6,16 +6,19 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from emma_train.config.errors import LostRanks, UserError
+from emma_train.config.errors import LostRanks, RunError, UserError
 
 if TYPE_CHECKING:
     from emma_train.config.schema import Recipe
     from emma_train.engine.world import World
+    from emma_train.training.preemption import StopRequest
+    from emma_train.training.run_folder import RunFolder
 
 log = logging.getLogger("emma_train")
 SCORE_SPLITS = ("heldout_drawings", "heldout_concepts")
@@ -40,6 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Every rank says it: what only one of them met would be lost otherwise.
         print(f"emma-train {arguments.command}: {error}", file=sys.stderr, flush=True)
         return 2
+    except RunError as error:
+        print(f"emma-train {arguments.command}: {error}", file=sys.stderr, flush=True)
+        return 1
     except BrokenPipeError:
         return 1
     except LostRanks as error:
@@ -53,6 +59,7 @@ def train(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from emma_train.config.load import is_pipeline, load_recipe
     from emma_train.engine.world import join
     from emma_train.stages.stage import stage_of
+    from emma_train.training.preemption import EXIT_PREEMPTED, StopRequest
 
     path = Path(arguments.recipe)
     recipes = _pipeline_recipes(path, overrides) if is_pipeline(path) else [(path, load_recipe(path, overrides))]
@@ -61,11 +68,13 @@ def train(arguments: argparse.Namespace, overrides: list[str]) -> int:
     first = recipes[0][1].engine
     # One group of processes for all stages: gloo cannot be left and joined again within a process.
     traces = Path(recipes[0][1].run.root) / recipes[0][1].run.name / "logs" / "nccl-rank-"
-    with join(first.device, first.timeout_s, traces) as world:
+    with join(first.device, first.timeout_s, traces) as world, StopRequest() as stop:
         if not world.is_main:
             logging.getLogger().setLevel(logging.ERROR)
         for file, recipe in recipes:
-            if code := _train_stage(file, recipe, world):
+            if world.sum([float(stop.asked)])[0]:
+                return EXIT_PREEMPTED
+            if code := _train_stage(file, recipe, world, stop):
                 return code
         if world.is_main and len(recipes) > 1:
             _try_report(Path(recipes[-1][1].run.root))
@@ -87,31 +96,50 @@ def _pipeline_recipes(path: Path, overrides: list[str]) -> "list[tuple[Path, Rec
     return recipes
 
 
-def _train_stage(path: Path, recipe: "Recipe", world: "World") -> int:
-    """Join stream, model, engine and loop for one stage."""
-    from data_pipelines.stream.loader import Stream
-    from data_pipelines.stream.requests import read_requests
+def _train_stage(path: Path, recipe: "Recipe", world: "World", stop: "StopRequest") -> int:
+    """Train one stage, as far as it is not complete, alone in its run folder."""
     from emma_train.checkpoint import folder as folders
+    from emma_train.training.run_folder import RunFolder
+    from emma_train.training.run_lock import RunLock
+
+    run = RunFolder(recipe)
+    newest = world.on_main(lambda: folders.newest(run.checkpoints))
+    if newest is not None and (folders.read_meta(newest) or {})["step"] >= recipe.train.steps:
+        log.info("%s is complete: nothing to do", run.path)
+        return 0
+    with ExitStack() as held:
+
+        def lock() -> None:
+            held.enter_context(RunLock(run.path))
+
+        world.on_main(lock)
+        return _train_in(run, path, recipe, world, stop)
+
+
+def _train_in(run: "RunFolder", path: Path, recipe: "Recipe", world: "World", stop: "StopRequest") -> int:
+    """Join stream, model, engine and loop for one stage."""
+    from data_pipelines.stream.loader import Stream, dead_worker
+    from data_pipelines.stream.requests import read_requests
+    from emma_train.checkpoint import verify
     from emma_train.config.check import phases
-    from emma_train.generate.generator import FlowSettings, Generator, TextSettings
+    from emma_train.generate.generator import Generator
     from emma_train.generate.samples import write_samples
+    from emma_train.generate.settings import FlowSettings, TextSettings
     from emma_train.model.autoencoder import Autoencoder
     from emma_train.sequence.tokens import TextTokenizer
     from emma_train.stages.stage import stage_of
     from emma_train.training.build import build
     from emma_train.training.loop import Trainer
-    from emma_train.training.run_folder import RunFolder
 
-    stage, run = stage_of(recipe, str(path)), RunFolder(recipe)
-    checkpoint = folders.newest(run.checkpoints) if run.checkpoints.is_dir() else None
-    if checkpoint is not None and (folders.whole(checkpoint) or {})["step"] >= recipe.train.steps:
-        log.info("%s is complete: nothing to do", run.path)
-        return 0
+    stage = stage_of(recipe, str(path))
+    checkpoint = verify.to_resume(run.checkpoints, world)
     autoencoder = Autoencoder(recipe.model.autoencoder, world.device)
-    stream = Stream(recipe, world.rank, world.size, autoencoder.fingerprint)
+    stream = Stream(recipe, world.rank, world.size, autoencoder.fingerprint, pin=world.device.type == "cuda")
+    if checkpoint is None:
+        stream.planner.check()
     requests = []
     if recipe.train.sample_from and stage.loss == "tokens":
-        folder, pixels = Path(recipe.train.sample_from), recipe.model.autoencoder.pixels
+        folder, pixels = recipe.train.sample_from, recipe.model.autoencoder.pixels
         mixed = [task for task in stage.tasks if any(getattr(phase.mix, task) for phase in phases(recipe))]
         for task in mixed:
             requests += read_requests(folder, task, recipe.data, pixels, recipe.train.sample_num)
@@ -128,10 +156,11 @@ def _train_stage(path: Path, recipe: "Recipe", world: "World") -> int:
     trainer = Trainer(recipe, stage, world, built, autoencoder, stream, draw_samples if requests else None)
     if checkpoint is not None:
         trainer.resume(checkpoint)
-    if world.is_main:
-        run.prepare(recipe, world)
-    world.barrier()
-    code = trainer.train()
+    world.on_main(lambda: run.prepare(recipe, world))
+    try:
+        code = trainer.train(stop)
+    except (RuntimeError, ConnectionError) as error:  # torch raises it wherever the trainer is when a worker dies
+        raise dead_worker(error) from None
     built.engine.close()
     if world.is_main and code == 0:
         _try_report(run.path)
@@ -139,36 +168,31 @@ def _train_stage(path: Path, recipe: "Recipe", world: "World") -> int:
 
 
 def inspect(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    """Say what a checkpoint is."""
+    """Say what a checkpoint is, whether it is whole to the byte, or copy it so that it stands alone."""
     from rich.console import Console
     from rich.table import Table
 
     from emma_train.checkpoint import folder as folders
+    from emma_train.checkpoint.inspect import faults, flatten, rows
 
-    checkpoint = folders.resolve(arguments.checkpoint, "CHECKPOINT")
-    meta = folders.whole(checkpoint)
+    path = Path(arguments.checkpoint)
+    if arguments.self_contained:
+        print(flatten(path, Path(arguments.self_contained)))
+        return 0
+    if arguments.verify:
+        found = faults(path)
+        for folder, problem in found.items():
+            print(f"{folder}: {problem or 'whole'}")
+        return 1 if any(found.values()) else 0
+    checkpoint = folders.resolve(path, "CHECKPOINT")
+    meta = folders.read_meta(checkpoint)
     assert meta is not None
     if arguments.json:
         print(json.dumps({k: v for k, v in meta.items() if k != "files"}, indent=1))
         return 0
     table = Table(title=str(checkpoint), show_header=False)
-    size = sum(meta["files"].values()) / 2**20
-    parent = meta["parent"]
-    rows = {
-        "stage": meta["stage"],
-        "step": f"{meta['step']} of {meta['config']['train']['steps']}",
-        "trainable": ", ".join(f"{group} ({n:,})" for group, n in meta["trainable"].items()),
-        "EMA": meta["ema_decay"] or "none",
-        "config": meta["config_hash"],
-        "from": f"{parent['path']} ({parent['stage'] or 'imported'}, step {parent['step']})" if parent else "the seed",
-        "data": ", ".join(f"{k} {v}" for k, v in meta["data"].items()),
-        "samples seen": ", ".join(f"{k} {v:,}" for k, v in meta["done"]["seen"].items()),
-        "written": f"{meta['time']} by {meta['world_size']} processes",
-        "tracker run": meta["tracker_run"] or "none",
-        "size": f"{size:,.1f} MiB in {len(meta['files'])} files",
-    }
-    for name, value in rows.items():
-        table.add_row(name, str(value))
+    for name, value in rows(checkpoint, meta).items():
+        table.add_row(name, value)
     Console().print(table)
     return 0
 
@@ -185,9 +209,20 @@ def import_(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 def export(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """Write a checkpoint as safetensors, config and tokenizer, loadable without torch.distributed."""
-    from emma_train.generate.load import export_checkpoint
+    from emma_train.checkpoint import export as exports
+    from emma_train.checkpoint.qwen3 import write_qwen3
+    from emma_train.checkpoint.stored import StoredModel
+    from emma_train.generate.settings import read_settings, write_settings
+    from emma_train.sequence.tokens import TextTokenizer
 
-    out = export_checkpoint(arguments.checkpoint, Path(arguments.out), use_ema=not arguments.no_ema)
+    model, out = StoredModel(arguments.checkpoint, use_ema=not arguments.no_ema), Path(arguments.out)
+    settings = read_settings(Path(arguments.checkpoint), model.recipe)
+    if arguments.format == "qwen3":
+        write_qwen3(out, model)
+    else:
+        tokenizer = TextTokenizer(model.recipe.data.tokenizer).path
+        exports.write(out, model.specs, model.read, model.recipe, model.meta, tokenizer)
+        write_settings(out, *settings)
     print(out)
     return 0
 
@@ -196,9 +231,9 @@ def generate(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """Answer a question about pictures, or make or edit a picture."""
     from PIL import Image
 
-    from data_pipelines.stream.reader import load_picture
-    from emma_train.generate.generator import FlowSettings, TextSettings
+    from data_pipelines.stream.pictures import load_picture
     from emma_train.generate.load import load_generator
+    from emma_train.generate.settings import changed, read_settings
     from emma_train.sequence.geometry import picture_size
     from emma_train.sequence.request import Request
     from emma_train.sequence.seeds import seed_of
@@ -208,6 +243,9 @@ def generate(arguments: argparse.Namespace, overrides: list[str]) -> int:
     if arguments.task == "t2i" and arguments.image:
         raise UserError("--task t2i takes no --image; --task it2i edits a picture")
     generator, recipe, _ = load_generator(arguments.model, arguments.device, not arguments.no_ema)
+    flow, text = read_settings(Path(arguments.model), recipe)
+    flow = changed(flow, _given(arguments, flow), "--")
+    text = changed(text, _given(arguments, text), "--")
     image, pixels = (recipe.data.und if arguments.task == "i2t" else recipe.data.gen), recipe.model.autoencoder.pixels
     pictures = []
     for file in arguments.image:
@@ -224,18 +262,17 @@ def generate(arguments: argparse.Namespace, overrides: list[str]) -> int:
         height, width = pictures[0].shape[:2]
     else:
         width = height = recipe.data.gen.side
-    prompts = arguments.prompt
     requests = [
-        Request(f"{n}", arguments.task, text, pictures, (height, width), seed_of(arguments.seed, 0, str(n), "generate"))
-        for text in prompts
+        Request(
+            f"{n}", arguments.task, prompt, pictures, (height, width), seed_of(arguments.seed, 0, str(n), "generate")
+        )
+        for prompt in arguments.prompt
         for n in range(arguments.num)
     ]
     if arguments.task == "i2t":
-        for answer in generator.answer(requests, TextSettings(arguments.max_tokens, arguments.temperature)):
+        for answer in generator.answer(requests, text):
             print(answer)
         return 0
-    guidance = (arguments.text_guidance, arguments.image_guidance)
-    flow = FlowSettings(arguments.steps, *guidance, recipe.flow.shift, arguments.solver)
     out = Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
     for start in range(0, len(requests), arguments.batch):
@@ -244,6 +281,11 @@ def generate(arguments: argparse.Namespace, overrides: list[str]) -> int:
             Image.fromarray(np.asarray(made)).save(path)
             print(path)
     return 0
+
+
+def _given(arguments: argparse.Namespace, settings: Any) -> dict[str, Any]:
+    """The options among a settings object's fields that were given."""
+    return {k: v for k in vars(settings) if (v := getattr(arguments, k, None)) is not None}
 
 
 def evaluate(arguments: argparse.Namespace, overrides: list[str]) -> int:
@@ -351,11 +393,22 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--tokenizer", metavar="DIR", help="tokenizer.json or its folder (that of --llm)")
     command = add(inspect)
     command.add_argument("checkpoint", metavar="CHECKPOINT", help="run folder or checkpoint")
-    command.add_argument("--json", action="store_true", help="print the metadata as JSON")
+    how = command.add_mutually_exclusive_group()
+    how.add_argument("--json", action="store_true", help="print the metadata as JSON")
+    how.add_argument("--verify", action="store_true", help="read every byte of all checkpoints there; exit 1 on damage")
+    how.add_argument("--self-contained", metavar="OUT", help="copy the newest one, with its frozen weights, to OUT")
     command = add(export)
     command.add_argument("checkpoint", metavar="CHECKPOINT", help="run folder or checkpoint")
     command.add_argument("out", metavar="OUT", help="folder to write")
     command.add_argument("--no-ema", action="store_true", help="export the weights, not their average")
+    command.add_argument(
+        "--as",
+        dest="format",
+        choices=("emma", "qwen3"),
+        default="emma",
+        help="emma: the whole model, for generate and init.from; qwen3: what understands, as transformers loads it "
+        "(%(default)s)",
+    )
     command = add(generate)
     add_model(command)
     command.add_argument("--task", choices=("i2t", "t2i", "it2i"), required=True)
@@ -364,12 +417,16 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--out", default="generated", help="folder for pictures (%(default)s)")
     command.add_argument("--num", type=int, default=1, help="answers or pictures per prompt (%(default)s)")
     command.add_argument("--size", type=int, nargs=2, metavar=("WIDTH", "HEIGHT"), help="of the picture in pixels")
-    command.add_argument("--steps", type=int, default=30, help="flow steps (%(default)s)")
-    command.add_argument("--solver", choices=("euler", "heun"), default="euler", help="of the flow (%(default)s)")
-    command.add_argument("--text-guidance", type=float, default=2.5, help="strength of the prompt (%(default)s)")
-    command.add_argument("--image-guidance", type=float, default=2.0, help="strength of the reference (%(default)s)")
-    command.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
-    command.add_argument("--max-tokens", type=int, default=64, help="longest answer (%(default)s)")
+    own = command.add_argument_group(
+        "how to generate", "not given: as the export says, else the recipe's shift and our defaults"
+    )
+    own.add_argument("--steps", type=int, help="flow steps")
+    own.add_argument("--solver", choices=("euler", "heun"), help="of the flow")
+    own.add_argument("--shift", type=float, help="of the flow's time; larger pictures need more")
+    own.add_argument("--text-guidance", type=float, help="strength of the prompt")
+    own.add_argument("--image-guidance", type=float, help="strength of the reference")
+    own.add_argument("--temperature", type=float, help="0 takes the likeliest token")
+    own.add_argument("--max-tokens", type=int, help="longest answer")
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--batch", type=int, default=16, help="pictures at once (%(default)s)")
     command = add(evaluate)

@@ -25,8 +25,9 @@ LEAST_FREE_GIB = 10  # a few checkpoints of the tiny model and a small data set
 # Optional packages: import name, distribution, what it is for, how to get it. Installed or not, training goes on.
 OPTIONAL = (
     ("deepspeed", "deepspeed", "engine.kind=deepspeed", "deepspeed"),
-    ("liger_kernel", "liger-kernel", "fused kernels on CUDA", "liger"),
     ("ray", "ray", "preparing data on a cluster", "ray"),
+    ("s3fs", "s3fs", "shards from s3://", "s3"),
+    ("aiohttp", "aiohttp", "shards from http(s)://", "http"),
     ("resvg_py", "resvg-py", "emma-data import of drawings", "data"),
     ("matplotlib", "matplotlib", "emma-data formulas and charts", "data"),
 )

@@ -2,19 +2,23 @@
 
 tiny_model()                 ModelConfig: hidden 32, 4 decoder layers, 3 vision layers, 32 pixels per token
 tiny_emma(config)            Emma with every weight random, so that no output is zero by construction
+write_export(out, recipe)    an export of tiny_emma as if a stage had made it; returns the model
 recipe_values(stage, ...)    the plain values of a valid recipe; dotted keys override
 tiny_recipe(stage, ...)      the same as a checked Recipe
 write_recipe(path, values)   the same as a YAML file
 picture(rows, columns)       uint8 picture of so many visual tokens
+block_order(rows, columns)   raster index of each patch, in block order
 pixels(rows, columns)        the same as Pixels, with a latent
 i2t_sample, t2i_sample, it2i_sample, mixed_samples    Samples, laid out by the real layouts
 random_sample(rng)           any mixture of text and pictures of all roles, for property tests
 kept_bytes(model, run)       bytes that autograd keeps for backward while run() calls the model
+assert_same_pack(one, other) compares two packs bit for bit
 FakeAutoencoder              the interface of Autoencoder without weights: encode is linear, decode a blank
 """
 
 import copy
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -24,6 +28,8 @@ import torch
 import yaml
 from torch import Tensor
 
+from emma_train.checkpoint import export
+from emma_train.checkpoint.tensors import Spec
 from emma_train.config.load import from_dict
 from emma_train.config.schema import AutoencoderConfig, DecoderConfig, ModelConfig, Recipe, VisionConfig
 from emma_train.model.emma import Emma
@@ -82,6 +88,16 @@ def tiny_emma(config: ModelConfig | None = None, seed: int = 0) -> Emma:
     return model
 
 
+def write_export(out: Path, recipe: Recipe, seed: int = 0) -> Emma:
+    """Emma with random weights as an export of the recipe's stage."""
+    model = tiny_emma(recipe.model, seed)
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    specs = {name: Spec.of(value.dtype, value.shape) for name, value in weights.items()}
+    meta = {"stage": recipe.stage.name, "step": 1}
+    export.write(out, specs, weights.__getitem__, recipe, meta, tokenizer().path)
+    return model
+
+
 def recipe_values(stage: str = "stage1", **dotted: Any) -> dict[str, Any]:
     """Plain values of a valid recipe. `dotted` overrides, with __ for the dot: train__steps=3."""
     understanding = stage in ("stage0", "stage4_expert", "stage4_router")
@@ -137,6 +153,12 @@ def tokenizer() -> TextTokenizer:
 def picture(rows: int, columns: int, seed: int = 0) -> np.ndarray:
     """uint8 [32*rows, 32*columns, 3] of noise."""
     return np.random.default_rng(seed).integers(0, 256, (rows * SIDE, columns * SIDE, 3), dtype=np.uint8)
+
+
+def block_order(rows: int, columns: int) -> Tensor:
+    """Raster index of each patch of so many visual tokens, in block order: int64 [patches]."""
+    raster = torch.arange(rows * columns * SHUFFLE**2).view(rows, SHUFFLE, columns, SHUFFLE)
+    return raster.transpose(1, 2).reshape(-1)
 
 
 def pixels(rows: int, columns: int, seed: int = 0, cached: bool = True, stem: int = -1, patch: int = PATCH) -> Pixels:
@@ -260,3 +282,24 @@ def _seeded(sample: Sample, seed: int) -> Sample:
     sample.noise_seed = seed_of(seed, 0, sample.key, "noise")
     sample.time_seed = seed_of(seed, 0, sample.key, "time")
     return sample
+
+
+def assert_same_pack(one: PackedBatch, other: PackedBatch) -> None:
+    """Every table and tensor of two packs agrees, in type and to the last bit."""
+    a, b = (dict(_leaves(dataclasses.asdict(batch))) for batch in (one, other))
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        if isinstance(value, torch.Tensor):
+            assert value.dtype == b[name].dtype
+            assert torch.equal(value, b[name]), name
+        else:
+            assert value == b[name], name
+
+
+def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Values of nested dictionaries and lists, by their path."""
+    if isinstance(value, dict | list):
+        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _leaves(part, f"{name}/{key}")
+    else:
+        yield name, value

@@ -7,13 +7,15 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from tests.distributed.ranks import command
+from emma_train.checkpoint import store
+from emma_train.training.preemption import EXIT_PREEMPTED
+from tests.distributed.ranks import command, stopped_command
 from tests.distributed.spawn import Outcome, run_ranks
 
 SAME_EVERYWHERE = ("loss", "loss/i2t", "loss/t2i", "loss/it2i", "lr", "grad_norm", "data/digest", "data/straggler",
-                   "samples/i2t", "samples/t2i", "samples/it2i", "tokens/total", "data/skipped")  # fmt: skip
+                   "data/skipped", "data/replaced", "samples/i2t", "samples/t2i", "samples/it2i",
+                   "tokens/total")  # fmt: skip
 """What two runs of one recipe agree on, bit for bit at the same world size; the rest are clocks and memory."""
 
 
@@ -23,6 +25,13 @@ def train(recipe: Path, *overrides: str, processes: int = 1, code: int = 0, time
     for outcome in outcomes:
         assert outcome.value == code, f"exit code {outcome.value}, not {code}\n{outcome.out}\n{outcome.err}"
     return outcomes
+
+
+def train_until(recipe: Path, stop: int, *overrides: str, processes: int = 1) -> None:
+    """The same, asked to stop during step `stop`; ends after a checkpoint of it."""
+    outcomes = run_ranks(processes, stopped_command, ["train", str(recipe), *overrides], stop, timeout_s=180)
+    for outcome in outcomes:
+        assert outcome.value == EXIT_PREEMPTED, f"exit code {outcome.value}\n{outcome.out}\n{outcome.err}"
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
@@ -39,16 +48,16 @@ def checkpoint(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:08d}"
 
 
-def stored(folder: Path) -> dict[str, Any]:
-    """Everything that a checkpoint's shards hold: whole tensors and plain values, by name."""
-    entries = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-    state: dict[str, Any] = dict.fromkeys(entries)
-    for name, entry in entries.items():
-        if isinstance(entry, TensorStorageMetadata):
-            state[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it says that one process is one process
-        dcp.load(state, checkpoint_id=folder, no_dist=True)
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, whole, by name."""
+    state: dict[str, Any] = {}
+    for place in store.places(folder):
+        entries = dcp.FileSystemReader(place).read_metadata().state_dict_metadata
+        here: dict[str, Any] = {n: torch.empty(e.size, dtype=e.properties.dtype) for n, e in entries.items()}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it says that one process is one process
+            dcp.load(here, checkpoint_id=place, no_dist=True)
+        state |= here
     return state
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data_pipelines.stream.index import index_folder
+from data_pipelines.stream.indexing import index_folder
 from tests.helpers import ASSETS
 
 Content = tuple[str, dict[str, Any], dict[str, bytes]]

@@ -1,20 +1,26 @@
 """DC-AE latents of every picture of a shard folder, computed once: it never trains, so they never change."""
 
-import io
 import logging
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 import torch
-from PIL import Image
 from safetensors.torch import save_file
 
-from data_pipelines.stream.index import groups, picture_names, read_manifest
-from data_pipelines.stream.reader import latents_path, load_picture, transform_name
+from data_pipelines.stream.index import read_manifest
+from data_pipelines.stream.latents import latents_path, transform_name
+from data_pipelines.stream.pictures import load_picture, open_picture, pictures_of
+from data_pipelines.stream.tar import groups
 from emma_train.config.schema import AutoencoderConfig, ImageConfig
 from emma_train.model.autoencoder import Autoencoder
 from emma_train.sequence.geometry import picture_size
 
 log = logging.getLogger(__name__)
+Item = TypeVar("Item")
+AT_ONCE = 16
+"""Batches of the encoder that are decoded before it runs, so that pictures of one size find each other."""
 
 
 def cache_latents(folder: Path, autoencoder: AutoencoderConfig, images: list[ImageConfig], device: torch.device) -> int:
@@ -33,21 +39,35 @@ def cache_latents(folder: Path, autoencoder: AutoencoderConfig, images: list[Ima
             tag = {"autoencoder": encoder.fingerprint, "shard_sha256": shard["sha256"]}
             if path.is_file() and _metadata(path) == tag:
                 continue
-            names, pictures = [], []
-            with open(tar, "rb") as file:
-                for group in groups(file):
-                    for name in picture_names(group.members):
-                        with Image.open(io.BytesIO(group.members[name])) as picture:
-                            size = picture_size(*picture.size, image, autoencoder.pixels)
-                            pictures.append(torch.from_numpy(load_picture(picture, *size).copy()))
-                        names.append(f"{group.key}/{name.partition('.')[0]}")
-            latents = [latent.cpu() for latent in encoder.encode(pictures)]
+            latents: dict[str, torch.Tensor] = {}
+            for pictures in _batches(_pictures(tar, image, autoencoder.pixels), AT_ONCE * autoencoder.chunk):
+                encoded = encoder.encode([picture for _, picture in pictures])
+                latents |= {name: latent.cpu() for (name, _), latent in zip(pictures, encoded, strict=True)}
             beside = path.with_name(path.name + ".tmp")
-            save_file(dict(zip(names, latents, strict=True)), beside, metadata=tag)
+            save_file(latents, beside, metadata=tag)
             beside.replace(path)
-            num += len(pictures)
-            log.info("%s: %d pictures", path, len(pictures))
+            num += len(latents)
+            log.info("%s: %d pictures", path, len(latents))
     return num
+
+
+def _pictures(tar: Path, image: ImageConfig, pixels: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every picture of a shard as the stream will show it; those that cannot be decoded are told and passed over."""
+    with open(tar, "rb") as file:
+        for group in groups(file):
+            for name, data in pictures_of(group.members).items():
+                try:
+                    with open_picture(data) as picture:
+                        pixels_of_it = load_picture(picture, *picture_size(*picture.size, image, pixels))
+                except (OSError, ValueError, SyntaxError) as error:
+                    log.warning("%s: picture %s of %s cannot be read (%s)", tar, name, group.key, error)
+                    continue
+                yield f"{group.key}/{name}", torch.from_numpy(pixels_of_it.copy())
+
+
+def _batches(items: Iterator[Item], size: int) -> Iterator[list[Item]]:
+    while batch := list(islice(items, size)):
+        yield batch
 
 
 def _metadata(path: Path) -> dict[str, str] | None:

@@ -3,9 +3,11 @@
 model.safetensors       weights by parameter name, in float32 or as they were imported
 recipe.yaml             the recipe that made it, its paths pointing into this folder
 meta.json               stage, step and where it came from
+generation.json         how it generates (generate/settings.py)
 tokenizer.json, autoencoder/
 """
 
+import copy
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -13,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from emma_train.checkpoint import tensors
 from emma_train.checkpoint.tensors import Spec, Tensors
@@ -32,6 +34,8 @@ WEIGHTS, RECIPE, META, TOKENIZER, AUTOENCODER = (
     "autoencoder",
 )
 
+TOKENIZER_BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+
 
 def is_export(path: Path) -> bool:
     """Whether a folder is an export."""
@@ -44,14 +48,7 @@ def check_free(out: Path) -> None:
         raise UserError(f"{out}: is not empty and not an export; name a new folder")
 
 
-def write(out: Path, model: nn.Module, recipe: Recipe, meta: dict[str, Any], tokenizer: Path) -> None:
-    """Write an export of a whole model. Raises UserError where `out` holds something else."""
-    parameters = dict(model.named_parameters())
-    specs = {name: Spec("F32", tuple(p.shape)) for name, p in parameters.items()}
-    write_tensors(out, specs, lambda n: parameters[n].detach().to("cpu", torch.float32), recipe, meta, tokenizer)
-
-
-def write_tensors(
+def write(
     out: Path,
     specs: Mapping[str, Spec],
     value: Callable[[str], Tensor],
@@ -59,19 +56,30 @@ def write_tensors(
     meta: dict[str, Any],
     tokenizer: Path,
 ) -> None:
-    """Write an export whose tensors `value` gives one by one, by parameter name. Raises UserError likewise."""
+    """Write an export whose tensors `value` gives one by one, by parameter name. Raises UserError where `out` holds
+    something else."""
     check_free(out)
     out.mkdir(parents=True, exist_ok=True)
-    if tokenizer.resolve() != (out / TOKENIZER).resolve():
-        shutil.copyfile(tokenizer, out / TOKENIZER)
+    copy_tokenizer(tokenizer, out)
     source = Path(recipe.model.autoencoder.path)
     if source.resolve() != (out / AUTOENCODER).resolve():
         _copy_autoencoder(source, out / AUTOENCODER)
+    recipe = copy.deepcopy(recipe)
     recipe.model.autoencoder.path, recipe.data.tokenizer = AUTOENCODER, TOKENIZER
     write_atomic(out / RECIPE, to_yaml(recipe))
     kept = {k: meta[k] for k in ("stage", "step", "config_hash", "time", "sources") if k in meta}
     write_atomic(out / META, json.dumps(kept, indent=1) + "\n")
     tensors.write(out / WEIGHTS, specs, value)
+
+
+def copy_tokenizer(tokenizer: Path, out: Path) -> None:
+    """tokenizer.json, and what transformers keeps beside it where that is there."""
+    if tokenizer.parent.resolve() == out.resolve() and tokenizer.name == TOKENIZER:
+        return
+    shutil.copyfile(tokenizer, out / TOKENIZER)
+    for name in TOKENIZER_BESIDE:
+        if (tokenizer.parent / name).is_file():
+            shutil.copyfile(tokenizer.parent / name, out / name)
 
 
 def read_meta(folder: Path) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""safetensors files: one or several read as one table, whole or in slices, and one written tensor by tensor."""
+"""safetensors files: one or several read as one table, whole or in slices, and written tensor by tensor."""
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -13,8 +13,21 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from emma_train.config.errors import UserError
+from emma_train.config.files import write_atomic
 
-_BITS = {"F64": 64, "I64": 64, "F32": 32, "I32": 32, "BF16": 16, "F16": 16, "I16": 16, "I8": 8, "U8": 8, "BOOL": 8}
+DTYPES = {
+    "F64": torch.float64,
+    "I64": torch.int64,
+    "F32": torch.float32,
+    "I32": torch.int32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""Types by the names that safetensors gives them."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +38,11 @@ class Spec:
 
     @property
     def num_bytes(self) -> int:
-        return prod(self.shape) * _BITS[self.dtype] // 8
+        return prod(self.shape) * DTYPES[self.dtype].itemsize
+
+    @classmethod
+    def of(cls, dtype: torch.dtype, shape: Iterable[int]) -> "Spec":
+        return cls(next(name for name, known in DTYPES.items() if known is dtype), tuple(shape))
 
 
 class Tensors:
@@ -56,7 +73,7 @@ class Tensors:
                 ) from None
         for name, tensor in self._slices.items():
             spec = self.specs[name] = Spec(str(tensor.get_dtype()), tuple(tensor.get_shape()))
-            if spec.dtype not in _BITS:
+            if spec.dtype not in DTYPES:
                 raise UserError(f"{folder}: holds {name} as {spec.dtype}; use a checkpoint that is not quantised")
 
     @property
@@ -75,7 +92,7 @@ def write(path: Path, specs: Mapping[str, Spec], value: Callable[[str], Tensor])
     The library's own writer wants all tensors of a file at once, which the host need not have room for.
     """
     # Widest first, so that every tensor is aligned to its type.
-    names = sorted(specs, key=lambda name: (-_BITS[specs[name].dtype], name))
+    names = sorted(specs, key=lambda name: (-DTYPES[specs[name].dtype].itemsize, name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     stop = 0
     for name in names:
@@ -94,6 +111,30 @@ def write(path: Path, specs: Mapping[str, Spec], value: Callable[[str], Tensor])
         file.flush()
         os.fsync(file.fileno())
     os.replace(beside, path)
+
+
+def write_sharded(
+    folder: Path, specs: Mapping[str, Spec], value: Callable[[str], Tensor], limit: float, stem: str = "model"
+) -> None:
+    """Write folder/STEM.safetensors, or, where that would exceed `limit` bytes, several files and their index last."""
+    files: list[dict[str, Spec]] = [{}]
+    room = limit
+    for name, spec in specs.items():
+        if files[-1] and spec.num_bytes > room:
+            files.append({})
+            room = limit
+        files[-1][name] = spec
+        room -= spec.num_bytes
+    if len(files) == 1:
+        write(folder / f"{stem}.safetensors", specs, value)
+        return
+    names = [f"{stem}-{number:05d}-of-{len(files):05d}.safetensors" for number in range(1, len(files) + 1)]
+    for name, part in zip(names, files, strict=True):
+        write(folder / name, part, value)
+    where = {key: name for name, part in zip(names, files, strict=True) for key in part}
+    total = sum(spec.num_bytes for spec in specs.values())
+    index = {"metadata": {"total_size": total}, "weight_map": where}
+    write_atomic(folder / f"{stem}.safetensors.index.json", json.dumps(index, indent=1) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:

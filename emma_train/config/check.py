@@ -19,23 +19,38 @@ CHOICES = {
     "ema.device": ("auto", "cpu"),
     "attention.backend": ("auto", "flash", "flex", "sdpa"),
     "tracker.kind": ("jsonl", "wandb"),
+    "train.keep_best": ("", "loss", "loss/i2t", "loss/t2i", "loss/it2i"),
     "data.und.mode": ("square", "native", "buckets"),
     "data.gen.mode": ("square", "native", "buckets"),
+    "data.mix_by": ("samples", "tokens"),
 }
 POSITIVE = (
     "train.steps",
     "train.log_every",
     "train.save_every",
     "train.keep",
+    "train.stop_within_s",
     "data.slots",
-    "data.samples_per_step",
+    "data.shuffle_window",
     "data.pack_tokens",
     "data.und.side",
     "data.gen.side",
+    "data.cache_gib",
+    "data.read_timeout_s",
     "optimizer.lr",
     "engine.replicate",
     "engine.timeout_s",
     "engine.step_timeout_s",
+)
+NOT_NEGATIVE = (
+    "data.samples_per_step",
+    "data.pack_pairs",
+    "data.pack_patches",
+    "data.pack_pixels",
+    "data.workers",
+    "data.max_bad_samples",
+    "data.read_retries",
+    "data.read_wait_s",
 )
 BETWEEN_0_AND_1 = ("data.text_dropout", "data.reference_dropout", "ema.decay", "model.vision.stem_threshold")
 
@@ -48,6 +63,9 @@ def check_recipe(recipe: Recipe, where: str) -> None:
     for key in POSITIVE:
         if (value := get(recipe, key)) <= 0:
             raise UserError(f"{where}: {key} is {value}; it must be more than 0")
+    for key in NOT_NEGATIVE:
+        if (value := get(recipe, key)) < 0:
+            raise UserError(f"{where}: {key} is {value}; it must not be negative")
     for key in BETWEEN_0_AND_1:
         if not 0 <= (value := get(recipe, key)) <= 1:
             raise UserError(f"{where}: {key} is {value}; it lies between 0 and 1")
@@ -55,6 +73,7 @@ def check_recipe(recipe: Recipe, where: str) -> None:
     _check_engine(recipe.engine, where)
     for phase in phases(recipe):
         _check_mix(recipe, phase, where)
+    _check_keeping(recipe, where)
     before_last = sum(phase.steps for phase in recipe.data.phases[:-1])
     if recipe.data.phases and before_last >= recipe.train.steps:
         last = recipe.data.phases[-1].name
@@ -113,6 +132,8 @@ def _check_mix(recipe: Recipe, phase: PhaseConfig, where: str) -> None:
     name = f"mix of phase {phase.name}"
     if min(mix.i2t, mix.t2i, mix.it2i) < 0 or total == 0:
         raise UserError(f"{where}: {name} needs shares of 0 or more, and at least one above 0 (mix.i2t=1)")
+    if recipe.data.samples_per_step and recipe.data.mix_by == "tokens":
+        raise UserError(f"{where}: data.mix_by=tokens takes what the packs hold; leave out data.samples_per_step")
     if recipe.data.samples_per_step % total:
         fits = recipe.data.samples_per_step // total * total or total
         raise UserError(
@@ -120,14 +141,37 @@ def _check_mix(recipe: Recipe, phase: PhaseConfig, where: str) -> None:
             f"({mix.i2t}:{mix.t2i}:{mix.it2i}) cannot divide exactly; {fits} would do"
         )
     for task, count in samples_per_task(mix, recipe.data.samples_per_step).items():
-        if count < recipe.data.slots:
+        if 0 < count < recipe.data.slots:
             raise UserError(
                 f"{where}: {count} {task} samples per step cannot reach each of {recipe.data.slots} slots "
                 f"(data.slots); "
                 f"raise data.samples_per_step or lower data.slots"
             )
+    weights = [source.weight for source in phase.sources]
+    if any(weight is not None for weight in weights) and not all(
+        weight is not None and weight > 0 for weight in weights
+    ):
+        raise UserError(
+            f"{where}: the sources of phase {phase.name} have weights {weights}; give each one above 0, or none"
+        )
     if not phase.sources:
         raise UserError(f"{where}: data.sources is empty; name a folder of shards ({{path: FOLDER}})")
+
+
+def _check_keeping(recipe: Recipe, where: str) -> None:
+    train, task = recipe.train, recipe.train.keep_best.removeprefix("loss").removeprefix("/")
+    if train.keep_every % train.save_every:
+        raise UserError(
+            f"{where}: train.keep_every is {train.keep_every}, no multiple of train.save_every ({train.save_every}); "
+            "there is no such checkpoint to keep"
+        )
+    if task and not any(getattr(phase.mix, task) for phase in phases(recipe)):
+        raise UserError(f"{where}: train.keep_best is {train.keep_best}, but {task} is not in the mix")
+    if train.keep_best and train.log_every > train.save_every:
+        raise UserError(
+            f"{where}: train.keep_best needs a logged loss for each checkpoint; lower train.log_every "
+            f"({train.log_every}) to train.save_every ({train.save_every})"
+        )
 
 
 def check_model(recipe: Recipe, where: str) -> None:

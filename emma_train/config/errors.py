@@ -1,8 +1,13 @@
-"""Errors that the command line prints as one line: the one that is the user's to fix, and the loss of other ranks."""
+"""The errors that the command line tells in one line, never as a traceback."""
 
 
 class UserError(Exception):
-    """Bad input: says what is wrong, where (file, key, value) and what to do. Never shown as a traceback."""
+    """Bad input, the user's to fix: says what is wrong, where (file, key, value) and what to do. Exit code 2."""
+
+
+class RunError(Exception):
+    """A run that cannot go on though its recipe is right: a worker died, samples are broken, storage is gone. Exit code
+    1."""
 
 
 class LostRanks(Exception):

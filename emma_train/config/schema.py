@@ -123,11 +123,16 @@ class ImageConfig:
 @dataclass
 class SourceConfig:
     path: str = MISSING
-    """Folder of shards with a manifest.json."""
+    """Folder of shards with a manifest.json: a path, or a URL that fsspec opens (s3://, https://, ...)."""
     tasks: list[str] = field(default_factory=list)
     """Tasks to take from it; empty takes all that it has."""
     require_tags: list[str] = field(default_factory=list)
     """Only samples that carry all of these tags."""
+    exclude_tags: list[str] = field(default_factory=list)
+    """Only samples that carry none of these tags."""
+    weight: float | None = None
+    """Share of a task's samples that come from here, against the weights of the task's other sources; all of them have
+    one or none has, and then each sample comes once an epoch."""
 
 
 @dataclass
@@ -155,7 +160,7 @@ class PhaseConfig:
 @dataclass
 class DataConfig:
     sources: list[SourceConfig] = field(default_factory=list)
-    """Shard folders; a task draws evenly from the samples of all of them."""
+    """Shard folders; a task draws evenly from the samples of all of them, or by their weights."""
     phases: list[PhaseConfig] = field(default_factory=list)
     """Curriculum; empty means one phase with `mix`."""
     tokenizer: str = MISSING
@@ -164,10 +169,20 @@ class DataConfig:
     """Seed of order, choices, noise and dropout (contract 1)."""
     slots: int = 12
     """Packs per optimizer step; world size must divide it (contract 2)."""
-    samples_per_step: int = MISSING
-    """Samples per optimizer step, over all tasks and ranks."""
+    samples_per_step: int = 0
+    """Samples per optimizer step, over all tasks and ranks; 0 takes as many as the packs hold."""
+    mix_by: str = "samples"
+    """Whether the task ratio counts samples, exact in every step, or tokens, exact over the steps."""
+    shuffle_window: int = 262144
+    """Samples that are shuffled together, at least; an epoch also shuffles all shards."""
     pack_tokens: int = 8192
     """Cap of LLM tokens in one pack."""
+    pack_pairs: int = 0
+    """Cap of token pairs that attention computes in one pack; 0 sets none."""
+    pack_patches: int = 0
+    """Cap of patches that the vision encoder sees in one pack; 0 sets none."""
+    pack_pixels: int = 0
+    """Cap of pixels that the autoencoder encodes in one pack; 0 sets none."""
     und: ImageConfig = field(default_factory=ImageConfig)
     """Pictures to be understood."""
     gen: ImageConfig = field(default_factory=ImageConfig)
@@ -181,7 +196,17 @@ class DataConfig:
     prefetch: int = 8
     """Packs read ahead per worker."""
     max_bad_samples: int = 100
-    """Stop after this many unreadable samples in one process."""
+    """Stop once more samples than this could not be read, replaced or not, over all ranks."""
+    cache_dir: str = ""
+    """Folder on a local disk for copies of remote shards, shared by the ranks of a machine; empty reads ranges."""
+    cache_gib: float = 100.0
+    """Room for these copies; the ones read longest ago go first."""
+    read_retries: int = 5
+    """Further tries of a read whose failure may pass: no answer in time, a server's 5xx, a body cut short."""
+    read_wait_s: float = 0.5
+    """Wait before the first of them; it doubles from try to try, up to half a minute."""
+    read_timeout_s: float = 30.0
+    """Longest time that one answer of a remote store may take."""
 
 
 @dataclass
@@ -242,8 +267,16 @@ class TrainConfig:
     """Steps between lines of metrics.jsonl."""
     save_every: int = 1000
     """Steps between checkpoints; the last step is always saved."""
+    save_async: bool = True
+    """Write checkpoints while training goes on; takes host memory for one copy of what is saved."""
     keep: int = 2
     """Newest checkpoints that are kept."""
+    keep_every: int = 0
+    """Checkpoints of steps that this divides are kept for good; 0 keeps none."""
+    keep_best: str = ""
+    """Loss by which the best checkpoint is kept too (its mean since the checkpoint before): loss, loss/i2t, ..."""
+    stop_within_s: int = 240
+    """Seconds that a run which is asked to stop may take to finish its step and save; then it ends as it is."""
     sample_every: int = 0
     """Steps between sample pictures; 0 makes them only at the end."""
     sample_from: str = ""

@@ -111,8 +111,8 @@ class DeepSpeedEngine:
     def state(self) -> dict[str, dict[str, Any]]:
         optimizer: dict[str, Any] = {}
         for name, run in self._runs.items():
-            optimizer[f"state.{name}.step"] = adam_state(self._adam, run.flat)["step"]
-            optimizer |= {f"state.{name}.{moment}": self._fragment(name, moment) for moment in MOMENTS}
+            optimizer[f"{name}.step"] = adam_state(self._adam, run.flat)["step"]
+            optimizer |= {f"{name}.{moment}": self._fragment(name, moment) for moment in MOMENTS}
         return {"model": dict(self.weights), "optimizer": optimizer}
 
     def close(self) -> None:

@@ -85,7 +85,7 @@ class FsdpEngine:
         for name, own in self._shards.items():
             for key, value in adam_state(self._adam, own).items():
                 spread = value if key == "step" else _as_shard_of(cast(DTensor, self.weights[name]), value)
-                optimizer[f"state.{name}.{key}"] = spread
+                optimizer[f"{name}.{key}"] = spread
         return {"model": {name: weight.detach() for name, weight in self.weights.items()}, "optimizer": optimizer}
 
     def close(self) -> None:

@@ -4,11 +4,12 @@ import logging
 import os
 import socket
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,7 @@ from emma_train.config.errors import UserError
 from emma_train.engine.lost import last_words
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,25 @@ class World:
         tensor = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(tensor, group=self.host_group)
         return tensor.tolist()
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, by rank, on all ranks. Values are pickled; for what is rare and small."""
+        values: list[T] = [value] * self.size
+        dist.all_gather_object(values, value, group=self.host_group)
+        return values
+
+    def on_main(self, function: Callable[[], T]) -> T:
+        """What `function` gives on the main rank, for every rank; a UserError is raised on every rank alike."""
+        box: list[T | UserError | None] = [None]
+        if self.is_main:
+            try:
+                box = [function()]
+            except UserError as error:
+                box = [error]
+        dist.broadcast_object_list(box, src=0, group=self.host_group)
+        if isinstance(box[0], UserError):
+            raise box[0]
+        return box[0]  # type: ignore[return-value]
 
     def barrier(self) -> None:
         """Wait for every rank."""

@@ -1,13 +1,14 @@
 """Requests in, text or pictures out. Packed samples never see each other, so a batch of requests is simply one pack."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from emma_train.generate.settings import FlowSettings, TextSettings
 from emma_train.model.autoencoder import Autoencoder
 from emma_train.model.cache import Cache
 from emma_train.objectives.draws import uniform
@@ -16,34 +17,6 @@ from emma_train.sequence.layout import Role, Text
 from emma_train.sequence.pack import PackedBatch, Sample, continued, pack
 from emma_train.sequence.request import Request, as_sample
 from emma_train.sequence.tokens import TextTokenizer
-
-
-@dataclass(frozen=True)
-class FlowSettings:
-    """How pictures are drawn."""
-
-    steps: int = 30
-    """Steps from noise to picture."""
-    text_guidance: float = 2.5
-    """Strength of the prompt; 1 turns guidance off."""
-    image_guidance: float = 2.0
-    """Strength of the reference picture in editing; 1 turns it off."""
-    shift: float = 1.0
-    """Flow-time shift, as in training."""
-    solver: str = "euler"
-    """euler, or heun: second order, and two forwards a step but for the last."""
-
-
-@dataclass(frozen=True)
-class TextSettings:
-    """How text is written."""
-
-    max_tokens: int = 64
-    """Longest answer."""
-    temperature: float = 0.0
-    """0 takes the likeliest token."""
-    fixed_length: bool = False
-    """Never stop early: every rank of a sharded model then runs as many forwards as the others."""
 
 
 class Generator:

@@ -1,15 +1,19 @@
 """Sample pictures and answers of a run: samples/step-XXXXXXXX/*.png and samples.json, which the report reads."""
 
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from emma_train.generate.generator import FlowSettings, Generator, TextSettings
+from emma_train.generate.generator import Generator
+from emma_train.generate.settings import FlowSettings, TextSettings
 from emma_train.sequence.request import Request
+
+log = logging.getLogger(__name__)
 
 
 def write_samples(
@@ -20,16 +24,27 @@ def write_samples(
     text: TextSettings,
     write: bool = True,
 ) -> list[Path]:
-    """Answer and draw the requests; returns the pictures made. Ranks other than the main one pass write=False."""
+    """Answer and draw the requests; returns the pictures made. Ranks other than the main one pass write=False.
+
+    Where storage refuses them, a warning says so: every rank takes part to the end, and training goes on.
+    """
     listed: list[dict[str, Any]] = []
     made: list[Path] = []
-    if write:
-        folder.mkdir(parents=True, exist_ok=True)
+
+    def attempt(store: Callable[[], Any]) -> None:
+        nonlocal write
+        try:
+            if write:
+                store()
+        except OSError as error:
+            write = False
+            log.warning("%s: sample pictures cannot be written (%s)", folder, error.strerror)
 
     def keep(name: str, picture: np.ndarray) -> str:
-        if write:
-            Image.fromarray(picture).save(folder / name)
+        attempt(lambda: Image.fromarray(picture).save(folder / name))
         return name
+
+    attempt(lambda: folder.mkdir(parents=True, exist_ok=True))
 
     for task in ("i2t", "t2i", "it2i"):
         asked = [r for r in requests if r.task == task]
@@ -49,6 +64,6 @@ def write_samples(
                 if request.target is not None:
                     entry["target"] = keep(f"{name}.target.png", request.target)
             listed.append(entry)
-    if write:
-        (folder / "samples.json").write_text(json.dumps(listed, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    text_of_all = json.dumps(listed, indent=1, ensure_ascii=False) + "\n"
+    attempt(lambda: (folder / "samples.json").write_text(text_of_all, encoding="utf-8"))
     return made if write else []

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from emma_train.config.schema import FlowConfig, Recipe
-from emma_train.generate.generator import FlowSettings, Generator, TextSettings
+from emma_train.generate.generator import Generator
+from emma_train.generate.settings import FlowSettings, TextSettings
 from emma_train.objectives.flow import noised, velocity_loss
 from emma_train.sequence.pack import Pixels, pack
 from emma_train.sequence.request import Request, as_sample

@@ -1,7 +1,12 @@
 """Hybrid attention over a pack: text and understanding pictures causal, pictures of generation full within themselves.
 
 All of it is one rule (sequence/pack.py): token q sees token k iff sample[q] == sample[k] and position[k] <= limit[q].
-`prepare` turns the tables of a pack into what the kernel needs, once for all layers.
+`prepare` turns the tables of a pack into what the kernel needs, once for all layers. The backends compute the same:
+
+sdpa     torch's attention with a mask, over the pack or per sample; any device, any precision; the reference
+flash    variable-length kernels without masks (model/varlen.py); CUDA in bf16
+flex     FlexAttention (model/flex.py); CUDA in any precision
+auto     flash where it runs, else sdpa on a CPU and flex on a GPU
 """
 
 from dataclasses import dataclass
@@ -10,12 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from emma_train.config.errors import UserError
+from emma_train.model import flex, varlen
 from emma_train.model.cache import Cache, LayerCache
 from emma_train.sequence.pack import PackedBatch
+from emma_train.sequence.spans import Spans
 
 
 @dataclass
-class AttentionPlan:
+class MaskPlan:
     """Either one dense square over the pack, or one small square per sample."""
 
     mask: Tensor
@@ -26,11 +34,35 @@ class AttentionPlan:
     """int64 [T]: place of each token in the cache, [samples * capacity]; None without one."""
 
 
-def prepare(batch: PackedBatch, cache: Cache | None = None) -> AttentionPlan:
-    """The cheaper of the two forms; they compute the same. With a cache always the form by sample."""
+AttentionPlan = MaskPlan | Spans | flex.FlexPlan
+
+
+def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """flash, flex or sdpa for what a recipe calls the backend. Raises UserError where it cannot run there."""
+    half = dtype in (torch.bfloat16, torch.float16)
+    if backend == "auto":
+        return "sdpa" if device.type != "cuda" else "flash" if half else "flex"
+    if backend != "sdpa" and device.type != "cuda":
+        raise UserError(f"attention.backend={backend} needs an NVIDIA GPU; use attention.backend=auto")
+    if backend == "flash" and not half:
+        raise UserError("attention.backend=flash computes in bf16; use engine.precision=bf16 or attention.backend=auto")
+    return backend
+
+
+def prepare(batch: PackedBatch, cache: Cache | None = None, backend: str = "sdpa") -> AttentionPlan:
+    """What the backend (`choose`) needs of a pack. With a cache, which only generation has, always sdpa by sample."""
+    if cache is None and backend == "flash":
+        return batch.spans
+    if cache is None and backend == "flex":
+        return flex.prepare_flex(batch)
+    return prepare_masks(batch, cache)
+
+
+def prepare_masks(batch: PackedBatch, cache: Cache | None = None) -> MaskPlan:
+    """The cheaper of the two forms of sdpa."""
     num_samples, longest = len(batch.keys), batch.max_length
     if cache is None and num_samples * longest**2 >= batch.num_tokens**2:
-        return AttentionPlan(hybrid_mask(batch))
+        return MaskPlan(hybrid_mask(batch))
     # Positions of a sample have no gaps, so (sample, position) is a place in a padded table, but for where it starts.
     start = batch.position.new_zeros(num_samples)
     start = start.scatter_reduce(0, batch.sample, batch.position, "amin", include_self=False)
@@ -40,7 +72,7 @@ def prepare(batch: PackedBatch, cache: Cache | None = None) -> AttentionPlan:
     keys = torch.arange(longest if cache is None else cache.capacity, device=place.device)
     # Padding queries see key 0, whose row always exists, and padding keys are beyond every limit.
     mask = keys <= limit.view(num_samples, 1, longest, 1)
-    return AttentionPlan(mask, place, None if cache is None else batch.sample * cache.capacity + batch.position)
+    return MaskPlan(mask, place, None if cache is None else batch.sample * cache.capacity + batch.position)
 
 
 def hybrid_mask(batch: PackedBatch) -> Tensor:
@@ -51,6 +83,10 @@ def hybrid_mask(batch: PackedBatch) -> Tensor:
 
 def attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, cache: LayerCache | None = None) -> Tensor:
     """q: [T, heads, d]; k, v: [T, kv_heads, d] -> [T, heads, d]; with a cache, over what is in it too."""
+    if isinstance(plan, Spans):
+        return varlen.span_attention(q, k, v, plan)
+    if isinstance(plan, flex.FlexPlan):
+        return flex.flex(q, k, v, plan)
     groups = q.shape[1] // k.shape[1]
     if plan.place is None:
         q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from emma_train.config.schema import ModelConfig
 from emma_train.model.adapters import Adapter, GenAdapter, position_2d
-from emma_train.model.attention import prepare
+from emma_train.model.attention import choose, prepare
 from emma_train.model.cache import Cache
 from emma_train.model.decoder import Decoder
 from emma_train.model.vision import VERSATILE, VisionEncoder
@@ -31,12 +31,14 @@ class Prediction:
 class Emma(nn.Module):
     """The trainable network. The autoencoder, which never trains, stays outside (model/autoencoder.py)."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, backend: str = "auto") -> None:
+        """`backend` is the recipe's attention.backend."""
         super().__init__()
+        self.backend = backend
         semantic = config.vision.shuffle**2 * config.vision.hidden
         latent, hidden = config.autoencoder.channels, config.decoder.hidden
         self.config = config
-        self.vision = VisionEncoder(config.vision)
+        self.vision = VisionEncoder(config.vision, backend)
         self.und_adapter = Adapter(semantic, latent, hidden)
         self.gen_adapter = GenAdapter(semantic, latent, hidden, config.time_features)
         self.decoder = Decoder(config.decoder)
@@ -71,7 +73,8 @@ class Emma(nn.Module):
         places = position_2d(grids, visual.shape[-1], visual.device)
         visual = visual + (self.config.position_scale * places).to(visual.dtype)
         stream = torch.cat([text.to(visual.dtype), visual])
-        hidden = self.decoder(stream, num_text + num_und, batch.position, prepare(batch, cache), cache)
+        plan = prepare(batch, cache, choose(self.backend, stream.device, stream.dtype))
+        hidden = self.decoder(stream, num_text + num_und, batch.position, plan, cache)
         predictors = hidden[batch.predictors]
         return Prediction(
             logits=None if losses else self.decoder.logits(predictors),

@@ -59,6 +59,30 @@ def decoder_config(values: Values, where: str) -> DecoderConfig:
     )
 
 
+def qwen3_config(decoder: DecoderConfig) -> dict[str, Any]:
+    """The inverse of decoder_config: config.json of a Qwen3ForCausalLM, as transformers 4 and 5 read it."""
+    return {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "hidden_size": decoder.hidden,
+        "num_hidden_layers": decoder.layers,
+        "num_attention_heads": decoder.heads,
+        "num_key_value_heads": decoder.kv_heads,
+        "head_dim": decoder.head_dim,
+        "intermediate_size": decoder.mlp,
+        "vocab_size": decoder.vocab,
+        "rope_theta": decoder.rope_theta,
+        "rope_scaling": None,
+        "rms_norm_eps": decoder.eps,
+        "tie_word_embeddings": decoder.tied,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "use_sliding_window": False,
+        # Of the public Qwen3; what longer texts cost is speed and quality, not an error.
+        "max_position_embeddings": 40960,
+    }
+
+
 def vision_config(values: Values, where: str) -> VisionConfig:
     """Sizes of a SigLIP's config.json. Raises UserError on a NaFlex checkpoint or another model."""
     _expect(values, "model_type", ("siglip", "siglip_vision_model"), where)
@@ -107,6 +131,12 @@ def stored_name(name: str, prefixes: Mapping[str, str] = PREFIXES) -> tuple[str,
     if part == "vision" and words[0] in ("embeddings", "encoder", "post_layernorm"):
         return VISION, prefixes[VISION] + ".".join(words)
     return None
+
+
+def und_names(names: Iterable[str]) -> dict[str, str]:
+    """Of parameter names, those that make a Qwen3 of the Und branch, by their key in its folder."""
+    own = (name for name in names if name.startswith("decoder.") and ".gen." not in name)
+    return {stored[1]: name for name in own if (stored := stored_name(name)) is not None}
 
 
 def is_ignored(part: str, key: str, prefix: str, tied: bool) -> bool:

@@ -2,9 +2,8 @@
 §2.1).
 
 Pictures of one pack are rows of one matrix, without padding: every projection sees all rows at once, and attention,
-which
-has no weights, runs over runs of equally large pictures. Patches stand in block order (sequence/geometry.py), so pixel
-shuffle is a reshape.
+which has no weights, runs over runs of equally large pictures. Patches stand in block order (sequence/geometry.py), so
+pixel shuffle is a reshape.
 """
 
 from collections.abc import Sequence
@@ -17,7 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from emma_train.config.schema import VisionConfig
-from emma_train.model.attention import scaled_dot_product
+from emma_train.model.attention import choose, scaled_dot_product
+from emma_train.model.varlen import find_kernel
+from emma_train.sequence.spans import Call, full_call
 
 Grids = Sequence[tuple[int, int]]
 VERSATILE, STEM = 0, 1
@@ -31,12 +32,23 @@ class VisionOutput:
     """[pictures, 2] (versatile, STEM); None where there is no router."""
 
 
+@dataclass
+class Pictures:
+    """Which rows of a matrix of patches are one picture."""
+
+    lengths: list[int]
+    """Patches of each, one after another."""
+    call: Call | None
+    """The same for a kernel of variable length; None where torch's attention runs."""
+
+
 class VisionEncoder(nn.Module):
     """SigLIP2 encoder; its last layers exist once more where the STEM expert does."""
 
-    def __init__(self, config: VisionConfig) -> None:
+    def __init__(self, config: VisionConfig, backend: str = "auto") -> None:
+        """`backend` is the recipe's attention.backend; flex has nothing to offer here and takes sdpa."""
         super().__init__()
-        self.config = config
+        self.config, self.backend = config, backend
         self.patch_embedding = nn.Conv2d(3, config.hidden, config.patch, config.patch)
         self.position_embedding = nn.Embedding(config.table**2, config.hidden)
         self.layers = nn.ModuleList(VisionLayer(config) for _ in range(config.layers))
@@ -57,15 +69,16 @@ class VisionEncoder(nn.Module):
         side = self.config.shuffle
         lengths = [rows * columns * side**2 for rows, columns in grids]
         x = self._embed(patches, grids)
+        pictures = self._pictures(lengths, x)
         shared = len(self.layers) - self.config.expert_layers
         for layer in self.layers[:shared]:
-            x = layer(x, lengths)
+            x = layer(x, pictures)
         router_logits = self.router(x, lengths) if self.router is not None else None
         if route_only:
             return VisionOutput(x.new_zeros(0, side**2 * self.config.hidden), router_logits)
         if self.stem_layers is None:
             for layer in self.layers[shared:]:
-                x = layer(x, lengths)
+                x = layer(x, pictures)
         else:
             if experts is None:
                 experts = self.choose(router_logits, len(grids))
@@ -74,11 +87,18 @@ class VisionEncoder(nn.Module):
         return VisionOutput(x.reshape(-1, side**2 * self.config.hidden), router_logits)
 
     def choose(self, router_logits: Tensor | None, num_pictures: int) -> list[int]:
-        """Expert of each picture: STEM where the router's probability exceeds the threshold."""
+        """Expert of each picture."""
         if router_logits is None:
             return [VERSATILE] * num_pictures
-        stem = router_logits.float().softmax(-1)[:, STEM] > self.config.stem_threshold
-        return [int(s) for s in stem.tolist()]
+        return [STEM if stem else VERSATILE for stem in self.takes_stem(router_logits).tolist()]
+
+    def takes_stem(self, router_logits: Tensor) -> Tensor:
+        """[pictures, 2] -> bool [pictures]: whether the probability of STEM exceeds the threshold."""
+        return router_logits.float().softmax(-1)[:, STEM] > self.config.stem_threshold
+
+    def _pictures(self, lengths: list[int], x: Tensor) -> Pictures:
+        flash = lengths and choose(self.backend, x.device, x.dtype) == "flash"
+        return Pictures(lengths, full_call(lengths).to(x.device) if flash else None)
 
     def _embed(self, patches: Tensor, grids: Grids) -> Tensor:
         weight = self.patch_embedding.weight.permute(0, 2, 3, 1).flatten(1)
@@ -89,13 +109,15 @@ class VisionEncoder(nn.Module):
         return x + torch.cat([*(sizes[grid] for grid in grids), table[:0]]).to(x.dtype)
 
     def _positions(self, table: Tensor, rows: int, columns: int) -> Tensor:
+        """The position table, resized to a picture's patches, in block order: [patches, hidden]."""
         side, shuffle = self.config.table, self.config.shuffle
         height, width = rows * shuffle, columns * shuffle
+        grid = table.view(side, side, -1)
         if (height, width) != (side, side):
-            grid = table.float().reshape(1, side, side, -1).permute(0, 3, 1, 2)
-            grid = F.interpolate(grid, (height, width), mode="bicubic", align_corners=False)
-            table = grid.permute(0, 2, 3, 1).reshape(height * width, -1)
-        return table[block_order(rows, columns, shuffle).to(table.device)]
+            tall, wide = (resize_matrix(size, side, table.device) for size in (height, width))
+            grid = wide @ (tall @ grid.float().flatten(1)).view(height, side, -1)
+        blocks = grid.view(rows, shuffle, columns, shuffle, -1)
+        return blocks.transpose(1, 2).reshape(height * width, -1)
 
     def _split_by_expert(self, x: Tensor, lengths: Sequence[int], experts: Sequence[int]) -> Tensor:
         assert self.stem_layers is not None
@@ -106,8 +128,9 @@ class VisionEncoder(nn.Module):
             mine = [i for i, e in enumerate(experts) if e == expert]
             index = torch.cat([*(rows[i] for i in mine), rows[0][:0] if rows else torch.arange(0, device=x.device)])
             y = x[index]
+            pictures = self._pictures([lengths[i] for i in mine], y)
             for layer in layers:
-                y = layer(y, [lengths[i] for i in mine])
+                y = layer(y, pictures)
             outputs.append(y)
             order.append(index)
         back = torch.empty(len(x), dtype=torch.int64, device=x.device)
@@ -130,10 +153,10 @@ class VisionLayer(nn.Module):
         self.fc1 = nn.Linear(config.hidden, config.mlp)
         self.fc2 = nn.Linear(config.mlp, config.hidden)
 
-    def forward(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
+    def forward(self, x: Tensor, pictures: Pictures) -> Tensor:
         """x: [P, hidden]; each picture sees its own patches only."""
         y = self.layer_norm1(x)
-        y = picture_attention(self.q_proj(y), self.k_proj(y), self.v_proj(y), lengths, self.heads)
+        y = picture_attention(self.q_proj(y), self.k_proj(y), self.v_proj(y), pictures, self.heads)
         x = x + self.out_proj(y)
         return x + self.fc2(F.gelu(self.fc1(self.layer_norm2(x)), approximate="tanh"))
 
@@ -153,10 +176,13 @@ class Router(nn.Module):
         return self.fc2(F.gelu(self.fc1(self.norm(torch.cat([*pooled, x[:0]])))))
 
 
-def picture_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], heads: int) -> Tensor:
+def picture_attention(q: Tensor, k: Tensor, v: Tensor, pictures: Pictures, heads: int) -> Tensor:
     """Full attention within each picture. q, k, v: [P, hidden] -> [P, hidden]."""
+    if pictures.call is not None:
+        q, k, v = (x.view(len(x), heads, -1) for x in (q, k, v))
+        return find_kernel(q.device.type)(q, k, v, pictures.call).flatten(1)
     outputs, start = [], 0
-    for length, run in groupby(lengths):
+    for length, run in groupby(pictures.lengths):
         count = len(list(run))
         stop = start + count * length
         parts = [x[start:stop].view(count, length, heads, -1).transpose(1, 2) for x in (q, k, v)]
@@ -167,7 +193,11 @@ def picture_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], h
 
 
 @lru_cache(maxsize=1024)
-def block_order(rows: int, columns: int, shuffle: int) -> Tensor:
-    """Raster index of each patch in block order: int64 [rows*columns*shuffle²]."""
-    raster = torch.arange(rows * columns * shuffle**2).view(rows, shuffle, columns, shuffle)
-    return raster.permute(0, 2, 1, 3).reshape(-1)
+def resize_matrix(size: int, side: int, device: torch.device) -> Tensor:
+    """Bicubic resize of `side` values to `size`, as a matrix: float32 [size, side].
+
+    The resize of a grid is one such product for its rows and one for its columns. What is kept between steps then knows
+    nothing of the weights, and products are faster than the kernel, whose backward adds up in no fixed order on CUDA.
+    """
+    unit = torch.eye(side)[None, :, :, None]
+    return F.interpolate(unit, (size, 1), mode="bicubic", align_corners=False)[0, :, :, 0].T.contiguous().to(device)

@@ -434,6 +434,14 @@ def _machine_charts(axis: Axis, stages: list[Stage]) -> list[Chart]:
         line_chart(
             axis, "mfu", "MFU", "Percent of the dense bf16 peak", one("mfu", scale=100), smooth=True, from_zero=True
         ),
+        line_chart(
+            axis,
+            "stem",
+            "STEM expert",
+            "Percent of pictures that take it: by label, then as the router would choose",
+            one("vision/stem_share", scale=100),
+            from_zero=True,
+        ),
     ]
     return [chart for chart in charts if chart]
 

@@ -15,6 +15,8 @@ ASSUMED_TEXT = {"i2t": (160, 128), "t2i": (96, 0), "it2i": (64, 0)}
 """Mean text tokens of a sample, template included, and the supervised ones among them."""
 ASSUMED_NATIVE_TOKENS = 1024
 """Mean visual tokens of a picture at native resolution (photographs some 300, scanned pages some 3,600)."""
+FILLED = 0.98
+"""Share of the token slots that are filled where a step takes what its packs hold."""
 INDEX_SHARDS = 8
 """Shards of a source whose index is read."""
 
@@ -58,8 +60,17 @@ class Load:
 
 def load_of(recipe: Recipe, phase: PhaseConfig) -> Load:
     """Samples and tokens of one step of a phase."""
-    samples = samples_per_task(phase.mix, recipe.data.samples_per_step)
-    return Load(phase, samples, {task: mean_sample(recipe, phase.sources, task) for task in samples})
+    total = phase.mix.i2t + phase.mix.t2i + phase.mix.it2i
+    shares = samples_per_task(phase.mix, total)
+    means = {task: mean_sample(recipe, phase.sources, task) for task in shares}
+    if recipe.data.samples_per_step:
+        return Load(phase, samples_per_task(phase.mix, recipe.data.samples_per_step), means)
+    # Packs that are filled: by samples a unit of the mix weighs its tokens, by tokens each task has its share of them.
+    room = FILLED * recipe.data.slots * recipe.data.pack_tokens
+    unit = sum(share * means[task].tokens for task, share in shares.items())
+    if recipe.data.mix_by == "tokens":
+        return Load(phase, {t: round(room * share / total / means[t].tokens) for t, share in shares.items()}, means)
+    return Load(phase, {task: share * int(room // unit) for task, share in shares.items()}, means)
 
 
 def mean_sample(recipe: Recipe, sources: list[SourceConfig], task: str) -> MeanSample:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from emma_train.sequence.layout import Picture, Role, Segment, Text
+from emma_train.sequence.spans import Spans, spans
 
 IGNORE_STEM = -1
 
@@ -74,6 +75,8 @@ class PackedBatch:
     """int64 [T]: place in the sample, for RoPE and the mask."""
     limit: torch.Tensor
     """int64 [T]: last position that the token sees."""
+    spans: Spans
+    """The same rule for kernels of variable-length attention; not of packs that continue others."""
     predictors: torch.Tensor
     """int64 [L]: stream index of the token before each supervised one (always in the Und slice)."""
     labels: torch.Tensor
@@ -117,7 +120,7 @@ class PackedBatch:
         moved = {
             f.name: getattr(self, f.name).to(device, non_blocking=True)
             for f in fields(self)
-            if isinstance(getattr(self, f.name), torch.Tensor)
+            if isinstance(getattr(self, f.name), torch.Tensor | Spans)
         }
         return replace(self, **moved)
 
@@ -178,6 +181,7 @@ def pack(samples: Sequence[Sample], num_skipped: int = 0) -> PackedBatch:
         sample=torch.from_numpy(joined["sample"]),
         position=torch.from_numpy(joined["position"]),
         limit=torch.from_numpy(joined["limit"]),
+        spans=spans(joined["sample"], joined["position"], joined["limit"]),
         predictors=torch.tensor([where[s, p - 1] for s, p, _ in supervised], dtype=torch.int64),
         labels=torch.tensor([token for _, _, token in supervised], dtype=torch.int64),
         patches=torch.from_numpy(np.concatenate(patches)) if patches else torch.zeros(0, 0, dtype=torch.uint8),

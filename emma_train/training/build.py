@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emma_train.checkpoint import export, store
+from emma_train.checkpoint import export, store, verify
 from emma_train.checkpoint import folder as folders
-from emma_train.config.errors import UserError
 from emma_train.config.load import load_yaml
 from emma_train.config.schema import ModelConfig, Recipe
 from emma_train.engine.compiled import compile_layers
@@ -25,6 +24,7 @@ from emma_train.engine.lockstep import watched
 from emma_train.engine.protocol import Engine
 from emma_train.engine.recompute import recompute
 from emma_train.engine.world import World
+from emma_train.model.attention import choose
 from emma_train.model.decoder import DecoderLayer
 from emma_train.model.emma import Emma
 from emma_train.model.initial import start_value
@@ -57,17 +57,16 @@ def build(recipe: Recipe, stage: Stage, world: World, resuming: bool) -> Built:
 
     When `resuming`, weights are left for checkpoint.store.load_training to fill.
     """
-    if recipe.attention.backend not in ("auto", "sdpa"):
-        raise UserError(
-            f"attention.backend={recipe.attention.backend} is not available in this version; use attention.backend=auto"
-        )
+    choose(
+        recipe.attention.backend, world.device, torch.bfloat16 if recipe.engine.precision == "bf16" else torch.float32
+    )
     gc.collect()  # a stage before this one may have left its model in cycles
     source, parent = None, None
     if not resuming:
-        source, parent = find_source(recipe)
+        source, parent = find_source(recipe, world)
         check_order(stage, parent["stage"] if parent else None, recipe.init.source)
     with torch.device("meta"):
-        model = Emma(recipe.model)
+        model = Emma(recipe.model, recipe.attention.backend)
     trainable = freeze(model, stage.trainable)
     num_parameters = sum(p.numel() for p in model.parameters())
     for layer in model.modules():
@@ -93,14 +92,14 @@ def build(recipe: Recipe, stage: Stage, world: World, resuming: bool) -> Built:
     return Built(engine, ema, trainable, num_parameters, handoff, parent)
 
 
-def find_source(recipe: Recipe) -> tuple[Path | None, dict[str, Any] | None]:
-    """The checkpoint or export that init.from names, with its path, stage and step. Raises UserError where there is
-    none."""
+def find_source(recipe: Recipe, world: World) -> tuple[Path | None, dict[str, Any] | None]:
+    """The checkpoint or export that init.from names, with its path, stage and step; every rank calls it. Raises
+    UserError where there is none that is whole."""
     if not recipe.init.source:
         return None, None
     given = Path(recipe.init.source)
-    source = given if export.is_export(given) else folders.resolve(given)
-    meta = export.read_meta(source) if export.is_export(source) else folders.whole(source) or {}
+    source = given if export.is_export(given) else verify.resolve(given, world=world)
+    meta = export.read_meta(source) if export.is_export(source) else folders.read_meta(source) or {}
     return source, {"path": str(source), "stage": meta["stage"], "step": meta["step"]}
 
 
@@ -108,7 +107,7 @@ def take_over(own: Mapping[str, Tensor], recipe: Recipe, source: Path) -> HandOf
     """Fill the weights from the previous stage; new modules are cloned or start from the seed."""
     weights = export if export.is_export(source) else store
     stored = export.shapes(source) if weights is export else store.tensors(source)
-    made_by = load_yaml(source / export.RECIPE) if weights is export else (folders.whole(source) or {})["config"]
+    made_by = load_yaml(source / export.RECIPE) if weights is export else (folders.read_meta(source) or {})["config"]
     shapes = {name: tuple(weight.shape) for name, weight in own.items()}
     plan = plan_handoff(shapes, stored, recipe.model.vision, recipe.init.ema, str(recipe.init.source))
     check_settings(made_by["model"], recipe.model, str(recipe.init.source))

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from emma_train.config.schema import FlowConfig
 from emma_train.model.autoencoder import Autoencoder
 from emma_train.model.emma import training_experts
+from emma_train.model.vision import STEM
 from emma_train.objectives.account import LossAccount
 from emma_train.objectives.flow import noised, velocity_loss
 from emma_train.objectives.next_token import next_token_loss
@@ -23,12 +24,16 @@ def micro_loss(
     """The micro-batch's share of the step's loss: a scalar to differentiate. `batch` is on the device."""
     if stage.loss == "router":
         logits = model.route(batch)[: len(batch.stem)]  # type: ignore[operator]
+        account.stem += model.vision.takes_stem(logits).sum()  # type: ignore[operator, union-attr]
         known = batch.stem >= 0
         losses = next_token_loss(logits[known], batch.stem[known])
         nothing = losses.new_zeros(0)
         return account.add(losses, nothing, nothing.bool())
     step = noised(batch, clean_latents(batch, autoencoder), flow)
-    experts = training_experts(batch) if stage.stem_expert else None
+    experts = None
+    if stage.stem_expert:
+        experts = training_experts(batch)
+        account.stem += (batch.stem == STEM).sum()
     prediction = model(batch, step.latents, step.time, experts, losses=True)
     edits = torch.tensor([task == "it2i" for task in batch.target_tasks], dtype=torch.bool, device=step.time.device)
     return account.add(

@@ -6,17 +6,20 @@ gradient is not finite moves nothing at all. The loop is handed its batches and 
 
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from emma_train.checkpoint import folder as folders
 from emma_train.checkpoint import store
+from emma_train.checkpoint.saver import SaveFailed, Saver
+from emma_train.checkpoint.state import State, state_of
 from emma_train.config import config_hash
-from emma_train.config.errors import UserError
+from emma_train.config.errors import RunError, UserError
 from emma_train.config.load import as_dict
 from emma_train.config.schema import Recipe
 from emma_train.engine.compiled import num_graphs, uncompiled
@@ -27,7 +30,7 @@ from emma_train.monitor.progress import Progress
 from emma_train.monitor.trackers import Trackers, make_trackers
 from emma_train.monitor.usage import memory_gib, step_mfu
 from emma_train.objectives.account import Counts, LossAccount, count, losses
-from emma_train.sequence.step import StepBatches
+from emma_train.sequence.step import Bad, StepBatches
 from emma_train.stages.freeze import changed, fingerprints
 from emma_train.stages.stage import Stage
 from emma_train.training.build import Built
@@ -48,7 +51,7 @@ class Batches(Protocol):
 
     def state(self, step: int) -> dict[str, Any]: ...
 
-    def check_state(self, state: dict[str, Any]) -> None: ...
+    def resume(self, state: dict[str, Any]) -> None: ...
 
 
 @dataclass
@@ -59,6 +62,13 @@ class Progressed:
     seconds: float = 0.0
     skipped_steps: int = 0
     bad_samples: int = 0
+    """That could not be read, spares too."""
+    replaced_samples: int = 0
+    """Places of the plan that a spare took."""
+    left_out_samples: int = 0
+    """Places of the plan that stayed empty."""
+    refused_samples: int = 0
+    """Too long for any pack; others stood in for them."""
     seen: dict[str, int] = field(default_factory=lambda: dict.fromkeys(TASKS, 0))
 
 
@@ -83,13 +93,15 @@ class Trainer:
         self.frozen = fingerprints(self.engine.model)
         self.run_id: str | None = None
         self.parent = built.parent
+        self.saver = Saver(self.run.checkpoints, recipe.train, world, recipe.engine.timeout_s)
+        self._since_save: list[dict[str, Any]] = []
         self._nonfinite_in_a_row = 0
         self._spikes = SpikeWatch()
         self._graphs: int | None = None
 
     def resume(self, checkpoint: Path) -> None:
         """Go on after `checkpoint`. Raises UserError where recipe and checkpoint contradict each other."""
-        meta = folders.whole(checkpoint)
+        meta = folders.read_meta(checkpoint)
         assert meta is not None
         if found := contradictions(self.recipe, meta["config"]):
             field_name = found[0].split(" ")[0]
@@ -98,25 +110,29 @@ class Trainer:
                 + (f" (and {len(found) - 1} more)" if found[1:] else "")
                 + f"; put it back, start another run.name, or accept with resume.allow=[{field_name}]"
             )
-        self.stream.check_state(meta["data"])
-        averages = self.built.ema.averages if self.built.ema else {}
-        store.load_training(checkpoint, self.engine, averages)
+        self.stream.resume(meta["data"])
+        state = self._state()
+        store.load_training(checkpoint, state)
+        self.engine.refresh()
+        self.saver.continues(checkpoint, meta["step"], state)
         self.done = Progressed(**meta["done"])
         self.run_id, self.parent = meta.get("tracker_run"), meta.get("parent")
         self.frozen = fingerprints(self.engine.model)
         log.info("resumed %s", checkpoint)
 
-    def train(self) -> int:
+    def train(self, stop: StopRequest) -> int:
         """Run the remaining steps. Returns the exit code: 0, or 75 after a signal and a checkpoint."""
         total, cadence = self.recipe.train.steps, self.recipe.train
         if self.done.step >= total:
             log.info("%s is complete at step %d", self.run.path, self.done.step)
             return 0
         main = self.world.is_main
+        if main:
+            self.run.forget_bad(after=self.done.step)
         trackers = self._trackers() if main else None
         progress = Progress(self.recipe.stage.name, total, self.done.step) if main else None
         self.run_id = trackers.run_id if trackers else self.run_id
-        stop, code = StopRequest(), 1
+        code, stop.within_s = 1, cadence.stop_within_s
         self.engine.model.train()
         garbage = GarbageCollection(cadence.gc_every)
         limits = Limits(self.world, self.engine.groups, self.recipe.engine.timeout_s, self.recipe.engine.step_timeout_s)
@@ -128,16 +144,20 @@ class Trainer:
                 last = data.step == total or asked
                 if data.step == total:
                     self._verify()
-                stall = 0.0
-                if data.step % cadence.save_every == 0 or last:
+                if values is not None:
+                    self._since_save.append(values)
+                if self.saver.due(data.step) or last:
                     with limits.unhurried():
-                        stall = self.save()
+                        self.save(wait=last)
                 self.done.seconds += time.perf_counter() - started + data.wait_s
-                drawn = (cadence.sample_every and data.step % cadence.sample_every == 0) or data.step == total
+                # Who is asked to stop has no time for pictures.
+                drawn = cadence.sample_every and data.step % cadence.sample_every == 0 and not asked
+                drawn = drawn or data.step == total
                 with limits.unhurried():
                     pictures = self._draw(data.step) if drawn else []
                 if trackers and values is not None:
-                    trackers.log(data.step, {**values, "checkpoint/stall_s": stall, "time_unix": time.time()})
+                    stall = {"checkpoint/stall_s": self.saver.take_stall()}
+                    trackers.log(data.step, {**values, **stall, "time_unix": time.time()})
                     trackers.images(data.step, "samples", pictures, [p.stem for p in pictures])
                 if progress:
                     progress.update(data.step, values)
@@ -148,8 +168,14 @@ class Trainer:
                     return code
             code = 0
             return code
+        except BaseException as error:
+            if not self.saver.close(0 if isinstance(error, SaveFailed) else cadence.stop_within_s):
+                # A thread that storage does not let go of would keep the process, and the other ranks, for good.
+                log.error("%s: %s", type(error).__name__, error)
+                logging.shutdown()
+                os._exit(code)
+            raise
         finally:
-            stop.restore()
             garbage.restore()
             limits.restore()
             if progress:
@@ -163,9 +189,12 @@ class Trainer:
         mine = count(data.packs, self.stage.loss)
         seen = [sum(b.tasks.count(task) for b in data.packs) for task in TASKS]
         tokens = sum(b.num_tokens for b in data.packs)
-        shared = self.world.sum([mine.i2t, mine.t2i, mine.it2i, *seen, tokens, len(data.bad), float(stop_asked)])
-        counts, bad = Counts(*(int(n) for n in shared[:3])), int(shared[7])
-        self._note_bad(data, bad)
+        trouble = [len(data.bad), data.replaced, data.left_out, data.failure is not None]
+        facts = [mine.i2t, mine.t2i, mine.it2i, *seen, tokens, float(stop_asked), *trouble, *self.saver.flags()]
+        shared = self.world.sum(facts)
+        counts = Counts(*(int(n) for n in shared[:3]))
+        self.saver.note(shared[12:])
+        self._note_bad(data, *(int(n) for n in shared[8:12]))
 
         account = LossAccount(self.recipe.loss, counts, self.world.device)
         for index, host in enumerate(data.packs):
@@ -175,6 +204,7 @@ class Trainer:
         lr = learning_rate(
             data.step - self.done.skipped_steps, self.recipe.optimizer.lr, self.recipe.train.steps, self.recipe.schedule
         )
+        self.saver.settle()
         norm = self.engine.step(lr)
         if math.isfinite(norm):
             self._nonfinite_in_a_row = 0
@@ -184,11 +214,13 @@ class Trainer:
             self._skip(data, norm)
         self.done.step = data.step
         self._graphs = num_graphs() if self._graphs is None else self._graphs
+        self.done.refused_samples += data.refused
         for task, number in zip(TASKS, shared[3:6], strict=True):
             self.done.seen[task] += int(number)
         if not log_now:
-            return shared[8] > 0, None
-        sums = self.world.sum(account.sums.tolist())
+            return shared[7] > 0, None
+        pictures = sum(len(b.stem) for b in data.packs)
+        *sums, stem, seen_pictures = self.world.sum([*account.sums.tolist(), float(account.stem), pictures])
         step_s = time.perf_counter() - started + data.wait_s
         found = losses(sums, counts, self.recipe.loss)
         if spike := self._spikes.note(found["loss"]):
@@ -208,40 +240,55 @@ class Trainer:
             "data/wait_s": data.wait_s,
             "data/digest": data.digest,
             "data/straggler": data.straggler,
-            "data/skipped": self.done.bad_samples,
+            "data/skipped": self.done.left_out_samples,
+            "data/replaced": self.done.replaced_samples,
+            "data/refused": self.done.refused_samples,
+            "data/fill": data.filled,
             "steps/skipped": self.done.skipped_steps,
         }
+        if self.stage.stem_expert and seen_pictures:
+            values["vision/stem_share"] = stem / seen_pictures
         if self.recipe.engine.compile:
             values["compile/recompiles"] = num_graphs() - self._graphs
         share = step_mfu(self.recipe, self.stage, data.packs, step_s, self.world.device)
-        return shared[8] > 0, values if share is None else {**values, "mfu": share}
+        return shared[7] > 0, values if share is None else {**values, "mfu": share}
 
-    def save(self) -> float:
-        """Write a checkpoint of the last finished step; returns the seconds that training stood still."""
-        started = time.perf_counter()
-        meta = {
+    def save(self, wait: bool) -> None:
+        """Start a checkpoint of the last finished step; where `wait`, return when it is written."""
+        self.saver.start(self._state(), self._meta())
+        if wait:
+            self.saver.finish_last(lambda: self.saver.start(self._state(), self._meta()))
+        self._since_save = []
+
+    def _state(self) -> State:
+        """What a checkpoint holds of this rank."""
+        return state_of(self.engine, self.built.ema.averages if self.built.ema else {})
+
+    def _meta(self) -> dict[str, Any]:
+        """What a checkpoint says of itself and of how to go on."""
+        names = {key for values in self._since_save for key in values if key.startswith("loss")}
+        logged = {key: [values[key] for values in self._since_save if key in values] for key in names}
+        return {
             "step": self.done.step,
             "stage": self.recipe.stage.name,
             "trainable": self.built.trainable,
             "config_hash": config_hash(self.recipe),
             "config": as_dict(self.recipe),
             "ema_decay": self.recipe.ema.decay,
-            "done": vars(self.done),
+            "done": asdict(self.done),
+            "metrics": {key: sum(values) / len(values) for key, values in sorted(logged.items())},
             "data": self.stream.state(self.done.step),
             "tracker_run": self.run_id,
             "parent": self.parent,
             "world_size": self.world.size,
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
-        averages = self.built.ema.averages if self.built.ema else {}
-        keep = self.recipe.train.keep
-        store.save(self.run.checkpoints, meta, self.engine, averages, self.world, keep)
-        return time.perf_counter() - started
 
     def _draw(self, step: int) -> list[Path]:
         """Sample pictures with the averaged weights."""
         if self.draw_samples is None:
             return []
+        self.saver.settle()
         with uncompiled(), self.built.ema.swapped_in() if self.built.ema else nullcontext():
             self.engine.refresh()
             pictures = self.draw_samples(step)
@@ -259,17 +306,29 @@ class Trainer:
             group=Path(self.recipe.run.root).name,
         )
 
-    def _note_bad(self, data: StepBatches, bad_everywhere: int) -> None:
-        """Write out this rank's unreadable samples; past the limit all ranks stop together."""
-        if data.bad:
-            self.run.append_bad(data.step, data.bad)
-            log.warning("step %d: left out %s (%s)", data.step, data.bad[0].key, data.bad[0].reason)
-        self.done.bad_samples += bad_everywhere
+    def _note_bad(self, data: StepBatches, bad: int, replaced: int, left_out: int, failed: int) -> None:
+        """Count and write out what could not be read on all ranks. Where one cannot go on, or the limit is passed, all
+        stop at this step: they have all seen the same sums."""
+        self.done.bad_samples += bad
+        self.done.replaced_samples += replaced
+        self.done.left_out_samples += left_out
+        found: list[Bad] = []
+        if bad:
+            found = [item for of_rank in self.world.gather(data.bad) for item in of_rank]
+            if self.world.is_main:
+                self.run.append_bad(data.step, found)
+            for item in found[:3]:
+                instead = f"{item.replaced_by} is read instead" if item.replaced_by else "it is left out"
+                log.warning("step %d: %s cannot be read (%s); %s", data.step, item.key, item.reason, instead)
+        if failed:
+            failures = [failure for failure in self.world.gather(data.failure) if failure is not None]
+            raise failures[0]
         if self.done.bad_samples > self.recipe.data.max_bad_samples:
-            raise UserError(
-                f"{self.done.bad_samples} samples could not be read, more than data.max_bad_samples="
-                f"{self.recipe.data.max_bad_samples}; {self.run.bad_samples} lists them, `emma-data check` "
-                f"finds them all"
+            last = "; ".join(f"{b.key} ({b.task}, {b.shard}: {b.reason})" for b in found[:10])
+            raise RunError(
+                f"{self.done.bad_samples} samples could not be read by step {data.step}, more than "
+                f"data.max_bad_samples={self.recipe.data.max_bad_samples}: {last}. {self.run.bad_samples} lists them "
+                f"all; `emma-data check` finds what else is broken"
             )
 
     def _skip(self, data: StepBatches, norm: float) -> None:
@@ -304,6 +363,8 @@ class Trainer:
                     "seconds": round(self.done.seconds, 1),
                     "samples": self.done.seen,
                     "bad_samples": self.done.bad_samples,
+                    "replaced_samples": self.done.replaced_samples,
+                    "left_out_samples": self.done.left_out_samples,
                     "skipped_steps": self.done.skipped_steps,
                     "parameters": self.built.num_parameters,
                     "trainable": self.built.trainable,

@@ -1,10 +1,13 @@
-"""Being asked to stop: finish the step, save, exit 75. Asked again later, exit at once."""
+"""Being asked to stop: finish the step, save, exit 75. Asked again later, or late with that, exit at once."""
 
+import contextlib
 import logging
 import os
+import select
 import signal
+import threading
 import time
-from types import FrameType
+from types import TracebackType
 
 log = logging.getLogger(__name__)
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -14,26 +17,65 @@ SAME_REQUEST_S = 5.0
 
 
 class StopRequest:
-    """Set by SIGTERM, SIGUSR1 or SIGINT. The loop shares it with all ranks at the next step."""
+    """Set by SIGTERM, SIGUSR1 or SIGINT while it is entered. The loop shares it with all ranks at the next step.
+
+    A thread of its own looks at the signals, so that a second one and the deadline end the process even where the
+    training thread waits for another rank or for storage and will not come back.
+    """
 
     def __init__(self) -> None:
         self.asked = False
-        self._asked_at = 0.0
-        self._before = {number: signal.getsignal(number) for number in SIGNALS}
-        for number in SIGNALS:
-            signal.signal(number, self._on_signal)
+        self.within_s = 240.0
+        """Seconds from the first request until the process ends, whatever it is doing."""
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.asked and time.monotonic() - self._asked_at > SAME_REQUEST_S:
-            os._exit(EXIT_PREEMPTED)
-        if self.asked:
-            return
-        self.asked, self._asked_at = True, time.monotonic()
-        log.warning(
-            "%s: stopping after this step, with a checkpoint; once more stops at once", signal.Signals(number).name
-        )
+    def __enter__(self) -> "StopRequest":
+        self._signals, written = os.pipe()
+        os.set_blocking(written, False)
+        self._written, self._written_before = written, signal.set_wakeup_fd(written, warn_on_full_buffer=False)
+        # The wake-up file gets the number; handlers only keep the default from killing the process.
+        self._before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+        self._watcher = threading.Thread(target=self._watch, name="signals", daemon=True)
+        self._watcher.start()
+        return self
 
-    def restore(self) -> None:
-        """Put the former handlers back."""
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(self._written_before)
+        os.close(self._written)
+        self._watcher.join()
+        os.close(self._signals)
+
+    def _watch(self) -> None:
+        asked_at = 0.0
+        while True:
+            left_s = max(0.0, asked_at + self.within_s - time.monotonic()) if self.asked else None
+            if not select.select([self._signals], [], [], left_s)[0]:
+                _leave(f"no checkpoint within {self.within_s:g} s (train.stop_within_s): ending with the one before")
+            numbers = os.read(self._signals, 64)
+            if not numbers:
+                return
+            asked = [number for number in numbers if number in SIGNALS]
+            if asked and not self.asked:
+                self.asked, asked_at = True, time.monotonic()
+                name = signal.Signals(asked[0]).name
+                log.warning("%s: stopping after this step, with a checkpoint; once more stops at once", name)
+            elif asked and time.monotonic() - asked_at > SAME_REQUEST_S:
+                _leave(f"{signal.Signals(asked[0]).name} again: stopping at once, with the checkpoint before")
+
+
+def _leave(why: str) -> None:
+    log.error(why)
+    logging.shutdown()
+    os._exit(EXIT_PREEMPTED)
+
+
+def _forget() -> None:
+    """A forked loader worker that is told to end must not tell the trainer so."""
+    with contextlib.suppress(ValueError):
+        signal.set_wakeup_fd(-1)
+
+
+os.register_at_fork(after_in_child=_forget)

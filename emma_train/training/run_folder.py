@@ -1,6 +1,7 @@
 """The run folder: what is written before step 0, beside the metrics, and at the end."""
 
 import json
+import logging
 import os
 import platform
 import socket
@@ -20,7 +21,9 @@ from emma_train.config.files import write_atomic
 from emma_train.config.load import as_dict
 from emma_train.config.schema import Recipe
 from emma_train.engine.world import World
+from emma_train.sequence.step import Bad
 
+log = logging.getLogger(__name__)
 PACKAGES = (
     "torch",
     "transformers",
@@ -42,6 +45,9 @@ CHANGEABLE = (
     "resume.",
     "data.workers",
     "data.prefetch",
+    "data.max_bad_samples",
+    "data.cache_",
+    "data.read_",
 )
 """What may differ when a run is resumed: it does not change what is learnt from which data."""
 
@@ -73,13 +79,35 @@ class RunFolder:
             ) from None
 
     def write_summary(self, values: dict[str, Any]) -> None:
-        write_atomic(self.summary, json.dumps(values, indent=1) + "\n")
+        """Write summary.json. Where storage refuses it a warning says so, as with what follows: training goes on."""
+        try:
+            write_atomic(self.summary, json.dumps(values, indent=1) + "\n")
+        except OSError as error:
+            log.warning("%s: cannot be written (%s)", self.summary, error.strerror)
 
-    def append_bad(self, step: int, bad: list[Any]) -> None:
-        """Add unreadable samples to bad_samples.jsonl."""
-        with open(self.bad_samples, "a", encoding="utf-8") as file:
-            for item in bad:
-                file.write(json.dumps({"step": step, **asdict(item)}) + "\n")
+    def append_bad(self, step: int, bad: list[Bad]) -> None:
+        """Add unreadable samples to bad_samples.jsonl; main rank only."""
+        try:
+            with open(self.bad_samples, "a", encoding="utf-8") as file:
+                file.writelines(json.dumps({"step": step, **asdict(item)}) + "\n" for item in bad)
+        except OSError as error:
+            log.warning("%s: cannot be written (%s)", self.bad_samples, error.strerror)
+
+    def forget_bad(self, after: int) -> None:
+        """Drop unreadable samples of steps that will be done again, and a line that a crash tore; main rank only."""
+        if not self.bad_samples.exists():
+            return
+        kept = []
+        for line in self.bad_samples.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= after:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError, TypeError):
+                continue
+        try:
+            write_atomic(self.bad_samples, "".join(kept))
+        except OSError as error:
+            log.warning("%s: cannot be written (%s)", self.bad_samples, error.strerror)
 
     def append_skipped(self, step: int, rank: int, norm: float, keys: list[str]) -> None:
         """Add a rank's samples of a step whose gradient was not finite to skipped_steps.jsonl."""

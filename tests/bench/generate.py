@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from emma_train.config.load import load_recipe
-from emma_train.generate.generator import FlowSettings, Generator, TextSettings
+from emma_train.generate.generator import Generator
+from emma_train.generate.settings import FlowSettings, TextSettings
 from emma_train.model.autoencoder import Autoencoder
 from emma_train.model.emma import Emma
 from emma_train.model.initial import initial_value

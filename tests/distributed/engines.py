@@ -83,5 +83,5 @@ def distance(run: Path, reference: Path, steps: int) -> Distance:
         return (difference / sum(float(there[n].double().square().sum()) for n in names)) ** 0.5
 
     assert all(torch.equal(here[n], there[n]) for n in there if n.endswith(".step"))
-    moments = max(apart("optimizer.state.", f".{moment}") for moment in MOMENTS)
+    moments = max(apart("optimizer.", f".{moment}") for moment in MOMENTS)
     return Distance(worst(LOSSES), worst(("grad_norm",)), apart("model."), apart("ema."), moments)

@@ -2,7 +2,9 @@
 
 import ctypes
 import gc
+import multiprocessing
 import os
+import resource
 import signal
 import threading
 import time
@@ -22,8 +24,11 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from data_pipelines.stream.plan import Planner
 from data_pipelines.stream.reader import Reader
+from emma_train.checkpoint.saver import Saver
+from emma_train.checkpoint.state import state_of
 from emma_train.checkpoint.tensors import Tensors
 from emma_train.cli import main
+from emma_train.config.load import as_dict
 from emma_train.config.schema import AutoencoderConfig, Recipe
 from emma_train.engine.fragment import local, pieces
 from emma_train.engine.lockstep import OutOfStep
@@ -51,6 +56,24 @@ def command(argv: list[str]) -> int:
     return main(argv)
 
 
+def stopped_command(argv: list[str], step: int) -> int:
+    """A command whose last rank is asked to stop during an optimizer step."""
+    take = Trainer._step
+
+    def asked_to_stop(self: Trainer, data: StepBatches, stop_asked: bool, log_now: bool) -> Any:
+        mine = data.step == step and self.world.rank == self.world.size - 1
+        return take(self, data, stop_asked or mine, log_now)
+
+    Trainer._step = asked_to_stop  # type: ignore[method-assign]
+    return main(argv)
+
+
+def full_disk_command(argv: list[str], num_bytes: int) -> int:
+    """A command for which no file may grow beyond so many bytes."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes))
+    return main(argv)
+
+
 def loaded(recipe: Recipe) -> dict[str, Any]:
     """Whole weights after the start of a stage, and how many values this rank read and holds."""
     count, read = 0, Tensors.read
@@ -66,6 +89,17 @@ def loaded(recipe: Recipe) -> dict[str, Any]:
         own = build(recipe, stage_of(recipe), world, resuming=False).engine.weights
         weights = {name: whole(weight) for name, weight in own.items()}
     return {"weights": weights, "read": count, "held": sum(local(weight).numel() for weight in own.values())}
+
+
+def write_checkpoint(run: Path, recipe: Recipe) -> int:
+    """A run folder with a checkpoint of its start; returns the bytes of the model."""
+    with join("cpu", 60) as world:
+        built = build(recipe, stage_of(recipe), world, resuming=False)
+        meta = {"step": 1, "stage": recipe.stage.name, "config": as_dict(recipe)}
+        saver = Saver(run / "checkpoints", recipe.train, world, timeout_s=60)
+        saver.start(state_of(built.engine, {}), meta)
+        saver.finish_last(lambda: None)
+        return sum(p.numel() * 4 for p in built.engine.model.parameters())
 
 
 def command_memory(warm_up: list[str], argv: list[str]) -> int:
@@ -183,6 +217,27 @@ def stream_steps(recipe: Recipe, rank: int, size: int, last: int) -> list[Any]:
 
     stream = Stream(recipe, rank, size, fingerprint(Path(recipe.model.autoencoder.path)))
     return list(stream.steps(1, last))
+
+
+def stream_memory(recipe: Recipe, steps: list[int]) -> list[dict[str, int]]:
+    """Resident bytes of the trainer and of each loader worker after the given steps of a stream, once what was read
+    ahead has arrived."""
+    from data_pipelines.stream.loader import Stream
+
+    found = []
+    for data in Stream(recipe, 0, 1, None).steps(1, steps[-1] + 20):
+        if data.step in steps:
+            time.sleep(3)
+            mine = [("trainer", os.getpid()), *((w.name, w.pid) for w in multiprocessing.active_children())]
+            found.append({name: _resident(pid) for name, pid in mine if pid is not None})
+        if data.step == steps[-1]:
+            break
+    return found
+
+
+def _resident(pid: int) -> int:
+    line = next(s for s in Path(f"/proc/{pid}/status").read_text().splitlines() if s.startswith("VmRSS"))
+    return int(line.split()[1]) * 1024
 
 
 def steps_with_poison(recipe: Recipe, kinds: list[str], poisoned: int | None) -> dict[str, Any]:

@@ -85,9 +85,15 @@ def run_command(
     return outcome
 
 
-def start_command(*argv: str, processes: int = 1, module: str = "emma_train") -> subprocess.Popen[str]:
-    """The command as a running process, leader of a process group of its own; use kill_all to end it early."""
-    torchrun = ["torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(free_port()), "-m"]
+def start_command(
+    *argv: str, processes: int = 1, module: str = "emma_train", restarts: int = 0
+) -> subprocess.Popen[str]:
+    """The command as a running process, leader of a process group of its own; use kill_all to end it early.
+
+    With `restarts` torchrun starts the processes anew where one of them dies.
+    """
+    meet = ["--standalone", "--max-restarts", str(restarts)] if restarts else ["--master-port", str(free_port())]
+    torchrun = ["torch.distributed.run", "--nproc-per-node", str(processes), *meet, "-m"]
     words = [sys.executable, "-m", *(torchrun if processes > 1 else []), module, *argv]
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_"))}
     return subprocess.Popen(
@@ -103,8 +109,19 @@ def start_command(*argv: str, processes: int = 1, module: str = "emma_train") ->
 
 def kill_all(command: subprocess.Popen[str]) -> None:
     """SIGKILL to a started command and all of its processes, as a machine that goes down would."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(command.pid, signal.SIGKILL)
+    # Parents first, so that none sees a child go; torchrun's have sessions of their own.
+    for pid in family(command.pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def family(pid: int) -> list[int]:
+    """A process and all that descend from it, those of today."""
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:
+        return []
+    return [pid, *(found for child in children for found in family(int(child)))]
 
 
 def free_port() -> int:

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from emma_train.checkpoint import folder as folders
-from tests.distributed.ranks import one_step
+from tests.distributed.ranks import one_step, stream_steps
 from tests.distributed.spawn import run_ranks
-from tests.helpers import recipe_values, tiny_recipe, write_recipe
-from tests.runs import checkpoint, learnt, stored, train
+from tests.helpers import recipe_values, tiny_recipe, write_export, write_recipe
+from tests.runs import checkpoint, learnt, metrics, stored, train
 
 STEPS = 20
 LOSSES = ("loss", "loss/i2t", "loss/t2i", "loss/it2i", "grad_norm")
@@ -25,9 +25,9 @@ def whole_norm(step: dict[str, Any]) -> float:
     return float(sum(g.double().square().sum() for g in step["gradients"].values()).sqrt())
 
 
-def values(tmp_path: Path, **dotted: Any) -> dict[str, Any]:
+def values(tmp_path: Path, stage: str = "stage1", **dotted: Any) -> dict[str, Any]:
     settings = {"run__root": str(tmp_path), "data__slots": 6, "data__samples_per_step": 18, **dotted}
-    return recipe_values("stage1", **settings)
+    return recipe_values(stage, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -124,3 +124,22 @@ def test_a_checkpoint_says_how_many_processes_wrote_it(runs: dict[int, Path]) ->
             STEPS,
             {"i2t": 6 * STEPS, "t2i": 6 * STEPS, "it2i": 6 * STEPS},
         )
+
+
+def test_the_share_of_pictures_that_take_the_stem_expert_is_that_of_all_ranks(tmp_path: Path) -> None:
+    """By label while the expert learns; as the router would choose while the router does."""
+    steps, shares, start = 8, {}, tmp_path / "start"
+    write_export(start, tiny_recipe("stage3"))
+    for stage, rate, source in (("stage4_expert", 1e-3, start), ("stage4_router", 1e-2, tmp_path / "stage4_expert-1")):
+        settings = {"train__steps": steps, "train__save_every": 100, "optimizer__lr": rate, "init__from": str(source)}
+        recipe = write_recipe(tmp_path / f"{stage}.yaml", values(tmp_path, stage, **settings))
+        for size in (1, 2):
+            train(recipe, f"run.name={stage}-{size}", processes=size)
+            shares[stage, size] = [line["vision/stem_share"] for line in metrics(tmp_path / f"{stage}-{size}")]
+        assert shares[stage, 1] == shares[stage, 2]
+    plain = tiny_recipe("stage4_expert", data__slots=6, data__samples_per_step=18)
+    (seen,) = run_ranks(1, stream_steps, plain, 0, 1, steps)
+    labels = [torch.cat([pack.stem for pack in step.packs]) for step in seen.value]
+    assert shares["stage4_expert", 1] == [float((stem == 1).sum()) / len(stem) for stem in labels]
+    print(f"\nshares of the STEM expert: {shares}")
+    assert len(set(shares["stage4_expert", 1])) > 1 and len(set(shares["stage4_router", 1])) > 2

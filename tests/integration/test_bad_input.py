@@ -32,8 +32,7 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["train.steps=three"], "train.steps"),
         (["train.steps=0"], "train.steps is 0; it must be more than 0"),
         (["engine.precision=fp16"], "engine.precision is 'fp16'; it is one of bf16, fp32"),
-        (["engine.kind=deepspeed"], "engine.kind=deepspeed"),
-        (["attention.backend=flex"], "attention.backend=flex is not available"),
+        (["attention.backend=flex"], "attention.backend=flex needs an NVIDIA GPU"),
         (
             ["data.samples_per_step=25"],
             "data.samples_per_step is 25, which the mix of phase stage1 (1:1:0) cannot divide",

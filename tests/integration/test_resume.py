@@ -98,6 +98,39 @@ def test_a_run_that_is_asked_to_stop_saves_and_exits_with_75(recipe: Path, strai
     assert_same_end(run, straight)
 
 
+def test_a_request_to_stop_that_reaches_the_loader_workers_too_is_obeyed(recipe: Path, straight: Path) -> None:
+    """As clusters send it: to every process of the job."""
+    run = recipe.parent / "all-asked"
+    command = start_command("train", str(recipe), "run.name=all-asked", "data.workers=2")
+    try:
+        wait_until(command, lambda: steps_logged(run) >= 3)
+        os.killpg(command.pid, signal.SIGTERM)
+        _, err = command.communicate(timeout=60)
+    finally:
+        kill_all(command)
+    assert command.returncode == 75, err
+    assert "Traceback" not in err
+    run_command("train", str(recipe), "run.name=all-asked", "data.workers=1")
+    assert_same_end(run, straight)
+
+
+def test_a_loader_worker_that_dies_ends_the_run_with_one_line(recipe: Path, straight: Path) -> None:
+    run = recipe.parent / "orphan"
+    command = start_command("train", str(recipe), "run.name=orphan", "data.workers=2", "data.prefetch=1")
+    try:
+        wait_until(command, lambda: steps_logged(run) >= 3)
+        os.kill(children(command.pid)[-1], signal.SIGKILL)
+        _, err = command.communicate(timeout=60)
+    finally:
+        kill_all(command)
+    assert command.returncode == 1, err
+    last = [line for line in err.splitlines() if line.strip()][-1]
+    assert "DataLoader worker" in last and "lower data.workers" in last
+    assert "emma_train/" not in err  # no traceback of ours; torch's clean-up may print that it ignores an exception
+    run_command("train", str(recipe), "run.name=orphan")
+    assert_same_end(run, straight)
+
+
 @pytest.mark.slow
 def test_two_processes_that_are_asked_to_stop_save_together(recipe: Path, straight: Path) -> None:
     """One rank alone gets the signal; both stop after the same step. Then one process goes on, on the same data."""
@@ -151,10 +184,11 @@ def test_moments_after_a_resume_are_not_zero(recipe: Path) -> None:
 def test_a_torn_checkpoint_is_named_and_the_one_before_it_taken(recipe: Path, straight: Path) -> None:
     run = recipe.parent / "torn"
     train(recipe, "run.name=torn", "train.steps=6")
-    shard = next(checkpoint(run, 6).glob("*.distcp"))
+    shard = next(checkpoint(run, 6).rglob("*.distcp"))
     shard.write_bytes(shard.read_bytes()[:-1])
     (outcome,) = train(recipe, "run.name=torn")
-    assert "step-00000006 is incomplete: skipped" in outcome.err
+    assert "step-00000006 cannot be used: " in outcome.err
+    assert "step-00000006: set aside as step-00000006.damaged" in outcome.err
     assert "resumed" in outcome.err
     assert "step-00000004" in outcome.err
     assert_same_end(run, straight)

@@ -61,13 +61,16 @@ def test_metrics_have_the_promised_names_and_believable_values(run: Path) -> Non
         assert line.keys() >= PROMISED
         assert "loss/it2i" not in line  # the task is not in the mix
         assert "mfu" not in line  # nobody knows the peak of this CPU
+        assert "vision/stem_share" not in line  # there is no STEM expert yet
         assert all(math.isfinite(value) for value in line.values() if isinstance(value, float))
         assert (line["samples/i2t"], line["samples/t2i"], line["samples/it2i"]) == (12, 12, 0)
         assert line["tokens_per_s"] == pytest.approx(line["tokens/total"] / line["step_s"])
         assert 1.0 <= line["data/straggler"] < 1.2
         assert 0 <= line["data/wait_s"] <= line["step_s"]
         assert 0 < time.time() - line["time_unix"] < 3600
-        assert (line["checkpoint/stall_s"] > 0) == (line["step"] % 2 == 0)
+        assert line["checkpoint/stall_s"] >= 0
+        if line["step"] % 2 == 0:
+            assert line["checkpoint/stall_s"] > 0
     # At the start an untrained model is as good as chance over the vocabulary: ln 1024 = 6.93.
     assert lines[0]["loss/i2t"] == pytest.approx(math.log(1024), abs=0.5)
     assert lines[0]["loss"] == pytest.approx(0.25 * lines[0]["loss/i2t"] + lines[0]["loss/t2i"], rel=1e-6)
@@ -122,4 +125,4 @@ def test_two_processes_under_torchrun_write_one_run_folder(make_recipe: MakeReci
     assert all(line.keys() >= PROMISED for line in lines)
     assert json.loads((tmp_path / "two" / "environment.json").read_text())["world_size"] == 2
     assert "[1] " not in outcome.err  # only the first process talks
-    assert len(list((tmp_path / "two" / "checkpoints" / "step-00000003").glob("*.distcp"))) == 2
+    assert len(list((tmp_path / "two" / "checkpoints" / "step-00000003" / "weights").glob("*.distcp"))) == 2

@@ -23,6 +23,8 @@ from emma_train.plan.arithmetic import DC_AE_F32C32, DC_AE_PARAMETERS, GIB, auto
 from emma_train.plan.samples import picture_tokens, tokenwise
 from emma_train.sequence.layout import Picture, Role, Text
 from emma_train.sequence.pack import Pixels, Sample, pack
+from tests.distributed.ranks import command_memory
+from tests.distributed.spawn import run_ranks
 from tests.helpers import kept_bytes
 
 RECIPES = Path(__file__).parents[3] / "recipes"
@@ -119,7 +121,7 @@ def test_decoder_activations_are_what_autograd_keeps(stage: str, precision: str,
         model.requires_grad_(stage == "stage1")
         recompute_layers(model.layers, mode)
         x = torch.randn(tokens, config.hidden, dtype=dtype, requires_grad=True)
-        mask = attention.AttentionPlan(torch.ones(tokens, tokens, dtype=torch.bool))
+        mask = attention.MaskPlan(torch.ones(tokens, tokens, dtype=torch.bool))
         kept.append(kept_bytes(model, lambda m=model, x=x, mask=mask: m(x, 40, torch.arange(tokens), mask)))
     per_layer = (kept[1] - kept[0]) / 2
     assert planned.memory(planned.loads[0], 1, tokens).kept["decoder's activations"] == config.layers * per_layer
@@ -253,6 +255,16 @@ def test_stage1_fits_64_h100_and_says_so_quickly(capsys: pytest.CaptureFixture[s
     for number in ("4.022 B", "413.5 M", "312.3 M", "7.878 B", "5,120 to 5,465", "1/5.0", "244,141", "Fits on 64"):
         assert number in out
     assert max(len(line) for line in out.splitlines()) <= 100
+
+
+def test_a_plan_does_not_take_the_models_memory() -> None:
+    """The command, in a process that has planned another: 31.5 GB of weights stay numbers."""
+    warm_up = ["plan", str(TINY / "stage1.yaml"), "--gpus", "12"]
+    argv = ["plan", str(FULL / "stage1.yaml"), "--gpus", "64", "--gpu", "h100-80g"]
+    (outcome,) = run_ranks(1, command_memory, warm_up, argv)
+    assert 4 * plan(FULL / "stage1.yaml").stored > 31e9
+    assert outcome.value < 20e6
+    assert "4.022 B" in outcome.out and "1,024 tokens, token-wise 5,120 to 5,465 (1/5.0 to 1/5.3)" in outcome.out
 
 
 @pytest.mark.parametrize("stage", ["stage2", "stage3"])

@@ -32,11 +32,10 @@ def test_import_writes_shards_indexes_and_a_manifest_with_provenance(imported: P
 
 def test_stats_counts_records_and_tasks(imported: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["stats", str(imported)]) == 0
-    (row,) = [line for line in capsys.readouterr().out.splitlines() if "train" in line]
-    numbers = [cell.strip() for cell in row.split("│")[1:-1]]
-    assert numbers[:2] == ["train", "2"]
-    assert (numbers[3], numbers[4], numbers[7]) == ("16", "16", "2")
-    assert numbers[6] == "6"
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    header = next(line for line in lines if line[:1] == ["split"])
+    numbers = dict(zip(header, next(line for line in lines if line[:2] == ["train", "2"]), strict=False))
+    assert [numbers[name] for name in ("shards", "records", "i2t", "it2i", "stem")] == ["2", "16", "16", "6", "2"]
 
 
 def test_check_passes_a_whole_set_and_fails_a_damaged_one(
@@ -76,6 +75,8 @@ def test_index_keeps_the_provenance(imported: Path, tmp_path: Path) -> None:
         (["stats", "{empty}"], "no *.tar"),
         (["check", "{empty}/missing"], "no *.tar"),
         (["index", "{set}", "--tokenizer", "{empty}/none.json"], "none.json"),
+        (["index", "{set}", "--workers", "0"], "--workers is 0"),
+        (["check", "{set}", "--workers", "0"], "--workers is 0"),
         (["cache-latents", "{empty}", "--autoencoder", "{empty}"], "no *.tar"),
     ],
 )

@@ -5,20 +5,17 @@ import shutil
 import tarfile
 import zlib
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 import webdataset
 
-from data_pipelines.stream.index import (
-    check_folder,
-    groups,
-    index_folder,
-    index_path,
-    picture_names,
-    read_group,
-    read_manifest,
-)
+from data_pipelines.stream.check import check_folder
+from data_pipelines.stream.index import index_path, read_manifest
+from data_pipelines.stream.indexing import index_folder
+from data_pipelines.stream.pictures import picture_parts
+from data_pipelines.stream.tar import groups, read_group
 from emma_train.config.errors import UserError
 from tests.helpers import ASSETS, tokenizer
 from tests.shards import damage, edit, every_task, prompt, question, write_shards
@@ -71,6 +68,45 @@ def test_webdataset_sees_the_same_samples_as_we_do() -> None:
         assert list(theirs) == list(ours)
 
 
+def test_energon_sees_the_same_samples_as_we_do(tmp_path: Path) -> None:
+    energon = pytest.importorskip("megatron.energon", reason="pip install megatron-energon")
+    from megatron.energon.flavors import BaseWebdatasetFactory
+
+    shutil.copytree(EMOJI / "heldout_concepts", tmp_path / "set")
+    tars = sorted(path.name for path in (tmp_path / "set").glob("*.tar"))
+    BaseWebdatasetFactory.prepare_dataset(tmp_path / "set", tars, split_parts_ratio=[("train", 1.0)], workers=1)
+    meta = "__module__: megatron.energon\n__class__: CrudeWebdataset\n"
+    (tmp_path / "set" / ".nv-meta" / "dataset.yaml").write_text(meta)
+
+    def keep(sample: dict[str, Any]) -> dict[str, Any]:
+        return dict(sample)
+
+    class AsTheyAre(energon.DefaultTaskEncoder):  # type: ignore[misc]
+        decoder = None
+        cookers = [energon.Cooker(energon.stateless(keep))]
+
+        def batch(self, samples: list[Any]) -> list[Any]:
+            return samples
+
+    dataset = energon.get_train_dataset(
+        tmp_path / "set",
+        worker_config=energon.WorkerConfig(rank=0, world_size=1, num_workers=0),
+        batch_size=1,
+        shuffle_buffer_size=None,
+        max_samples_per_sequence=None,
+        repeat=False,
+        task_encoder=AsTheyAre(),
+    )
+    theirs = {}
+    for (sample,) in energon.get_loader(dataset):
+        theirs[sample["__key__"]] = {k: v for k, v in sample.items() if not k.startswith("__")}
+    ours = {}
+    for tar in tars:
+        with open(tmp_path / "set" / tar, "rb") as file:
+            ours |= {group.key: group.members for group in groups(file)}
+    assert theirs == ours
+
+
 def test_an_index_row_counts_what_the_layout_lays_out(folder: Path) -> None:
     _, record, _ = edit("e000")
     rows = pq.read_table(index_path(folder / "shard-000000.tar")).to_pylist()
@@ -97,7 +133,7 @@ def test_the_manifest_counts_rows_and_indexing_again_changes_nothing(folder: Pat
 
 def test_a_picture_number_is_the_place_of_its_name() -> None:
     names = ("json", "img1.webp", "img0.webp", "note.txt")
-    assert picture_names(dict.fromkeys(names, b"")) == ["img0.webp", "img1.webp"]
+    assert picture_parts(dict.fromkeys(names, b"")) == ["img0.webp", "img1.webp"]
 
 
 def test_a_missing_manifest_says_how_to_make_one(folder: Path) -> None:
@@ -115,7 +151,7 @@ def test_a_torn_manifest_is_named(folder: Path) -> None:
 def test_a_manifest_of_another_schema_is_refused(folder: Path) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps({**manifest, "schema": 99}))
-    with pytest.raises(UserError, match="schema 99, this version reads 1"):
+    with pytest.raises(UserError, match="schema 99, this version reads 2"):
         read_manifest(folder)
 
 
@@ -139,10 +175,22 @@ def test_check_finds_each_kind_of_damage_and_nothing_in_a_whole_folder(folder: P
     damage(folder / "shard-000000.tar", "q000.img0.png")
     problems = check_folder(folder)
     assert len(problems) == 2
-    assert "differs from its sha256" in problems[0]
-    assert "record q000 differs from its crc32" in problems[1]
+    assert "record q000 differs from its crc32" in problems[0]
+    assert "differs from its sha256" in problems[1]
     shutil.copy(index_path(folder / "shard-000001.tar"), index_path(folder / "shard-000002.tar"))
     assert any("shard-000002.idx.parquet: content differs" in problem for problem in check_folder(folder))
+
+
+def test_processes_find_the_same_problems_in_the_same_order(folder: Path) -> None:
+    damage(folder / "shard-000000.tar", "q000.img0.png")
+    (folder / "shard-000001.tar").write_bytes(bytes((folder / "shard-000001.tar").stat().st_size))
+    tar = folder / "shard-000002.tar"
+    tar.write_bytes(tar.read_bytes()[:4000].ljust(tar.stat().st_size, b"\xff"))
+    alone = check_folder(folder)
+    assert check_folder(folder, workers=3) == alone
+    text = "\n".join(alone)
+    assert "shard-000001.tar: record p001 of the index is not in it" in text
+    assert "shard-000002.tar: broken tar, it" in text
 
 
 def test_a_key_that_occurs_twice_is_refused(tmp_path: Path) -> None:
@@ -150,9 +198,9 @@ def test_a_key_that_occurs_twice_is_refused(tmp_path: Path) -> None:
         write_shards(tmp_path, [prompt("p000"), prompt("p001"), prompt("p000")], per_shard=2)
 
 
-def test_a_record_that_names_a_picture_that_it_lacks_cannot_be_indexed(tmp_path: Path) -> None:
+def test_a_folder_of_which_no_record_can_be_used_is_refused_with_a_reason(tmp_path: Path) -> None:
     key, record, _ = question("q000")
-    with pytest.raises(UserError, match=r"record q000 cannot be indexed \(KeyError: 'img0'\)"):
+    with pytest.raises(UserError, match=r"no record can be indexed; record q000: KeyError: 'img0'"):
         write_shards(tmp_path, [(key, record, {})])
 
 

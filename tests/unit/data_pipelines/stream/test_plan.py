@@ -10,11 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipelines.stream.plan import Planned, Planner, StepPlan
+from data_pipelines.stream.offers import Planned
+from data_pipelines.stream.plan import Planner, StepPlan
 from emma_train.config.errors import UserError
-from emma_train.config.schema import Recipe
+from emma_train.config.schema import ModelConfig, Recipe
 from tests.helpers import tiny_recipe, tokenizer
 from tests.shards import every_task, question, write_shards
+from tests.synthetic import synthetic
 
 EMOJI_RECIPE = {"data__slots": 12, "data__samples_per_step": 192, "data__pack_tokens": 2048, "data__und": {"side": 128}}
 
@@ -55,7 +57,7 @@ def test_every_step_has_the_exact_count_of_each_task_and_every_slot_holds_every_
         for slot in plan.slots:
             counts = Counter(s.task for s in slot)
             assert counts.keys() == expected.keys()
-            assert all(abs(counts[task] - expected[task] / 12) < 1 for task in expected)
+            assert all(abs(counts[task] - expected[task] / 12) < 2 for task in expected)
 
 
 @pytest.mark.parametrize("mix", [{"i2t": 1, "t2i": 1}, {"i2t": 1, "t2i": 1, "it2i": 1}, {"i2t": 1}])
@@ -196,6 +198,160 @@ def test_sources_may_be_restricted_to_tasks_and_tags(tmp_path: Path) -> None:
     assert {s.key for s in all_of(plans.plan(1), "i2t")} == {f"q{i:02d}" for i in range(5)}
     with pytest.raises(UserError, match="has that task and the required tags"):
         planner(tiny_recipe(data__sources=[{**source, "require_tags": ["map"]}], mix=mix))
+
+
+FILLED = {"data__samples_per_step": 0, "data__slots": 12, "data__pack_tokens": 8192}
+
+
+def filled(**dotted: Any) -> Recipe:
+    """A recipe that takes what the packs of the synthetic set hold, at the paper's sizes."""
+    recipe = tiny_recipe(**{**FILLED, "data__und": {"side": 512}, "data__gen": {"side": 512}, **dotted})
+    recipe.model = ModelConfig()
+    return recipe
+
+
+MIX = {"i2t": 1, "t2i": 1, "it2i": 0}
+
+
+def test_filled_packs_are_full_and_even_and_keep_the_ratio() -> None:
+    with synthetic(20_000):
+        plans = planner(filled(mix=MIX))
+        steps = [plans.plan(step) for step in range(1, 61)]
+    assert min(plan.filled for plan in steps[1:]) >= 0.985
+    assert sum(plan.filled for plan in steps) / 60 >= 0.99
+    assert max(plan.straggler for plan in steps) <= 1.05
+    for plan in steps:
+        counts = Counter(sample.task for slot in plan.slots for sample in slot)
+        assert counts["i2t"] == counts["t2i"] > 100
+        for slot in plan.slots:
+            assert sum(sample.num_tokens for sample in slot) <= 8192
+
+
+@pytest.mark.parametrize("mix_by", ["samples", "tokens"])
+def test_a_filled_stream_goes_on_from_a_state_of_a_few_numbers(mix_by: str) -> None:
+    with synthetic(3000):
+        recipe = filled(mix={"i2t": 2, "t2i": 1, "it2i": 1}, data__mix_by=mix_by)
+        straight = planner(recipe)
+        plans = [straight.plan(step) for step in range(1, 31)]
+        for step in (1, 13, 29):
+            state = json.loads(json.dumps(straight.state(step)))
+            assert len(json.dumps(state)) < 4096
+            resumed = planner(recipe)
+            resumed.load(step, state)
+            assert [resumed.plan(n) for n in range(step + 1, 31)] == plans[step:]
+            assert [resumed.plan(n).slots for n in (step + 1, 30)] == [plans[n - 1].slots for n in (step + 1, 30)]
+            assert resumed.state(30) == straight.state(30)
+            with pytest.raises(UserError, match=f"goes on after step {step}"):
+                resumed.plan(step)
+
+
+def test_over_an_epoch_filled_packs_take_each_sample_once() -> None:
+    """What was taken so far is every position but those that were left behind."""
+    with synthetic(2000):
+        plans = planner(filled(mix=MIX))
+        seen: dict[str, Counter] = {"i2t": Counter(), "t2i": Counter()}
+        for step in range(1, 41):
+            for slot in plans.plan(step).slots:
+                for sample in slot:
+                    seen[sample.task][sample.key, sample.epoch] += 1
+        for task, counts in seen.items():
+            assert set(counts.values()) == {1}
+            state = plans.state(40)[task]
+            assert len(counts) == state["next"] - len(state["left"])
+            finished = min(state["left"], default=state["next"]) // 2000
+            assert finished >= 2
+            for epoch in range(finished):
+                assert sum(e == epoch for _, e in counts) == 2000
+
+
+def test_a_ratio_by_tokens_is_kept_over_the_steps() -> None:
+    with synthetic(20_000):
+        plans = planner(filled(mix={"i2t": 1, "t2i": 2, "it2i": 1}, data__mix_by="tokens"))
+        tokens: Counter = Counter()
+        for step in range(1, 41):
+            for slot in plans.plan(step).slots:
+                tokens.update(
+                    {task: sum(s.num_tokens for s in slot if s.task == task) for task in ("i2t", "t2i", "it2i")}
+                )
+        assert plans.state(40)["t2i"]["tokens"] == tokens["t2i"]
+    total = sum(tokens.values())
+    for task, share in (("i2t", 0.25), ("t2i", 0.5), ("it2i", 0.25)):
+        assert tokens[task] / total == pytest.approx(share, abs=0.002)
+
+
+def test_caps_of_patches_hold_too() -> None:
+    with synthetic(5000):
+        plans = planner(filled(mix=MIX, data__pack_patches=7 * 1024))
+        for step in range(1, 6):
+            assert all(sum(sample.num_visual for sample in slot) <= 7 * 256 for slot in plans.plan(step).slots)
+
+
+def test_weights_hold_in_every_step_and_tags_make_sub_ratios(tmp_path: Path) -> None:
+    contents = [question(f"q{i:02d}", tags=["stem"] if i < 5 else []) for i in range(30)]
+    folder = str(write_shards(tmp_path, contents))
+    sources = [
+        {"path": folder, "require_tags": ["stem"], "weight": 1},
+        {"path": folder, "exclude_tags": ["stem"], "weight": 1},
+    ]
+    mix = {"i2t": 1, "t2i": 0, "it2i": 0}
+    plans = planner(tiny_recipe(data__sources=sources, mix=mix, data__samples_per_step=10, data__slots=2))
+    seen: Counter = Counter()
+    for step in range(1, 6):
+        keys = [s.key for s in all_of(plans.plan(step), "i2t")]
+        assert sum(key < "q05" for key in keys) == 5
+        seen.update(keys)
+    assert seen == {**{f"q{i:02d}": 5 for i in range(5)}, **{f"q{i:02d}": 1 for i in range(5, 30)}}
+
+
+def test_a_sample_that_is_too_long_is_replaced_and_counted(tmp_path: Path) -> None:
+    words = " ".join(["fish"] * 300)
+    contents = [*(question(f"q{i}") for i in range(9)), question("long", (words,))]
+    folder = write_shards(tmp_path, contents)
+    mix = {"i2t": 1, "t2i": 0, "it2i": 0}
+    plans = planner(small_recipe(folder, mix=mix, data__samples_per_step=10, data__slots=2, data__pack_tokens=300))
+    plan = plans.plan(1)
+    keys = [s.key for s in all_of(plan, "i2t")]
+    assert plan.refused == 1
+    assert "long" not in keys and len(keys) == 10
+    with pytest.raises(UserError, match=r"shard-000000.tar: no i2t sample near it fits a pack; raise data.pack_tokens"):
+        planner(small_recipe(folder, mix=mix, data__samples_per_step=10, data__slots=2, data__pack_tokens=10)).check()
+
+
+def test_slots_that_cannot_be_even_are_packed_to_fit_before_giving_up(tmp_path: Path) -> None:
+    """Three long answers and three short ones a step: two slots of as many each would exceed the cap."""
+    long = " ".join(["fish"] * 80)
+    contents = [question(f"q{i}", (long if i % 2 else "a cat",)) for i in range(6)]
+    mix = {"i2t": 1, "t2i": 0, "it2i": 0}
+    recipe = small_recipe(write_shards(tmp_path, contents), mix=mix, data__samples_per_step=6, data__slots=3)
+    tokens = sorted(s.num_tokens for s in all_of(planner(recipe).plan(1), "i2t"))
+    recipe.data.pack_tokens = tokens[-1] + tokens[0]
+    plan = planner(recipe).plan(1)
+    assert max(sum(s.num_tokens for s in slot) for slot in plan.slots) <= recipe.data.pack_tokens
+
+
+def test_a_spare_is_another_that_fits_and_the_same_for_everyone(small: Path) -> None:
+    recipe = small_recipe(small)
+    for sample in planner(recipe).plan(3).slots[0]:
+        spares = [planner(recipe).spare(sample, attempt) for attempt in range(8)]
+        assert spares == [planner(recipe).spare(sample, attempt) for attempt in range(8)]
+        found = [spare for spare in spares if spare is not None]
+        assert len({spare.key for spare in found}) > 1
+        for spare in found:
+            assert spare.key != sample.key and spare.task == sample.task
+            assert spare.num_tokens <= sample.num_tokens and spare.num_visual <= sample.num_visual
+
+
+def test_the_plan_of_a_billion_samples_takes_little_memory() -> None:
+    """10,000 shards of 100,000 rows: a window of the index is in memory, never the whole."""
+    with synthetic(10**9, rows_per_shard=100_000):
+        plans = planner(filled(mix=MIX, data__slots=4))
+        plans.plan(1)
+        plans.load(10, {task: {"next": 987_654_321, "left": [], "tokens": 0} for task in ("i2t", "t2i")})
+        assert {s.epoch for s in plans.plan(11).slots[0]} == {0}
+    blend = plans._phases[0].blends["i2t"]
+    assert blend.num_rows == 10**9
+    windows = blend.pools[0]._windows.values()
+    assert sum(len(window.result()[0]) for window in windows) <= 3 * 400_000
 
 
 def test_the_fingerprint_follows_the_shards(small: Path, tmp_path: Path) -> None:

@@ -12,8 +12,12 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from data_pipelines.prepare.latents import cache_latents
-from data_pipelines.stream.plan import Planned, Planner
-from data_pipelines.stream.reader import BadSample, Reader, latents_path, load_picture, transform_name
+from data_pipelines.stream.latents import latents_path, transform_name
+from data_pipelines.stream.offers import Planned
+from data_pipelines.stream.pictures import load_picture
+from data_pipelines.stream.plan import Planner
+from data_pipelines.stream.reader import Reader
+from data_pipelines.stream.sampler import BadSample
 from emma_train.config.schema import ImageConfig, Recipe
 from emma_train.model.autoencoder import Autoencoder
 from emma_train.sequence.layout import Role, Text
@@ -234,6 +238,17 @@ def test_a_cache_of_another_autoencoder_or_of_other_pictures_is_ignored(cached: 
     rewritten = dataclasses.replace(planned, shard="0" * 64)
     assert own.read(rewritten).pictures["img0"].latent is None
     assert reader_of(recipe).read(planned).pictures["img0"].latent is None
+
+
+def test_a_picture_that_cannot_be_decoded_is_left_out_of_the_cache(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    key, record, parts = prompt("p001", side=64)
+    half = (key, record, {"img0.png": parts["img0.png"][:3000]})
+    folder = write_shards(tmp_path, [prompt("p000", side=64), half, prompt("p002", side=64)])
+    assert cache_latents(folder, tiny_model().autoencoder, [ImageConfig(side=64)], torch.device("cpu")) == 2
+    assert "picture img0 of p001 cannot be read" in caplog.text
+    assert sorted(load_file(folder / "shard-000000.square-64.latents.safetensors")) == ["p000/img0", "p002/img0"]
 
 
 def test_a_cache_of_another_size_is_another_file(cached: Path, autoencoder: Autoencoder) -> None:

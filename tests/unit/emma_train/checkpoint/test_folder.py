@@ -1,5 +1,6 @@
 """A checkpoint is whole or it is not there."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -9,14 +10,11 @@ from pathlib import Path
 import pytest
 
 from emma_train.checkpoint import folder as folders
+from emma_train.checkpoint import verify
+from emma_train.checkpoint.retention import prune
 from emma_train.config.errors import UserError
-
-
-def write(checkpoints: Path, step: int) -> Path:
-    folder = folders.begin(checkpoints, step)
-    (folder / "__0_0.distcp").write_bytes(b"x" * (100 + step))
-    (folder / ".metadata").write_bytes(b"m")
-    return folders.commit(folder, {"step": step, "stage": "stage1"})
+from emma_train.config.schema import TrainConfig
+from tests.unit.emma_train.checkpoint.folders import listed, names, truncate, write, write_frozen
 
 
 @pytest.fixture
@@ -27,36 +25,45 @@ def checkpoints(tmp_path: Path) -> Path:
     return path
 
 
-def names(checkpoints: Path) -> list[str]:
-    return sorted(p.name for p in checkpoints.iterdir())
-
-
 def test_a_committed_checkpoint_lists_every_file_with_its_size(checkpoints: Path) -> None:
     meta = folders.whole(checkpoints / "step-00000020")
     assert meta is not None
-    assert meta["files"] == {".metadata": 1, "__0_0.distcp": 120}
+    assert {name: entry["bytes"] for name, entry in meta["files"].items()} == {
+        "weights/.metadata": 1,
+        "weights/__0_0.distcp": 120,
+    }
+    assert meta["files"]["weights/.metadata"]["sha256"] == hashlib.sha256(b"m").hexdigest()
     assert (meta["step"], meta["stage"], meta["schema"]) == (20, "stage1", folders.SCHEMA)
     assert names(checkpoints) == ["latest", "step-00000010", "step-00000020", "step-00000030"]
     assert (checkpoints / "latest").read_text() == "step-00000030\n"
 
 
-def truncate(folder: Path) -> None:
-    os.truncate(folder / "__0_0.distcp", 5)
-
-
 def lengthen(folder: Path) -> None:
-    (folder / "__0_0.distcp").write_bytes(b"x" * 999)
+    (folder / "weights" / "__0_0.distcp").write_bytes(b"x" * 999)
 
 
-TEARS: dict[str, Callable[[Path], object]] = {
-    "missing file": lambda folder: (folder / "__0_0.distcp").unlink(),
-    "short file": truncate,
-    "long file": lengthen,
-    "no meta": lambda folder: (folder / "meta.json").unlink(),
-    "half a meta": lambda folder: (folder / "meta.json").write_text('{"step": 30, "fi'),
-    "meta without files": lambda folder: (folder / "meta.json").write_text('{"step": 30}'),
-    "meta of another kind": lambda folder: (folder / "meta.json").write_text("[]"),
-    "still being written": lambda folder: folder.rename(folder.with_name(folder.name + ".tmp")),
+def edit_meta(folder: Path) -> None:
+    path = folder / "meta.json"
+    path.write_text(path.read_text().replace("stage1", "stage2"))
+
+
+def rename(folder: Path) -> None:
+    """Another run's checkpoint under this step's name."""
+    shutil.rmtree(folder)
+    shutil.copytree(folder.with_name("step-00000010"), folder)
+
+
+TEARS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing file": (lambda folder: (folder / "weights" / "__0_0.distcp").unlink(), "__0_0.distcp is missing"),
+    "short file": (truncate, "has 5 bytes, not 130"),
+    "long file": (lengthen, "has 999 bytes, not 130"),
+    "no meta": (lambda folder: (folder / "meta.json").unlink(), "missing or torn"),
+    "half a meta": (lambda folder: (folder / "meta.json").write_text('{"step": 30, "fi'), "missing or torn"),
+    "bytes that are no text": (lambda folder: (folder / "meta.json").write_bytes(b"\xff\xfe"), "missing or torn"),
+    "edited meta": (edit_meta, "missing or torn"),
+    "meta of another kind": (lambda folder: (folder / "meta.json").write_text("[]"), "missing or torn"),
+    "foreign folder": (rename, "says step 10"),
+    "still being written": (lambda folder: folder.rename(folder.with_name(folder.name + ".tmp")), ""),
 }
 
 
@@ -64,12 +71,14 @@ TEARS: dict[str, Callable[[Path], object]] = {
 def test_a_torn_checkpoint_is_skipped_for_the_one_before_it(
     checkpoints: Path, tear: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    TEARS[tear](checkpoints / "step-00000030")
+    change, said = TEARS[tear]
+    change(checkpoints / "step-00000030")
     assert folders.newest(checkpoints) == checkpoints / "step-00000020"
     for path in (checkpoints.parent, checkpoints, checkpoints / "latest"):
         assert folders.resolve(path) == checkpoints / "step-00000020"
-    if tear != "still being written":
-        assert "step-00000030 is incomplete" in caplog.text
+    if said:
+        assert "step-00000030 cannot be used" in caplog.text
+        assert said in caplog.text
 
 
 def test_a_run_folder_a_checkpoints_folder_latest_and_a_step_all_resolve(checkpoints: Path) -> None:
@@ -83,7 +92,7 @@ def test_nothing_to_resolve_is_one_line_that_names_the_field(checkpoints: Path) 
     with pytest.raises(UserError, match="^init.from: .*nowhere does not exist; name a run folder"):
         folders.resolve(checkpoints / "nowhere")
     truncate(checkpoints / "step-00000030")
-    with pytest.raises(UserError, match="^MODEL: .*step-00000030 holds no whole checkpoint"):
+    with pytest.raises(UserError, match="^MODEL: .*step-00000030 holds no whole checkpoint .*has 5 bytes, not 130"):
         folders.resolve(checkpoints / "step-00000030", "MODEL")
     assert folders.newest(checkpoints.parent / "absent") is None
 
@@ -129,7 +138,7 @@ def test_a_crash_at_any_point_of_commit_leaves_a_whole_newest(
         return run
 
     if crash == "rename":
-        folder = folders.begin(checkpoints, 40)
+        folder = folders.begin(checkpoints, "step-00000040")
         (folder / "meta.json").write_text(json.dumps({"files": {}}))
     else:
         monkeypatch.setattr(folders, "write_atomic", dies(crash))
@@ -141,27 +150,105 @@ def test_a_crash_at_any_point_of_commit_leaves_a_whole_newest(
     assert write(checkpoints, 40) == folders.newest(checkpoints)
 
 
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["a new step", "a step that is there"])
+def test_a_kill_before_any_operation_of_a_save_leaves_a_whole_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: bool
+) -> None:
+    """Every file operation of writing, committing and pruning in turn is the one that does not happen any more."""
+    operations = ("replace", "fsync", "unlink", "rmdir", "mkdir", "open")
+    kept = {name: getattr(os, name) for name in operations}
+    step = 30 if again else 40
+
+    def save(checkpoints: Path) -> None:
+        write(checkpoints, step, frozen=write_frozen(checkpoints))
+        prune(checkpoints, TrainConfig(steps=99, keep=2))
+
+    for number in range(1000):
+        checkpoints = tmp_path / str(number)
+        for before in (10, 20, 30):
+            write(checkpoints, before)
+        left = number
+
+        def counted(name: str) -> Callable[..., object]:
+            def run(*arguments: object, **more: object) -> object:
+                nonlocal left
+                if left == 0:
+                    raise Killed
+                left -= 1
+                return kept[name](*arguments, **more)
+
+            return run
+
+        for name in operations:
+            monkeypatch.setattr(os, name, counted(name))
+        try:
+            save(checkpoints)
+            break
+        except Killed:
+            pass
+        finally:
+            monkeypatch.undo()
+        newest = folders.newest(checkpoints)
+        # Only where the very step is written again may the one before it be all that is left, for two renames.
+        assert newest is not None and newest.name >= ("step-00000020" if again else "step-00000030")
+        assert verify.fault(newest) is None
+        save(checkpoints)
+        assert names(checkpoints) == [
+            "frozen",
+            "latest",
+            *(folders.step_name(s) for s in sorted({step, 20 if again else 30})),
+        ]
+        assert len(names(checkpoints / "frozen")) == 1
+    assert number > 25
+
+
 def test_a_checkpoint_may_be_written_again(checkpoints: Path) -> None:
-    folder = folders.begin(checkpoints, 30)
+    folder = folders.begin(checkpoints, "step-00000030")
     (folder / "other").write_bytes(b"new")
-    folders.commit(folder, {"step": 30})
+    folders.commit(folder, {"step": 30}, listed(folder))
     meta = folders.whole(checkpoints / "step-00000030")
-    assert meta is not None and meta["files"] == {"other": 3}
+    assert meta is not None and meta["files"].keys() == {"other"}
+    assert "step-00000030.removed" not in names(checkpoints)
 
 
-@pytest.mark.parametrize(("keep", "left"), [(1, [30]), (2, [20, 30]), (9, [10, 20, 30]), (0, [30])])
-def test_prune_keeps_the_newest(checkpoints: Path, keep: int, left: list[int]) -> None:
-    folders.begin(checkpoints, 40)
-    folders.prune(checkpoints, keep)
-    assert names(checkpoints) == ["latest", *(folders.step_name(step) for step in left)]
+FROZEN_TEARS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "absent": (shutil.rmtree, "are missing"),
+    "no meta": (lambda folder: (folder / "meta.json").unlink(), "are missing"),
+    "short": (lambda folder: os.truncate(folder / "__0_0.distcp", 1), "has 1 bytes, not 6"),
+    "other content": (lambda folder: replace_frozen(folder), "is not what its name says"),
+}
 
 
-def test_a_torn_folder_does_not_push_out_the_whole_one_that_a_run_needs(checkpoints: Path) -> None:
-    # A run that resumed from 20 because 30 is torn, and saves at 25 with keep=1.
-    truncate(checkpoints / "step-00000030")
-    write(checkpoints, 25)
-    folders.prune(checkpoints, keep=1)
-    assert folders.newest(checkpoints) == checkpoints / "step-00000025"
+def replace_frozen(folder: Path) -> None:
+    other = folder.parent / write_frozen(folder.parents[1], b"others")
+    shutil.rmtree(folder)
+    other.rename(folder)
+
+
+@pytest.mark.parametrize("tear", FROZEN_TEARS)
+def test_a_checkpoint_is_not_whole_without_the_frozen_weights_that_it_refers_to(checkpoints: Path, tear: str) -> None:
+    digest = write_frozen(checkpoints)
+    write(checkpoints, 40, frozen=digest)
+    assert folders.newest(checkpoints) == checkpoints / "step-00000040"
+    change, said = FROZEN_TEARS[tear]
+    change(checkpoints / "frozen" / digest)
+    assert said in str(folders.fault(checkpoints / "step-00000040"))
+    assert folders.newest(checkpoints) == checkpoints / "step-00000030"
+
+
+def test_references_survive_moving_the_run(checkpoints: Path, tmp_path: Path) -> None:
+    write(checkpoints, 40, frozen=write_frozen(checkpoints))
+    moved = shutil.move(checkpoints.parent, tmp_path / "elsewhere")
+    assert folders.resolve(moved) == Path(moved) / "checkpoints" / "step-00000040"
+
+
+def test_frozen_weights_have_one_name_for_one_content(checkpoints: Path) -> None:
+    assert write_frozen(checkpoints) == write_frozen(checkpoints) != write_frozen(checkpoints, b"others")
+    assert len(list((checkpoints / "frozen").iterdir())) == 2
 
 
 def test_a_copied_checkpoint_stays_whole(checkpoints: Path, tmp_path: Path) -> None:

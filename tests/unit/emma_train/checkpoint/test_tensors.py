@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from emma_train.checkpoint.tensors import Spec, Tensors, write
+from emma_train.checkpoint.tensors import Spec, Tensors, write, write_sharded
 from emma_train.config.errors import UserError
 
 TENSORS = {
@@ -62,6 +62,16 @@ def test_a_crash_while_writing_leaves_the_file_that_was_there(tmp_path: Path) ->
     with pytest.raises(KeyboardInterrupt):
         write(path, SPECS, dies)
     assert path.read_bytes() == before and same(load_file(path))
+
+
+@pytest.mark.parametrize(("limit", "files"), [(169, 1), (168, 2), (20, 3), (1, 6)])
+def test_files_keep_to_a_limit_and_no_tensor_is_cut(tmp_path: Path, limit: float, files: int) -> None:
+    """They have 6, 3, 140, 8, 12 and 0 bytes."""
+    write_sharded(tmp_path, SPECS, TENSORS.__getitem__, limit)
+    read = Tensors(tmp_path)
+    assert same({name: read.read(name) for name in read.specs})
+    assert len(list(tmp_path.glob("*.safetensors"))) == files
+    assert (tmp_path / "model.safetensors.index.json").exists() == (files > 1)
 
 
 @pytest.mark.parametrize("size", [0, 4, 8, 100, -1])

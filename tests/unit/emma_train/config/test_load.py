@@ -117,7 +117,7 @@ def test_a_value_of_the_wrong_type_names_key_and_value(tmp_path: Path, override:
     assert all(word in message for word in words), message
 
 
-@pytest.mark.parametrize("key", ["run.name", "stage.name", "train.steps", "optimizer.lr", "data.samples_per_step"])
+@pytest.mark.parametrize("key", ["run.name", "stage.name", "train.steps", "optimizer.lr", "data.tokenizer"])
 def test_a_missing_value_is_named_with_a_way_out(tmp_path: Path, key: str) -> None:
     values = recipe_values()
     section, leaf = key.split(".")

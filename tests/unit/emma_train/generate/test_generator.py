@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from emma_train.generate.generator import FlowSettings, Generator, TextSettings, _pick
+from emma_train.generate.generator import Generator, _pick
+from emma_train.generate.settings import FlowSettings, TextSettings
 from emma_train.model.emma import Emma, Prediction
 from emma_train.objectives.draws import normal
 from emma_train.sequence import layout

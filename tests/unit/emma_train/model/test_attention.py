@@ -1,19 +1,35 @@
-"""Hybrid attention: both forms against a row-by-row reference, and rotary embedding against its definition."""
+"""Hybrid attention: every backend against the dense and a row-by-row reference; rotary embedding by its definition."""
 
 import math
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.utils import counters
+from torch.nn.attention import flex_attention
 
-from emma_train.model.attention import AttentionPlan, attention, hybrid_mask, prepare, rotary, rotary_tables
+from emma_train.config.errors import UserError
+from emma_train.model import flex
+from emma_train.model.attention import (
+    AttentionPlan,
+    MaskPlan,
+    attention,
+    choose,
+    hybrid_mask,
+    prepare,
+    prepare_masks,
+    rotary,
+    rotary_tables,
+)
 from emma_train.sequence.pack import PackedBatch, pack
 from tests.helpers import i2t_sample, random_sample, t2i_sample
 
 HEADS, KV_HEADS, DIM = 4, 2, 8
+FLEX = flex_attention.flex_attention
 
 
 def random_pack(seed: int, copies: int = 1) -> PackedBatch:
@@ -40,7 +56,7 @@ def reference(q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch) -> Tensor:
 def test_padded_dense_and_row_by_row_agree_in_value_and_gradient(seed: int) -> None:
     # The more samples of one length, the cheaper padding: with four copies of up to three samples it always wins.
     batch = random_pack(seed, copies=4)
-    plan = prepare(batch)
+    plan = prepare_masks(batch)
     assert plan.place is not None
     generator = torch.Generator().manual_seed(seed)
     shapes = [(batch.num_tokens, heads, DIM) for heads in (HEADS, KV_HEADS, KV_HEADS, HEADS)]
@@ -51,7 +67,7 @@ def test_padded_dense_and_row_by_row_agree_in_value_and_gradient(seed: int) -> N
         if form == "reference":
             out = reference(*inputs, batch)
         else:
-            out = attention(*inputs, plan if form == "padded" else AttentionPlan(hybrid_mask(batch)))
+            out = attention(*inputs, plan if form == "padded" else MaskPlan(hybrid_mask(batch)))
         return [out.detach(), *torch.autograd.grad((out * weight).sum(), inputs)]
 
     expected = run("reference")
@@ -60,12 +76,70 @@ def test_padded_dense_and_row_by_row_agree_in_value_and_gradient(seed: int) -> N
             torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6 if number == 0 else 5e-6)
 
 
+def gradients(batch: PackedBatch, seed: int, plan: AttentionPlan) -> list[Tensor]:
+    """Output and gradients of q, k and v for random inputs and a random weight of the output."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(batch.num_tokens, heads, DIM) for heads in (HEADS, KV_HEADS, KV_HEADS, HEADS)]
+    q, k, v, weight = (torch.randn(shape, generator=generator) for shape in shapes)
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    out = attention(q, k, v, plan)
+    return [out.detach(), *torch.autograd.grad((out * weight).sum(), inputs)]
+
+
+@given(st.integers(0, 10**6))
+def test_spans_and_dense_agree_in_value_and_gradient(seed: int) -> None:
+    batch = random_pack(seed)
+    expected = gradients(batch, seed, MaskPlan(hybrid_mask(batch)))
+    for got, want in zip(gradients(batch, seed, prepare(batch, backend="flash")), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=5e-6)
+
+
+@settings(max_examples=25)
+@given(st.integers(0, 10**6))
+def test_flex_and_dense_agree_in_value_and_gradient(seed: int) -> None:
+    batch = random_pack(seed)
+    # torch refuses flex's backward on a CPU by a check alone; uncompiled, it is the same mathematics.
+    with patch.object(flex_attention, "_validate_device"), patch.object(flex, "_compiled", lambda: FLEX):
+        got = gradients(batch, seed, prepare(batch, backend="flex"))
+    for mine, want in zip(got, gradients(batch, seed, MaskPlan(hybrid_mask(batch))), strict=True):
+        torch.testing.assert_close(mine, want, rtol=1e-5, atol=5e-6)
+
+
+def test_fifty_packs_run_one_compiled_flex_kernel() -> None:
+    torch._dynamo.reset()
+    counters.clear()
+    rng, sizes = np.random.default_rng(0), set()
+    for _ in range(50):
+        batch = pack([random_sample(rng, f"s{i}") for i in range(int(rng.integers(1, 20)))])
+        q, k, v = (torch.randn(batch.num_tokens, heads, 16) for heads in (HEADS, KV_HEADS, KV_HEADS))
+        with torch.no_grad():
+            got = attention(q, k, v, prepare(batch, backend="flex"))
+        torch.testing.assert_close(got, attention(q, k, v, MaskPlan(hybrid_mask(batch))), rtol=1e-5, atol=5e-6)
+        sizes.add(batch.num_tokens)
+    assert len(sizes) > 40
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_a_recipe_s_backend_becomes_one_that_runs_there_or_an_error() -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert [choose("auto", device, torch.bfloat16) for device in (cpu, cuda)] == ["sdpa", "flash"]
+    assert choose("auto", cuda, torch.float32) == "flex"
+    assert choose("sdpa", cuda, torch.bfloat16) == "sdpa"
+    for backend, device, dtype in (
+        ("flash", cpu, torch.bfloat16),
+        ("flex", cpu, torch.float32),
+        ("flash", cuda, torch.float32),
+    ):
+        with pytest.raises(UserError, match=f"attention.backend={backend} .*attention.backend=auto"):
+            choose(backend, device, dtype)
+
+
 def test_prepare_takes_the_cheaper_form() -> None:
     even = pack([t2i_sample(f"p{i}") for i in range(6)])
-    assert prepare(even).place is not None
+    assert prepare_masks(even).place is not None
     uneven = pack([i2t_sample("long", [(8, 8)]), *(i2t_sample(f"q{i}", [], answer="a") for i in range(3))])
-    assert prepare(uneven).place is None
-    assert prepare(pack([t2i_sample()])).place is None
+    assert prepare_masks(uneven).place is None
+    assert prepare_masks(pack([t2i_sample()])).place is None
 
 
 def test_the_mask_of_a_small_pack_written_by_hand() -> None:
@@ -100,7 +174,7 @@ def test_rotary_scores_depend_on_distance_alone() -> None:
 def test_bf16_on_a_cpu_is_computed_in_float32() -> None:
     batch = random_pack(3)
     q, k, v = (torch.randn(batch.num_tokens, heads, DIM).bfloat16() for heads in (HEADS, KV_HEADS, KV_HEADS))
-    plan = AttentionPlan(hybrid_mask(batch))
+    plan = MaskPlan(hybrid_mask(batch))
     exact = attention(q.float(), k.float(), v.float(), plan)
     assert torch.equal(attention(q, k, v, plan), exact.bfloat16())
 

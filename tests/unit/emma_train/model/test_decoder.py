@@ -5,7 +5,7 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from emma_train.config.schema import DecoderConfig
-from emma_train.model.attention import AttentionPlan
+from emma_train.model.attention import MaskPlan
 from emma_train.model.decoder import Decoder
 from tests.helpers import DECODER, randomise
 
@@ -59,7 +59,7 @@ def qwen(model: Decoder, branch: str) -> Qwen3ForCausalLM:
 
 @torch.no_grad()
 def logits(model: Decoder, ids: torch.Tensor, num_und: int) -> torch.Tensor:
-    plan = AttentionPlan(torch.ones(len(ids), len(ids)).tril().bool())
+    plan = MaskPlan(torch.ones(len(ids), len(ids)).tril().bool())
     return model.logits(model(model.embed_tokens(ids), num_und, torch.arange(len(ids)), plan))
 
 
@@ -122,7 +122,7 @@ def test_the_full_list_is_one_dense_network() -> None:
 @pytest.mark.parametrize("num_und", [0, 12, 5])
 def test_every_weight_is_in_the_graph_of_a_pack_without_its_branch(num_und: int) -> None:
     model = decoder(["q_proj", "k_proj"])
-    plan = AttentionPlan(torch.ones(12, 12).tril().bool())
+    plan = MaskPlan(torch.ones(12, 12).tril().bool())
     out = model(model.embed_tokens(torch.arange(12)), num_und, torch.arange(12), plan)
     model.logits(out).sum().backward()
     assert all(p.grad is not None for p in model.parameters())

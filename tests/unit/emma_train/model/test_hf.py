@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import AutoencoderDC
 from safetensors.torch import load_file
-from transformers import Qwen3ForCausalLM, SiglipVisionModel
+from transformers import Qwen3Config, Qwen3ForCausalLM, SiglipVisionModel
 
 from emma_train.checkpoint import export
 from emma_train.checkpoint.pretrained import import_pretrained
@@ -15,14 +15,13 @@ from emma_train.config.errors import UserError
 from emma_train.config.schema import DecoderConfig, ModelConfig, Recipe, VisionConfig
 from emma_train.generate.load import load_model
 from emma_train.model import hf
-from emma_train.model.attention import AttentionPlan
+from emma_train.model.attention import MaskPlan
 from emma_train.model.autoencoder import Autoencoder, fingerprint
 from emma_train.model.emma import Emma
 from emma_train.model.initial import start_value
-from emma_train.model.vision import block_order
 from emma_train.sequence.geometry import to_patches
 from tests import public
-from tests.helpers import ASSETS, PATCH, SHUFFLE, VOCAB, picture
+from tests.helpers import ASSETS, PATCH, SHUFFLE, VOCAB, block_order, picture
 
 CPU = torch.device("cpu")
 EVERYTHING = "[q_proj, k_proj, v_proj, o_proj, mlp, input_norm, mlp_norm, norm]"
@@ -96,7 +95,7 @@ def text_difference(model: Emma, llm: Qwen3ForCausalLM) -> float:
     ids, decoder = torch.randint(0, VOCAB, (40,)), model.decoder
     want = llm(ids[None]).logits[0]
     assert want.std() > 0.1
-    plan, place = AttentionPlan(torch.ones(40, 40).tril().bool()), torch.arange(40)
+    plan, place = MaskPlan(torch.ones(40, 40).tril().bool()), torch.arange(40)
     outputs = [decoder.logits(decoder(decoder.embed_tokens(ids), split, place, plan)) for split in (40, 0, 17)]
     return max(float((got - want).abs().max()) for got in outputs)
 
@@ -111,7 +110,7 @@ def vision_difference(model: Emma, tower: SiglipVisionModel) -> float:
         values = torch.from_numpy(image).permute(2, 0, 1)[None].float() / 127.5 - 1.0
         want = tower(values, interpolate_pos_encoding=grid != (2, 2)).last_hidden_state[0]
         assert want.std() > 0.3
-        differences.append(float((got - want[block_order(*grid, SHUFFLE)].reshape(got.shape)).abs().max()))
+        differences.append(float((got - want[block_order(*grid)].reshape(got.shape)).abs().max()))
     return max(differences)
 
 
@@ -283,6 +282,20 @@ def test_the_public_configs_give_the_full_size_defaults() -> None:
     assert hf.vision_config(SIGLIP2, "config") == VisionConfig()
     later = {**QWEN3_4B, "rope_theta": None, "rope_parameters": {"rope_theta": 5000000, "rope_type": "default"}}
     assert hf.decoder_config(later, "config") == DecoderConfig(rope_theta=5e6)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_und_part_at_full_size_has_the_names_and_shapes_of_transformers_qwen3(tied: bool) -> None:
+    sizes = DecoderConfig(tied=tied)
+    values = hf.qwen3_config(sizes)
+    assert hf.decoder_config(values, "config") == sizes
+    with torch.device("meta"):
+        ours = {name: tuple(p.shape) for name, p in Emma(ModelConfig(decoder=sizes)).named_parameters()}
+        theirs = dict(Qwen3ForCausalLM(Qwen3Config(**values)).named_parameters())
+    assert {key: ours[name] for key, name in hf.und_names(ours).items()} == {
+        k: tuple(p.shape) for k, p in theirs.items()
+    }
+    assert sum(p.numel() for p in theirs.values()) == 4_022_468_096 + (not tied) * 151936 * 2560
 
 
 def test_every_name_at_full_size_has_one_origin() -> None:

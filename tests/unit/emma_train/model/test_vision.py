@@ -3,13 +3,14 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from emma_train.config.schema import VisionConfig
-from emma_train.model.vision import STEM, VERSATILE, VisionEncoder, block_order
+from emma_train.model.vision import STEM, VERSATILE, VisionEncoder, resize_matrix
 from emma_train.sequence.geometry import to_patches
-from tests.helpers import PATCH, SHUFFLE, VISION, picture, randomise
+from tests.helpers import PATCH, SHUFFLE, VISION, block_order, picture, randomise
 
 Grid = tuple[int, int]
 
@@ -53,7 +54,7 @@ def pictures(grids: list[Grid]) -> Tensor:
     return patches_of([picture(*grid, seed=index) for index, grid in enumerate(grids)])
 
 
-@pytest.mark.parametrize("grid", [(2, 2), (2, 3), (4, 4), (1, 5), (3, 1)])
+@pytest.mark.parametrize("grid", [(2, 2), (2, 3), (4, 4), (1, 5), (3, 1), (1, 1), (1, 64), (8, 8)])
 def test_equals_siglip_at_the_tables_size_and_interpolated_at_others(grid: Grid) -> None:
     model, image = encoder(), picture(*grid)
     pixel_values = torch.from_numpy(image).permute(2, 0, 1)[None].float() / 127.5 - 1.0
@@ -62,18 +63,65 @@ def test_equals_siglip_at_the_tables_size_and_interpolated_at_others(grid: Grid)
         at_table_size = grid == (2, 2)
         want = siglip(model)(pixel_values, interpolate_pos_encoding=not at_table_size).last_hidden_state[0]
     assert got.shape == (grid[0] * grid[1], SHUFFLE**2 * model.config.hidden)
-    raster = want[block_order(*grid, SHUFFLE)].reshape(got.shape)
+    raster = want[block_order(*grid)].reshape(got.shape)
     assert want.std() > 0.3 and float((got - raster).abs().max()) <= 1e-5
+
+
+def test_layers_are_those_of_siglip_to_the_last_bit_at_the_tables_size() -> None:
+    """From the embedding on: a convolution adds up the pixels of a patch in another order than a projection."""
+    model, patches, grid = encoder(), patches_of([picture(2, 2)]), [(2, 2)]
+    with torch.no_grad():
+        embedded, reference = model._embed(patches, grid), siglip(model)
+        want = reference.post_layernorm(reference.encoder(inputs_embeds=embedded[None]).last_hidden_state)[0]
+        assert torch.equal(model(patches, grid).features, want.reshape(4, -1))
+        projected = patches @ model.patch_embedding.weight.permute(0, 2, 3, 1).flatten(1).T
+        table = model.position_embedding.weight[block_order(2, 2)]
+        assert float((embedded - model.patch_embedding.bias - projected - table).abs().max()) <= 1e-6
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (2, 2), (2, 3), (1, 5), (12, 10), (17, 24), (1, 64), (64, 64)])
+def test_positions_are_the_interpolated_table_and_so_is_their_gradient(grid: Grid) -> None:
+    """At 32 x 32, as public checkpoints have it; the table's own size is left as it is, to the last bit."""
+    rows, columns = grid[0] * SHUFFLE, grid[1] * SHUFFLE
+    for side in (4, 32):
+        model = encoder(table=side)
+        table, direction = model.position_embedding.weight, torch.randn(rows * columns, VISION["hidden"])
+        square = table.view(1, side, side, -1).permute(0, 3, 1, 2)
+        want = F.interpolate(square, (rows, columns), mode="bicubic", align_corners=False)[0].flatten(1).T
+        got, want = model._positions(table, *grid), want[block_order(*grid)]
+        if (rows, columns) == (side, side):
+            assert torch.equal(got, table[block_order(*grid)])
+        assert float((got - want).detach().abs().max()) <= 1e-6 * max(1.0, float(table.detach().abs().max()))
+        slopes = [torch.autograd.grad(x, table, direction, retain_graph=True)[0] for x in (got, want)]
+        assert float((slopes[0] - slopes[1]).abs().max()) <= 1e-5 * float(slopes[1].abs().max())
+
+
+def test_what_is_kept_of_a_size_outlives_a_step_and_the_weights_do_not() -> None:
+    model, grids = encoder(), [(3, 5), (2, 3), (3, 5)]
+    resize_matrix.cache_clear()
+    with torch.no_grad():
+        model(pictures(grids), grids)
+        made = resize_matrix.cache_info().misses
+        assert made == 3  # of 6, 10 and 4 patches
+        model.position_embedding.weight.mul_(-1.0).add_(0.3)
+        moved = model(pictures(grids), grids).features
+        assert resize_matrix.cache_info().misses == made
+        resize_matrix.cache_clear()
+        assert torch.equal(model(pictures(grids), grids).features, moved)
+        model.position_embedding.weight.sub_(0.3).mul_(-1.0)
+        assert float((model(pictures(grids), grids).features - moved).abs().max()) > 0.1
 
 
 def test_block_order_is_that_of_to_patches() -> None:
     rows, columns = 3, 2
     numbers = np.arange(rows * columns * SHUFFLE**2).reshape(rows * SHUFFLE, columns * SHUFFLE)
     image = np.repeat(np.repeat(numbers, PATCH, 0), PATCH, 1)[..., None].repeat(3, -1).astype(np.uint8)
-    assert to_patches(image, PATCH, SHUFFLE)[:, 0].tolist() == block_order(rows, columns, SHUFFLE).tolist()
+    assert to_patches(image, PATCH, SHUFFLE)[:, 0].tolist() == block_order(rows, columns).tolist()
 
 
-@pytest.mark.parametrize("grids", [[(2, 2), (1, 3), (2, 2), (3, 2)], [(2, 2)] * 3, [(1, 4), (2, 2)]])
+@pytest.mark.parametrize(
+    "grids", [[(2, 2), (1, 3), (2, 2), (3, 2)], [(2, 2)] * 3, [(1, 4), (2, 2)], [(1, 1), (1, 32), (8, 4)]]
+)
 def test_pictures_of_one_call_are_as_if_alone(grids: list[Grid]) -> None:
     model = encoder(router=True)
     with torch.no_grad():

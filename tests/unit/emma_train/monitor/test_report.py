@@ -202,6 +202,13 @@ def test_the_x_axis_runs_through_all_stages(pipeline: Path) -> None:
     assert data["charts"]["padding"][0]["y"][0] == 10.0
 
 
+def test_the_share_of_the_stem_expert_is_drawn_where_there_is_one(pipeline: Path) -> None:
+    assert "stem" not in page_data(render(pipeline))["charts"]
+    make_stage(pipeline / "stage4_extra", steps=3, **{"vision/stem_share": 0.25})
+    (share,) = page_data(render(pipeline))["charts"]["stem"]
+    assert [y for y in share["y"] if y is not None] == [25.0] * 3
+
+
 def test_a_single_run_has_a_page(tmp_path: Path) -> None:
     make_stage(tmp_path / "run")
     html = write_report(tmp_path / "run").read_text(encoding="utf-8")

@@ -94,3 +94,53 @@ def test_the_native_cap_keeps_the_aspect_and_uses_the_budget() -> None:
     assert picture_size(500, 49, image, 32) == (64, 512)
     assert picture_size(200000, 32, image, 32) == (32, 32768)
     assert picture_size(5, 5, image, 32) == (32, 32)
+
+
+NATIVE = ImageConfig(mode="native", max_tokens=1024)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(32, 32), (16, 64), (1, 1024), (1024, 1), (2, 512)])
+def test_a_picture_at_the_cap_is_left_as_it_is_and_one_row_more_is_not(rows: int, columns: int) -> None:
+    assert picture_size(columns * 32, rows * 32, NATIVE, 32) == (rows * 32, columns * 32)
+    assert picture_size(columns * 32 + 15, rows * 32 + 15, NATIVE, 32) == (rows * 32, columns * 32)
+    high, wide = picture_size(columns * 32, rows * 32 + 32, NATIVE, 32)
+    assert high * wide // 1024 <= 1024
+    # Scaled down as a whole, by as little as whole rows and columns allow.
+    assert rows - 1 <= high // 32 <= rows + 1 and wide // 32 >= columns * rows // (rows + 1) - 1
+
+
+@pytest.mark.parametrize(("width", "height"), [(1, 1), (5, 31), (31, 5), (47, 16), (1, 47)])
+def test_a_tiny_picture_has_one_token(width: int, height: int) -> None:
+    assert picture_size(width, height, NATIVE, 32) == (32, 32)
+    assert picture_size(width, height, ImageConfig(mode="native", max_tokens=1), 32) == (32, 32)
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "size"),
+    [
+        (1_000_000, 1, (1, 1024)),
+        (1, 1_000_000, (1024, 1)),
+        (64_000, 640, (3, 320)),
+        (640, 64_000, (320, 3)),
+        (20_000, 20_000, (32, 32)),
+        (4096, 4000, (31, 32)),
+    ],
+)
+def test_native_pictures_of_any_shape_come_under_the_cap(width: int, height: int, size: tuple[int, int]) -> None:
+    assert picture_size(width, height, NATIVE, 32) == (size[0] * 32, size[1] * 32)
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "size"),
+    [
+        (1, 1, (1024, 1024)),
+        (10_000, 1, (512, 2048)),
+        (1, 10_000, (2048, 512)),
+        (4000, 1000, (512, 2048)),
+        (1920, 1080, (768, 1376)),
+        (1080, 1920, (1376, 768)),
+        (1025, 1024, (1024, 1024)),
+    ],
+)
+def test_a_bucket_for_pictures_of_any_shape(width: int, height: int, size: tuple[int, int]) -> None:
+    assert picture_size(width, height, ImageConfig(mode="buckets", side=1024), 32) == size

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from emma_train.config.schema import FlowConfig, LossConfig
+from emma_train.model.emma import training_experts
 from emma_train.objectives.account import LossAccount, count
 from emma_train.objectives.flow import noised
 from emma_train.sequence.geometry import to_patches
@@ -63,3 +64,21 @@ def test_the_loss_of_a_pack_is_its_two_weighted_means() -> None:
     want = 0.25 * torch.nn.functional.cross_entropy(out.logits, batch.labels)
     want = want + torch.nn.functional.mse_loss(out.velocity, step.velocity)
     torch.testing.assert_close(loss, want, rtol=1e-6, atol=1e-6)
+
+
+@torch.no_grad()
+def test_pictures_of_the_stem_expert_are_counted_by_label_and_then_as_the_router_would_choose() -> None:
+    labels = [[1, 0, -1], [0, 0], [1, 1, 1]]
+    batches = [pack([i2t_sample(f"{b}{n}", stem=s) for n, s in enumerate(stems)]) for b, stems in enumerate(labels)]
+    model = tiny_emma(tiny_model(vision={"stem_expert": True, "router": True}))
+    logits = torch.cat([model.route(batch) for batch in batches])
+    model.vision.router.fc2.bias[1] -= (logits[:, 1] - logits[:, 0]).sort().values[-4:-2].mean()
+    counted = {}
+    for name in ("stage3", "stage4_expert", "stage4_router"):
+        account = LossAccount(LossConfig(), count(batches, STAGES[name].loss), torch.device("cpu"))
+        for batch in batches:
+            micro_loss(model, FAKE, batch, FlowConfig(), STAGES[name], account)  # type: ignore[arg-type]
+        counted[name] = account.stem.item()
+    chosen = [e for batch in batches for e in model.vision.choose(model.route(batch), len(batch.stem))]
+    assert counted == {"stage3": 0, "stage4_expert": 4, "stage4_router": 3}
+    assert sum(chosen) == 3 and sum(e for batch in batches for e in training_experts(batch)) == 4

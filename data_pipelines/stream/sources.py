@@ -1,0 +1,105 @@
+"""A phase's sources as pools of rows: which shards, which of their rows, and how these are read and measured."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Protocol
+
+import pyarrow as pa
+
+from data_pipelines.stream.columns import Columns, Measure, measure
+from data_pipelines.stream.index import read_columns, read_manifest
+from data_pipelines.stream.order import Blend, Pool, Shard
+from data_pipelines.stream.storage import Storage, join, shown
+from emma_train.config.errors import UserError
+from emma_train.config.schema import DataConfig, PhaseConfig, SourceConfig
+from emma_train.sequence.tokens import TextTokenizer
+
+PLANNED = [
+    "key",
+    "offset",
+    "size",
+    "crc32",
+    "text_tokens",
+    "context",
+    "target",
+    "widths",
+    "heights",
+    "tags",
+]
+"""Columns of the index that a plan needs."""
+
+
+class Hash(Protocol):
+    def update(self, data: bytes, /) -> None: ...
+
+
+def blend_of(phase: PhaseConfig, how: Measure, tokenizer: TextTokenizer, data: DataConfig, manifests: Hash) -> Blend:
+    """The pools of a task: sources without a weight make one together, those with one a pool each.
+
+    What identifies the rows goes into `manifests`. Raises UserError where a source is missing, has another tokenizer or
+    no such sample.
+    """
+    sources = [source for source in phase.sources if not source.tasks or how.task in source.tasks]
+    groups = [sources] if all(source.weight is None for source in sources) else [[source] for source in sources]
+    pools = []
+    for number, group in enumerate(groups):
+        pool = _pool(group, number, how, tokenizer, data, manifests)
+        if not pool.num_rows:
+            folders = ", ".join(shown(source.path) for source in group or phase.sources)
+            raise UserError(
+                f"mix.{how.task} is above 0, but no sample of {folders} has that task"
+                + " and the required tags" * any(s.require_tags or s.exclude_tags for s in group)
+            )
+        pools.append(pool)
+    return Blend(pools, [group[0].weight or 1.0 for group in groups])
+
+
+def _pool(
+    sources: Sequence[SourceConfig],
+    number: int,
+    how: Measure,
+    tokenizer: TextTokenizer,
+    data: DataConfig,
+    manifests: Hash,
+) -> Pool:
+    shards, source_of, storage = [], {}, Storage.of(data)
+    for source in sources:
+        manifest = read_manifest(source.path, storage)
+        if manifest["tokenizer_sha256"] != tokenizer.sha256:
+            raise UserError(
+                f"{shown(source.path)}: was indexed with another tokenizer than data.tokenizer ({tokenizer.path}); "
+                f"run `emma-data index {shown(source.path)} --tokenizer {tokenizer.path}`"
+            )
+        for entry in manifest["shards"]:
+            tags = entry["tags"].get(how.task, {})
+            num_rows = sum(num for names, num in tags.items() if _wanted(source, names.split("|")))
+            shards.append(Shard(source.path, entry["name"], entry["sha256"], entry["index_sha256"], num_rows))
+            source_of[source.path, entry["name"]] = source
+            manifests.update(f"{entry['sha256']} {how.task} {number} {num_rows}".encode())
+    name = how.task if number == 0 else f"{how.task} {number}"
+    return Pool(
+        shards, partial(_load, source_of=source_of, how=how, storage=storage), how.seed, name, data.shuffle_window
+    )
+
+
+def _load(
+    shards: Sequence[Shard], epoch: int, source_of: dict[tuple[str, str], SourceConfig], how: Measure, storage: Storage
+) -> Columns:
+    """The wanted rows of some shards. Raises UserError where an index holds others than its manifest says."""
+    tables = []
+    for shard in shards:
+        source = source_of[shard.folder, shard.name]
+        table = read_columns(shard.folder, shard.name, how.task, PLANNED, storage, shard.index_sha256)
+        if source.require_tags or source.exclude_tags:
+            table = table.filter(pa.array([_wanted(source, tags) for tags in table.column("tags").to_pylist()]))
+        if len(table) != shard.num_rows:
+            raise UserError(
+                f"{shown(shard.folder)}: the index of {shard.name} has {len(table)} {how.task} rows, the manifest says "
+                f"{shard.num_rows}; run `emma-data index` again"
+            )
+        tables.append(table)
+    return measure(tables, [(join(shard.folder, shard.name), shard.sha256) for shard in shards], epoch, how)
+
+
+def _wanted(source: SourceConfig, tags: Sequence[str]) -> bool:
+    return set(source.require_tags) <= set(tags) and not set(source.exclude_tags) & set(tags)

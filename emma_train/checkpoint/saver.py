@@ -1,0 +1,200 @@
+"""Saving while training goes on: one checkpoint at a time, staged to the host, then written by a thread of its own.
+
+A save that fails is told and tried again; training goes on meanwhile, and stops before more work is at stake than the
+recipe's interval between checkpoints. All ranks decide alike, for they learn of the outcome in the same step.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.checkpoint import CheckpointException
+
+from emma_train.checkpoint.staging import Staging
+from emma_train.checkpoint.state import State, part
+from emma_train.checkpoint.writer import Writer, plain
+from emma_train.config.errors import RunError
+from emma_train.config.schema import TrainConfig
+from emma_train.engine.world import World
+
+log = logging.getLogger(__name__)
+TRIES = 4
+"""How often a save that failed is tried again within an interval between checkpoints."""
+
+
+@dataclass
+class _Save:
+    """One save under way."""
+
+    step: int
+    staged: threading.Event = field(default_factory=threading.Event)
+    error: str | None = None
+    thread: threading.Thread | None = None
+
+    @property
+    def ended(self) -> bool:
+        return self.thread is None or not self.thread.is_alive()
+
+
+class SaveFailed(RunError):
+    """Checkpoints cannot be written, and going on would risk work."""
+
+
+class Saver:
+    """Writes the checkpoints of a run. Every rank has one and calls its methods at the same steps."""
+
+    def __init__(self, checkpoints: Path, config: TrainConfig, world: World, timeout_s: float) -> None:
+        """`timeout_s`: how long training waits for a save that it cannot go on without."""
+        self._checkpoints, self._config, self._world, self._timeout_s = checkpoints, config, world, timeout_s
+        self._writer = Writer(checkpoints, config, world, timeout_s)
+        self._staging = Staging(world.device)
+        self._running: _Save | None = None
+        self._saved: int | None = None
+        self._failing_since: int | None = None
+        self._tried = 0
+        self._stall_s = 0.0
+
+    def continues(self, checkpoint: Path, step: int, state: State) -> None:
+        """After a resume from the checkpoint of `step`."""
+        self._saved = step
+        self._writer.continues(checkpoint, state)
+
+    def due(self, step: int) -> bool:
+        """Whether a checkpoint is to be written after `step`."""
+        failed_at = self._tried if self._failing_since is not None and self._running is None else None
+        return is_due(step, self._config.save_every, failed_at)
+
+    def start(self, state: State, meta: Mapping[str, Any]) -> None:
+        """Begin to save; waits for the save before it. `meta` is not looked at again by the caller.
+
+        Until `settle` has returned, nothing of `state` may change. Raises SaveFailed as `finish` does.
+        """
+        with self._standing_still():
+            self._start(_Save(int(meta["step"])), state, meta)
+
+    def _start(self, save: _Save, state: State, meta: Mapping[str, Any]) -> None:
+        if self._running is not None and not self._running.ended:
+            log.warning(
+                "the checkpoint of step %d is still being written: training waits. Storage is too slow for "
+                "train.save_every=%d",
+                self._running.step,
+                self._config.save_every,
+            )
+        self.finish()
+        self._running, self._tried = save, save.step
+        self._staging.ready()
+        if not self._config.save_async:
+            self._write(save, state, meta)
+            self.finish()
+        else:
+            save.thread = threading.Thread(target=self._write, args=(save, state, meta), name="save", daemon=True)
+            save.thread.start()
+
+    def settle(self) -> None:
+        """Wait until weights may change again."""
+        if self._running is not None and not self._running.staged.is_set():
+            with self._standing_still():
+                self._running.staged.wait()
+
+    def take_stall(self) -> float:
+        """Seconds that training has stood still for saves since this was last asked."""
+        stall, self._stall_s = self._stall_s, 0.0
+        return stall
+
+    def flags(self) -> list[float]:
+        """For the sum over ranks that every step makes: has this rank's part of a save ended, and has it failed?"""
+        if self._running is None or not self._running.ended:
+            return [0.0, 0.0]
+        return [1.0, float(self._running.error is not None)]
+
+    def note(self, sums: Sequence[float]) -> None:
+        """Takes the sum of all ranks' flags. Raises SaveFailed where saves have failed for too long."""
+        ended, failed = sums
+        if ended == self._world.size:
+            self._conclude(failed > 0)
+
+    def finish(self) -> None:
+        """Wait for the save under way. Raises SaveFailed where it does not end, or where saves fail for too long."""
+        if (save := self._running) is None:
+            return
+        if save.thread is not None:
+            save.thread.join(self._timeout_s)
+        late, failed = self._world.sum([float(not save.ended), float(save.error is not None)])
+        if late:
+            raise SaveFailed(
+                f"the checkpoint of step {save.step} is not written after {self._timeout_s:.0f} s (engine.timeout_s): "
+                f"{self._checkpoints} does not take it. {self._last_words()}"
+            )
+        self._conclude(failed > 0)
+
+    def finish_last(self, again: Callable[[], None]) -> None:
+        """Wait for the last save of a run; where it fails, `again` starts it anew, once. Raises SaveFailed."""
+        with self._standing_still():
+            self.finish()
+        if self._failing_since is not None:
+            again()
+            with self._standing_still():
+                self.finish()
+        if self._failing_since is not None:
+            raise SaveFailed(f"the last checkpoint could not be written. {self._last_words()}")
+
+    def close(self, patience_s: float) -> bool:
+        """Let a save under way end, as far as it does within `patience_s`. Returns whether none is left."""
+        if (save := self._running) is not None and save.thread is not None:
+            save.thread.join(patience_s)
+            return save.ended
+        return True
+
+    @contextmanager
+    def _standing_still(self) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._stall_s += time.perf_counter() - started
+
+    def _conclude(self, failed: bool) -> None:
+        save, self._running = self._running, None
+        assert save is not None
+        if not failed:
+            self._saved, self._failing_since = save.step, None
+            return
+        since = self._failing_since = save.step if self._failing_since is None else self._failing_since
+        log.warning("the checkpoint of step %d failed (%s). Training goes on", save.step, save.error)
+        if save.step - since >= self._config.save_every:
+            raise SaveFailed(
+                f"no checkpoint could be written since step {since} (the last: {save.error}); training stops before "
+                f"more work is at stake. {self._last_words()}"
+            )
+        self._writer.renew()
+
+    def _last_words(self) -> str:
+        last = "the beginning" if self._saved is None else f"step {self._saved}"
+        return f"Mend the storage, then run the same command again: it goes on from {last}"
+
+    def _write(self, save: _Save, state: State, meta: Mapping[str, Any]) -> None:
+        """One save on this rank, in a thread of its own or not."""
+        started = time.perf_counter()
+        try:
+            with self._staging.aside():
+                learnt = {**state.weights, **state.optimizer}
+                threaded = save.thread is not None
+                values = self._staging.copy(learnt) if threaded else {n: part(t) for n, t in learnt.items()}
+                save.staged.set()
+                size = self._writer.write(state, values, meta)
+            log.info("saved step %d: %.1f MB in %.1f s", save.step, size / 1e6, time.perf_counter() - started)
+        except (Exception, CheckpointException) as error:  # whatever storage or another rank does: training decides
+            save.error = plain(error)
+        finally:
+            save.staged.set()
+
+
+def is_due(step: int, every: int, failed_at: int | None) -> bool:
+    """Whether a checkpoint is due after `step`: one is every `every` steps, and after a save of step `failed_at` that
+    failed the next is tried sooner."""
+    return step % every == 0 or (failed_at is not None and step >= failed_at + max(1, every // TRIES))

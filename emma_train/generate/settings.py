@@ -1,0 +1,89 @@
+"""How pictures are drawn and text is written: an export carries it as generation.json, which people may edit, and
+`emma-train generate` follows it unless told otherwise.
+"""
+
+import difflib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from emma_train.checkpoint.tensors import read_json
+from emma_train.config.errors import UserError
+from emma_train.config.files import write_atomic
+from emma_train.config.schema import Recipe
+
+FILE = "generation.json"
+SOLVERS = ("euler", "heun")
+
+
+@dataclass(frozen=True)
+class FlowSettings:
+    """How pictures are drawn."""
+
+    steps: int = 30
+    """Steps from noise to picture."""
+    text_guidance: float = 2.5
+    """Strength of the prompt; 1 turns guidance off."""
+    image_guidance: float = 2.0
+    """Strength of the reference picture in editing; 1 turns it off."""
+    shift: float = 1.0
+    """Flow-time shift, as in training."""
+    solver: str = "euler"
+    """euler, or heun: second order, and two forwards a step but for the last."""
+
+
+@dataclass(frozen=True)
+class TextSettings:
+    """How text is written."""
+
+    max_tokens: int = 64
+    """Longest answer."""
+    temperature: float = 0.0
+    """0 takes the likeliest token."""
+    fixed_length: bool = False
+    """Never stop early: every rank of a sharded model then runs as many forwards as the others."""
+
+
+Settings = TypeVar("Settings", FlowSettings, TextSettings)
+ABOVE_0 = ("steps", "shift", "max_tokens")
+
+
+def write_settings(folder: Path, flow: FlowSettings, text: TextSettings) -> None:
+    """Write generation.json."""
+    values = {"flow": asdict(flow), "text": {k: v for k, v in asdict(text).items() if k != "fixed_length"}}
+    write_atomic(folder / FILE, json.dumps(values, indent=1) + "\n")
+
+
+def read_settings(folder: Path, recipe: Recipe) -> tuple[FlowSettings, TextSettings]:
+    """The settings of an export; of a model that carries none, the shift that it was trained with and our defaults for
+    the rest. Raises UserError."""
+    path, flow, text = folder / FILE, FlowSettings(shift=recipe.flow.shift), TextSettings()
+    if not path.is_file():
+        return flow, text
+    values = read_json(path)
+    if unknown := sorted(values.keys() - {"flow", "text"}):
+        raise UserError(f"{path}: unknown section {unknown[0]}; it has flow and text")
+    return changed(flow, values.get("flow", {}), f"{path}: flow."), changed(
+        text, values.get("text", {}), f"{path}: text."
+    )
+
+
+def changed(settings: Settings, values: Mapping[str, Any], where: str) -> Settings:
+    """The settings with other values; `where` stands before a key in errors. Raises UserError."""
+    kinds = {f.name: type(getattr(settings, f.name)) for f in fields(settings)}
+    for key, value in values.items():
+        if key not in kinds:
+            near = difflib.get_close_matches(key, kinds, n=1) or list(kinds)
+            raise UserError(f"{where}{key}: unknown key; did you mean {near[0]}?")
+        wanted = (int, float) if kinds[key] is float else kinds[key]
+        if not isinstance(value, wanted) or (isinstance(value, bool) and kinds[key] is not bool):
+            raise UserError(f"{where}{key} is {value!r}; it is of type {kinds[key].__name__}")
+        if key == "solver" and value not in SOLVERS:
+            raise UserError(f"{where}{key} is {value!r}; it is one of {', '.join(SOLVERS)}")
+        if key in ABOVE_0 and not value > 0:
+            raise UserError(f"{where}{key} is {value}; it must be more than 0")
+        if kinds[key] is float and not 0 <= value < float("inf"):
+            raise UserError(f"{where}{key} is {value}; it is a number from 0 on")
+    return replace(settings, **{key: kinds[key](value) for key, value in values.items()})

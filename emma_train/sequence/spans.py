@@ -1,0 +1,131 @@
+"""The hybrid mask of a pack as two calls of variable-length attention, for kernels that have no masks.
+
+A sample is a row of runs: text and understanding pictures (causal) or one picture of generation (full within itself).
+A run sees its sample up to its own end. So it is one sequence of a call: its queries are its tokens, its keys are the
+sample from the start to the run's end; causal runs are aligned at that end, full ones need no mask at all. All causal
+runs of a pack make one call and all full ones another; nothing is computed that the mask would throw away.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+
+@dataclass
+class Call:
+    """One call: sequences of queries and keys, one after another."""
+
+    causal: bool
+    """Query i of n sees all but the last n - 1 - i keys of its sequence; where false, all of them."""
+    starts_q: torch.Tensor
+    """int32 [runs + 1]: where each run's queries start."""
+    starts_k: torch.Tensor
+    """int32 [runs + 1]: where each run's keys start."""
+    num_q: int
+    num_k: int
+    longest_q: int
+    longest_k: int
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "Call":
+        """The same on a device."""
+        starts_q, starts_k = (x.to(device, non_blocking=non_blocking) for x in (self.starts_q, self.starts_k))
+        return replace(self, starts_q=starts_q, starts_k=starts_k)
+
+
+@dataclass
+class Spans:
+    """How the rows of a pack's stream go into the calls and back. T rows; K keys, once for each run that sees them."""
+
+    calls: list[Call]
+    queries: torch.Tensor
+    """int64 [T]: stream row of each query, call after call."""
+    back: torch.Tensor
+    """int64 [T]: place of each stream row among the queries."""
+    keys: torch.Tensor
+    """int64 [K]: stream row of each key, call after call."""
+    copies: torch.Tensor
+    """int64 [T, most runs that see a row]: places of each stream row among the keys; K where there are fewer."""
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "Spans":
+        """The same on a device."""
+
+        def moved(x: torch.Tensor) -> torch.Tensor:
+            return x.to(device, non_blocking=non_blocking)
+
+        calls = [call.to(device, non_blocking) for call in self.calls]
+        return Spans(calls, moved(self.queries), moved(self.back), moved(self.keys), moved(self.copies))
+
+
+def spans(sample: np.ndarray, position: np.ndarray, limit: np.ndarray) -> Spans:
+    """From a pack's tables, int64 [T] each (sequence/pack.py). Positions of a sample have no gaps."""
+    num = len(sample)
+    order = np.lexsort((position, sample))
+    owner, place, end = sample[order], position[order], limit[order]
+    new_sample = np.ones(num, dtype=bool)
+    new_sample[1:] = owner[1:] != owner[:-1]
+    causal = end == place
+    # The last token of a full picture sees as far as itself too, but so does the token before it.
+    causal[1:] &= new_sample[1:] | (end[:-1] < place[1:])
+    new_run = new_sample.copy()
+    # A run ends with its sample, where causal turns to full or back, and where one full picture follows another.
+    new_run[1:] |= (causal[1:] != causal[:-1]) | (~causal[1:] & (end[1:] != end[:-1]))
+    first = np.flatnonzero(new_run)
+    last = np.append(first[1:], num)
+    start = np.flatnonzero(new_sample)[np.cumsum(new_sample)[first] - 1]
+    calls, queries, keys = [], [], []
+    for kind in (True, False):
+        mine = causal[first] == kind
+        if not mine.any():
+            continue
+        lengths_q, lengths_k = (last - first)[mine], (last - start)[mine]
+        queries.append(order[_ranges(first[mine], lengths_q)])
+        keys.append(order[_ranges(start[mine], lengths_k)])
+        calls.append(_call(kind, lengths_q, lengths_k))
+    rows, seen = np.concatenate([*queries, order[:0]]), np.concatenate([*keys, order[:0]])
+    back = np.empty(num, dtype=np.int64)
+    back[rows] = np.arange(num)
+    return Spans(
+        calls,
+        torch.from_numpy(rows),
+        torch.from_numpy(back),
+        torch.from_numpy(seen),
+        torch.from_numpy(_copies(seen, num)),
+    )
+
+
+def full_call(lengths: Sequence[int]) -> Call:
+    """Sequences of these lengths, each full within itself."""
+    return _call(False, np.asarray(lengths), np.asarray(lengths))
+
+
+def _call(causal: bool, lengths_q: np.ndarray, lengths_k: np.ndarray) -> Call:
+    return Call(
+        causal,
+        starts_q=_starts(lengths_q),
+        starts_k=_starts(lengths_k),
+        num_q=int(lengths_q.sum()),
+        num_k=int(lengths_k.sum()),
+        longest_q=int(lengths_q.max()),
+        longest_k=int(lengths_k.max()),
+    )
+
+
+def _copies(keys: np.ndarray, num: int) -> np.ndarray:
+    by_row = np.argsort(keys, kind="stable")
+    counts = np.bincount(keys, minlength=num)
+    table = np.full((num, int(counts.max(initial=0))), len(keys), dtype=np.int64)
+    nth = np.arange(len(keys)) - np.repeat(np.cumsum(counts) - counts, counts)
+    table[keys[by_row], nth] = by_row
+    return table
+
+
+def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """start, start + 1, ... of each range, one after another."""
+    offsets = np.cumsum(lengths) - lengths
+    return np.arange(int(lengths.sum())) + np.repeat(starts - offsets, lengths)
+
+
+def _starts(lengths: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))

@@ -1,0 +1,121 @@
+"""Time of attention, forward and backward, over packs of EMMA's three tasks by every backend that runs here.
+
+    python tests/bench/attention.py [--json] [--tokens 4096] [--heads 32] [--kv-heads 8] [--dim 128] [--side 16]
+
+dense is one mask over the whole pack, sdpa one per sample, spans two calls of variable length, flex FlexAttention (CUDA
+only: its backward refuses a CPU). On a CPU the spans go run by run. Ratios are to dense.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from emma_train.model.attention import AttentionPlan, MaskPlan, attention, hybrid_mask, prepare, prepare_masks
+from emma_train.sequence.layout import Picture, Role, Segment, Text
+from emma_train.sequence.pack import PackedBatch, Pixels, Sample, pack
+
+
+def sample(task: str, key: str, side: int) -> Sample:
+    """i2t: picture, question and answer; t2i: prompt and target; it2i: reference, instruction and target."""
+    patches, latent = torch.zeros(side**2 * 4, 768, dtype=torch.uint8), torch.zeros(side**2, 32)
+    picture = Pixels((side, side), patches.numpy(), latent.numpy())
+    segments: dict[str, list[Segment]] = {
+        "i2t": [_text(8), Picture("a", Role.UND), _text(184)],
+        "t2i": [_text(64), Picture("a", Role.TARGET)],
+        "it2i": [_text(8), Picture("a", Role.REFERENCE), _text(56), Picture("b", Role.TARGET)],
+    }
+    return Sample(key, task, segments[task], {"a": picture, "b": picture})
+
+
+def packs(tokens: int, side: int) -> dict[str, PackedBatch]:
+    """One pack per task and one of all, of about so many tokens."""
+    mixes = {"i2t": ["i2t"], "t2i": ["t2i"], "it2i": ["it2i"], "mixed": ["i2t", "t2i", "it2i"]}
+    made = {}
+    for name, tasks in mixes.items():
+        size = sum(sample(task, "", side).num_tokens for task in tasks)
+        made[name] = pack([sample(task, f"{task}{i}", side) for i in range(max(1, tokens // size)) for task in tasks])
+    return made
+
+
+def dense(batch: PackedBatch) -> AttentionPlan:
+    return MaskPlan(hybrid_mask(batch))
+
+
+def measure(
+    batch: PackedBatch, plan: Callable[[], AttentionPlan], shape: tuple[int, int, int], dtype: torch.dtype
+) -> float:
+    """Seconds of forward and backward: the median of five after one to warm up."""
+    heads, kv_heads, dim = shape
+    device = batch.sample.device
+    q, k, v = (
+        torch.randn(batch.num_tokens, num, dim, device=device, dtype=dtype, requires_grad=True)
+        for num in (heads, kv_heads, kv_heads)
+    )
+    weight = torch.randn(batch.num_tokens, heads, dim, device=device, dtype=dtype)
+    prepared, seconds = plan(), []
+    for _ in range(6):
+        _wait(device)
+        started = time.perf_counter()
+        (attention(q, k, v, prepared) * weight).sum().backward()
+        _wait(device)
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds[1:])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print one flat JSON object")
+    parser.add_argument("--tokens", type=int, default=4096, help="tokens of a pack")
+    parser.add_argument("--heads", type=int, default=32)
+    parser.add_argument("--kv-heads", type=int, default=8)
+    parser.add_argument("--dim", type=int, default=128)
+    parser.add_argument(
+        "--side", type=int, default=16, help="visual tokens on the side of a picture: 16 for 512 pixels"
+    )
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    flat: dict[str, float | int | str] = {
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "tokens": args.tokens,
+    }
+    for name, batch in packs(args.tokens, args.side).items():
+        batch = batch.to(device)
+        forms: dict[str, Callable[[], AttentionPlan]] = {
+            "dense": partial(dense, batch),
+            "sdpa": partial(prepare_masks, batch),
+            "spans": partial(prepare, batch, None, "flash"),
+        }
+        if device.type == "cuda":
+            forms["flex"] = partial(prepare, batch, None, "flex")
+        seconds = {
+            form: measure(batch, plan, (args.heads, args.kv_heads, args.dim), dtype) for form, plan in forms.items()
+        }
+        flat |= {f"{name}_{form}_ms": round(1000 * s, 2) for form, s in seconds.items()}
+        flat |= {
+            f"{name}_{form}_vs_dense": round(s / seconds["dense"], 4) for form, s in seconds.items() if form != "dense"
+        }
+    if args.json:
+        print(json.dumps(flat))
+        return
+    for key, value in flat.items():
+        print(f"{key:24} {value}")
+
+
+def _text(length: int) -> Text:
+    return Text(tuple(range(length)), False)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,273 @@
+"""What ranks do in the tests of saving. Here, and not in a test module, because a rank finds its function by name."""
+
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+
+from emma_train.checkpoint import folder as folders
+from emma_train.checkpoint import saver as saver_module
+from emma_train.checkpoint import store, verify, writer
+from emma_train.checkpoint.saver import Saver
+from emma_train.checkpoint.staging import Staging
+from emma_train.checkpoint.state import State, state_of
+from emma_train.config.errors import RunError, UserError
+from emma_train.config.schema import TrainConfig
+from emma_train.engine.adam import adam_state
+from emma_train.engine.world import World, join
+
+
+class Job:
+    """A small sharded model in training: 7 and 5 rows, which two or three ranks cannot share evenly."""
+
+    def __init__(self, world: World, checkpoints: Path, seed: int = 0, save_every: int = 4, **settings: Any) -> None:
+        torch.manual_seed(seed)
+        self.model = nn.Sequential(nn.Linear(6, 7), nn.Linear(7, 5), nn.Linear(5, 3, bias=False))
+        self.model[1].requires_grad_(settings.pop("thaw", False))
+        fully_shard(self.model, mesh=dist.init_device_mesh("cpu", (world.size,)))
+        learns = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(learns, lr=0.1, fused=True)
+        self.averages = {n: p.detach().clone() for n, p in self.model.named_parameters() if p.requires_grad}
+        self.world, self.checkpoints, self.step = world, checkpoints, 0
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        timeout_s = settings.pop("timeout_s", 20)
+        self.saver = Saver(checkpoints, TrainConfig(steps=99, save_every=save_every, **settings), world, timeout_s)
+
+    @property
+    def state(self) -> State:
+        parameters = dict(self.model.named_parameters())
+        moments = {
+            f"{name}.{key}": value
+            for name, p in parameters.items()
+            if p.requires_grad
+            for key, value in adam_state(self.optimizer, p).items()
+        }
+        held = {"model": {name: p.detach() for name, p in parameters.items()}, "optimizer": moments}
+        return state_of(SimpleNamespace(state=lambda: held), self.averages)
+
+    def go(self, steps: int = 1) -> None:
+        """Steps with gradients that are a function of the step and of the place in the whole tensor."""
+        for _ in range(steps):
+            self.step += 1
+            self.saver.note(self.world.sum(self.saver.flags()))
+            self.saver.settle()
+            for name, p in self.model.named_parameters():
+                if p.requires_grad:
+                    whole = torch.randn(p.shape, generator=torch.Generator().manual_seed(self.step * 100 + len(name)))
+                    p.grad = dist.tensor.distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None)
+            self.optimizer.step()
+            for name, average in self.averages.items():
+                average.lerp_(dict(self.model.named_parameters())[name].detach(), 0.5)
+
+    def save(self) -> None:
+        self.saver.start(self.state, {"step": self.step, "stage": "stage1"})
+
+    def content(self) -> dict[str, Tensor]:
+        """Every tensor, whole."""
+        return {n: (t.full_tensor() if hasattr(t, "full_tensor") else t).clone() for n, t in self.state.all.items()}
+
+
+def saved(root: Path, steps: int, **settings: Any) -> dict[str, Tensor]:
+    """Train, save with weights that move on meanwhile, and give what was to be saved."""
+    with join("cpu", 60) as world:
+        job = Job(world, root, **settings)
+        job.go(steps)
+        content = job.content()
+        job.save()
+        job.go(1)
+        job.saver.finish()
+        return content
+
+
+def resumed(root: Path, steps: int, **settings: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What a fresh job (of another seed) has after loading the newest checkpoint, and after more steps and a save."""
+    with join("cpu", 60) as world:
+        job = Job(world, root, seed=1, **settings)
+        checkpoint = verify.to_resume(root, world)
+        assert checkpoint is not None
+        state = job.state
+        store.load_training(checkpoint, state)
+        job.step = (folders.read_meta(checkpoint) or {})["step"]
+        job.saver.continues(checkpoint, job.step, state)
+        loaded = job.content()
+        job.go(steps)
+        job.save()
+        job.saver.finish()
+        return loaded, job.content()
+
+
+def slow_staging(root: Path) -> tuple[bool, bool]:
+    """Whether weights were still held when staging had not ended, and whether `settle` waited for it."""
+    with join("cpu", 60) as world:
+        job, go_on, copied = Job(world, root), threading.Event(), threading.Event()
+        copy = Staging.copy
+
+        def held(self: Staging, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            go_on.wait(20)
+            staged = copy(self, tensors)
+            copied.set()
+            return staged
+
+        Staging.copy = held  # type: ignore[method-assign]
+        job.go()
+        job.save()
+        before = copied.is_set()
+        threading.Timer(0.2, go_on.set).start()
+        job.saver.settle()
+        after = copied.is_set()
+        job.saver.finish()
+        return before, after
+
+
+def one_at_a_time(root: Path) -> tuple[int, list[str]]:
+    """The most saves that ran at once, and what is there in the end."""
+    with join("cpu", 60) as world:
+        job, running, most = Job(world, root, keep=9), 0, 0
+        write = writer.Writer.write
+
+        def slow(self: Any, *arguments: Any) -> int:
+            nonlocal running, most
+            running += 1
+            most = max(most, running)
+            time.sleep(0.2)
+            size = write(self, *arguments)
+            running -= 1
+            return size
+
+        writer.Writer.write = slow  # type: ignore[method-assign]
+        for _ in range(3):
+            job.go()
+            job.save()
+        job.saver.finish()
+        return most, sorted(p.name for p in root.glob("step-*"))
+
+
+def failing(root: Path, where: str, rank: int, fails: list[int], steps: int, save_async: bool) -> dict[str, Any]:
+    """Train `steps` steps while the saves of the steps `fails` fail on one rank. Gives the steps whose save was begun,
+    what is there in the end, and why it stopped."""
+    with join("cpu", 60) as world:
+        job = Job(world, root, keep=99, save_async=save_async, timeout_s=1 if where == "time" else 20)
+        owner, name = {
+            "begin": (folders, "begin"),
+            "write": (store._FileSystemWriter, "write_data"),
+            "time": (store, "write"),
+            "checksum": (verify, "entry"),
+            "commit": (folders, "commit"),
+        }[where]
+        _break(owner, name, lambda: job.step_saved in fails and world.rank == rank)  # type: ignore[attr-defined]
+        begun, stopped = [], None
+        try:
+            for _ in range(steps):
+                job.go()
+                if job.saver.due(job.step):
+                    job.step_saved = job.step  # type: ignore[attr-defined]
+                    begun.append(job.step)
+                    job.save()
+                    _ended(job)
+            job.saver.finish()
+        except RunError as error:
+            stopped = str(error)
+        newest = folders.newest(root)
+        return {
+            "begun": begun,
+            "there": sorted(p.name for p in root.rglob("step-*")),
+            "newest": newest and newest.name,
+            "stopped": stopped,
+        }
+
+
+def vanishing(root: Path, what: str, steps: int) -> tuple[list[int], list[str]]:
+    """Train while the storage goes before the save of step 8 and comes back before that of step 10, or while its frozen
+    weights are removed before that of step 8. Gives the steps whose save was begun, and what is there in the end."""
+    with join("cpu", 60) as world:
+        job, begun = Job(world, root / "checkpoints", keep=99), []
+        for _ in range(steps):
+            job.go()
+            if world.is_main and what == "storage" and job.step in (8, 10):
+                here, away = root / "checkpoints", root / "away"
+                here.rename(away) if job.step == 8 else away.rename(here)
+            if world.is_main and what == "frozen" and job.step == 8:
+                shutil.rmtree(root / "checkpoints" / "frozen")
+            world.barrier()
+            if job.saver.due(job.step):
+                begun.append(job.step)
+                job.save()
+                _ended(job)
+        job.saver.finish()
+        return begun, sorted(p.name for p in (root / "checkpoints").glob("step-*"))
+
+
+def storage_that_hangs(root: Path) -> str:
+    """What is said where a save does not end."""
+    with join("cpu", 60) as world:
+        job = Job(world, root, timeout_s=0.5)
+        job.go()
+        job.save()
+        job.saver.finish()
+        write = store.write
+        gate = threading.Event()
+        store.write = lambda *arguments, **more: (gate.wait(5), write(*arguments, **more))  # type: ignore[assignment]
+        job.go()
+        job.save()
+        try:
+            job.go()
+            job.saver.start(job.state, {"step": 3, "stage": "stage1"})
+        except RunError as error:
+            return str(error)
+        finally:
+            gate.set()
+            job.saver.close(20)
+        return ""
+
+
+def chosen(root: Path) -> tuple[str | None, str | None]:
+    """The checkpoint that a resume takes, and the error where it takes none."""
+    with join("cpu", 60) as world:
+        try:
+            found = verify.to_resume(root, world)
+            return found and found.name, None
+        except UserError as error:
+            return None, str(error)
+
+
+def wrong_storage(root: Path) -> str | None:
+    """Each rank writes to a folder of its own, as on nodes that share no storage."""
+    with join("cpu", 60) as world:
+        writer.VISIBLE_S = 0.3
+        job = Job(world, root / str(world.rank))
+        job.go()
+        job.save()
+        running = job.saver._running
+        job.saver.finish()
+        assert running is not None
+        return running.error
+
+
+def _ended(job: Job) -> None:
+    """Wait until the save is over on every rank, without telling the saver."""
+    running = job.saver._running
+    if running is not None and running.thread is not None:
+        running.thread.join(20)
+    job.world.barrier()
+
+
+def _break(owner: Any, name: str, when: Callable[[], bool]) -> None:
+    whole = getattr(owner, name)
+
+    def broken(*arguments: Any, **more: Any) -> Any:
+        if when():
+            raise OSError(28, "No space left on device", "somewhere")
+        return whole(*arguments, **more)
+
+    setattr(owner, name, broken)
+
+
+assert saver_module.TRIES == 4, "the tests of failing saves count on it"

@@ -1,0 +1,26 @@
+"""Packs for a GPU lie in pinned memory, whether a thread or a worker reads them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from data_pipelines.stream.loader import Stream
+from tests.helpers import tiny_recipe
+from tests.shards import every_task, write_shards
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_packs_are_pinned_and_arrive_unchanged(tmp_path: Path, workers: int) -> None:
+    folder = write_shards(tmp_path, every_task(12))
+    recipe = tiny_recipe(data__sources=[{"path": str(folder)}], data__workers=workers)
+    plain = [p for step in Stream(recipe, 0, 1, None).steps(1, 3) for p in step.packs]
+    pinned = [p for step in Stream(recipe, 0, 1, None, pin=True).steps(1, 3) for p in step.packs]
+    for one, other in zip(plain, pinned, strict=True):
+        assert other.patches.is_pinned() and other.text_ids.is_pinned()
+        there = other.to(torch.device("cuda"))
+        torch.cuda.synchronize()
+        assert torch.equal(there.patches.cpu(), one.patches)
+        assert torch.equal(there.labels.cpu(), one.labels)

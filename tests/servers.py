@@ -1,0 +1,85 @@
+"""A file server on loopback that can be slow, fail, cut bodies short and forget files, for tests of remote reading."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+Fault = Callable[[int, str], str]
+"""(number of the GET, from 1; path) -> what goes wrong: "" for nothing, a status, slow, short, reset or whole."""
+
+
+class FileServer:
+    """Serves `folder` at `url`; counts the GETs that it answers."""
+
+    def __init__(self, folder: Path, fault: Fault = lambda number, path: "") -> None:
+        self.folder, self.fault = folder, fault
+        self.gets: list[str] = []
+        """Path and range of each GET."""
+        self.slow_s = 1.0
+        self.lock = threading.Lock()
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_HEAD(self) -> None:
+                server.answer(self, "")
+
+            def do_GET(self) -> None:
+                path, wanted = unquote(urlsplit(self.path).path), self.headers.get("Range", "")
+                with server.lock:
+                    server.gets.append(f"{path} {wanted}".strip())
+                    number = len(server.gets)
+                server.answer(self, server.fault(number, path), wanted)
+
+            def log_message(self, *words: object) -> None:
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.http.server_address[1]}"
+
+    def answer(self, request: BaseHTTPRequestHandler, fault: str, wanted: str = "") -> None:
+        path = self.folder / unquote(urlsplit(request.path).path).lstrip("/")
+        if fault.isdigit() or not path.is_file():
+            request.send_response(int(fault) if fault.isdigit() else 404)
+            request.send_header("Content-Length", "0")
+            request.end_headers()
+            return
+        if fault == "slow":
+            time.sleep(self.slow_s)
+        data, status = path.read_bytes(), 200
+        if wanted and fault != "whole":
+            first, last = wanted.removeprefix("bytes=").split("-")
+            data, status = data[int(first) : int(last) + 1], 206
+        request.send_response(status)
+        request.send_header("Content-Length", str(len(data)))
+        request.send_header("Accept-Ranges", "bytes")
+        request.end_headers()
+        if request.command == "HEAD":
+            return
+        if fault in ("short", "reset"):
+            data = data[: len(data) // 2]
+        request.wfile.write(data)
+        if fault in ("short", "reset"):
+            request.wfile.flush()
+            request.close_connection = True
+            request.connection.close()
+
+
+@contextmanager
+def serving(folder: Path, fault: Fault = lambda number, path: "") -> Iterator[FileServer]:
+    """A server while the block runs."""
+    server = FileServer(folder, fault)
+    thread = threading.Thread(target=server.http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.http.shutdown()
+        server.http.server_close()
+        thread.join()
