@@ -308,7 +308,7 @@ class EngineConfig:
     prefetch: int = 1
     """Decoder layers that fsdp gathers ahead of their turn, forward and backward; 0 leaves it to torch."""
     reshard_after_forward: bool = True
-    """fsdp frees gathered weights between forward and backward; false is faster where memory allows."""
+    """Free gathered weights between forward and backward; false is faster where memory allows."""
     reduce_every_micro_step: bool = True
     """fsdp reduces gradients after every micro-batch; false keeps whole ones until the last: faster, more memory."""
     activation_checkpointing: str = "none"

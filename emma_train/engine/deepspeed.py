@@ -24,6 +24,8 @@ from emma_train.model.emma import Emma, Prediction
 
 BUCKET = 2**26
 """Gradients that are reduced at once: 256 MiB in float32."""
+KEPT = 10**9
+"""Parameters that ZeRO-3 may hold gathered."""
 
 
 class Run(NamedTuple):
@@ -180,6 +182,9 @@ def settings_of(model: Emma, config: EngineConfig, clip: float, device: torch.de
         "contiguous_gradients": True,
         # Vectors are too small to be gathered one by one; matrices are not kept.
         "stage3_param_persistence_threshold": max(p.numel() for p in model.parameters() if p.ndim == 1),
+        # What is needed again soon may stay gathered, or not.
+        "stage3_max_reuse_distance": 0 if config.reshard_after_forward else KEPT,
+        "stage3_max_live_parameters": KEPT,
         # It would replace torch's linear for the whole process.
         "memory_efficient_linear": False,
     }

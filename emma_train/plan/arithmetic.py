@@ -4,11 +4,13 @@ The model is built on the meta device and never allocated. Memory is what the co
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from emma_train.config.check import phases
 from emma_train.config.errors import UserError
@@ -19,8 +21,9 @@ from emma_train.model.emma import Emma
 from emma_train.monitor.flops import PEAK_DENSE_BF16, autoencoder_flops
 from emma_train.monitor.usage import Work, module_flops
 from emma_train.plan.samples import Load, load_of
-from emma_train.stages.freeze import group_of
-from emma_train.stages.stage import Stage, stage_of
+from emma_train.plan.state import Sizes, state_memory
+from emma_train.stages.freeze import freeze, group_of
+from emma_train.stages.stage import Stage, makes_pictures, stage_of
 
 GIB = 2**30
 CARDS: dict[str, tuple[float, float]] = {
@@ -118,7 +121,8 @@ class Plan:
             model = Emma(recipe.model)
         self.parts = parts_of(model, self.stage)
         self.stored, self.trained = sum(p.stored for p in self.parts), sum(p.trained for p in self.parts)
-        self.units = sorted(sum(p.numel() for p in unit.parameters()) for unit in (model.vision, *model.decoder.layers))
+        self.sizes = sizes_of(model, self.stage, makes_pictures(recipe))
+        self.units = self.sizes.units
         self.autoencoder, self.encoder_config, self.has_autoencoder = autoencoder_of(recipe)
         self.loads = [load_of(recipe, phase) for phase in phases(recipe)]
 
@@ -140,11 +144,8 @@ class Plan:
     def memory(self, load: Load, world: int, tokens: float) -> Memory:
         """Bytes on one of `world` GPUs for a pack of `tokens` tokens with the mean composition of the phase.
 
-        FSDP2 keeps fp32 weights, gradients, both Adam moments and the average in shards. Gathered at once are the root
-        (embedding, adapters, head) and two units, a unit being a decoder layer or the vision encoder; all of them
-        without engine.reshard_after_forward. A unit's gradients leave it in compute precision and are summed in fp32.
-
-        Activations are what autograd keeps with flash-like attention and no padding, in bytes per layer and token:
+        What an engine keeps is told in plan/state.py. Activations are what autograd keeps with flash-like attention and
+        no padding, in bytes per layer and token:
 
             decoder  trained             8H + 4bH + (4+b)(Q+K) + 4bQ + 4bM + s
                      frozen, gradient    8H       +    4 (Q+K) + 4bQ + 3bM + s      s = 4 (2 + 2 heads + kv_heads)
@@ -159,9 +160,6 @@ class Plan:
         recipe, trains = self.recipe, self.stage.trainable
         v, d = recipe.model.vision, recipe.model.decoder
         b = 2 if recipe.engine.precision == "bf16" else 4
-        root = self.stored - sum(self.units)
-        gathered = root + sum(self.units[-2:]) if recipe.engine.reshard_after_forward else self.stored
-        whole_gradients = recipe.data.slots > world and not recipe.engine.reduce_every_micro_step
         share = tokens / load.tokens
         patches = share * load.total(lambda s: s.seen) * v.shuffle**2
         supervised = share * load.total(lambda s: s.supervised)
@@ -179,12 +177,7 @@ class Plan:
             return (layers - inputs) * of_layer + inputs * b * hidden
 
         kept = {
-            "weights, fp32 shard": 4 * self.stored / world,
-            "gradients, fp32 shard" + " and whole" * whole_gradients: 4 * self.trained * (1 / world + whole_gradients),
-            "Adam moments, fp32 shards": 8 * self.trained / world,
-            "average (EMA), fp32 shard": 4 * self.trained / world if recipe.ema.decay else 0.0,
-            "gathered weights": b * gathered,
-            "gradients on their way": (b + 4) * min(self.trained, max(self.units[-1], root)),
+            **state_memory(recipe, self.sizes, world),
             "autoencoder, fp32 copy": 4 * self.autoencoder,
             "decoder's activations": decodes * tokens * of_stack(d.layers, of_decoder, d.hidden),
             "encoder's activations": patches * of_stack(self.encoder_layers, of_encoder, v.hidden),
@@ -308,6 +301,21 @@ def parts_of(model: Emma, stage: Stage) -> list[Part]:
     return [Part(name, stored[name], trained[name]) for name in PARTS if name in stored]
 
 
+def sizes_of(model: Emma, stage: Stage, generates: bool) -> Sizes:
+    """What engines divide; `generates`: whether the Gen branch ever runs."""
+    freeze(model, stage.trainable)
+    units = [dict(unit.named_parameters()) for unit in (model.vision, *model.decoder.layers)]
+    rests = [{n: p for n, p in unit.items() if n.startswith("gen.") and not generates} for unit in units]
+    frozen = [unit for unit in units if not any(p.requires_grad for p in unit.values())]
+    return Sizes(
+        stored=sum(p.numel() for p in model.parameters()),
+        trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        units=tuple(sorted(_count(unit) - _count(rest) for unit, rest in zip(units, rests, strict=True))),
+        frozen_units=sum(map(_count, frozen)),
+        resting=sum(map(_count, rests)),
+    )
+
+
 def autoencoder_of(recipe: Recipe) -> tuple[int, dict[str, Any], bool]:
     """(parameters, diffusers config, whether its folder is there)."""
     path = Path(recipe.model.autoencoder.path) / "config.json"
@@ -318,6 +326,10 @@ def autoencoder_of(recipe: Recipe) -> tuple[int, dict[str, Any], bool]:
     with torch.device("meta"):
         model = AutoencoderDC.from_config(json.loads(path.read_text()))
     return sum(p.numel() for p in model.parameters()), dict(model.config), True
+
+
+def _count(parameters: Mapping[str, Tensor]) -> int:
+    return sum(p.numel() for p in parameters.values())
 
 
 def usable(gpu_name: str) -> float:

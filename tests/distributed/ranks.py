@@ -1,5 +1,6 @@
 """What ranks do in the distributed tests. Here, and not in a test module, because a rank finds its function by name."""
 
+import ctypes
 import gc
 import multiprocessing
 import os
@@ -10,6 +11,7 @@ import time
 import weakref
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,6 +33,7 @@ from emma_train.config.schema import AutoencoderConfig, Recipe
 from emma_train.engine.fragment import local, pieces
 from emma_train.engine.lockstep import OutOfStep
 from emma_train.engine.norm import global_norm
+from emma_train.engine.protocol import Engine
 from emma_train.engine.world import World, join
 from emma_train.model.autoencoder import Autoencoder
 from emma_train.objectives.account import Counts, LossAccount, count, losses
@@ -43,6 +46,7 @@ from emma_train.stages.stage import stage_of
 from emma_train.training.build import Built, build, set_initial
 from emma_train.training.forward import micro_loss
 from emma_train.training.loop import Trainer
+from tests.helpers import tiny_recipe
 
 Result = TypeVar("Result")
 
@@ -358,6 +362,37 @@ def end_in_step(argv: list[str], victim: int, step: int, how: str) -> None:
 
     Trainer._step = ending  # type: ignore[method-assign]
     raise SystemExit(main(argv))
+
+
+def training_memory(recipe: Recipe, kinds: list[str]) -> tuple[int, int]:
+    """Memory of this rank at most from the start of a stage through three steps, and the tokens of its longest pack."""
+    # Large blocks go back to the system when they are freed: else the heap's holes would be counted.
+    ctypes.CDLL(None).mallopt(-3, 1 << 16)
+    with join("cpu", 60) as world:
+        packs, stage = [make_pack(recipe, kind) for kind in kinds[world.rank :: world.size]], stage_of(recipe)
+
+        def train(recipe: Recipe, steps: int) -> Engine:
+            built = build(recipe, stage, world, resuming=True)
+            for weight in built.engine.weights.values():
+                local(weight).normal_(std=0.02)
+            built.engine.refresh()
+            for _ in range(steps):
+                account = LossAccount(recipe.loss, count(packs, stage.loss), world.device)
+                for index, batch in enumerate(packs):
+                    autoencoder = _autoencoder(recipe.model.autoencoder.path)
+                    loss = micro_loss(built.engine.model, autoencoder, batch, recipe.flow, stage, account)
+                    built.engine.accumulate(loss, last=index == len(packs) - 1)
+                    del loss
+                built.engine.step(1e-4)
+                if built.ema is not None:
+                    built.ema.update()
+            return built.engine
+
+        small = replace(recipe, model=tiny_recipe(recipe.stage.name).model)
+        train(small, 1).close()
+        gc.collect()
+        _, peak = peak_memory(lambda: train(recipe, 3))
+        return peak, max(batch.num_tokens for batch in packs)
 
 
 def out_of_step(recipe: Recipe, victim: int) -> str:

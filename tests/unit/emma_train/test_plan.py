@@ -164,7 +164,7 @@ def test_memory_of_a_toy_in_closed_form() -> None:
     assert supervised > 256 and kept["logits"] == 256 * 1024 * 8
     assert planned.memory(load, 8, 1000).kept["Adam moments, fp32 shards"] == n
     whole = toy("stage1", "engine.reduce_every_micro_step=false").memory(load, 4, 1000).kept
-    assert whole["gradients, fp32 shard and whole"] == n + 4 * n
+    assert whole["gradients, fp32 whole"] == 4 * n
 
 
 def test_what_is_frozen_has_no_optimizer_state() -> None:
