@@ -96,7 +96,7 @@ class Pool:
 
     def _begin(self, epoch: int, window: int) -> "Future[tuple[Columns, np.ndarray]]":
         if self._process != os.getpid():
-            # A forked worker has what is ready, but not the thread that would finish the rest, nor the holder of the lock.
+            # A forked worker has what is ready, but not the thread that would finish the rest, nor who holds the lock.
             self._process, self._lock, self._windows = os.getpid(), threading.Lock(), OrderedDict()
         with self._lock:
             key = (epoch, window)
