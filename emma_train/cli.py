@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """Train a stage or a pipeline; resumes where its run folder has a checkpoint."""
     from emma_train.config.load import is_pipeline, load_recipe
-    from emma_train.engine.world import join
+    from emma_train.engine.world import join, share_packs
     from emma_train.stages.stage import stage_of
     from emma_train.training.preemption import EXIT_PREEMPTED, StopRequest
 
@@ -74,7 +74,7 @@ def train(arguments: argparse.Namespace, overrides: list[str]) -> int:
         for file, recipe in recipes:
             if world.sum([float(stop.asked)])[0]:
                 return EXIT_PREEMPTED
-            if code := _train_stage(file, recipe, world, stop):
+            if code := _train_stage(file, recipe, share_packs(world, recipe.engine.sequence_parallel), stop):
                 return code
         if world.is_main and len(recipes) > 1:
             _try_report(Path(recipes[-1][1].run.root))
@@ -134,7 +134,7 @@ def _train_in(run: "RunFolder", path: Path, recipe: "Recipe", world: "World", st
     stage = stage_of(recipe, str(path))
     checkpoint = verify.to_resume(run.checkpoints, world)
     autoencoder = Autoencoder(recipe.model.autoencoder, world.device)
-    stream = Stream(recipe, world.rank, world.size, autoencoder.fingerprint, pin=world.device.type == "cuda")
+    stream = Stream(recipe, world.reader, world.readers, autoencoder.fingerprint, pin=world.device.type == "cuda")
     if checkpoint is None:
         stream.planner.check()
     requests = []

@@ -41,6 +41,7 @@ POSITIVE = (
     "engine.replicate",
     "engine.timeout_s",
     "engine.step_timeout_s",
+    "engine.sequence_parallel",
 )
 NOT_NEGATIVE = (
     "data.samples_per_step",
@@ -71,6 +72,7 @@ def check_recipe(recipe: Recipe, where: str) -> None:
             raise UserError(f"{where}: {key} is {value}; it lies between 0 and 1")
     check_model(recipe, where)
     _check_engine(recipe.engine, where)
+    _check_sequence(recipe, where)
     for phase in phases(recipe):
         _check_mix(recipe, phase, where)
     _check_keeping(recipe, where)
@@ -108,6 +110,17 @@ def check_world(slots: int, world: int) -> None:
     if slots % world:
         fits = ", ".join(str(n) for n in range(1, slots + 1) if slots % n == 0)
         raise UserError(f"data.slots is {slots}, which {world} processes cannot share evenly; it fits {fits} processes")
+
+
+def _check_sequence(recipe: Recipe, where: str) -> None:
+    ranks, decoder = recipe.engine.sequence_parallel, recipe.model.decoder
+    if decoder.heads % ranks or (decoder.kv_heads % ranks and ranks % decoder.kv_heads):
+        raise UserError(
+            f"{where}: engine.sequence_parallel is {ranks}; it must divide model.decoder.heads ({decoder.heads}), and "
+            f"divide kv_heads ({decoder.kv_heads}) or be a multiple of them"
+        )
+    if ranks > 1 and recipe.engine.compile:
+        raise UserError(f"{where}: engine.compile cannot see through engine.sequence_parallel; set one of them")
 
 
 def _check_engine(engine: EngineConfig, where: str) -> None:

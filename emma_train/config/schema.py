@@ -305,6 +305,8 @@ class EngineConfig:
     """fsdp keeps so many copies of the shards, each over its share of the ranks (HSDP); best the number of nodes."""
     frozen: str = "sharded"
     """fsdp keeps units that do not train sharded, or replicated: whole on every rank, never gathered."""
+    sequence_parallel: int = 1
+    """Ranks that share the tokens of one pack (Ulysses), for packs too long for one GPU; divides the heads."""
     prefetch: int = 1
     """Decoder layers that fsdp gathers ahead of their turn, forward and backward; 0 leaves it to torch."""
     reshard_after_forward: bool = True

@@ -81,8 +81,9 @@ class DeepSpeedEngine:
 
     def accumulate(self, loss: Tensor, last: bool) -> None:
         self._deepspeed.set_gradient_accumulation_boundary(last)
-        # ZeRO averages over ranks; the loss account has divided by the counts of the whole step already.
-        self._deepspeed.backward(loss * self._world.size, scale_wrt_gas=False)
+        # ZeRO averages over ranks; the loss account has divided by the counts of the whole step already. Those that
+        # share a pack have its whole loss.
+        self._deepspeed.backward(loss * self._world.readers, scale_wrt_gas=False)
 
     def step(self, lr: float) -> float:
         for group in self._adam.param_groups:

@@ -44,7 +44,7 @@ class FsdpEngine:
         self.groups = [group for mesh in meshes for group in mesh.get_all_groups()]
         self._shards = {name: local(weight) for name, weight in self.weights.items() if weight.requires_grad}
         self._adam = make_optimizer(self._shards.values())
-        self._clip = clip
+        self._clip, self._sequence = clip, world.sequence
         self._every_micro_step = config.reduce_every_micro_step
         self._units = [m for m in model.modules() if isinstance(m, FSDPModule)]
         # Units that do not train have no gradient to hold back; torch fails on those that did not even run.
@@ -55,7 +55,7 @@ class FsdpEngine:
         for module in self._trained:
             module.set_requires_gradient_sync(last or self._every_micro_step, recurse=False)
         self.model.set_is_last_backward(last)
-        loss.backward()
+        (loss / self._sequence).backward()  # all ranks that share a pack have its whole loss
 
     def step(self, lr: float) -> float:
         gradients = {name: cast(DTensor, g) for name in self._shards if (g := self.weights[name].grad) is not None}

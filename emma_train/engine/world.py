@@ -6,7 +6,7 @@ import socket
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
@@ -30,10 +30,25 @@ class World:
     device: torch.device
     host_group: dist.ProcessGroup
     """gloo group for host-side values, apart from the groups of the training collectives."""
+    sequence: int = 1
+    """Ranks in a row that compute the same packs, each its part of their tokens (engine/ulysses.py)."""
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def reader(self) -> int:
+        """Which of the `readers` this rank is: ranks that compute the same packs are one."""
+        return self.rank // self.sequence
+
+    @property
+    def readers(self) -> int:
+        return self.size // self.sequence
+
+    def of_packs(self, sums: Sequence[float]) -> list[float]:
+        """Sums over ranks of what was counted in packs, each pack once; a part of a pack counts as one."""
+        return [float(-(-value // self.sequence)) for value in sums]
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Sum host values over ranks, in float64. Touches no device."""
@@ -93,6 +108,13 @@ def join(device: str, timeout_s: int, traces: Path | None = None) -> Iterator[Wo
         raise
     finally:
         dist.destroy_process_group()
+
+
+def share_packs(world: World, ranks: int) -> World:
+    """The same world, with so many ranks to a pack. Raises UserError where they do not divide it."""
+    if world.size % ranks:
+        raise UserError(f"engine.sequence_parallel is {ranks}, which does not divide {world.size} processes")
+    return replace(world, sequence=ranks)
 
 
 def record_flights(traces: Path | None) -> None:

@@ -60,6 +60,8 @@ class DecoderLayer(nn.Module):
 
     gen_rests = False
     """Whether no pack of the stage has a Gen token: then the Gen branch's modules do not run at all."""
+    attend = staticmethod(attention)
+    """Where ranks share the tokens of a pack, attention across them (engine/ulysses.py)."""
 
     def __init__(self, config: DecoderConfig, shared: list[str]) -> None:
         super().__init__()
@@ -86,7 +88,7 @@ class DecoderLayer(nn.Module):
         v = self._rows("v_proj", y, num_und).view(len(x), -1, head_dim)
         q = rotary(self._rows("q_norm", q, num_und), *tables)
         k = rotary(self._rows("k_norm", k, num_und), *tables)
-        y = attention(q, k, v, plan, cache).reshape(len(x), -1)
+        y = self.attend(q, k, v, plan, cache).reshape(len(x), -1)
         x = x + self._rows("o_proj", y, num_und)
         return x + self._rows("mlp", self._rows("mlp_norm", x, num_und), num_und)
 

@@ -22,13 +22,14 @@ def memory_gib(device: torch.device) -> float:
 
 
 def step_mfu(
-    recipe: Recipe, stage: Stage, packs: Sequence[PackedBatch], seconds: float, device: torch.device
+    recipe: Recipe, stage: Stage, packs: Sequence[PackedBatch], seconds: float, device: torch.device, num_cards: int = 1
 ) -> float | None:
-    """Model FLOPs of this rank's packs over the dense peak of its card; None on a CPU or an unknown card."""
+    """Model FLOPs of this rank's packs over the dense peak of the cards that share them; None on a CPU or an unknown
+    card."""
     if device.type != "cuda" or peak_flops(name := torch.cuda.get_device_name(device)) is None:
         return None
     done = sum(sum(module_flops(recipe, stage, pack_work(recipe, batch)).values()) for batch in packs)
-    return mfu(done, seconds, 1, name)
+    return mfu(done, seconds, num_cards, name)
 
 
 @dataclass(frozen=True)

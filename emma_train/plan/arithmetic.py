@@ -160,7 +160,7 @@ class Plan:
         recipe, trains = self.recipe, self.stage.trainable
         v, d = recipe.model.vision, recipe.model.decoder
         b = 2 if recipe.engine.precision == "bf16" else 4
-        share = tokens / load.tokens
+        share, own = tokens / load.tokens, tokens / recipe.engine.sequence_parallel
         patches = share * load.total(lambda s: s.seen) * v.shuffle**2
         supervised = share * load.total(lambda s: s.supervised)
         decodes, mode = self.stage.loss == "tokens", recipe.engine.activation_checkpointing
@@ -179,9 +179,9 @@ class Plan:
         kept = {
             **state_memory(recipe, self.sizes, world),
             "autoencoder, fp32 copy": 4 * self.autoencoder,
-            "decoder's activations": decodes * tokens * of_stack(d.layers, of_decoder, d.hidden),
+            "decoder's activations": decodes * own * of_stack(d.layers, of_decoder, d.hidden),
             "encoder's activations": patches * of_stack(self.encoder_layers, of_encoder, v.hidden),
-            "one layer's backward": (1 + again) * max(decodes * tokens * of_decoder, patches * of_encoder),
+            "one layer's backward": (1 + again) * max(decodes * own * of_decoder, patches * of_encoder),
             "logits": 8 * decodes * min(ROWS, supervised) * d.vocab,
         }
         return Memory(kept, self._encoding(load, share) if decodes else 0.0)
@@ -260,11 +260,13 @@ class Plan:
     def problems(self) -> list[str]:
         """Why the recipe cannot run on these GPUs, and what would; empty if it can."""
         slots, cap, found = self.recipe.data.slots, self.recipe.data.pack_tokens, []
-        shares = [n for n in range(1, slots + 1) if slots % n == 0]
+        ranks, copies = self.recipe.engine.sequence_parallel, self.recipe.engine.replicate
+        shares = [n * ranks for n in range(1, slots + 1) if slots % n == 0 and n * ranks % copies == 0]
         if self.num_gpus not in shares:
             below, above = [n for n in shares if n < self.num_gpus], [n for n in shares if n > self.num_gpus]
             fits = " or ".join(str(n) for n in (*below[-1:], *above[:1]))
-            found.append(f"{self.num_gpus} GPUs cannot share data.slots={slots} evenly; {fits} can")
+            how = f", {ranks} to a pack" * (ranks > 1) + f", in {copies} replicas" * (copies > 1)
+            found.append(f"{self.num_gpus} GPUs cannot share data.slots={slots} evenly{how}; {fits} can")
         for load in self.loads:
             if (mean := load.tokens / slots) > cap:
                 found.append(

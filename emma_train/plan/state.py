@@ -39,7 +39,7 @@ def _fsdp(recipe: Recipe, sizes: Sizes, world: int) -> dict[str, float]:
     engine, shards = recipe.engine, world / recipe.engine.replicate
     b = 2 if engine.precision == "bf16" else 4
     on_device = 0 if engine.offload_optimizer else 1
-    whole = recipe.data.slots > world and not engine.reduce_every_micro_step
+    whole = recipe.data.slots * engine.sequence_parallel > world and not engine.reduce_every_micro_step
     replicated = sizes.frozen_units if engine.frozen == "replicated" else 0
     gathered = sizes.root + sum(sizes.units[-2:]) if engine.reshard_after_forward else sizes.stored - sizes.resting
     averages = 4 * sizes.trained / shards if recipe.ema.decay and recipe.ema.device == "auto" else 0.0

@@ -76,7 +76,8 @@ def _step_table(plan: Plan) -> Table:
     slots, loads, lengths = plan.recipe.data.slots, plan.loads, plan.phase_steps
     table = _table("Steps (FLOPs of one step on all GPUs)", "", *(load.phase.name for load in loads))
     work, seconds = [plan.flops(load) for load in loads], [plan.seconds(load) for load in loads]
-    packs = f"{slots / plan.num_gpus:g}" + " (not whole)" * (slots % plan.num_gpus > 0)
+    shared = slots * plan.recipe.engine.sequence_parallel
+    packs = f"{shared / plan.num_gpus:g}" + " (not whole)" * (shared % plan.num_gpus > 0)
     rows: dict[str, list[str]] = {
         "samples a step": ["\n".join(f"{n:,} {task}" for task, n in x.samples.items()) for x in loads],
         "tokens a step": [_count(x.tokens) for x in loads],

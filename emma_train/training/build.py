@@ -23,6 +23,7 @@ from emma_train.engine.fsdp import FsdpEngine
 from emma_train.engine.lockstep import watched
 from emma_train.engine.protocol import Engine
 from emma_train.engine.recompute import recompute
+from emma_train.engine.ulysses import divide_tokens
 from emma_train.engine.world import World
 from emma_train.model.attention import choose
 from emma_train.model.decoder import DecoderLayer
@@ -72,6 +73,8 @@ def build(recipe: Recipe, stage: Stage, world: World, resuming: bool) -> Built:
     for layer in model.modules():
         if isinstance(layer, DecoderLayer):
             layer.gen_rests = not makes_pictures(recipe)
+    if world.sequence > 1:
+        divide_tokens(model.decoder, world)
     if recipe.engine.compile:
         compile_layers(model, world.device)
     recompute(model, recipe.engine.activation_checkpointing)

@@ -192,6 +192,8 @@ class Trainer:
         trouble = [len(data.bad), data.replaced, data.left_out, data.failure is not None]
         facts = [mine.i2t, mine.t2i, mine.it2i, *seen, tokens, float(stop_asked), *trouble, *self.saver.flags()]
         shared = self.world.sum(facts)
+        shared[:7] = self.world.of_packs(shared[:7])
+        shared[8:11] = self.world.of_packs(shared[8:11])
         counts = Counts(*(int(n) for n in shared[:3]))
         self.saver.note(shared[12:])
         self._note_bad(data, *(int(n) for n in shared[8:12]))
@@ -221,6 +223,7 @@ class Trainer:
             return shared[7] > 0, None
         pictures = sum(len(b.stem) for b in data.packs)
         *sums, stem, seen_pictures = self.world.sum([*account.sums.tolist(), float(account.stem), pictures])
+        sums = [value / self.world.sequence for value in sums]
         step_s = time.perf_counter() - started + data.wait_s
         found = losses(sums, counts, self.recipe.loss)
         if spike := self._spikes.note(found["loss"]):
@@ -250,7 +253,7 @@ class Trainer:
             values["vision/stem_share"] = stem / seen_pictures
         if self.recipe.engine.compile:
             values["compile/recompiles"] = num_graphs() - self._graphs
-        share = step_mfu(self.recipe, self.stage, data.packs, step_s, self.world.device)
+        share = step_mfu(self.recipe, self.stage, data.packs, step_s, self.world.device, self.world.sequence)
         return shared[7] > 0, values if share is None else {**values, "mfu": share}
 
     def save(self, wait: bool) -> None:
@@ -314,7 +317,8 @@ class Trainer:
         self.done.left_out_samples += left_out
         found: list[Bad] = []
         if bad:
-            found = [item for of_rank in self.world.gather(data.bad) for item in of_rank]
+            mine = data.bad if self.world.rank % self.world.sequence == 0 else []
+            found = [item for of_rank in self.world.gather(mine) for item in of_rank]
             if self.world.is_main:
                 self.run.append_bad(data.step, found)
             for item in found[:3]:

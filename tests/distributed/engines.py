@@ -29,6 +29,7 @@ WAYS = (
     Way("4 x 1", 4),
     Way("HSDP 2 x 2", 4, ("engine.replicate=2",)),
     *(Way(f"ZeRO-{n}, 2 x 2", 2, ("engine.kind=deepspeed", f"engine.zero_stage={n}")) for n in (1, 2, 3)),
+    Way("2 ranks a pack, 1 x 4", 2, ("engine.sequence_parallel=2",)),
 )
 
 

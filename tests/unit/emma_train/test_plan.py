@@ -310,6 +310,19 @@ def test_gpus_that_do_not_divide_the_slots_cannot_run(capsys: pytest.CaptureFixt
     assert "64 or 128" in capsys.readouterr().out
 
 
+def test_gpus_that_share_a_pack_hold_its_decoder_activations_together() -> None:
+    one, two = (plan(FULL / "stage1.yaml", f"engine.sequence_parallel={n}", gpus=64) for n in (1, 2))
+    load = one.loads[0]
+    halved = two.memory(load, 64, 7000).kept
+    for name, size in one.memory(load, 64, 7000).kept.items():
+        assert halved[name] == size / (2 if name in ("decoder's activations", "one layer's backward") else 1), name
+    assert not plan(FULL / "stage1.yaml", "engine.sequence_parallel=2", gpus=512).problems()
+    (problem,) = plan(FULL / "stage1.yaml", "engine.sequence_parallel=4", gpus=96).problems()
+    assert problem == "96 GPUs cannot share data.slots=256 evenly, 4 to a pack; 64 or 128 can"
+    (problem,) = plan(FULL / "stage1.yaml", "engine.replicate=3", gpus=64).problems()
+    assert "64 GPUs cannot share data.slots=256 evenly, in 3 replicas" in problem
+
+
 def test_packs_longer_than_their_cap_cannot_run() -> None:
     problems = plan(FULL / "stage1.yaml", "data.pack_tokens=6000").problems()
     assert len(problems) == 1 and "6,144 tokens on average" in problems[0]

@@ -40,6 +40,8 @@ WRONG: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"data__gen": {"side": 48}}, ("data.gen.side is 48", "multiple of 32")),
     ({"engine__zero_stage": 4}, ("engine.zero_stage is 4", "1, 2, 3")),
     ({"engine__debug_lockstep": True, "engine__compile": True}, ("engine.debug_lockstep", "engine.compile=false")),
+    ({"engine__sequence_parallel": 3}, ("engine.sequence_parallel is 3", "heads (4)", "kv_heads (2)")),
+    ({"engine__sequence_parallel": 2, "engine__compile": True}, ("engine.compile", "engine.sequence_parallel")),
     ({**DEEPSPEED, "engine__replicate": 2}, ("engine.replicate is 2", "engine.kind=deepspeed")),
     ({**DEEPSPEED, "engine__frozen": "replicated"}, ("engine.frozen is replicated", "engine.kind=deepspeed")),
     ({**DEEPSPEED, "engine__compile": True, "engine__zero_stage": 3}, ("engine.compile", "ZeRO-3", "zero_stage=2")),
