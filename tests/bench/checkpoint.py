@@ -26,7 +26,6 @@ from typing import Any
 
 import torch
 import yaml
-
 from torch import nn
 
 from emma_train.checkpoint import folder as folders
@@ -77,7 +76,7 @@ def num_bytes(run: Path) -> int:
     return sum(int(entry["bytes"]) for entry in meta["files"].values())
 
 
-def beside(folder: Path) -> dict[str, float]:
+def lost_beside(folder: Path) -> dict[str, float]:
     """Seconds per save that the training thread lost to a save of 0.9 GB beside it."""
     model = nn.Sequential(*(nn.Linear(760, 760) for _ in range(100)))
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
@@ -98,7 +97,7 @@ def beside(folder: Path) -> dict[str, float]:
             if step % 2 == 0:
                 saver.start(state_of(model, optimizer, averages), {"step": step})
         saver.finish()
-    with_save, without = lost[2::2], lost[3::2]  # the first save makes its buffers, too
+    with_save, without = lost[4::2], lost[5::2]  # the first save makes its buffers, too
     core, lock = (
         mean(a) - mean(b) for a, b in zip(zip(*with_save, strict=True), zip(*without, strict=True), strict=True)
     )
@@ -156,7 +155,7 @@ def measure(folder: Path, processes: int) -> dict[str, float]:
         "full_bytes": full,
         "router_bytes": router,
         "router_vs_full_bytes": round(router / full, 5),
-        **beside(folder),
+        **lost_beside(folder),
     }
 
 
