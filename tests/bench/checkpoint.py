@@ -4,8 +4,11 @@
 
 Three short runs of `emma-train train` on the same steps of a model with more than half a gigabyte of state (weights,
 moments and averages): saves that training waits for, saves beside training, and no saves but the last. The stall is
-what metrics.jsonl says, per save, without the last one, which every run waits for. What the writing thread takes from a
-step where no core is free shows in the seconds of a step, not in the stall.
+what metrics.jsonl says, per save, without the last one, which every run waits for.
+
+What the writing thread takes from the steps beside it is not in the stall, so a loop in this process tells it apart by
+the kernel's account of the training thread: seconds per save in which it waited for a core (there is none free), and in
+which it neither ran nor waited for one (Python's lock).
 """
 
 import argparse
@@ -15,14 +18,21 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import torch
 import yaml
+from torch import nn
 
 from emma_train.checkpoint import folder as folders
+from emma_train.checkpoint.saver import Saver
+from emma_train.checkpoint.state import state_of
+from emma_train.config.schema import TrainConfig
+from emma_train.engine.world import join
 
 ROOT = Path(__file__).parents[2]
 SAVE_EVERY, SAVES = 5, 4
@@ -64,6 +74,40 @@ def num_bytes(run: Path) -> int:
     meta = folders.whole(folders.resolve(run))
     assert meta is not None
     return sum(int(entry["bytes"]) for entry in meta["files"].values())
+
+
+def lost_beside(folder: Path) -> dict[str, float]:
+    """Seconds per save that the training thread lost to a save of 0.9 GB beside it."""
+    model = nn.Sequential(*(nn.Linear(760, 760) for _ in range(100)))
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    averages = {name: p.detach().clone() for name, p in model.named_parameters()}
+    inputs, lost = torch.randn(256, 760), []
+    with join("cpu", 600) as world:
+        saver = Saver(folder, TrainConfig(steps=99, save_every=2, keep=1), world, 600)
+        for step in range(1, 2 * SAVES + 4):
+            before, started = _account(), time.perf_counter()
+            for _ in range(4):
+                model(inputs).square().mean().backward()
+            saver.settle()
+            optimizer.step()
+            optimizer.zero_grad()
+            ran, queued = (after - was for after, was in zip(_account(), before, strict=True))
+            lost.append((queued, time.perf_counter() - started - ran - queued))
+            saver.finish()
+            if step % 2 == 0:
+                saver.start(state_of(model, optimizer, averages), {"step": step})
+        saver.finish()
+    with_save, without = lost[4::2], lost[5::2]  # the first save makes its buffers, too
+    core, lock = (
+        mean(a) - mean(b) for a, b in zip(zip(*with_save, strict=True), zip(*without, strict=True), strict=True)
+    )
+    return {"no_core_s_per_save": round(core, 4), "lock_s_per_save": round(lock, 4)}
+
+
+def _account() -> tuple[float, float]:
+    """Seconds that this thread has run, and that it was ready to and had no core."""
+    ran, queued, _ = Path(f"/proc/self/task/{threading.get_native_id()}/schedstat").read_text().split()
+    return int(ran) / 1e9, int(queued) / 1e9
 
 
 def main() -> None:
@@ -111,6 +155,7 @@ def measure(folder: Path, processes: int) -> dict[str, float]:
         "full_bytes": full,
         "router_bytes": router,
         "router_vs_full_bytes": round(router / full, 5),
+        **lost_beside(folder),
     }
 
 
