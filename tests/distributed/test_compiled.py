@@ -14,12 +14,19 @@ STEPS = 6
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
-@pytest.mark.parametrize("mode", ["none", "full"])
-def test_compiled_layers_train_the_same(tmp_path: Path, mode: str) -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("engine.activation_checkpointing=none",),
+        ("engine.activation_checkpointing=full",),
+        ("engine.kind=deepspeed", "engine.zero_stage=2"),
+    ],
+    ids=lambda settings: settings[-1],
+)
+def test_compiled_layers_train_the_same(tmp_path: Path, settings: tuple[str, ...]) -> None:
     recipe = stage_recipe(tmp_path, "stage1", None, STEPS)
-    settings = ("engine.compile=true", f"engine.activation_checkpointing={mode}")
     reference = run(recipe, REFERENCE, "reference")
-    compiled = run(recipe, Way("", 2), "compiled", *settings, timeout_s=800)
+    compiled = run(recipe, Way("", 2), "compiled", "engine.compile=true", *settings, timeout_s=800)
     found = distance(compiled, reference, STEPS)
     assert found.loss <= 1e-5
     assert found.weights <= 1e-5

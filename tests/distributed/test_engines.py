@@ -2,10 +2,13 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from emma_train.stages.stage import STAGES
 from tests.distributed.engines import LOSSES, REFERENCE, WAYS, Distance, Way, distance, run, stage_recipe
+from tests.helpers import ASSETS
 from tests.runs import learnt
 
 STEPS, FEW = 20, 3
@@ -71,6 +74,24 @@ def test_a_checkpoint_of_one_engine_goes_on_under_another(few: tuple[Path, Path]
     ):
         run(recipe, Way("", processes, tuple(overrides)), "chain", f"train.steps={step}")
     assert_close(distance(recipe.parent / "chain", reference, FEW))
+
+
+@pytest.mark.slow
+def test_every_engine_draws_the_same_samples(tmp_path: Path) -> None:
+    """Pictures to one level of 255 and answers to the last word, from averaged weights that were swapped in."""
+    shown = {"train__sample_from": str(ASSETS / "emoji" / "heldout_drawings"), "train__sample_num": 2}
+    recipe = stage_recipe(tmp_path, "stage1", None, FEW, **shown)
+    reference = run(recipe, REFERENCE, "reference") / "samples" / f"step-{FEW:08d}"
+    names = sorted(path.name for path in reference.iterdir())
+    assert len([name for name in names if name.endswith(".png")]) >= 6
+    for way in WAYS[2:]:
+        samples = run(recipe, way, way.name) / "samples" / reference.name
+        assert sorted(path.name for path in samples.iterdir()) == names
+        assert (samples / "samples.json").read_text() == (reference / "samples.json").read_text()
+        for name in names:
+            if name.endswith(".png"):
+                one, other = (np.asarray(Image.open(folder / name)).astype(int) for folder in (reference, samples))
+                assert np.abs(one - other).max() <= 1, (way.name, name)
 
 
 @pytest.mark.slow
