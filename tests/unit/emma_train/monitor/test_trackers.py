@@ -1,9 +1,9 @@
 """metrics.jsonl across restarts, wandb offline, and trackers that fail."""
 
 import json
-import time
 import logging
 import struct
+import time
 from pathlib import Path
 from typing import Any
 
