@@ -42,6 +42,7 @@ CHANGEABLE = (
     "engine.",
     "attention.",
     "init.",
+    "ema.device",
     "resume.",
     "data.workers",
     "data.prefetch",

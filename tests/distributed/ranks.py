@@ -31,6 +31,7 @@ from emma_train.cli import main
 from emma_train.config.load import as_dict
 from emma_train.config.schema import AutoencoderConfig, Recipe
 from emma_train.engine.fragment import local, pieces
+from emma_train.engine.limits import Limits
 from emma_train.engine.lockstep import OutOfStep
 from emma_train.engine.norm import global_norm
 from emma_train.engine.protocol import Engine
@@ -410,3 +411,25 @@ def out_of_step(recipe: Recipe, victim: int) -> str:
         except OutOfStep as error:
             return str(error)
         return ""
+
+
+def limits_in_turn() -> list[float]:
+    """Time-outs of the default group, in seconds: at first, after a step, while unhurried, then, and at the end."""
+    with join("cpu", 50) as world:
+        found: list[float] = []
+
+        def note() -> None:
+            group = dist.distributed_c10d._get_default_group()
+            for each in (group, world.host_group):
+                found.append(each._get_backend(torch.device("cpu")).options._timeout.total_seconds())
+
+        limits = Limits(world, [], long_s=50, step_s=5)
+        note()
+        limits.next_step()
+        note()
+        with limits.unhurried():
+            note()
+        note()
+        limits.restore()
+        note()
+        return found

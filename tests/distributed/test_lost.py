@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from emma_train.engine.lost import describe
-from tests.distributed.ranks import end_in_step, out_of_step
+from tests.distributed.ranks import end_in_step, limits_in_turn, out_of_step
 from tests.distributed.spawn import run_ranks
 from tests.helpers import recipe_values, tiny_recipe, write_recipe
 
@@ -64,3 +64,8 @@ def test_ranks_in_step_go_on(victim: int | None) -> None:
     recipe = tiny_recipe(engine__debug_lockstep=True)
     size = 2 if victim is None else 1
     assert [outcome.value for outcome in run_ranks(size, out_of_step, recipe, victim)] == [""] * size
+
+
+def test_a_step_may_take_less_time_than_a_start_or_a_save() -> None:
+    (outcome,) = run_ranks(1, limits_in_turn)
+    assert outcome.value == [seconds for seconds in (50, 5, 50, 5, 50) for _ in range(2)]
