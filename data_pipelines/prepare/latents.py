@@ -6,11 +6,13 @@ from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from data_pipelines.stream.index import read_manifest
-from data_pipelines.stream.latents import latents_path, transform_name
+from data_pipelines.stream.latents import fits, latents_of, metadata_of, transform_name
 from data_pipelines.stream.pictures import load_picture, open_picture, pictures_of
 from data_pipelines.stream.tar import groups
 from emma_train.config.schema import AutoencoderConfig, ImageConfig
@@ -35,16 +37,15 @@ def cache_latents(folder: Path, autoencoder: AutoencoderConfig, images: list[Ima
     for shard in manifest["shards"]:
         tar = folder / shard["name"]
         for image in {transform_name(i): i for i in images}.values():
-            path = latents_path(tar, transform_name(image))
-            tag = {"autoencoder": encoder.fingerprint, "shard_sha256": shard["sha256"]}
-            if path.is_file() and _metadata(path) == tag:
+            path = Path(latents_of(tar, transform_name(image)))
+            if path.is_file() and fits(_metadata(path), encoder.fingerprint, shard["sha256"]):
                 continue
-            latents: dict[str, torch.Tensor] = {}
+            latents: dict[str, np.ndarray] = {}
             for pictures in _batches(_pictures(tar, image, autoencoder.pixels), AT_ONCE * autoencoder.chunk):
                 encoded = encoder.encode([picture for _, picture in pictures])
-                latents |= {name: latent.cpu() for (name, _), latent in zip(pictures, encoded, strict=True)}
+                latents |= {name: latent.cpu().numpy() for (name, _), latent in zip(pictures, encoded, strict=True)}
             beside = path.with_name(path.name + ".tmp")
-            save_file(latents, beside, metadata=tag)
+            save_file(latents, beside, metadata_of(encoder.fingerprint, shard["sha256"], latents))
             beside.replace(path)
             num += len(latents)
             log.info("%s: %d pictures", path, len(latents))
@@ -70,8 +71,9 @@ def _batches(items: Iterator[Item], size: int) -> Iterator[list[Item]]:
         yield batch
 
 
-def _metadata(path: Path) -> dict[str, str] | None:
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        return file.metadata()
+def _metadata(path: Path) -> dict[str, str]:
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return file.metadata() or {}
+    except SafetensorError:  # a torn copy
+        return {}

@@ -1,14 +1,13 @@
 """From a planned sample to its bytes, verified, and on to the sample. Stateless, so any process may read any sample."""
 
-from pathlib import Path
-
 import numpy as np
 
-from data_pipelines.stream.latents import cached_latent, latents_path, transform_name
+from data_pipelines.stream.latents import cached_latent, latents_of, transform_name
 from data_pipelines.stream.offers import Planned
 from data_pipelines.stream.sampler import BadSample, Sampler
-from data_pipelines.stream.storage import Storage, StorageError, is_local, local_path, shown
+from data_pipelines.stream.storage import Storage, StorageError, shown
 from data_pipelines.stream.tar import crc32, read_group
+from emma_train.config.errors import RunError, UserError
 from emma_train.config.schema import DataConfig, ImageConfig
 from emma_train.sequence.pack import Sample
 from emma_train.sequence.tokens import TextTokenizer
@@ -31,7 +30,7 @@ class Reader:
             return self.sampler.sample(
                 planned, members, lambda name, image: self._latent(planned, name, image) if latents else None
             )
-        except BadSample:
+        except (BadSample, UserError, RunError):
             raise
         except Exception as error:  # whatever a stranger's data raises, the run goes on without this sample
             raise BadSample(f"{type(error).__name__}: {error}") from error
@@ -53,7 +52,7 @@ class Reader:
         raise BadSample(f"{shown(planned.url)}: bytes differ from the index's crc32")
 
     def _latent(self, planned: Planned, name: str, image: ImageConfig) -> np.ndarray | None:
-        if self.latents is None or not is_local(planned.url):
+        if self.latents is None:
             return None
-        path = latents_path(Path(local_path(planned.url)), transform_name(image))
-        return cached_latent(path, f"{planned.key}/{name}", self.latents, planned.shard)
+        url = latents_of(planned.url, transform_name(image))
+        return cached_latent(url, f"{planned.key}/{name}", self.latents, planned.shard, self.storage)

@@ -159,10 +159,19 @@ def join(folder: str | Path, name: str) -> str:
     folder = str(folder)
     if is_local(folder):
         return os.path.join(local_path(folder), name)
-    if not folder.startswith(("http://", "https://")):
-        return f"{folder.rstrip('/')}/{name}"
-    parts = urlsplit(folder)
-    return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{name}"))
+    return _with_path(folder, lambda path: f"{path.rstrip('/')}/{name}")
+
+
+def beside(url: str, suffix: str, other: str) -> str:
+    """The URL of the file that has another suffix."""
+    return _with_path(url, lambda path: path.removesuffix(suffix) + other)
+
+
+def _with_path(url: str, change: Callable[[str], str]) -> str:
+    if not url.startswith(("http://", "https://")):  # elsewhere a name may hold a question mark
+        return change(url)
+    parts = urlsplit(url)
+    return urlunsplit(parts._replace(path=change(parts.path)))
 
 
 def shown(url: str | Path) -> str:

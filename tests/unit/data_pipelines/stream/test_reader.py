@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from data_pipelines.prepare.latents import cache_latents
-from data_pipelines.stream.latents import latents_path, transform_name
+from data_pipelines.stream.latents import latents_of, metadata_of, transform_name
 from data_pipelines.stream.offers import Planned
 from data_pipelines.stream.pictures import load_picture
 from data_pipelines.stream.plan import Planner
@@ -262,13 +262,14 @@ def test_a_picture_that_came_after_the_cache_is_encoded_online(tmp_path: Path, a
     folder = write_shards(tmp_path, [prompt("p000", side=64)])
     cache_latents(folder, tiny_model().autoencoder, [ImageConfig(side=64)], torch.device("cpu"))
     recipe, planned = plan_one(folder, "t2i")
-    path = latents_path(folder / "shard-000000.tar", transform_name(recipe.data.gen))
+    path = latents_of(folder / "shard-000000.tar", transform_name(recipe.data.gen))
     assert list(load_file(path)) == ["p000/img0"]
     other = tmp_path / "other"
     folder = write_shards(other, [prompt("p000", side=64)])
     _, planned = plan_one(folder, "t2i")
-    tag = {"autoencoder": autoencoder.fingerprint, "shard_sha256": planned.shard}
-    save_file({"p001/img0": np.zeros((4, 32), np.float32)}, latents_path(folder / "shard-000000.tar", "square-64"), tag)
+    others = {"p001/img0": np.zeros((4, 32), np.float32)}
+    metadata = metadata_of(autoencoder.fingerprint, planned.shard, others)
+    save_file(others, latents_of(folder / "shard-000000.tar", "square-64"), metadata)
     pixels = reader_of(recipe, autoencoder.fingerprint).read(planned).pictures["img0"]
     assert pixels.latent is None
     assert pixels.patches is not None

@@ -7,17 +7,20 @@ from typing import Any
 
 import fsspec
 import pytest
+import torch
 
 from data_pipelines.cli import main
+from data_pipelines.prepare.latents import cache_latents
 from data_pipelines.stream.index import read_manifest
 from data_pipelines.stream.loader import Stream
 from data_pipelines.stream.plan import Planner
 from data_pipelines.stream.reader import Reader
 from data_pipelines.stream.requests import read_requests
 from emma_train.config.errors import RunError, UserError
-from emma_train.config.schema import Recipe
+from emma_train.config.schema import ImageConfig, Recipe
+from emma_train.model.autoencoder import fingerprint
 from emma_train.sequence.step import StepBatches
-from tests.helpers import PATCH, SHUFFLE, assert_same_pack, tiny_recipe, tokenizer
+from tests.helpers import PATCH, SHUFFLE, assert_same_pack, tiny_model, tiny_recipe, tokenizer
 from tests.servers import FileServer, serving
 from tests.shards import damage, every_task, write_shards
 
@@ -228,6 +231,18 @@ def test_check_and_stats_read_a_remote_folder(
     server.folder = copy
     assert main(["check", server.url, "--workers", "1"]) == 1
     assert "record q003 differs from its crc32" in capsys.readouterr().out
+
+
+def test_remote_latents_are_taken_like_local_ones(tmp_path: Path) -> None:
+    pytest.importorskip("aiohttp", reason="pip install 'emma-train[http]'")
+    folder = write_shards(tmp_path / "set", every_task(12, side=64), per_shard=6)
+    tiny = tiny_model().autoencoder
+    cache_latents(folder, tiny, [ImageConfig(side=64)], torch.device("cpu"))
+    mark = fingerprint(Path(tiny.path))
+    with serving(folder) as server:
+        near, far = (list(Stream(recipe_of(u, data__workers=2), 0, 1, mark).steps(1, 2)) for u in (folder, server.url))
+    assert_same(near, far)
+    assert all(pack.latents is not None for step in far for pack in step.packs)
 
 
 def test_s3_is_read_through_its_usual_credentials(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
