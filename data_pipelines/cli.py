@@ -9,20 +9,23 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from emma_train.config.errors import UserError
+from emma_train.config.errors import RunError, UserError
 
 TINY_TOKENIZER = Path(__file__).parents[1] / "recipes" / "tiny" / "assets" / "tokenizer" / "tokenizer.json"
 
+TORCHRUN = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
+"""What torchrun tells a process of its place, and what holds without it."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code: 0 done, 1 a check failed, 2 bad input (one line on stderr)."""
+    """Runs one command; returns the exit code: 0 done, 1 a check or storage failed, 2 bad input (one line)."""
     arguments = build_parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         code: int = arguments.run(arguments)
-    except UserError as error:
+    except (UserError, RunError) as error:
         sys.stderr.write(f"error: {error}\n")
-        return 2
+        return 2 if isinstance(error, UserError) else 1
     return code
 
 
@@ -43,7 +46,9 @@ def build_parser() -> argparse.ArgumentParser:
     index.add_argument("--again", action="store_true", help="also shards whose index is valid")
     index.set_defaults(run=run_index)
 
-    latents = commands.add_parser("cache-latents", help="encode every picture once, for training from latents")
+    latents = commands.add_parser(
+        "cache-latents", help="encode every picture once; under torchrun the processes share the shards"
+    )
     latents.add_argument("folder", type=Path)
     latents.add_argument("--autoencoder", type=Path, required=True, help="folder of a diffusers AutoencoderDC")
     latents.add_argument("--mode", choices=("square", "native", "buckets"), default="square", help="as in the recipe")
@@ -135,9 +140,10 @@ def run_cache_latents(arguments: argparse.Namespace) -> int:
     check_range("--batch-size", arguments.batch_size, 1, 65_536)
     autoencoder = AutoencoderConfig(path=str(arguments.autoencoder), chunk=arguments.batch_size)
     images = [ImageConfig(mode=arguments.mode, side=side) for side in arguments.side]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rank, size, local = (int(os.environ.get(name, one)) for name, one in TORCHRUN.items())
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     for folder in shard_folders(arguments.folder):
-        cache_latents(folder, autoencoder, images, device)
+        cache_latents(folder, autoencoder, images, device, rank, size)
     return 0
 
 

@@ -25,8 +25,17 @@ AT_ONCE = 16
 """Batches of the encoder that are decoded before it runs, so that pictures of one size find each other."""
 
 
-def cache_latents(folder: Path, autoencoder: AutoencoderConfig, images: list[ImageConfig], device: torch.device) -> int:
+def cache_latents(
+    folder: Path,
+    autoencoder: AutoencoderConfig,
+    images: list[ImageConfig],
+    device: torch.device,
+    rank: int = 0,
+    size: int = 1,
+) -> int:
     """Write the latents of each shard beside it, one file per transform; returns the number of pictures encoded.
+
+    Of `size` processes each takes every size-th shard; they need not know of each other.
 
     A file that is of this autoencoder already is kept. float32, so that cached and online encoding agree. Raises
     UserError.
@@ -34,7 +43,7 @@ def cache_latents(folder: Path, autoencoder: AutoencoderConfig, images: list[Ima
     encoder = Autoencoder(autoencoder, device)
     manifest = read_manifest(folder)
     num = 0
-    for shard in manifest["shards"]:
+    for shard in manifest["shards"][rank::size]:
         tar = folder / shard["name"]
         for image in {transform_name(i): i for i in images}.values():
             path = Path(latents_of(tar, transform_name(image)))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from emma_train.config.errors import UserError
+from emma_train.config.errors import RunError, UserError
 
 Source = Callable[[], tuple[int, Iterator[bytes]]]
 """Opens a remote file: its size, and its content in pieces."""
@@ -36,7 +36,7 @@ class Cache:
                 # Opened anew for each read: a copy that is gone but held open would still take its room.
                 descriptor = os.open(self.folder / name, os.O_RDONLY)
             except FileNotFoundError:
-                self._make(name, source)
+                self.make(name, source)
                 continue
             try:
                 os.utime(descriptor)  # when it was read last
@@ -48,7 +48,8 @@ class Cache:
         """Remove a copy; whoever reads it still can."""
         (self.folder / name).unlink(missing_ok=True)
 
-    def _make(self, name: str, source: Source) -> None:
+    def make(self, name: str, source: Source) -> None:
+        """Make a copy where it is missing. Raises RunError where it cannot be written, and what `source` raises."""
         path, part = self.folder / name, self.folder / f"{name}.part"
         with FileLock(self.folder / f"{name}.lock"):
             if path.exists():
@@ -62,7 +63,7 @@ class Cache:
                 os.replace(part, path)
             except OSError as error:
                 part.unlink(missing_ok=True)
-                raise UserError(f"data.cache_dir {self.folder}: cannot be written ({error.strerror})") from None
+                raise RunError(f"data.cache_dir {self.folder}: cannot be written ({error.strerror})") from None
             except BaseException:
                 part.unlink(missing_ok=True)
                 raise

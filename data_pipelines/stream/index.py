@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_pipelines.stream.storage import Storage, StorageError, is_local, join, local_path, shown
-from emma_train.config.errors import UserError
+from emma_train.config.errors import RunError, UserError
 
 SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
@@ -63,7 +63,8 @@ def read_columns(
 ) -> pa.Table:
     """All index rows of one task of a shard, of all columns or of some.
 
-    `version` is the index's hash in the manifest, by which a cached copy of a remote index is known. Raises UserError.
+    `version` is the index's hash in the manifest, by which a cached copy of a remote index is known. Raises UserError,
+    and RunError where the store does not answer.
     """
     storage, url = storage or Storage(), join(folder, index_name(shard))
     try:
@@ -74,7 +75,7 @@ def read_columns(
             raise UserError(f"{shown(url)}: is of another version; index again")
         return file.read_row_groups(_groups_of(file, task), list(columns or COLUMNS.names), use_threads=False)
     except StorageError as error:
-        raise UserError(str(error)) from None
+        raise (RunError if error.passing else UserError)(str(error)) from None
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{shown(url)}: cannot be read ({error}); index again") from None
 

@@ -7,8 +7,8 @@ one picture is one read, of a local file or a remote one.
 import json
 import logging
 from dataclasses import dataclass
-from hashlib import blake2b
 from functools import lru_cache
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 

@@ -34,6 +34,8 @@ class Shard:
     sha256: str
     index_sha256: str
     num_rows: int
+    num_bytes: int = 0
+    """Of the tar."""
 
 
 Load = Callable[[Sequence[Shard], int], Columns]
@@ -100,7 +102,7 @@ class Pool:
             self._process, self._lock, self._windows = os.getpid(), threading.Lock(), OrderedDict()
         with self._lock:
             key = (epoch, window)
-            if key not in self._windows:
+            if (begun := self._windows.get(key)) is None or (begun.done() and begun.exception()):
                 self._windows[key] = _loader(self._process).submit(self._read, epoch, window)
                 while len(self._windows) > KEPT_WINDOWS:
                     self._ready.pop(self._windows.popitem(last=False)[0], None)

@@ -73,7 +73,9 @@ def _pool(
         for entry in manifest["shards"]:
             tags = entry["tags"].get(how.task, {})
             num_rows = sum(num for names, num in tags.items() if _wanted(source, names.split("|")))
-            shards.append(Shard(source.path, entry["name"], entry["sha256"], entry["index_sha256"], num_rows))
+            shards.append(
+                Shard(source.path, entry["name"], entry["sha256"], entry["index_sha256"], num_rows, entry["bytes"])
+            )
             source_of[source.path, entry["name"]] = source
             manifests.update(f"{entry['sha256']} {how.task} {number} {num_rows}".encode())
     name = how.task if number == 0 else f"{how.task} {number}"
@@ -85,7 +87,8 @@ def _pool(
 def _load(
     shards: Sequence[Shard], epoch: int, source_of: dict[tuple[str, str], SourceConfig], how: Measure, storage: Storage
 ) -> Columns:
-    """The wanted rows of some shards. Raises UserError where an index holds others than its manifest says."""
+    """The wanted rows of some shards, which will soon be read. Raises UserError where an index holds others than its
+    manifest says."""
     tables = []
     for shard in shards:
         source = source_of[shard.folder, shard.name]
@@ -98,7 +101,9 @@ def _load(
                 f"{shard.num_rows}; run `emma-data index` again"
             )
         tables.append(table)
-    return measure(tables, [(join(shard.folder, shard.name), shard.sha256) for shard in shards], epoch, how)
+    files = [(join(shard.folder, shard.name), shard.sha256) for shard in shards]
+    storage.fetch_ahead(files, sum(shard.num_bytes for shard in shards))
+    return measure(tables, files, epoch, how)
 
 
 def _wanted(source: SourceConfig, tags: Sequence[str]) -> bool:

@@ -10,16 +10,17 @@ import io
 import logging
 import os
 import random
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 from data_pipelines.stream.cache import Cache
-from emma_train.config.errors import UserError
+from emma_train.config.errors import RunError, UserError
 from emma_train.config.schema import DataConfig
 
 log = logging.getLogger(__name__)
@@ -27,6 +28,8 @@ Result = TypeVar("Result")
 LONGEST_WAIT_S = 30.0
 CHUNK = 32 << 20
 """Bytes that one request of a whole file asks for."""
+AHEAD = 1 / 8
+"""Largest part of the cache that is fetched ahead at once: three tasks are in one window each, and near the next."""
 FOR_GOOD = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, NotImplementedError)
 EXTRAS = {"s3": "s3", "s3a": "s3", "http": "http", "https": "http"}
 
@@ -69,7 +72,7 @@ class Storage:
         if is_local(url):
             return self._tried(url, lambda: _read_local(local_path(url), offset, size))
         if self.cache is not None and version:
-            data = self.cache.read(self._copy_name(url, version), offset, size, lambda: self._whole(url))
+            data = self.cache.read(_copy_name(url, version), offset, size, partial(self._whole, url))
             if len(data) < size:
                 raise StorageError(f"{shown(url)} ends within the record: {len(data)} of {size} bytes")
             return data
@@ -98,7 +101,26 @@ class Storage:
     def forget(self, url: str, version: str) -> None:
         """Drop the local copy of a file whose bytes proved to be wrong."""
         if self.cache is not None and not is_local(url):
-            self.cache.drop(self._copy_name(url, version))
+            self.cache.drop(_copy_name(url, version))
+
+    def fetch_ahead(self, files: Sequence[tuple[str, str]], size: int) -> None:
+        """Begin to make local copies of files of `size` bytes in all, by (URL, version), in the background. Without a
+        cache, or where they would drive out what is being read, nothing is done."""
+        remote = [(url, version) for url, version in files if not is_local(url)]
+        if self.cache is None or not remote or size > AHEAD * self.cache.limit:
+            return
+        random.shuffle(remote)  # so that the processes of a machine share the work
+        threading.Thread(target=self._make_copies, args=(self.cache, remote), name="fetch-ahead", daemon=True).start()
+
+    def _make_copies(self, cache: Cache, files: Sequence[tuple[str, str]]) -> None:
+        for url, version in files:
+            try:
+                cache.make(_copy_name(url, version), partial(self._whole, url))
+            except StorageError:  # whoever reads it will tell
+                continue
+            except (UserError, RunError) as error:
+                log.warning("shards are not fetched ahead: %s", error)
+                return
 
     def _whole(self, url: str) -> tuple[int, Iterator[bytes]]:
         """Size and pieces of a remote file."""
@@ -119,9 +141,6 @@ class Storage:
                 f"or copy the shards to a local folder"
             )
         return data
-
-    def _copy_name(self, url: str, version: str) -> str:
-        return f"{version[:16]}-{os.path.basename(urlsplit(url).path)}"
 
     def _tried(self, url: str, call: Callable[[], Result]) -> Result:
         """The call's result, tried again while its failure may pass."""
@@ -180,6 +199,10 @@ def shown(url: str | Path) -> str:
         return local_path(str(url))
     parts = urlsplit(str(url))
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+def _copy_name(url: str, version: str) -> str:
+    return f"{version[:16]}-{os.path.basename(urlsplit(url).path)}"
 
 
 def _is_for_good(error: Exception) -> bool:

@@ -1,5 +1,6 @@
 """Copies of remote shards: each is fetched once per machine, appears whole, and all of them stay within the limit."""
 
+import errno
 import multiprocessing
 import os
 import random
@@ -13,7 +14,7 @@ from filelock import FileLock
 
 from data_pipelines.stream.cache import Cache, Source
 from data_pipelines.stream.storage import Storage, StorageError
-from emma_train.config.errors import UserError
+from emma_train.config.errors import RunError, UserError
 
 
 def content(name: str, size: int = 1000) -> bytes:
@@ -75,6 +76,16 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"data\.cache_dir .*file/cache: cannot be made"):
         Cache(tmp_path / "file" / "cache", 1000)
+
+
+def test_a_disk_that_is_full_is_told_as_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*words: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(RunError, match=r"data\.cache_dir .*: cannot be written \(No space left on device\)"):
+        Cache(tmp_path, 10_000).read("a", 0, 1, source("a"))
+    assert copies(tmp_path) == set()
 
 
 def test_a_fetch_that_fails_leaves_nothing_and_may_be_tried_again(tmp_path: Path) -> None:

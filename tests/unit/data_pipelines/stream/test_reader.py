@@ -251,6 +251,18 @@ def test_a_picture_that_cannot_be_decoded_is_left_out_of_the_cache(
     assert sorted(load_file(folder / "shard-000000.square-64.latents.safetensors")) == ["p000/img0", "p002/img0"]
 
 
+def test_processes_share_the_shards_of_a_cache(cached: Path, tmp_path: Path) -> None:
+    folder = write_shards(tmp_path / "set", every_task(6, side=80), per_shard=7)
+    images, tiny = [ImageConfig(side=64)], tiny_model().autoencoder
+    numbers = [cache_latents(folder, tiny, images, torch.device("cpu"), rank, 2) for rank in range(2)]
+    assert sum(numbers) == 6 + 6 + 12
+    assert min(numbers) > 0
+    for path in cached.glob("*.latents.safetensors"):
+        alone, together = load_file(path), load_file(folder / path.name)
+        assert alone.keys() == together.keys()
+        assert all(np.array_equal(alone[name], together[name]) for name in alone)
+
+
 def test_a_cache_of_another_size_is_another_file(cached: Path, autoencoder: Autoencoder) -> None:
     recipe = recipe_of(cached, data__gen={"side": 96}, data__und={"side": 64})
     for planned in planned_of(recipe, 2):

@@ -1,6 +1,8 @@
 """Training data from afar is that of the local folder, sample by sample, whatever the store does on the way."""
 
+import errno
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -135,8 +137,9 @@ def test_a_shard_that_disappears_is_replaced_by_spares_of_others(
     assert all("no such file" in bad.reason for step in found for bad in step.bad)
     assert sum(step.left_out for step in found) == 0
     assert sum(len(batch.keys) for step in found for batch in step.packs) == 18 * STEPS
-    # It is asked for each time, once: no time is lost with tries that cannot help.
-    assert sum("shard-000002.tar" in get for get in server.gets) <= sum(len(step.bad) for step in found)
+    # It is asked for each time, once, and once where a window is fetched ahead: no time is lost with tries in vain.
+    windows = 3 * (STEPS * 6 // 12 + 1) if cached else 0
+    assert sum("shard-000002.tar" in get for get in server.gets) <= sum(len(step.bad) for step in found) + windows
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -210,6 +213,17 @@ def test_an_index_that_is_missing_is_one_line(server: FileServer) -> None:
         Planner(recipe_of(server.url), tokenizer()).check()
 
 
+def test_a_store_that_does_not_answer_for_an_index_is_no_fault_of_the_recipe(
+    folder: Path, server: FileServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    planner = Planner(recipe_of(server.url, data__read_retries=1), tokenizer())
+    server.fault = lambda number, path: "503" if ".idx" in path else ""
+    with pytest.raises(RunError, match=r"\.idx\.parquet: cannot be read: the server answers 503 \(2 times\)"):
+        planner.plan(1)
+    server.fault = lambda number, path: ""  # the store is back, and what failed is read anew
+    assert planner.plan(1).digest == Planner(recipe_of(folder), tokenizer()).plan(1).digest
+
+
 def test_requests_come_from_afar_too_and_only_those_asked_for(folder: Path, server: FileServer) -> None:
     data = tiny_recipe().data
     local = read_requests(folder, "it2i", data, 32, limit=2)
@@ -231,6 +245,41 @@ def test_check_and_stats_read_a_remote_folder(
     server.folder = copy
     assert main(["check", server.url, "--workers", "1"]) == 1
     assert "record q003 differs from its crc32" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_cache_that_cannot_be_written_ends_the_run_and_is_no_bad_sample(
+    memory: str, tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*words: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    recipe = recipe_of(memory, data__workers=workers, data__cache_dir=str(tmp_path), data__cache_gib=0.1)
+    stream = Stream(recipe, 0, 1, None)
+    stream.planner.check()
+    monkeypatch.setattr(os, "replace", full)
+    for copy in tmp_path.glob("*.tar"):
+        copy.unlink()
+    (found,) = stream.steps(1, STEPS)
+    assert isinstance(found.failure, RunError)
+    assert "cannot be written (No space left on device)" in str(found.failure)
+
+
+def test_shards_of_a_window_are_fetched_before_they_are_read(memory: str, tmp_path: Path) -> None:
+    """Those of the next one too: a plan of the first step brings more shards than it reads from."""
+    cache = tmp_path / "cache"
+    recipe = recipe_of(
+        memory, data__cache_dir=str(cache), data__cache_gib=0.1, data__shuffle_window=2, data__samples_per_step=6
+    )
+    first = {planned.url for slot in Planner(recipe, tokenizer()).plan(1).slots for planned in slot}
+    assert len(first) < 6
+    deadline = time.monotonic() + 30
+    while len(list(cache.glob("*.tar"))) <= len(first):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    recipe.data.cache_dir, recipe.data.cache_gib = str(tmp_path / "small"), 1e-4
+    Planner(recipe, tokenizer()).plan(1)
+    assert not list((tmp_path / "small").glob("*.tar"))
 
 
 def test_remote_latents_are_taken_like_local_ones(tmp_path: Path) -> None:
