@@ -36,6 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     importing = commands.add_parser("import", help="a public source -> WebDataset shards with index and manifest")
     sources = importing.add_subparsers(required=True, metavar="SOURCE")
     add_fluent_emoji(sources.add_parser("fluent-emoji", help="named drawings of the npm package fluentui-emoji"))
+    add_shards(sources.add_parser("shards", help="tars of others, as they are: paths, URLs, pipe:COMMAND"))
 
     index = commands.add_parser(
         "index", help="write the index and manifest of a folder of shards; goes on where it stopped"
@@ -87,6 +88,27 @@ def add_fluent_emoji(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shard-samples", type=int, default=500, help="records per shard at most")
     parser.add_argument("--tokenizer", type=Path, default=TINY_TOKENIZER, help="tokenizer.json for the index")
     parser.set_defaults(run=run_import_fluent_emoji)
+
+
+def add_shards(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("out", type=Path, metavar="OUT", help="a new folder, or one that was begun with these sources")
+    parser.add_argument(
+        "sources", nargs="+", metavar="SOURCE", help="s3://b/set-{000..099}.tar, 'pipe:zcat old/{0..9}.tar.gz', ..."
+    )
+    parser.add_argument("--tokenizer", type=Path, default=TINY_TOKENIZER, help="tokenizer.json for the index")
+    add_workers(parser)
+    parser.set_defaults(run=run_import_shards)
+
+
+def run_import_shards(arguments: argparse.Namespace) -> int:
+    from data_pipelines.prepare.shards import bring
+    from data_pipelines.stream.indexing import index_folder
+
+    require_file(arguments.tokenizer, "--tokenizer")
+    check_range("--workers", arguments.workers, 1, 4096)
+    provenance = bring(arguments.out, arguments.sources, arguments.workers)
+    index_folder(arguments.out, arguments.tokenizer, provenance, arguments.workers)
+    return 0
 
 
 def run_import_fluent_emoji(arguments: argparse.Namespace) -> int:
