@@ -296,7 +296,7 @@ def test_remote_latents_are_taken_like_local_ones(tmp_path: Path) -> None:
 
 def test_s3_is_read_through_its_usual_credentials(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("s3fs", reason="pip install 'emma-train[s3]'")
-    moto = pytest.importorskip("moto.server", reason="pip install moto flask flask-cors")
+    moto = pytest.importorskip("moto.server", reason="pip install 'moto[s3]' flask flask-cors")
     server = moto.ThreadedMotoServer(port=0)
     server.start()
     try:
