@@ -4,6 +4,7 @@ import io
 import json
 import tarfile
 from collections.abc import Iterable, Sequence
+from itertools import cycle, repeat
 from pathlib import Path
 from typing import Any
 
@@ -53,13 +54,18 @@ def every_task(num: int, side: int = 32) -> list[Content]:
     return [make(f"{letter}{i:03d}", side=side) for i in range(num) for letter, make in kinds]
 
 
-def write_shards(folder: Path, contents: Iterable[Content], per_shard: int = 1000, index: bool = True) -> Path:
-    """Tars of `per_shard` records each, with index and manifest; returns the folder."""
+def write_shards(
+    folder: Path, contents: Iterable[Content], per_shard: int | Sequence[int] = 1000, index: bool = True
+) -> Path:
+    """Tars of `per_shard` records each, or of so many in turn, with index and manifest; returns the folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    contents = list(contents)
-    for number, start in enumerate(range(0, len(contents), per_shard)):
+    left, sizes = list(contents), repeat(per_shard) if isinstance(per_shard, int) else cycle(per_shard)
+    for number, size in enumerate(sizes):
+        if not left:
+            break
+        own, left = left[:size], left[size:]
         with tarfile.open(folder / f"shard-{number:06d}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
-            for key, record, pictures in contents[start : start + per_shard]:
+            for key, record, pictures in own:
                 for name, data in {"json": json.dumps(record).encode(), **pictures}.items():
                     member = tarfile.TarInfo(f"{key}.{name}")
                     member.size = len(data)

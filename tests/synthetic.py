@@ -33,6 +33,7 @@ def synthetic(rows_per_task: int, rows_per_shard: int = 10_000) -> Iterator[None
                 "name": f"{i:06d}.tar",
                 "sha256": f"{i:064x}",
                 "index_sha256": "",
+                "bytes": 0,
                 "tags": {task: {"": size} for task in TASKS},
             }
             for i, size in enumerate(sizes)

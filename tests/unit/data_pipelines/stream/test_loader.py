@@ -7,12 +7,17 @@ import os
 import re
 import signal
 import subprocess
+import tempfile
 import time
+from collections import Counter
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from data_pipelines.prepare.latents import cache_latents
 from data_pipelines.stream import latents, pictures
@@ -175,6 +180,38 @@ def test_a_run_goes_on_bit_for_bit_on_other_ranks_and_workers(
     steps, state = ranks_of(elastic(small, workers), size, 3, 4, begun)
     assert_same_steps(steps, straight[2:4])
     assert_same_steps(ranks_of(elastic(small, 0), 1, 5, 6, state)[0], straight[4:])
+
+
+@pytest.mark.slow
+@settings(deadline=None, max_examples=25)
+@given(
+    sizes=st.lists(st.sampled_from([1, 1, 2, 5, 17]), min_size=1, max_size=4),
+    num=st.integers(3, 8),
+    mix=st.sampled_from([(1, 1, 1), (3, 1, 2), (0, 1, 0), (1, 0, 4)]),
+    worlds=st.tuples(*[st.sampled_from([1, 2, 3, 4, 6, 12])] * 3),
+    filled=st.booleans(),
+    stops=st.tuples(st.integers(1, 3), st.integers(4, 6)),
+)
+def test_whatever_the_shards_the_mix_and_the_ranks_a_run_is_the_same(
+    sizes: list[int], num: int, mix: tuple[int, int, int], worlds: list[int], filled: bool, stops: tuple[int, int]
+) -> None:
+    """Shards of one sample, fewer shards than ranks, epochs of a step or less; three worlds one after the other."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_shards(Path(folder), every_task(num), per_shard=sizes)
+        count = 0 if filled else 12 * sum(mix)
+        recipe = elastic(Path(folder), 0)
+        recipe.mix.i2t, recipe.mix.t2i, recipe.mix.it2i = mix
+        recipe.data.samples_per_step, recipe.data.pack_tokens = count, 120 if filled else 2000
+        alone, _ = ranks_of(recipe, 1, 1, 7, None)
+        together: list[StepBatches] = []
+        state = None
+        for world, first, last in zip(worlds, (1, *(s + 1 for s in stops)), (*stops, 7), strict=True):
+            steps, state = ranks_of(recipe, world, first, last, state)
+            together += steps
+        assert_same_steps(together, alone)
+        for step in alone:
+            tasks = Counter(key[0] for batch in step.packs for key in batch.keys)
+            assert len({Fraction(tasks[letter], share) for letter, share in zip("qpe", mix, strict=True) if share}) == 1
 
 
 def broken(kind: str, content: Content) -> Content:
