@@ -6,7 +6,6 @@ frozen it keeps in compute precision alone, so its fp32 values stay beside it in
 
 import os
 from collections.abc import Iterator
-from dataclasses import fields
 from math import inf
 from typing import Any, NamedTuple, cast
 
@@ -153,7 +152,7 @@ class _Root(nn.Module):
 
     def forward(self, method: str, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         found = getattr(self.model, method)(*args, **kwargs)
-        values = vars(found) if isinstance(found, Prediction) else {"found": found}
+        values = found._asdict() if isinstance(found, Prediction) else {"found": found}
         return {name: value for name, value in values.items() if value is not None}
 
 
@@ -165,7 +164,7 @@ class _Front:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Prediction:
         values = self._engine("__call__", *args, **kwargs)
-        return Prediction(**{field.name: values.get(field.name) for field in fields(Prediction)})
+        return Prediction(**{name: values.get(name) for name in Prediction._fields})
 
     def route(self, *args: Any, **kwargs: Any) -> Tensor:
         found: Tensor = self._engine("route", *args, **kwargs)["found"]

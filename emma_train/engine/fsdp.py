@@ -113,6 +113,8 @@ def shard(model: Emma, config: EngineConfig, world: World) -> None:
     for unit in (*resting, *([module] for module in whole_units)):
         trains = any(p.requires_grad for module in unit for p in module.parameters())
         fully_shard(unit, mesh=mesh if trains or config.frozen == "sharded" else whole, **policy)
+    # The root would be gathered again at once for backward; None is FSDP's word for leaving it as it is.
+    policy["reshard_after_forward"] = None if config.reshard_after_forward else False
     fully_shard(model, mesh=mesh, **policy)
     register_fsdp_forward_method(model, "route")
     for module in model.modules():

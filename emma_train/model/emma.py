@@ -1,7 +1,7 @@
 """EMMA: one pack of samples in, text logits and velocities out (paper §2)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,9 @@ from emma_train.sequence.layout import Role
 from emma_train.sequence.pack import PackedBatch
 
 
-@dataclass
-class Prediction:
+class Prediction(NamedTuple):
+    """What a pack gives. A tuple, because FSDP before torch 2.13 looks for tensors in those alone."""
+
     logits: Tensor | None
     """[L, vocab] at the pack's predictors; None where their losses were asked for."""
     velocity: Tensor

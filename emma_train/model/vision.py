@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +25,9 @@ Grids = Sequence[tuple[int, int]]
 VERSATILE, STEM = 0, 1
 
 
-@dataclass
-class VisionOutput:
+class VisionOutput(NamedTuple):
+    """A tuple for the same reason as emma.Prediction."""
+
     features: Tensor
     """[visual tokens, shuffle² * hidden], raster order within each picture."""
     router_logits: Tensor | None
