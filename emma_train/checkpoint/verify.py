@@ -24,7 +24,7 @@ def entry(path: Place) -> dict[str, Any]:
     """Size and checksum of a file, as metadata lists them. Raises OSError, or RunError where a store fails."""
     with places.asking(path), path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
-        return {"bytes": file.tell(), "sha256": digest}
+        return {"bytes": file.seek(0, os.SEEK_END), "sha256": digest}
 
 
 def fault(
