@@ -458,7 +458,7 @@ def _parser() -> argparse.ArgumentParser:
 def _set_up_logging() -> None:
     rank = os.environ.get("RANK", "0")
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s [{rank}] %(message)s", datefmt="%H:%M:%S", force=True)
-    for noisy in ("httpx", "filelock", "torch", "PIL"):
+    for noisy in ("httpx", "filelock", "torch", "PIL", "botocore", "aiobotocore"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 

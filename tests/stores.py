@@ -4,6 +4,7 @@ Nothing can be renamed, folders are there as long as a file is below them, and a
 or not at all where its writer is killed. Every request goes through `FolderStore.request`, where tests let it fail.
 """
 
+import contextlib
 import io
 import os
 from collections.abc import Callable
@@ -17,6 +18,11 @@ from upath.registry import register_implementation
 
 Request = Callable[[str, str], None]
 """(get, put, head, list, copy or delete; path) -> what the store does instead of answering: raise, hang, kill."""
+
+
+def url_of(folder: Path) -> str:
+    """The URL under which the store holds what lies in a folder."""
+    return f"folder://{folder}"
 
 
 def answered(kind: str, path: str) -> None:
@@ -65,10 +71,8 @@ class FolderStore(AbstractFileSystem):
     def rm_file(self, path: str) -> None:
         self.request("delete", path)
         os.unlink(path)
-        folder = os.path.dirname(path)
-        while not os.listdir(folder):
-            os.rmdir(folder)
-            folder = os.path.dirname(folder)
+        with contextlib.suppress(OSError):  # as soon as one is not empty, or somebody else has removed it
+            os.removedirs(os.path.dirname(path))
 
     def rm(self, path: Any, recursive: bool = False, maxdepth: int | None = None) -> None:
         path = self._strip_protocol(path if isinstance(path, str) else path[0])
@@ -94,10 +98,12 @@ class _Upload(io.BytesIO):
 
 
 def _put(path: str, content: bytes) -> None:
-    os.makedirs(os.path.dirname(path), exist_ok=True)
     beside = Path(path).with_name(f".{os.getpid()}.upload")
-    beside.write_bytes(content)
-    os.replace(beside, path)
+    while True:
+        with contextlib.suppress(FileNotFoundError):  # somebody else removes the folder with its last file
+            os.makedirs(beside.parent, exist_ok=True)
+            beside.write_bytes(content)
+            return os.replace(beside, path)
 
 
 def _info(path: str) -> dict[str, Any]:

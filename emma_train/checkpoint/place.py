@@ -104,19 +104,23 @@ def trouble(place: Place, probe: str) -> str | None:
     Of a folder nothing is asked."""
     if isinstance(place, Path):
         return None
+    # Asked for before anything is made: some packages make a bucket that is not there, and a slip would call for one.
     bucket = place.parents[-1] if place.parents else place
     try:
         with asking(place):
-            # Asked before anything is made: some packages make a bucket that is not there, which a slip would call for.
             bucket.fs.info(bucket.path)
+    except FileNotFoundError:
+        return f"{place}: there is no {bucket}"
+    except RunError as error:
+        return str(error)
+    try:
+        with asking(place):
             place.fs.makedirs(place.path, exist_ok=True)
             file, text = place / probe, b"can this be written?"
             place.fs.pipe_file(file.path, text)
             found = place.fs.cat_file(file.path)
             place.fs.rm_file(file.path)
-    except FileNotFoundError:
-        return f"{place}: there is no {bucket}"
-    except RunError as error:
+    except (FileNotFoundError, RunError) as error:
         return str(error)
     return None if found == text else f"{place}: does not give back what is written there"
 

@@ -12,11 +12,12 @@ from tests.distributed import saving
 from tests.distributed.spawn import run_ranks
 from tests.distributed.test_saving import flip, names
 from tests.runs import differences, stored
+from tests.stores import url_of
 
 
 @pytest.fixture
 def root(tmp_path: Path) -> places.Place:
-    return places.of(f"folder://{tmp_path}/bucket/run")
+    return places.of(url_of(tmp_path / "bucket" / "run"))
 
 
 def test_a_store_holds_what_a_folder_would(root: places.Place, tmp_path: Path) -> None:
@@ -89,12 +90,12 @@ def test_a_store_that_goes_on_failing_stops_the_run(root: places.Place) -> None:
 
 
 def test_a_kill_at_any_change_of_a_save_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
-    last = run_ranks(1, saving.killed, places.of(f"folder://{tmp_path}/whole"), 0)[0].value
+    last = run_ranks(1, saving.killed, places.of(url_of(tmp_path / "whole")), 0)[0].value
     ends = run_ranks(1, saving.saved, tmp_path / "straight", 8)[0].value
     assert last > 15
     newest_at = set()
-    for number in range(1, last + 1, 2):
-        root = places.of(f"folder://{tmp_path}/{number}")
+    for number in range(1, last + 1, 3):
+        root = places.of(url_of(tmp_path / str(number)))
         with pytest.raises(AssertionError, match=r"exit codes \[-9\]"):
             run_ranks(1, saving.killed, root, number)
         newest = folders.newest(root)

@@ -14,7 +14,7 @@ from emma_train.checkpoint.place import Place
 from emma_train.checkpoint.retention import prune
 from emma_train.config.errors import RunError, UserError
 from emma_train.config.schema import TrainConfig
-from tests.stores import FolderStore, answered
+from tests.stores import FolderStore, answered, url_of
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def below(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def checkpoints(below: Path) -> Place:
-    place = places.of(f"folder://{below}")
+    place = places.of(url_of(below))
     for step in (10, 20, 30):
         write(place, step)
     return place
@@ -102,7 +102,7 @@ def test_a_kill_before_any_request_of_a_save_leaves_a_whole_checkpoint(tmp_path:
     step = 30 if again else 40
     for number in range(1000):
         below = tmp_path / str(number)
-        checkpoints = places.of(f"folder://{below}")
+        checkpoints = places.of(url_of(below))
         for before in (10, 20, 30):
             write(checkpoints, before)
         left = number
@@ -156,9 +156,7 @@ def test_a_torn_checkpoint_is_skipped(
     assert "cannot be used" in caplog.text and said in caplog.text
 
 
-def test_what_is_set_aside_is_no_checkpoint_and_goes_when_a_newer_one_is_there(
-    checkpoints: Place, below: Path
-) -> None:
+def test_what_is_set_aside_is_no_checkpoint_and_goes_when_a_newer_one_is_there(checkpoints: Place, below: Path) -> None:
     assert folders.set_aside(checkpoints / "step-00000030").name == "meta.json.damaged"
     assert steps(checkpoints) == [20, 10]
     write(checkpoints, 25)
@@ -198,7 +196,7 @@ def test_moving_between_stores_and_folders_changes_nothing(checkpoints: Place, b
     folder = folders.begin(local, folders.step_name(50))
     (folder / "shard").write_bytes(b"s")
     folders.commit(folder, {"step": 50}, entries(folder, "shard"))
-    assert verify.fault(places.of(f"folder://{local}/step-00000050")) is None
+    assert verify.fault(places.of(url_of(local / "step-00000050"))) is None
 
 
 @pytest.mark.parametrize("kind", ["get", "head", "list"])
