@@ -99,30 +99,35 @@ def sizes(folder: Place) -> dict[str, int]:
     return {path.removeprefix(f"{folder.path}/"): int(info["size"]) for path, info in found.items()}
 
 
-def trouble(place: Place, probe: str) -> str | None:
-    """Why checkpoints cannot be kept in a store, found by writing and removing the file `probe`; None where they can.
-    Of a folder nothing is asked."""
+def check(place: Place, probe: str) -> None:
+    """Write, read and remove the file `probe` in a store; of a folder nothing is asked. Raises UserError where no
+    checkpoints can be kept there, and RunError where the store fails."""
     if isinstance(place, Path):
-        return None
+        return
     # Asked for before anything is made: some packages make a bucket that is not there, and a slip would call for one.
     bucket = place.parents[-1] if place.parents else place
+    file, text = place / probe, b"can this be written?"
     try:
         with asking(place):
             bucket.fs.info(bucket.path)
-    except FileNotFoundError:
-        return f"{place}: there is no {bucket}"
-    except RunError as error:
-        return str(error)
-    try:
         with asking(place):
             place.fs.makedirs(place.path, exist_ok=True)
-            file, text = place / probe, b"can this be written?"
             place.fs.pipe_file(file.path, text)
             found = place.fs.cat_file(file.path)
             place.fs.rm_file(file.path)
-    except (FileNotFoundError, RunError) as error:
-        return str(error)
-    return None if found == text else f"{place}: does not give back what is written there"
+    except FileNotFoundError:
+        raise UserError(f"{place}: there is no {bucket}, or nothing can be written there") from None
+    except RunError as error:
+        if _is_for_good(error.__context__):
+            raise UserError(str(error)) from None
+        raise
+    if found != text:
+        raise UserError(f"{place}: does not give back what is written there")
+
+
+def _is_for_good(error: BaseException | None) -> bool:
+    """Whether it is the user who has to do something."""
+    return isinstance(error, (PermissionError, NotImplementedError)) or "Credential" in type(error).__name__
 
 
 def _told(error: Exception) -> str:

@@ -18,7 +18,7 @@ import torch
 from emma_train.checkpoint import folder as folders
 from emma_train.checkpoint import place as places
 from emma_train.config import config_hash, to_yaml
-from emma_train.config.errors import UserError
+from emma_train.config.errors import RunError, UserError
 from emma_train.config.files import write_atomic
 from emma_train.config.load import as_dict, load_yaml
 from emma_train.config.schema import Recipe
@@ -74,10 +74,15 @@ class RunFolder:
         return places.of(root) / name if root else self.path / "checkpoints"
 
     def check_checkpoints(self, world: World) -> None:
-        """Every rank calls it. Raises UserError where one of them cannot write checkpoints to their store."""
-        probe = f"probe-{world.rank}"
-        if troubles := [found for found in world.gather(places.trouble(self.checkpoints, probe)) if found]:
-            raise UserError(f"train.checkpoints: {troubles[0]} (on {len(troubles)} of {world.size} processes)")
+        """Every rank calls it. Raises UserError or RunError on all where one of them cannot write checkpoints."""
+        found: Exception | None = None
+        try:
+            places.check(self.checkpoints, f"probe-{world.rank}")
+        except (UserError, RunError) as error:
+            found = type(error)(f"train.checkpoints: {error}")
+        for trouble in world.gather(found):
+            if trouble is not None:
+                raise trouble
 
     def check_new(self) -> None:
         """Raise UserError where the run is about to begin anew though it has checkpoints: where train.checkpoints said

@@ -142,7 +142,7 @@ def test_a_run_whose_checkpoints_lie_elsewhere_does_not_begin_anew(recipe: Path,
     [
         ("oci://bucket/runs", "oci:// needs a package that is not installed"),
         ("nowhere://bucket/runs", "is no store that fsspec opens"),
-        ("http://127.0.0.1:9/runs", "http://127.0.0.1:9/runs/never: there is no http://127.0.0.1:9/"),
+        ("http://127.0.0.1:9/runs", "http://127.0.0.1:9/runs/never: there is no http://127.0.0.1:9/, or"),
         ("s3://me:topsecret@bucket/runs", "s3://bucket/runs: the URL must hold no password"),
     ],
 )

@@ -55,20 +55,25 @@ def test_a_store_is_asked_for_what_lies_in_it(tmp_path: Path) -> None:
         places.size(place / "c")
 
 
+class NoCredentialsError(Exception):
+    """As botocore's."""
+
+
 @pytest.mark.parametrize(
-    ("kind", "error", "said"),
+    ("kind", "error", "whose", "said"),
     [
-        ("put", PermissionError("user:secret may not"), "the store fails (access is denied)"),
-        ("get", TimeoutError("secret"), "the store fails (no answer in time)"),
-        ("delete", OSError(28, "secret"), "the store fails (OSError, No space left on device)"),
-        ("head", FileNotFoundError("secret"), "there is no folder:///"),
+        ("put", PermissionError("user:secret may not"), UserError, "the store fails (access is denied)"),
+        ("put", NoCredentialsError("secret"), UserError, "the store fails (NoCredentialsError)"),
+        ("head", FileNotFoundError("secret"), UserError, "there is no folder:///, or nothing can be written there"),
+        ("get", TimeoutError("secret"), RunError, "the store fails (no answer in time)"),
+        ("delete", OSError(28, "secret"), RunError, "the store fails (OSError, No space left on device)"),
     ],
 )
-def test_trouble_is_found_by_writing_and_told_without_the_store_s_words(
-    tmp_path: Path, kind: str, error: Exception, said: str
+def test_a_store_is_tried_and_its_words_are_left_out(
+    tmp_path: Path, kind: str, error: Exception, whose: type[Exception], said: str
 ) -> None:
     place = places.of(url_of(tmp_path / "run"))
-    assert places.trouble(place, "probe") is None
+    places.check(place, "probe")
     assert not (tmp_path / "run").exists()
 
     def request(asked: str, path: str) -> None:
@@ -76,11 +81,14 @@ def test_trouble_is_found_by_writing_and_told_without_the_store_s_words(
             raise error
 
     FolderStore.request = staticmethod(request)
-    assert places.trouble(place, "probe") == f"{place}: {said}"
+    with pytest.raises(whose) as told:
+        places.check(place, "probe")
+    assert str(told.value) == f"{place}: {said}"
 
 
 def test_a_folder_is_not_probed_and_its_errors_are_its_own(tmp_path: Path) -> None:
-    assert places.trouble(tmp_path / "nowhere", "probe") is None
+    places.check(tmp_path / "nowhere", "probe")
+    assert not (tmp_path / "nowhere").exists()
     with pytest.raises(PermissionError), places.asking(tmp_path):
         raise PermissionError("mine")
     with pytest.raises(RunError), places.asking(places.of("memory://x")):
