@@ -58,9 +58,6 @@ class FolderStore(AbstractFileSystem):
         found = [_info(entry.path) for entry in os.scandir(path)] if os.path.isdir(path) else [_info(path)]
         return found if detail else [info["name"] for info in found]
 
-    def makedirs(self, path: str, exist_ok: bool = False) -> None:
-        pass
-
     def mkdir(self, path: str, create_parents: bool = True, **options: Any) -> None:
         pass
 

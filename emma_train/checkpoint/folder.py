@@ -67,7 +67,7 @@ def frozen_folder(folder: Place, meta: Mapping[str, Any]) -> Place | None:
     if not (digest := meta.get("frozen")):
         return None
     inside = folder / FROZEN / digest
-    return inside if places.there(inside / META) else folder.parent / FROZEN / digest
+    return inside if _is_there(inside) else folder.parent / FROZEN / digest
 
 
 def content(folder: Place, parts: Iterable[str] = PARTS) -> dict[Place, Mapping[str, Any]]:
@@ -113,8 +113,7 @@ def whole(folder: Place) -> dict[str, Any] | None:
 
 def steps(checkpoints: Place) -> list[Place]:
     """The folders of a run that call themselves checkpoints, the newest first."""
-    named = [p for p in places.children(checkpoints) if re.fullmatch(r"step-\d{8,}", p.name)]
-    named = [p for p in named if (p.is_dir() if isinstance(p, Path) else places.there(p / META))]
+    named = [p for p in places.children(checkpoints) if re.fullmatch(r"step-\d{8,}", p.name) and _is_there(p)]
     return sorted(named, key=lambda p: int(p.name.removeprefix("step-")), reverse=True)
 
 
@@ -179,7 +178,7 @@ def begin(checkpoints: Place, name: str) -> Place:
 
 
 def commit(folder: Place, meta: Mapping[str, Any], files: Files) -> Place:
-    """Make a written folder a checkpoint: metadata, rename, then `latest`."""
+    """Make a written folder a checkpoint: metadata, rename (not in a store), then `latest`."""
     final = folder.with_suffix("")
     _finish(folder, {**meta, "schema": SCHEMA, "files": files}, final)
     _write(final.parent / LATEST, final.name + "\n")
@@ -244,8 +243,8 @@ def _rename(folder: Path, suffix: str) -> Path:
 
 def _finish(folder: Place, meta: Mapping[str, Any], final: Place) -> None:
     _write(folder / META, json.dumps({**meta, "checksum": _checksum(meta)}, indent=1))
-    if isinstance(folder, UPath) or isinstance(final, UPath):
-        return
+    if not (isinstance(folder, Path) and isinstance(final, Path)):
+        return  # in a store that was all
     for path in (*(p for p in folder.rglob("*") if p.is_dir()), folder):
         _sync(path)
     former = _rename(final, ".removed") if final.exists() else None
@@ -253,6 +252,11 @@ def _finish(folder: Place, meta: Mapping[str, Any], final: Place) -> None:
     _sync(final.parent)
     if former is not None:
         shutil.rmtree(former, ignore_errors=True)
+
+
+def _is_there(folder: Place) -> bool:
+    """Whether there is such a folder; one in a store has metadata."""
+    return folder.is_dir() if isinstance(folder, Path) else places.there(folder / META)
 
 
 def _write(file: Place, text: str) -> None:

@@ -70,10 +70,10 @@ def there(file: Place) -> bool:
 
 
 def children(folder: Place) -> list[Place]:
-    """What lies in a folder; nothing where it is not there. Raises OSError, or RunError likewise."""
+    """What lies in a folder; nothing where it is not there. Raises RunError likewise."""
+    if isinstance(folder, Path):
+        return list(folder.glob("*"))
     try:
-        if isinstance(folder, Path):
-            return list(folder.iterdir())
         with asking(folder):
             names = folder.fs.ls(folder.path, detail=False)
     except FileNotFoundError:
@@ -104,19 +104,14 @@ def check(place: Place, probe: str) -> None:
     checkpoints can be kept there, and RunError where the store fails."""
     if isinstance(place, Path):
         return
-    # Asked for before anything is made: some packages make a bucket that is not there, and a slip would call for one.
-    bucket = place.parents[-1] if place.parents else place
     file, text = place / probe, b"can this be written?"
     try:
         with asking(place):
-            bucket.fs.info(bucket.path)
-        with asking(place):
-            place.fs.makedirs(place.path, exist_ok=True)
             place.fs.pipe_file(file.path, text)
             found = place.fs.cat_file(file.path)
             place.fs.rm_file(file.path)
     except FileNotFoundError:
-        raise UserError(f"{place}: there is no {bucket}, or nothing can be written there") from None
+        raise UserError(f"{place}: there is no such bucket, or it cannot be written to") from None
     except RunError as error:
         if _is_for_good(error.__context__):
             raise UserError(str(error)) from None

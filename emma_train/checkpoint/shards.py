@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from emma_train.checkpoint.place import Place
 from emma_train.checkpoint.store import Reader
 from emma_train.checkpoint.tensors import DTYPES, Spec
-from emma_train.config.errors import UserError
+from emma_train.config.errors import RunError, UserError
 
 
 class Shards:
@@ -46,6 +46,8 @@ class _Reader(Reader):
         super().__init__(folder)
         try:
             self.contents: Metadata = super().read_metadata()
+        except RunError:
+            raise
         except Exception as error:
             raise UserError(f"{folder}: cannot read the checkpoint's table of contents ({error})") from None
 

@@ -9,6 +9,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import IO, Any
@@ -16,10 +17,11 @@ from typing import IO, Any
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemBase
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 from upath import UPath
@@ -27,10 +29,12 @@ from upath import UPath
 from emma_train.checkpoint import folder as folders
 from emma_train.checkpoint.place import Place, asking, children, there
 from emma_train.checkpoint.state import State
-from emma_train.config.errors import UserError
+from emma_train.config.errors import RunError, UserError
 from emma_train.engine.fragment import Fragment
 
 METADATA = ".metadata"
+FETCH = 256 << 20
+"""Bytes that are fetched from a store at once; a larger tensor comes alone."""
 # Of torch's own making. Filters cannot be set for a while only: checkpoints are written in a thread of their own.
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -103,13 +107,21 @@ def _load(checkpoint: Place, wanted: dict[str, Tensor]) -> None:
         here = _contents(place).state_dict_metadata
         found: dict[str, Any] = {name: left.pop(name) for name in list(left) if name in here}
         if found:
-            dcp.load(found, storage_reader=Reader(place), no_dist=not dist.is_initialized())
+            try:
+                dcp.load(found, storage_reader=Reader(place), no_dist=not dist.is_initialized())
+            except CheckpointException as error:
+                for caught, _ in error.failures.values():
+                    if isinstance(caught, RunError):
+                        raise caught from None
+                raise
     assert not left, f"{checkpoint} lacks {sorted(left)}"
 
 
 def _contents(place: Place) -> Metadata:
     try:
         return Reader(place).read_metadata()
+    except RunError:
+        raise
     except Exception as error:
         raise UserError(f"{place}: cannot read the table of contents ({error})") from None
 
@@ -128,19 +140,35 @@ class _Planner(DefaultSavePlanner):
 
 
 class Reader(dcp.FileSystemReader):
-    """Reads a DCP folder wherever it lies."""
+    """Reads a DCP folder wherever it lies; from a store many tensors at once, for each answer takes its time."""
 
     def __init__(self, folder: Place) -> None:
         super().__init__(str(folder))
+        self._fetched: dict[tuple[str, int], bytes] = {}
         if isinstance(folder, UPath):
             self.fs, self.path = _Store(folder), folder.path  # type: ignore[assignment]
 
-    # Of torch's own, and not public: where it goes, reading from a store takes several requests a tensor again.
-    def _slice_file(self, file: IO[bytes], sinfo: Any) -> IO[bytes]:
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         if not isinstance(self.fs, _Store):
+            return super().read_data(plan, planner)
+        left = [(item, self.storage_data[item.storage_index]) for item in plan.items]
+        while left:
+            batch = [left.pop()]
+            size = batch[0][1].length
+            while left and (size := size + left[-1][1].length) <= FETCH:
+                batch.append(left.pop())
+            self._fetched = self.fs.fetch([(part.relative_path, part.offset, part.length) for _, part in batch])
+            super().read_data(replace(plan, items=[item for item, _ in batch]), planner)
+        self._fetched = {}
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    # Of torch's own, and not public: where it goes, a store is asked for every tensor again, several times.
+    def _slice_file(self, file: IO[bytes], sinfo: Any) -> IO[bytes]:
+        if (fetched := self._fetched.get((sinfo.relative_path, sinfo.offset))) is None:
             return super()._slice_file(file, sinfo)
-        file.seek(sinfo.offset)
-        return io.BytesIO(file.read(sinfo.length))
+        return io.BytesIO(fetched)
 
 
 class _FileSystemWriter(dcp.FileSystemWriter):
@@ -169,10 +197,17 @@ class _Store(FileSystemBase):
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
-        # A reader asks for a whole tensor at once, so nothing is to be read ahead.
-        options = {"cache_type": "none"} if mode == "rb" else {}
-        with asking(self._folder), self._fs.open(os.fspath(path), mode, **options) as stream:
+        with asking(self._folder), self._fs.open(os.fspath(path), mode) as stream:
             yield stream
+
+    def fetch(self, ranges: list[tuple[str, int, int]]) -> dict[tuple[str, int], bytes]:
+        """Parts of files, each given by its file's name, offset and length, by name and offset."""
+        names, starts, lengths = zip(*ranges, strict=True)
+        files = [(self._folder / name).path for name in names]
+        ends = [start + length for start, length in zip(starts, lengths, strict=True)]
+        with asking(self._folder):
+            found = self._fs.cat_ranges(files, list(starts), ends, on_error="raise")
+        return dict(zip(zip(names, starts, strict=True), found, strict=True))
 
     def concat_path(self, path: str | os.PathLike[str], suffix: str) -> str:
         return f"{os.fspath(path)}/{suffix}"
@@ -185,8 +220,7 @@ class _Store(FileSystemBase):
             self._fs.mv(path, new_path)
 
     def mkdir(self, path: str | os.PathLike[str]) -> None:
-        with asking(self._folder):
-            self._fs.makedirs(path, exist_ok=True)
+        """A store has no folders, and some packages would make a bucket that is not there, as after a slip."""
 
     def exists(self, path: str | os.PathLike[str]) -> bool:
         return there(self._folder / os.path.basename(path))

@@ -214,6 +214,25 @@ def refused(root: Place, kind: str, rank: int, fails: list[int], steps: int) -> 
         return begun, [folder.name for folder in reversed(folders.steps(root))], stopped
 
 
+def refused_loading(root: Place, kind: str, rank: int) -> str:
+    """What is said where the store refuses a kind of request from one rank once the checkpoint is known to be whole."""
+    with join("cpu", 60) as world:
+        job = Job(world, root)
+        checkpoint = verify.to_resume(root, world)
+        assert checkpoint is not None
+
+        def request(asked: str, path: str) -> None:
+            if asked == kind and world.rank == rank and path.endswith(".distcp"):
+                raise ConnectionError("https://user:secret@endpoint is gone")
+
+        FolderStore.request = staticmethod(request)
+        try:
+            store.load_training(checkpoint, job.state)
+        except RunError as error:
+            return str(error)
+        return ""
+
+
 def killed(root: Place, number: int) -> int:
     """Save steps 3 and 6, and be killed at the change number `number` of the second save; gives how many it makes where
     there are fewer."""

@@ -20,7 +20,7 @@ def root(tmp_path: Path) -> places.Place:
     return places.of(url_of(tmp_path / "bucket" / "run"))
 
 
-def test_a_store_holds_what_a_folder_would(root: places.Place, tmp_path: Path) -> None:
+def test_a_store_holds_what_a_folder_would(root: places.Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for place in (root, tmp_path / "folder"):
         outcomes = run_ranks(2, saving.saved, place, 3)
         newest = place / "step-00000003"
@@ -30,6 +30,8 @@ def test_a_store_holds_what_a_folder_would(root: places.Place, tmp_path: Path) -
     shards = [{name: entry for name, entry in listed.items() if ".distcp" in name} for listed in files]
     assert shards[0] == shards[1] and len(shards[0]) == 4
     assert names(tmp_path / "bucket" / "run") == ["frozen", "latest", "step-00000003"]
+    monkeypatch.setattr(store, "FETCH", 1)  # each tensor alone
+    assert differences(stored(root / "step-00000003"), outcomes[0].value) == []
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 2), (2, 3)])
@@ -87,6 +89,13 @@ def test_a_store_that_goes_on_failing_stops_the_run(root: places.Place) -> None:
         begun, there, stopped = outcome.value
         assert begun == [4, 8, 9, 10, 11, 12] and there == ["step-00000004"]
         assert "no checkpoint could be written since step 8" in stopped and "it goes on from step 4" in stopped
+
+
+@pytest.mark.parametrize("kind", ["get", "head"])
+def test_a_store_that_fails_while_it_is_loaded_from_ends_all_ranks_with_one_line(root: places.Place, kind: str) -> None:
+    run_ranks(2, saving.saved, root, 3)
+    for outcome in run_ranks(2, saving.refused_loading, root, kind, 1):
+        assert outcome.value.startswith(f"{root}/step-00000003/") and outcome.value.endswith("fails (ConnectionError)")
 
 
 def test_a_kill_at_any_change_of_a_save_leaves_a_whole_checkpoint(tmp_path: Path) -> None:

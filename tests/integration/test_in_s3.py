@@ -75,7 +75,7 @@ def test_a_bucket_that_is_not_there_is_neither_made_nor_trained_for(
     recipe = make_recipe(tmp_path, "stage0")
     outcome = run_command("train", str(recipe), "train.checkpoints=s3://bukcet/runs", code=2)
     (line,) = outcome.error_lines
-    assert "train.checkpoints: s3://bukcet/runs/stage0: there is no s3://bukcet" in line
+    assert "train.checkpoints: s3://bukcet/runs/stage0: there is no such bucket" in line
     assert bucket.ls("", detail=False) == ["bucket"]
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)

@@ -64,7 +64,7 @@ class NoCredentialsError(Exception):
     [
         ("put", PermissionError("user:secret may not"), UserError, "the store fails (access is denied)"),
         ("put", NoCredentialsError("secret"), UserError, "the store fails (NoCredentialsError)"),
-        ("head", FileNotFoundError("secret"), UserError, "there is no folder:///, or nothing can be written there"),
+        ("put", FileNotFoundError("secret"), UserError, "there is no such bucket, or it cannot be written to"),
         ("get", TimeoutError("secret"), RunError, "the store fails (no answer in time)"),
         ("delete", OSError(28, "secret"), RunError, "the store fails (OSError, No space left on device)"),
     ],
