@@ -386,7 +386,7 @@ def _parser() -> argparse.ArgumentParser:
         return command
 
     def add_model(command: argparse.ArgumentParser) -> None:
-        command.add_argument("model", metavar="MODEL", help="run folder, checkpoint or export")
+        command.add_argument("model", metavar="MODEL", help="run folder, checkpoint (or a URL of one) or export")
         command.add_argument("--device", default="auto", help="auto, cpu or cuda")
         command.add_argument("--no-ema", action="store_true", help="use the weights, not their average")
 
@@ -405,13 +405,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--autoencoder", metavar="DIR", required=True, help="AutoencoderDC (diffusers)")
     command.add_argument("--tokenizer", metavar="DIR", help="tokenizer.json or its folder (that of --llm)")
     command = add(inspect)
-    command.add_argument("checkpoint", metavar="CHECKPOINT", help="run folder or checkpoint")
+    command.add_argument("checkpoint", metavar="CHECKPOINT", help="run folder or checkpoint, or a URL of one")
     how = command.add_mutually_exclusive_group()
     how.add_argument("--json", action="store_true", help="print the metadata as JSON")
     how.add_argument("--verify", action="store_true", help="read every byte of all checkpoints there; exit 1 on damage")
     how.add_argument("--self-contained", metavar="OUT", help="copy the newest one, with its frozen weights, to OUT")
     command = add(export)
-    command.add_argument("checkpoint", metavar="CHECKPOINT", help="run folder or checkpoint")
+    command.add_argument("checkpoint", metavar="CHECKPOINT", help="run folder or checkpoint, or a URL of one")
     command.add_argument("out", metavar="OUT", help="folder to write")
     command.add_argument("--no-ema", action="store_true", help="export the weights, not their average")
     command.add_argument(

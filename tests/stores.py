@@ -17,7 +17,7 @@ from upath import UPath
 from upath.registry import register_implementation
 
 Request = Callable[[str, str], None]
-"""(get, put, head, list, copy or delete; path) -> what the store does instead of answering: raise, hang, kill."""
+"""(get, part, put, head, list, copy or delete; path) -> what the store does instead of answering: raise, hang, kill."""
 
 
 def url_of(folder: Path) -> str:
@@ -85,6 +85,10 @@ class _Upload(io.BytesIO):
     def __init__(self, store: FolderStore, path: str) -> None:
         super().__init__()
         self.store, self.path = store, path
+
+    def write(self, content: Any) -> int:
+        self.store.request("part", self.path)
+        return super().write(content)
 
     def close(self) -> None:
         if not self.closed:

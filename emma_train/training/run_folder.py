@@ -106,8 +106,9 @@ class RunFolder:
             write_atomic(self.config, f"# hash {config_hash(recipe)}\n{to_yaml(recipe)}")
             write_atomic(self.path / "environment.json", json.dumps(environment(world), indent=1) + "\n")
         except OSError as error:
+            keys = "run.root or train.checkpoints" if recipe.train.checkpoints else "run.root"
             raise UserError(
-                f"{error.filename or self.path}: cannot write the run folder ({error.strerror}); set run.root"
+                f"{error.filename or self.path}: cannot write the run folder ({error.strerror}); set {keys}"
             ) from None
 
     def write_summary(self, values: dict[str, Any]) -> None:

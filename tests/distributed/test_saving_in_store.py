@@ -70,7 +70,7 @@ def test_a_flipped_bit_in_any_file_of_a_store_is_found(root: places.Place, tmp_p
     assert run_ranks(1, saving.chosen, root)[0].value == ("step-00000004", None)
 
 
-@pytest.mark.parametrize(("kind", "rank"), [("put", 0), ("put", 1), ("get", 1), ("delete", 0)])
+@pytest.mark.parametrize(("kind", "rank"), [("part", 1), ("put", 0), ("put", 1), ("get", 1), ("delete", 0)])
 def test_a_store_that_fails_in_a_save_is_told_without_its_words_and_tried_again(
     root: places.Place, kind: str, rank: int
 ) -> None:

@@ -68,7 +68,6 @@ def test_a_run_that_goes_on_from_s3_is_the_one_that_never_stopped(
     assert differences(stored(tmp_path / "alone"), stored(straight)) == []
 
 
-@pytest.mark.slow
 def test_a_bucket_that_is_not_there_is_neither_made_nor_trained_for(
     make_recipe: MakeRecipe, tmp_path: Path, bucket: fsspec.AbstractFileSystem, monkeypatch: pytest.MonkeyPatch
 ) -> None:

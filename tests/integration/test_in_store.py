@@ -160,12 +160,14 @@ def test_the_stages_of_a_pipeline_keep_theirs_apart_and_find_each_other(
         make_recipe(tmp_path, stage, train={"steps": 2, "save_every": 2, "sample_from": ""})
     path = tmp_path / "pipeline.yaml"
     path.write_text(f"pipeline: [stage0.yaml, stage1.yaml]\nrun: {{root: {tmp_path}, name: local}}\n")
-    train(path)
+    train(path, f"train.checkpoints={tmp_path / 'elsewhere'}")
+    assert names(tmp_path / "elsewhere" / "local" / "stage0") == ["frozen", "latest", "step-00000002"]
     url = url_of(tmp_path / "bucket")
     (outcome,) = train(path, "run.name=remote", f"train.checkpoints={url}/")
     assert f"from {url}/remote/stage0: loaded" in outcome.err
     assert names(tmp_path / "bucket" / "remote") == ["stage0", "stage1"]
     for stage in ("stage0", "stage1"):
+        assert not (tmp_path / "local" / stage / "checkpoints").exists()
         assert learnt(tmp_path / "remote" / stage) == learnt(tmp_path / "local" / stage)
     (outcome,) = train(path, "run.name=remote", f"train.checkpoints={url}/")
     assert outcome.err.count("is complete: nothing to do") == 2
