@@ -87,12 +87,17 @@ def _pipeline_recipes(path: Path, overrides: list[str]) -> "list[tuple[Path, Rec
 
     pipeline, for_stages = load_pipeline(path, overrides)
     root = Path(pipeline.run.root) / pipeline.run.name
-    recipes, previous = [], None
+    recipes: list[tuple[Path, Recipe]] = []
+    previous = ""
     for name in pipeline.pipeline:
         file = path.parent / name
-        own = [f"run.root={root}", f"run.name={file.stem}", *([f"init.from={root / previous}"] if previous else [])]
-        recipes.append((file, load_recipe(file, [*for_stages, *own])))
-        previous = file.stem
+        own = [f"run.root={root}", f"run.name={file.stem}", *([f"init.from={previous}"] if previous else [])]
+        recipe = load_recipe(file, [*for_stages, *own])
+        previous = str(root / file.stem)
+        if recipe.train.checkpoints:
+            recipe.train.checkpoints = f"{recipe.train.checkpoints.rstrip('/')}/{pipeline.run.name}"
+            previous = f"{recipe.train.checkpoints}/{file.stem}"
+        recipes.append((file, recipe))
     return recipes
 
 
@@ -103,6 +108,7 @@ def _train_stage(path: Path, recipe: "Recipe", world: "World", stop: "StopReques
     from emma_train.training.run_lock import RunLock
 
     run = RunFolder(recipe)
+    run.check_checkpoints(world)
     newest = world.on_main(lambda: folders.newest(run.checkpoints))
     if newest is not None and (folders.read_meta(newest) or {})["step"] >= recipe.train.steps:
         log.info("%s is complete: nothing to do", run.path)
@@ -136,6 +142,7 @@ def _train_in(run: "RunFolder", path: Path, recipe: "Recipe", world: "World", st
     autoencoder = Autoencoder(recipe.model.autoencoder, world.device)
     stream = Stream(recipe, world.reader, world.readers, autoencoder.fingerprint, pin=world.device.type == "cuda")
     if checkpoint is None:
+        world.on_main(run.check_new)
         stream.planner.check()
     requests = []
     if recipe.train.sample_from and stage.loss == "tokens":
@@ -173,11 +180,12 @@ def inspect(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from rich.table import Table
 
     from emma_train.checkpoint import folder as folders
+    from emma_train.checkpoint import place as places
     from emma_train.checkpoint.inspect import faults, flatten, rows
 
-    path = Path(arguments.checkpoint)
+    path = places.of(arguments.checkpoint)
     if arguments.self_contained:
-        print(flatten(path, Path(arguments.self_contained)))
+        print(flatten(path, places.of(arguments.self_contained)))
         return 0
     if arguments.verify:
         found = faults(path)
@@ -210,13 +218,14 @@ def import_(arguments: argparse.Namespace, overrides: list[str]) -> int:
 def export(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """Write a checkpoint as safetensors, config and tokenizer, loadable without torch.distributed."""
     from emma_train.checkpoint import export as exports
+    from emma_train.checkpoint import place as places
     from emma_train.checkpoint.qwen3 import write_qwen3
     from emma_train.checkpoint.stored import StoredModel
     from emma_train.generate.settings import read_settings, write_settings
     from emma_train.sequence.tokens import TextTokenizer
 
     model, out = StoredModel(arguments.checkpoint, use_ema=not arguments.no_ema), Path(arguments.out)
-    settings = read_settings(Path(arguments.checkpoint), model.recipe)
+    settings = read_settings(places.of(arguments.checkpoint), model.recipe)
     if arguments.format == "qwen3":
         write_qwen3(out, model)
     else:
@@ -232,6 +241,7 @@ def generate(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from PIL import Image
 
     from data_pipelines.stream.pictures import load_picture
+    from emma_train.checkpoint import place as places
     from emma_train.generate.load import load_generator
     from emma_train.generate.settings import changed, read_settings
     from emma_train.sequence.geometry import picture_size
@@ -243,7 +253,7 @@ def generate(arguments: argparse.Namespace, overrides: list[str]) -> int:
     if arguments.task == "t2i" and arguments.image:
         raise UserError("--task t2i takes no --image; --task it2i edits a picture")
     generator, recipe, _ = load_generator(arguments.model, arguments.device, not arguments.no_ema)
-    flow, text = read_settings(Path(arguments.model), recipe)
+    flow, text = read_settings(places.of(arguments.model), recipe)
     flow = changed(flow, _given(arguments, flow), "--")
     text = changed(text, _given(arguments, text), "--")
     image, pixels = (recipe.data.und if arguments.task == "i2t" else recipe.data.gen), recipe.model.autoencoder.pixels
@@ -291,9 +301,13 @@ def _given(arguments: argparse.Namespace, settings: Any) -> dict[str, Any]:
 def evaluate(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """Score a model on the held-out splits of the emoji set."""
     from data_pipelines.stream.requests import read_requests
+    from emma_train.checkpoint import place as places
     from emma_train.generate.load import load_generator
     from emma_train.generate.scores import score_split
 
+    if not arguments.out and not isinstance(places.of(arguments.model), Path):
+        raise UserError(f"evaluate {arguments.model}: say where to write the scores (--out FILE)")
+    out = Path(arguments.out or f"{arguments.model}/scores.json")
     generator, recipe, meta = load_generator(arguments.model, arguments.device, not arguments.no_ema)
     folder, pixels = Path(arguments.data), recipe.model.autoencoder.pixels
     scores = []
@@ -302,7 +316,6 @@ def evaluate(arguments: argparse.Namespace, overrides: list[str]) -> int:
         requests = {task: read_requests(folder / split, task, recipe.data, pixels) for task in ("i2t", "t2i", "it2i")}
         scores += score_split(generator, split, requests, seen, recipe, arguments.limit)
     result = {"model": str(arguments.model), "stage": meta["stage"], "step": meta["step"], "scores": scores}
-    out = Path(arguments.out) if arguments.out else Path(arguments.model) / "scores.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n")
     for score in scores:
@@ -373,7 +386,7 @@ def _parser() -> argparse.ArgumentParser:
         return command
 
     def add_model(command: argparse.ArgumentParser) -> None:
-        command.add_argument("model", metavar="MODEL", help="run folder, checkpoint or export")
+        command.add_argument("model", metavar="MODEL", help="run folder, checkpoint (or a URL of one) or export")
         command.add_argument("--device", default="auto", help="auto, cpu or cuda")
         command.add_argument("--no-ema", action="store_true", help="use the weights, not their average")
 
@@ -392,13 +405,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--autoencoder", metavar="DIR", required=True, help="AutoencoderDC (diffusers)")
     command.add_argument("--tokenizer", metavar="DIR", help="tokenizer.json or its folder (that of --llm)")
     command = add(inspect)
-    command.add_argument("checkpoint", metavar="CHECKPOINT", help="run folder or checkpoint")
+    command.add_argument("checkpoint", metavar="CHECKPOINT", help="run folder or checkpoint, or a URL of one")
     how = command.add_mutually_exclusive_group()
     how.add_argument("--json", action="store_true", help="print the metadata as JSON")
     how.add_argument("--verify", action="store_true", help="read every byte of all checkpoints there; exit 1 on damage")
     how.add_argument("--self-contained", metavar="OUT", help="copy the newest one, with its frozen weights, to OUT")
     command = add(export)
-    command.add_argument("checkpoint", metavar="CHECKPOINT", help="run folder or checkpoint")
+    command.add_argument("checkpoint", metavar="CHECKPOINT", help="run folder or checkpoint, or a URL of one")
     command.add_argument("out", metavar="OUT", help="folder to write")
     command.add_argument("--no-ema", action="store_true", help="export the weights, not their average")
     command.add_argument(
@@ -445,7 +458,7 @@ def _parser() -> argparse.ArgumentParser:
 def _set_up_logging() -> None:
     rank = os.environ.get("RANK", "0")
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s [{rank}] %(message)s", datefmt="%H:%M:%S", force=True)
-    for noisy in ("httpx", "filelock", "torch", "PIL"):
+    for noisy in ("httpx", "filelock", "torch", "PIL", "botocore", "aiobotocore"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 

@@ -9,6 +9,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from emma_train.checkpoint import store
+from emma_train.checkpoint.place import Place
 from emma_train.training.preemption import EXIT_PREEMPTED
 from tests.distributed.ranks import command, stopped_command
 from tests.distributed.spawn import Outcome, run_ranks
@@ -48,15 +49,15 @@ def checkpoint(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:08d}"
 
 
-def stored(folder: Path) -> dict[str, torch.Tensor]:
+def stored(folder: Place) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint, whole, by name."""
     state: dict[str, Any] = {}
     for place in store.places(folder):
-        entries = dcp.FileSystemReader(place).read_metadata().state_dict_metadata
+        entries = store.Reader(place).read_metadata().state_dict_metadata
         here: dict[str, Any] = {n: torch.empty(e.size, dtype=e.properties.dtype) for n, e in entries.items()}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it says that one process is one process
-            dcp.load(here, checkpoint_id=place, no_dist=True)
+            dcp.load(here, storage_reader=store.Reader(place), no_dist=True)
         state |= here
     return state
 

@@ -12,12 +12,13 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
 from emma_train.checkpoint import tensors
+from emma_train.checkpoint.place import Place, there
 from emma_train.checkpoint.tensors import Spec, Tensors
 from emma_train.config import to_yaml
 from emma_train.config.errors import UserError
@@ -37,9 +38,12 @@ WEIGHTS, RECIPE, META, TOKENIZER, AUTOENCODER = (
 TOKENIZER_BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
-def is_export(path: Path) -> bool:
-    """Whether a folder is an export."""
-    return (path / WEIGHTS).is_file() and (path / RECIPE).is_file()
+def is_export(path: Place) -> TypeGuard[Path]:
+    """Whether a folder is an export. Raises UserError where it lies in a store."""
+    found = there(path / WEIGHTS) and there(path / RECIPE)
+    if found and not isinstance(path, Path):
+        raise UserError(f"{path}: an export is read from a folder; copy it to one")
+    return found
 
 
 def check_free(out: Path) -> None:

@@ -9,6 +9,10 @@ checkpoints/step-00000100.removed/    one on its way out
 checkpoints/step-00000100.damaged/    one that was found damaged at a resume, and set aside
 checkpoints/latest                    the name of the newest whole one, written last
 
+A store renames nothing (place.py): there step-00000100 is written in its place and is a checkpoint once it has its
+meta.json, which is removed first where it goes, and becomes meta.json.damaged where it is set aside. Frozen weights
+have a random name there, which their meta.json repeats, because their digest is known too late.
+
 A frozen folder may also lie in the checkpoint itself (step-00000100/frozen/DIGEST), which makes it self-contained.
 """
 
@@ -23,7 +27,11 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from emma_train.config.errors import UserError
+from upath import UPath
+
+from emma_train.checkpoint import place as places
+from emma_train.checkpoint.place import Place
+from emma_train.config.errors import RunError, UserError
 from emma_train.config.files import write_atomic
 
 log = logging.getLogger(__name__)
@@ -40,10 +48,13 @@ def step_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def read_meta(folder: Path) -> dict[str, Any] | None:
-    """Metadata of a folder, whether its files are all there or not; None where it has none or a byte of it is wrong."""
+def read_meta(folder: Place) -> dict[str, Any] | None:
+    """Metadata of a folder, whether its files are all there or not; None where it has none or a byte of it is wrong.
+    Raises RunError where a store does not say, as do all that call it."""
     try:
-        meta = json.loads((folder / META).read_text())
+        with places.asking(folder):
+            text = (folder / META).read_bytes()
+        meta = json.loads(text)
     except (OSError, ValueError):
         return None
     if not isinstance(meta, dict) or meta.pop("checksum", None) != _checksum(meta):
@@ -51,15 +62,15 @@ def read_meta(folder: Path) -> dict[str, Any] | None:
     return meta
 
 
-def frozen_folder(folder: Path, meta: Mapping[str, Any]) -> Path | None:
+def frozen_folder(folder: Place, meta: Mapping[str, Any]) -> Place | None:
     """Where the frozen weights that a checkpoint refers to lie, in it or beside it; None where it refers to none."""
     if not (digest := meta.get("frozen")):
         return None
     inside = folder / FROZEN / digest
-    return inside if inside.is_dir() else folder.parent / FROZEN / digest
+    return inside if _is_there(inside) else folder.parent / FROZEN / digest
 
 
-def content(folder: Path, parts: Iterable[str] = PARTS) -> dict[Path, Mapping[str, Any]]:
+def content(folder: Place, parts: Iterable[str] = PARTS) -> dict[Place, Mapping[str, Any]]:
     """Size and checksum of every file of a whole checkpoint's `parts`, and of the frozen weights it refers to."""
     meta = read_meta(folder) or {}
     wanted = tuple(f"{part}/" for part in parts)
@@ -69,7 +80,7 @@ def content(folder: Path, parts: Iterable[str] = PARTS) -> dict[Path, Mapping[st
     return found
 
 
-def fault(folder: Path) -> str | None:
+def fault(folder: Place) -> str | None:
     """What keeps a folder from being a whole checkpoint, by its names and sizes alone; None where nothing does."""
     meta = read_meta(folder)
     if meta is None:
@@ -84,39 +95,39 @@ def fault(folder: Path) -> str | None:
     return None if frozen is None else frozen_fault(frozen)
 
 
-def frozen_fault(frozen: Path) -> str | None:
+def frozen_fault(frozen: Place) -> str | None:
     """The same for frozen weights."""
     meta = read_meta(frozen)
     if meta is None or not isinstance(meta.get("files"), dict):
         return f"the frozen weights that it refers to are missing ({FROZEN}/{frozen.name} beside it)"
-    if digest_of(meta["files"]) != frozen.name:
+    if meta.get("name", digest_of(meta["files"])) != frozen.name:
         return f"{FROZEN}/{frozen.name}/{META} is not what its name says"
     problem = _wrong_size(frozen, meta["files"])
     return f"{FROZEN}/{frozen.name}/{problem}" if problem else None
 
 
-def whole(folder: Path) -> dict[str, Any] | None:
+def whole(folder: Place) -> dict[str, Any] | None:
     """Metadata of a checkpoint whose files are all there at their size; None where it is torn or is no checkpoint."""
     return read_meta(folder) if fault(folder) is None else None
 
 
-def steps(checkpoints: Path) -> list[Path]:
+def steps(checkpoints: Place) -> list[Place]:
     """The folders of a run that call themselves checkpoints, the newest first."""
-    named = [p for p in checkpoints.glob("step-*") if re.fullmatch(r"step-\d{8,}", p.name) and p.is_dir()]
+    named = [p for p in places.children(checkpoints) if re.fullmatch(r"step-\d{8,}", p.name) and _is_there(p)]
     return sorted(named, key=lambda p: int(p.name.removeprefix("step-")), reverse=True)
 
 
-def candidates(path: str | Path) -> list[Path]:
+def candidates(path: str | Place) -> list[Place]:
     """What a run folder, a checkpoints folder, `latest` or a step folder may stand for, the newest first."""
-    given = Path(path)
+    given = places.of(path)
     if given.name == LATEST and not given.is_dir():
         given = given.parent
-    if (given / META).is_file():
+    if places.there(given / META):
         return [given]
     return steps(given) or steps(given / "checkpoints")
 
 
-def choose(folders: Iterable[Path], fault: Callable[[Path], str | None] = fault) -> tuple[Path | None, list[str]]:
+def choose(folders: Iterable[Place], fault: Callable[[Place], str | None] = fault) -> tuple[Place | None, list[str]]:
     """The first folder without a fault, and the faults of those before it, each of which a warning names."""
     faults: list[str] = []
     for folder in folders:
@@ -127,12 +138,12 @@ def choose(folders: Iterable[Path], fault: Callable[[Path], str | None] = fault)
     return None, faults
 
 
-def newest(checkpoints: Path) -> Path | None:
+def newest(checkpoints: Place) -> Place | None:
     """The newest whole checkpoint of a run, by names and sizes; says nothing of others."""
     return next((folder for folder in steps(checkpoints) if fault(folder) is None), None)
 
 
-def resolve(path: str | Path, what: str = "init.from") -> Path:
+def resolve(path: str | Place, what: str = "init.from") -> Place:
     """The newest whole checkpoint that `path` stands for, by names and sizes. Raises UserError."""
     found, faults = choose(candidates(path))
     if found is None:
@@ -140,37 +151,51 @@ def resolve(path: str | Path, what: str = "init.from") -> Path:
     return found
 
 
-def none_at(path: str | Path, what: str, faults: list[str]) -> str:
+def none_at(path: str | Place, what: str, faults: list[str]) -> str:
     """The message where `path` stands for no checkpoint that can be used."""
-    if not Path(path).exists():
+    if not places.of(path).exists():
         return f"{what}: {path} does not exist; name a run folder or a checkpoint"
     why = faults[0] if faults else f"a folder step-* with a {META} and all of its files"
     return f"{what}: {path} holds no whole checkpoint ({why})"
 
 
-def begin(checkpoints: Path, name: str) -> Path:
-    """An empty folder NAME.tmp to write into; leftovers of a crash are removed. Raises OSError where `checkpoints` is
+def unfinished(checkpoints: Place, name: str) -> Place:
+    """Where a folder is written: NAME.tmp, but NAME itself in a store."""
+    return checkpoints / (name if isinstance(checkpoints, UPath) else f"{name}.tmp")
+
+
+def begin(checkpoints: Place, name: str) -> Place:
+    """An empty folder to write into; leftovers of a crash are removed. Raises OSError where the folder `checkpoints` is
     not there: it may be storage that has gone, and a mount point would take anything."""
-    folder = checkpoints / f"{name}.tmp"
+    folder = unfinished(checkpoints, name)
+    if isinstance(folder, UPath):
+        remove(folder)
+        return folder
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir()
     return folder
 
 
-def commit(folder: Path, meta: Mapping[str, Any], files: Files) -> Path:
-    """Make a written folder step-*.tmp a checkpoint: metadata, rename, then `latest`."""
+def commit(folder: Place, meta: Mapping[str, Any], files: Files) -> Place:
+    """Make a written folder a checkpoint: metadata, rename (not in a store), then `latest`."""
     final = folder.with_suffix("")
     _finish(folder, {**meta, "schema": SCHEMA, "files": files}, final)
-    write_atomic(final.parent / LATEST, final.name + "\n")
+    _write(final.parent / LATEST, final.name + "\n")
     return final
 
 
-def commit_frozen(folder: Path, files: Files) -> str:
-    """Make a written folder frozen/*.tmp the frozen weights of its content; returns their digest."""
-    digest = digest_of(files)
-    _finish(folder, {"files": files}, folder.parent / digest)
-    return digest
+def commit_frozen(folder: Place, files: Files) -> str:
+    """Make a written folder the frozen weights of its content; returns their name."""
+    name = frozen_name(folder, files)
+    own = {"name": name} if isinstance(folder, UPath) else {}
+    _finish(folder, {"files": files, **own}, folder.parent / name)
+    return name
+
+
+def frozen_name(folder: Place, files: Files) -> str:
+    """The name that frozen weights written to `folder` get."""
+    return folder.name if isinstance(folder, UPath) else digest_of(files)
 
 
 def digest_of(files: Files) -> str:
@@ -179,13 +204,33 @@ def digest_of(files: Files) -> str:
     return _checksum({name: entry for name, entry in files.items() if not name.endswith(".metadata")})[:16]
 
 
-def remove(folder: Path) -> None:
+def remove(folder: Place) -> None:
     """Remove a folder so that a crash on the way leaves no half of it under its name."""
+    if isinstance(folder, UPath):
+        for what, recursive in ((folder / META, False), (folder, True)):
+            with contextlib.suppress(FileNotFoundError), places.asking(folder):
+                folder.fs.rm(what.path, recursive=recursive)
+        return
     shutil.rmtree(_rename(folder, ".removed"), ignore_errors=True)
 
 
-def set_aside(folder: Path) -> Path:
-    """Rename a damaged checkpoint, so that it counts as none and is there to be looked at; returns its new path."""
+def discard(folder: Place) -> None:
+    """Give back the space of what could not be finished, as far as storage lets."""
+    if isinstance(folder, UPath):
+        with contextlib.suppress(RunError):
+            remove(folder)
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def set_aside(folder: Place) -> Place:
+    """Rename a damaged checkpoint, or its metadata in a store, so that it counts as none and is there to be looked at;
+    returns what has the new name."""
+    if isinstance(folder, UPath):
+        renamed = folder / f"{META}.damaged"
+        with places.asking(folder):
+            folder.fs.mv((folder / META).path, renamed.path)
+        return renamed
     return _rename(folder, ".damaged")
 
 
@@ -196,8 +241,10 @@ def _rename(folder: Path, suffix: str) -> Path:
     return renamed
 
 
-def _finish(folder: Path, meta: Mapping[str, Any], final: Path) -> None:
-    write_atomic(folder / META, json.dumps({**meta, "checksum": _checksum(meta)}, indent=1))
+def _finish(folder: Place, meta: Mapping[str, Any], final: Place) -> None:
+    _write(folder / META, json.dumps({**meta, "checksum": _checksum(meta)}, indent=1))
+    if not (isinstance(folder, Path) and isinstance(final, Path)):
+        return  # in a store that was all
     for path in (*(p for p in folder.rglob("*") if p.is_dir()), folder):
         _sync(path)
     former = _rename(final, ".removed") if final.exists() else None
@@ -205,6 +252,19 @@ def _finish(folder: Path, meta: Mapping[str, Any], final: Path) -> None:
     _sync(final.parent)
     if former is not None:
         shutil.rmtree(former, ignore_errors=True)
+
+
+def _is_there(folder: Place) -> bool:
+    """Whether there is such a folder; one in a store has metadata."""
+    return folder.is_dir() if isinstance(folder, Path) else places.there(folder / META)
+
+
+def _write(file: Place, text: str) -> None:
+    if isinstance(file, UPath):
+        with places.asking(file):
+            file.fs.pipe_file(file.path, text.encode())
+    else:
+        write_atomic(file, text)
 
 
 def _checksum(values: Mapping[str, Any]) -> str:
@@ -221,10 +281,11 @@ def _sync(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _wrong_size(folder: Path, files: Files) -> str | None:
+def _wrong_size(folder: Place, files: Files) -> str | None:
+    known = places.sizes(folder)
     for name, entry in files.items():
         try:
-            size = (folder / name).stat().st_size
+            size = known[name] if name in known else places.size(folder / name)
         except OSError as error:
             return f"{name} is missing" if isinstance(error, FileNotFoundError) else f"{name}: {error.strerror}"
         if size != entry["bytes"]:

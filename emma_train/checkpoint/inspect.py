@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from emma_train.checkpoint import folder as folders
+from emma_train.checkpoint import place as places
 from emma_train.checkpoint import verify
+from emma_train.checkpoint.place import Place
 from emma_train.config.errors import UserError
 
 
-def rows(checkpoint: Path, meta: dict[str, Any]) -> dict[str, str]:
+def rows(checkpoint: Place, meta: dict[str, Any]) -> dict[str, str]:
     """A whole checkpoint in words, by what is told."""
     parent, frozen = meta["parent"], folders.frozen_folder(checkpoint, meta)
     own = sum(entry["bytes"] for entry in meta["files"].values())
@@ -33,19 +35,21 @@ def rows(checkpoint: Path, meta: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def faults(path: Path) -> dict[Path, str | None]:
+def faults(path: Place) -> dict[Place, str | None]:
     """What is wrong with each checkpoint that `path` holds; None where every byte of it, and of the frozen weights that
     it refers to, is as it was written. Raises UserError where it holds none."""
-    sound: set[Path] = set()
+    sound: set[Place] = set()
     found = {folder: verify.fault(folder, sound=sound) for folder in folders.candidates(path)}
     if not found:
         raise UserError(folders.none_at(path, "CHECKPOINT", []))
     return found
 
 
-def flatten(path: Path, out: Path) -> Path:
+def flatten(path: Place, out: Place) -> Path:
     """Copy the newest whole checkpoint of `path`, with the frozen weights that it refers to, to a new folder `out` that
     refers to nothing outside. Raises UserError."""
+    if not isinstance(out, Path):
+        raise UserError(f"--self-contained {out}: is no folder; copy it there from one")
     checkpoint = verify.resolve(path, "CHECKPOINT", folders.PARTS)
     if out.exists():
         raise UserError(f"--self-contained {out}: is there already; name a new folder")
@@ -53,9 +57,9 @@ def flatten(path: Path, out: Path) -> Path:
     beside = out.with_name(out.name + ".tmp")
     shutil.rmtree(beside, ignore_errors=True)
     try:
-        shutil.copytree(checkpoint, beside)
+        _copy(checkpoint, beside)
         if frozen is not None and checkpoint not in frozen.parents:
-            shutil.copytree(frozen, beside / folders.FROZEN / frozen.name)
+            _copy(frozen, beside / folders.FROZEN / frozen.name)
         beside.rename(out)
     except OSError as error:
         shutil.rmtree(beside, ignore_errors=True)
@@ -63,3 +67,12 @@ def flatten(path: Path, out: Path) -> Path:
     if (problem := verify.fault(out)) is not None:
         raise UserError(f"{out}: the copy is not what was copied: {problem}")
     return out
+
+
+def _copy(folder: Place, to: Path) -> None:
+    if isinstance(folder, Path):
+        shutil.copytree(folder, to)
+        return
+    to.parent.mkdir(parents=True, exist_ok=True)
+    with places.asking(folder):
+        folder.fs.get(folder.path, str(to), recursive=True)

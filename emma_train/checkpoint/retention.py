@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from emma_train.checkpoint import folder as folders
+from emma_train.checkpoint import place as places
+from emma_train.checkpoint.place import Place
+from emma_train.config.errors import RunError
 from emma_train.config.schema import TrainConfig
 
 log = logging.getLogger(__name__)
@@ -22,10 +25,10 @@ def kept(steps: Mapping[int, float | None], last: int, every: int) -> set[int]:
     return {*newest, *for_good, *best}
 
 
-def prune(checkpoints: Path, config: TrainConfig) -> None:
+def prune(checkpoints: Place, config: TrainConfig) -> None:
     """Remove checkpoints that need not stay, what crashes left behind, and frozen weights that no checkpoint needs.
 
-    What cannot be removed is named in a warning and left."""
+    What cannot be removed is named in a warning and left. Raises RunError where a store does not say what is there."""
     # A torn folder must not count: it would push out the whole one that a run resumes from.
     metas = {folder: meta for folder in folders.steps(checkpoints) if (meta := folders.whole(folder)) is not None}
     values = {m["step"]: m.get("metrics", {}).get(config.keep_best) for m in metas.values()}
@@ -34,22 +37,26 @@ def prune(checkpoints: Path, config: TrainConfig) -> None:
     if not metas:
         return
     newest = max(stay)
-    for folder in checkpoints.glob("step-*"):
+    for folder in places.children(checkpoints):
+        if not folder.name.startswith("step-"):
+            continue
         step, _, suffix = folder.name.removeprefix("step-").partition(".")
         # What was set aside as damaged can be looked at until a newer checkpoint is there.
         if suffix in ("tmp", "removed") or (folder not in metas and step.isdigit() and int(step) < newest):
             _remove(folder)
     needed = {meta.get("frozen") for meta in metas.values()}
-    for folder in (checkpoints / folders.FROZEN).glob("*"):
+    for folder in places.children(checkpoints / folders.FROZEN):
         if folder.name not in needed:
             _remove(folder)
 
 
-def _remove(folder: Path) -> None:
+def _remove(folder: Place) -> None:
     try:
-        if folder.suffix:
+        if folder.suffix and isinstance(folder, Path):
             shutil.rmtree(folder)
         else:
             folders.remove(folder)
     except OSError as error:
         log.warning("%s: cannot be removed (%s)", folder, error.strerror)
+    except RunError as error:
+        log.warning("%s cannot be removed: %s", folder.name, error)

@@ -10,11 +10,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from torch.distributed.checkpoint import CheckpointException
 
+from emma_train.checkpoint.place import Place
 from emma_train.checkpoint.staging import Staging
 from emma_train.checkpoint.state import State, part
 from emma_train.checkpoint.writer import Writer, plain
@@ -48,7 +48,7 @@ class SaveFailed(RunError):
 class Saver:
     """Writes the checkpoints of a run. Every rank has one and calls its methods at the same steps."""
 
-    def __init__(self, checkpoints: Path, config: TrainConfig, world: World, timeout_s: float) -> None:
+    def __init__(self, checkpoints: Place, config: TrainConfig, world: World, timeout_s: float) -> None:
         """`timeout_s`: how long training waits for a save that it cannot go on without."""
         self._checkpoints, self._config, self._world, self._timeout_s = checkpoints, config, world, timeout_s
         self._writer = Writer(checkpoints, config, world, timeout_s)
@@ -59,7 +59,7 @@ class Saver:
         self._tried = 0
         self._stall_s = 0.0
 
-    def continues(self, checkpoint: Path, step: int, state: State) -> None:
+    def continues(self, checkpoint: Place, step: int, state: State) -> None:
         """After a resume from the checkpoint of `step`."""
         self._saved = step
         self._writer.continues(checkpoint, state)

@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,14 +9,16 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from emma_train.checkpoint.place import Place
+from emma_train.checkpoint.store import Reader
 from emma_train.checkpoint.tensors import DTYPES, Spec
-from emma_train.config.errors import UserError
+from emma_train.config.errors import RunError, UserError
 
 
 class Shards:
     """Raises UserError where a folder's table of contents cannot be read."""
 
-    def __init__(self, folders: Sequence[Path]) -> None:
+    def __init__(self, folders: Sequence[Place]) -> None:
         """`folders`: the DCP folders that hold the checkpoint's tensors."""
         self._readers: dict[str, _Reader] = {}
         self.specs: dict[str, Spec] = {}
@@ -38,13 +39,15 @@ class Shards:
         return tensor
 
 
-class _Reader(dcp.FileSystemReader):
+class _Reader(Reader):
     """Reads the table of contents once: it lists every tensor's part on every rank, and a read wants one of them."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Place) -> None:
         super().__init__(folder)
         try:
             self.contents: Metadata = super().read_metadata()
+        except RunError:
+            raise
         except Exception as error:
             raise UserError(f"{folder}: cannot read the checkpoint's table of contents ({error})") from None
 

@@ -1,12 +1,12 @@
 """A whole model on disk, tensor by tensor: the newest checkpoint of a run folder, a checkpoint or an export."""
 
-from pathlib import Path
-
 import torch
 from torch import Tensor, nn
 
 from emma_train.checkpoint import export, store, verify
 from emma_train.checkpoint import folder as folders
+from emma_train.checkpoint import place as places
+from emma_train.checkpoint.place import Place
 from emma_train.checkpoint.shards import Shards
 from emma_train.checkpoint.tensors import Spec, Tensors
 from emma_train.config.errors import UserError
@@ -17,12 +17,12 @@ from emma_train.model.emma import Emma
 class StoredModel:
     """Raises UserError where `path` holds no whole model."""
 
-    def __init__(self, path: str | Path, use_ema: bool = True) -> None:
+    def __init__(self, path: str | Place, use_ema: bool = True) -> None:
         """`use_ema`: averaged weights where they are stored."""
-        self.folder = Path(path)
+        self.folder = places.of(path)
         self._exported = export.is_export(self.folder)
         self._tensors: Tensors | Shards
-        if self._exported:
+        if export.is_export(self.folder):
             self.recipe = from_dict(load_yaml(self.folder / export.RECIPE), str(self.folder))
             self.meta = export.read_meta(self.folder)
             self.recipe.model.autoencoder.path = str(self.folder / self.recipe.model.autoencoder.path)
@@ -56,7 +56,9 @@ class StoredModel:
         return found
 
 
-def newest_stage(path: Path) -> Path:
-    """The furthest stage of a pipeline's run folder that has a checkpoint; any other path as it is."""
-    stages = [p for p in path.glob("stage*") if (p / "checkpoints" / folders.LATEST).is_file()] if path.is_dir() else []
-    return max(stages, key=lambda p: p.name) if stages else path
+def newest_stage(path: Place) -> Place:
+    """The furthest stage of a pipeline's run folder, or of its place in train.checkpoints, that has a checkpoint; any
+    other path as it is."""
+    stages = [p for p in places.children(path) if p.name.startswith("stage")] if path.is_dir() else []
+    begun = [p for p in stages if any(places.there(c / folders.LATEST) for c in (p / "checkpoints", p))]
+    return max(begun, key=lambda p: p.name) if begun else path

@@ -9,28 +9,29 @@ import os
 import socket
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 from emma_train.checkpoint import folder as folders
-from emma_train.config.errors import UserError
+from emma_train.checkpoint import place as places
+from emma_train.checkpoint.place import Place
+from emma_train.config.errors import RunError, UserError
 from emma_train.engine.world import World
 
 log = logging.getLogger(__name__)
 
 
-def entry(path: Path) -> dict[str, Any]:
-    """Size and checksum of a file, as metadata lists them. Raises OSError."""
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return {"bytes": file.tell(), "sha256": digest}
+def entry(path: Place) -> dict[str, Any]:
+    """Size and checksum of a file, as metadata lists them. Raises OSError, or RunError where a store fails."""
+    with places.asking(path), path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+        return {"bytes": file.seek(0, os.SEEK_END), "sha256": digest}
 
 
 def fault(
-    folder: Path,
+    folder: Place,
     parts: Iterable[str] = folders.PARTS,
     world: World | None = None,
-    sound: set[Path] | None = None,
+    sound: set[Place] | None = None,
 ) -> str | None:
     """What is wrong with a checkpoint; None where it is whole and every byte of `parts` and of its frozen weights is as
     it was written. With a world every rank calls it, hashes its share, and gets the same answer. Files in `sound` are
@@ -53,8 +54,8 @@ def fault(
 
 
 def resolve(
-    path: str | Path, what: str = "init.from", parts: Iterable[str] = ("weights",), world: World | None = None
-) -> Path:
+    path: str | Place, what: str = "init.from", parts: Iterable[str] = ("weights",), world: World | None = None
+) -> Place:
     """The newest checkpoint that `path` stands for and that is whole to the byte in `parts`. Raises UserError; with a
     world every rank calls it."""
     given = world.on_main(lambda: folders.candidates(path)) if world else folders.candidates(path)
@@ -64,7 +65,7 @@ def resolve(
     return found
 
 
-def to_resume(checkpoints: Path, world: World) -> Path | None:
+def to_resume(checkpoints: Place, world: World) -> Place | None:
     """The newest checkpoint of a run that is whole to the byte; None where the run has none yet. Every rank calls it.
 
     Damaged ones that are newer are set aside. Raises UserError where there are checkpoints and none can be used:
@@ -83,15 +84,17 @@ def to_resume(checkpoints: Path, world: World) -> Path | None:
                 log.warning("%s: set aside as %s", damaged, folders.set_aside(damaged).name)
             except OSError as error:
                 log.warning("%s: cannot be renamed (%s)", damaged, error.strerror)
+            except RunError as error:
+                log.warning("%s cannot be set aside: %s", damaged.name, error)
     return found
 
 
-def _difference(path: Path, expected: Any) -> str | None:
+def _difference(path: Place, expected: Any) -> str | None:
     name = "/".join(path.parts[-2:])
     try:
         found = entry(path)
     except OSError as error:
-        return f"{name}: {error.strerror} on {socket.gethostname()}"
+        return f"{name}: {error.strerror or 'is missing'} on {socket.gethostname()}"
     if found == expected:
         return None
     return f"{name} is damaged: SHA-256 {found['sha256'][:8]}…, not {expected['sha256'][:8]}…"

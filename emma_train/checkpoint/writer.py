@@ -1,11 +1,12 @@
 """One checkpoint written by all ranks together: shards, then checksums, then the commit that makes it one."""
 
-import shutil
+import logging
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
+from secrets import token_hex
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -13,12 +14,16 @@ from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 
 from emma_train.checkpoint import folder as folders
+from emma_train.checkpoint import place as places
 from emma_train.checkpoint import store, verify
+from emma_train.checkpoint.place import Place
 from emma_train.checkpoint.retention import prune
 from emma_train.checkpoint.state import State, part
+from emma_train.config.errors import RunError
 from emma_train.config.schema import TrainConfig
 from emma_train.engine.world import World
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 VISIBLE_S = 90.0
 """How long a file that another node has written may take to be seen by the main rank; network file systems cache."""
@@ -27,7 +32,7 @@ VISIBLE_S = 90.0
 class Writer:
     """Writes checkpoints into one folder. A rank that fails makes the write fail on every rank."""
 
-    def __init__(self, checkpoints: Path, config: TrainConfig, world: World, timeout_s: float) -> None:
+    def __init__(self, checkpoints: Place, config: TrainConfig, world: World, timeout_s: float) -> None:
         self._checkpoints, self._config, self._world, self._timeout_s = checkpoints, config, world, timeout_s
         self._frozen: str | None = None
         self._failures = -1
@@ -40,7 +45,7 @@ class Writer:
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=self._timeout_s))
         self._failures += 1
 
-    def continues(self, checkpoint: Path, state: State) -> None:
+    def continues(self, checkpoint: Place, state: State) -> None:
         """After a resume: what is frozen lies there already, unless the recipe freezes something else by now."""
         frozen = folders.frozen_folder(checkpoint, folders.read_meta(checkpoint) or {})
         if frozen is not None and frozen.parent == self._checkpoints / folders.FROZEN:
@@ -48,9 +53,9 @@ class Writer:
 
     def write(self, state: State, values: Mapping[str, Tensor], meta: Mapping[str, Any]) -> int:
         """Write, check, commit and prune: the layout of `state`, this rank's `values` by name. Returns the new bytes.
-        Raises OSError or CheckpointException."""
+        Raises OSError, RunError or CheckpointException."""
         name = folders.step_name(int(meta["step"]))
-        folder = self._checkpoints / f"{name}.tmp"
+        folder = folders.unfinished(self._checkpoints, name)
         try:
             self._main(lambda: folders.begin(self._checkpoints, name))
             size = 0 if self._has_frozen(state) else self._write_frozen(state.frozen)
@@ -62,7 +67,10 @@ class Writer:
             self._discard(folder)
             raise
         if self._world.is_main:
-            prune(self._checkpoints, self._config)
+            try:
+                prune(self._checkpoints, self._config)
+            except RunError as error:
+                log.warning("what need not stay is left for the next save to remove (%s)", error)
         return size + sum(entry["bytes"] for entry in files.values())
 
     def _has_frozen(self, state: State) -> bool:
@@ -75,26 +83,30 @@ class Writer:
     def _write_frozen(self, frozen: Mapping[str, Tensor]) -> int:
         """Once in a stage. They are read where they lie, because nothing changes them."""
         above = self._checkpoints / folders.FROZEN
-        folder = above / "new.tmp"
-        try:
+        name = "new"
+        if isinstance(above, Path):
             self._main(lambda: above.mkdir(exist_ok=True))
-            self._main(lambda: folders.begin(above, "new"))
+        else:
+            name = self._together(lambda: token_hex(8))[0]  # it is written in its place, before its digest is known
+        folder = folders.unfinished(above, name)
+        try:
+            self._main(lambda: folders.begin(above, name))
             store.write(folder, frozen, {name: part(tensor) for name, tensor in frozen.items()}, self._group)
             files = self._files(folder, [""])
             self._frozen = self._together(
-                lambda: folders.commit_frozen(folder, files) if self._world.is_main else folders.digest_of(files)
+                lambda: (folders.commit_frozen if self._world.is_main else folders.frozen_name)(folder, files)
             )[0]
         except BaseException:
             self._discard(folder)
             raise
         return sum(int(entry["bytes"]) for entry in files.values())
 
-    def _files(self, folder: Path, parts: Sequence[str]) -> dict[str, dict[str, Any]]:
+    def _files(self, folder: Place, parts: Sequence[str]) -> dict[str, dict[str, Any]]:
         """Size and checksum of every file that the ranks have written, each read again by the rank that wrote it."""
 
         def mine() -> dict[str, dict[str, Any]]:
-            paths = [path for part in parts for path in store.written_by(folder / part, self._world.rank)]
-            return {path.relative_to(folder).as_posix(): verify.entry(path) for path in paths}
+            found = [(part, path) for part in parts for path in store.written_by(folder / part, self._world.rank)]
+            return {f"{part}/{path.name}".lstrip("/"): verify.entry(path) for part, path in found}
 
         files = {name: entry for of_rank in self._together(mine) for name, entry in sorted(of_rank.items())}
         self._main(lambda: _see(folder, files))
@@ -117,21 +129,21 @@ class Writer:
             raise OSError(errors[0])
         return [value for value, _ in results]
 
-    def _discard(self, folder: Path) -> None:
+    def _discard(self, folder: Place) -> None:
         """Give back the space of a save that failed."""
         if self._world.is_main:
-            shutil.rmtree(folder, ignore_errors=True)
+            folders.discard(folder)
 
 
-def _see(folder: Path, files: Mapping[str, Any]) -> None:
+def _see(folder: Place, files: Mapping[str, Any]) -> None:
     """Make sure that this node sees what the others have written."""
     deadline = time.monotonic() + VISIBLE_S
-    missing = list(files)
-    while missing := [name for name in missing if not (folder / name).is_file()]:
+    missing = list(files.keys() - places.sizes(folder).keys())
+    while missing := [name for name in missing if not places.there(folder / name)]:
         if time.monotonic() > deadline:
             raise OSError(
-                f"does not see {folder / missing[0]}, which another rank has written; run.root must lie on storage "
-                "that all nodes share"
+                f"does not see {folder / missing[0]}, which another rank has written; run.root and train.checkpoints "
+                "must lie on storage that all nodes share"
             )
         time.sleep(0.2)
 

@@ -265,6 +265,9 @@ class TrainConfig:
     """Optimizer steps of the stage."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
+    checkpoints: str = ""
+    """Folder or URL (s3://, gs://, ...: what fsspec writes to) for checkpoints, those of a run below its name; empty
+    keeps them in the run folder."""
     save_every: int = 1000
     """Steps between checkpoints; the last step is always saved."""
     save_async: bool = True

@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from emma_train.config.errors import UserError
+from emma_train.config.errors import RunError, UserError
 from emma_train.engine.lost import last_words
 
 log = logging.getLogger(__name__)
@@ -63,15 +63,16 @@ class World:
         return values
 
     def on_main(self, function: Callable[[], T]) -> T:
-        """What `function` gives on the main rank, for every rank; a UserError is raised on every rank alike."""
-        box: list[T | UserError | None] = [None]
+        """What `function` gives on the main rank, for every rank; a UserError or RunError is raised on every rank
+        alike."""
+        box: list[T | UserError | RunError | None] = [None]
         if self.is_main:
             try:
                 box = [function()]
-            except UserError as error:
+            except (UserError, RunError) as error:
                 box = [error]
         dist.broadcast_object_list(box, src=0, group=self.host_group)
-        if isinstance(box[0], UserError):
+        if isinstance(box[0], (UserError, RunError)):
             raise box[0]
         return box[0]  # type: ignore[return-value]
 

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from emma_train.checkpoint.place import Place
 from emma_train.checkpoint.tensors import read_json
 from emma_train.config.errors import UserError
 from emma_train.config.files import write_atomic
@@ -56,11 +57,11 @@ def write_settings(folder: Path, flow: FlowSettings, text: TextSettings) -> None
     write_atomic(folder / FILE, json.dumps(values, indent=1) + "\n")
 
 
-def read_settings(folder: Path, recipe: Recipe) -> tuple[FlowSettings, TextSettings]:
+def read_settings(folder: Place, recipe: Recipe) -> tuple[FlowSettings, TextSettings]:
     """The settings of an export; of a model that carries none, the shift that it was trained with and our defaults for
     the rest. Raises UserError."""
     path, flow, text = folder / FILE, FlowSettings(shift=recipe.flow.shift), TextSettings()
-    if not path.is_file():
+    if not isinstance(path, Path) or not path.is_file():
         return flow, text
     values = read_json(path)
     if unknown := sorted(values.keys() - {"flow", "text"}):

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +13,8 @@ from torch import Tensor
 
 from emma_train.checkpoint import export, store, verify
 from emma_train.checkpoint import folder as folders
+from emma_train.checkpoint import place as places
+from emma_train.checkpoint.place import Place
 from emma_train.config.load import load_yaml
 from emma_train.config.schema import ModelConfig, Recipe
 from emma_train.engine.compiled import compile_layers
@@ -95,22 +96,24 @@ def build(recipe: Recipe, stage: Stage, world: World, resuming: bool) -> Built:
     return Built(engine, ema, trainable, num_parameters, handoff, parent)
 
 
-def find_source(recipe: Recipe, world: World) -> tuple[Path | None, dict[str, Any] | None]:
+def find_source(recipe: Recipe, world: World) -> tuple[Place | None, dict[str, Any] | None]:
     """The checkpoint or export that init.from names, with its path, stage and step; every rank calls it. Raises
     UserError where there is none that is whole."""
     if not recipe.init.source:
         return None, None
-    given = Path(recipe.init.source)
+    given = places.of(recipe.init.source)
     source = given if export.is_export(given) else verify.resolve(given, world=world)
     meta = export.read_meta(source) if export.is_export(source) else folders.read_meta(source) or {}
     return source, {"path": str(source), "stage": meta["stage"], "step": meta["step"]}
 
 
-def take_over(own: Mapping[str, Tensor], recipe: Recipe, source: Path) -> HandOff:
+def take_over(own: Mapping[str, Tensor], recipe: Recipe, source: Place) -> HandOff:
     """Fill the weights from the previous stage; new modules are cloned or start from the seed."""
     weights = export if export.is_export(source) else store
-    stored = export.shapes(source) if weights is export else store.tensors(source)
-    made_by = load_yaml(source / export.RECIPE) if weights is export else (folders.read_meta(source) or {})["config"]
+    if export.is_export(source):
+        stored, made_by = export.shapes(source), load_yaml(source / export.RECIPE)
+    else:
+        stored, made_by = store.tensors(source), (folders.read_meta(source) or {})["config"]
     shapes = {name: tuple(weight.shape) for name, weight in own.items()}
     plan = plan_handoff(shapes, stored, recipe.model.vision, recipe.init.ema, str(recipe.init.source))
     check_settings(made_by["model"], recipe.model, str(recipe.init.source))

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from emma_train.checkpoint import folder as folders
 from emma_train.checkpoint import store
+from emma_train.checkpoint.place import Place
 from emma_train.checkpoint.saver import SaveFailed, Saver
 from emma_train.checkpoint.state import State, state_of
 from emma_train.config import config_hash
@@ -99,7 +100,7 @@ class Trainer:
         self._spikes = SpikeWatch()
         self._graphs: int | None = None
 
-    def resume(self, checkpoint: Path) -> None:
+    def resume(self, checkpoint: Place) -> None:
         """Go on after `checkpoint`. Raises UserError where recipe and checkpoint contradict each other."""
         meta = folders.read_meta(checkpoint)
         assert meta is not None

@@ -15,10 +15,12 @@ from typing import Any
 
 import torch
 
+from emma_train.checkpoint import folder as folders
+from emma_train.checkpoint import place as places
 from emma_train.config import config_hash, to_yaml
-from emma_train.config.errors import UserError
+from emma_train.config.errors import RunError, UserError
 from emma_train.config.files import write_atomic
-from emma_train.config.load import as_dict
+from emma_train.config.load import as_dict, load_yaml
 from emma_train.config.schema import Recipe
 from emma_train.engine.world import World
 from emma_train.sequence.step import Bad
@@ -54,11 +56,12 @@ CHANGEABLE = (
 
 
 class RunFolder:
-    """Paths of one run."""
+    """Paths of one run. Raises UserError where no installed package opens train.checkpoints."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.path = Path(recipe.run.root) / recipe.run.name
-        self.checkpoints = self.path / "checkpoints"
+        self.config = self.path / "config.yaml"
+        self.checkpoints = self._checkpoints(recipe.train.checkpoints, recipe.run.name)
         self.metrics = self.path / "metrics.jsonl"
         self.summary = self.path / "summary.json"
         self.bad_samples = self.path / "bad_samples.jsonl"
@@ -67,16 +70,45 @@ class RunFolder:
     def samples(self, step: int) -> Path:
         return self.path / "samples" / f"step-{step:08d}"
 
+    def _checkpoints(self, root: str, name: str) -> places.Place:
+        return places.of(root) / name if root else self.path / "checkpoints"
+
+    def check_checkpoints(self, world: World) -> None:
+        """Every rank calls it. Raises UserError or RunError on all where one of them cannot write checkpoints."""
+        found: Exception | None = None
+        try:
+            places.check(self.checkpoints, f"probe-{world.rank}")
+        except (UserError, RunError) as error:
+            found = type(error)(f"train.checkpoints: {error}")
+        for trouble in world.gather(found):
+            if trouble is not None:
+                raise trouble
+
+    def check_new(self) -> None:
+        """Raise UserError where the run is about to begin anew though it has checkpoints: where train.checkpoints said
+        when it was last started."""
+        if not self.config.exists():
+            return
+        values = load_yaml(self.config)
+        former = self._checkpoints(values["train"].get("checkpoints", ""), values["run"]["name"])
+        if former != self.checkpoints and folders.steps(former):
+            raise UserError(
+                f"train.checkpoints: {self.path} has its checkpoints in {former}, and there are none in "
+                f"{self.checkpoints}; copy them there or put train.checkpoints back, or choose another run.name"
+            )
+
     def prepare(self, recipe: Recipe, world: World) -> None:
         """Write the resolved recipe and the environment; main rank only. Raises UserError where the disk refuses."""
         try:
             for folder in (self.checkpoints, self.path / "logs"):
-                folder.mkdir(parents=True, exist_ok=True)
-            write_atomic(self.path / "config.yaml", f"# hash {config_hash(recipe)}\n{to_yaml(recipe)}")
+                if isinstance(folder, Path):
+                    folder.mkdir(parents=True, exist_ok=True)
+            write_atomic(self.config, f"# hash {config_hash(recipe)}\n{to_yaml(recipe)}")
             write_atomic(self.path / "environment.json", json.dumps(environment(world), indent=1) + "\n")
         except OSError as error:
+            keys = "run.root or train.checkpoints" if recipe.train.checkpoints else "run.root"
             raise UserError(
-                f"{error.filename or self.path}: cannot write the run folder ({error.strerror}); set run.root"
+                f"{error.filename or self.path}: cannot write the run folder ({error.strerror}); set {keys}"
             ) from None
 
     def write_summary(self, values: dict[str, Any]) -> None:

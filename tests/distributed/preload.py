@@ -13,6 +13,7 @@ import data_pipelines.stream.requests  # noqa: F401
 import emma_train.cli
 import emma_train.generate.samples
 import emma_train.training.loop  # noqa: F401
-import tests.distributed.ranks  # noqa: F401
+import tests.distributed.ranks
+import tests.stores  # noqa: F401
 
 torch.set_num_threads(1)

@@ -1,6 +1,8 @@
 """What ranks do in the tests of saving. Here, and not in a test module, because a rank finds its function by name."""
 
+import os
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -16,6 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from emma_train.checkpoint import folder as folders
 from emma_train.checkpoint import saver as saver_module
 from emma_train.checkpoint import store, verify, writer
+from emma_train.checkpoint.place import Place
 from emma_train.checkpoint.saver import Saver
 from emma_train.checkpoint.staging import Staging
 from emma_train.checkpoint.state import State, state_of
@@ -23,12 +26,13 @@ from emma_train.config.errors import RunError, UserError
 from emma_train.config.schema import TrainConfig
 from emma_train.engine.adam import adam_state
 from emma_train.engine.world import World, join
+from tests.stores import FolderStore
 
 
 class Job:
     """A small sharded model in training: 7 and 5 rows, which two or three ranks cannot share evenly."""
 
-    def __init__(self, world: World, checkpoints: Path, seed: int = 0, save_every: int = 4, **settings: Any) -> None:
+    def __init__(self, world: World, checkpoints: Place, seed: int = 0, save_every: int = 4, **settings: Any) -> None:
         torch.manual_seed(seed)
         self.model = nn.Sequential(nn.Linear(6, 7), nn.Linear(7, 5), nn.Linear(5, 3, bias=False))
         self.model[1].requires_grad_(settings.pop("thaw", False))
@@ -75,7 +79,7 @@ class Job:
         return {n: (t.full_tensor() if hasattr(t, "full_tensor") else t).clone() for n, t in self.state.all.items()}
 
 
-def saved(root: Path, steps: int, **settings: Any) -> dict[str, Tensor]:
+def saved(root: Place, steps: int, **settings: Any) -> dict[str, Tensor]:
     """Train, save with weights that move on meanwhile, and give what was to be saved."""
     with join("cpu", 60) as world:
         job = Job(world, root, **settings)
@@ -87,7 +91,7 @@ def saved(root: Path, steps: int, **settings: Any) -> dict[str, Tensor]:
         return content
 
 
-def resumed(root: Path, steps: int, **settings: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def resumed(root: Place, steps: int, **settings: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """What a fresh job (of another seed) has after loading the newest checkpoint, and after more steps and a save."""
     with join("cpu", 60) as world:
         job = Job(world, root, seed=1, **settings)
@@ -184,6 +188,74 @@ def failing(root: Path, where: str, rank: int, fails: list[int], steps: int, sav
         }
 
 
+def refused(root: Place, kind: str, rank: int, fails: list[int], steps: int) -> tuple[list[int], list[str], str | None]:
+    """Train `steps` steps while the store refuses requests of a kind from one rank in the saves of the steps `fails`.
+    Gives the steps whose save was begun, what is there in the end, and why it stopped."""
+    with join("cpu", 60) as world:
+        job, begun, stopped, saving = Job(world, root, keep=99), [], None, 0
+
+        def request(asked: str, path: str) -> None:
+            if asked == kind and world.rank == rank and saving in fails:
+                raise ConnectionError("https://user:secret@endpoint is gone")
+
+        FolderStore.request = staticmethod(request)
+        try:
+            for _ in range(steps):
+                job.go()
+                if job.saver.due(job.step):
+                    saving = job.step
+                    begun.append(job.step)
+                    job.save()
+                    _ended(job)
+            job.saver.finish()
+        except RunError as error:
+            stopped = str(error)
+        saving = 0
+        return begun, [folder.name for folder in reversed(folders.steps(root))], stopped
+
+
+def refused_loading(root: Place, kind: str, rank: int) -> str:
+    """What is said where the store refuses a kind of request from one rank once the checkpoint is known to be whole."""
+    with join("cpu", 60) as world:
+        job = Job(world, root)
+        checkpoint = verify.to_resume(root, world)
+        assert checkpoint is not None
+
+        def request(asked: str, path: str) -> None:
+            if asked == kind and world.rank == rank and path.endswith(".distcp"):
+                raise ConnectionError("https://user:secret@endpoint is gone")
+
+        FolderStore.request = staticmethod(request)
+        try:
+            store.load_training(checkpoint, job.state)
+        except RunError as error:
+            return str(error)
+        return ""
+
+
+def killed(root: Place, number: int) -> int:
+    """Save steps 3 and 6, and be killed at the change number `number` of the second save; gives how many it makes where
+    there are fewer."""
+    with join("cpu", 60) as world:
+        job, changes = Job(world, root, keep=1), 0
+        job.go(3)
+        job.save()
+        job.saver.finish()
+
+        def request(asked: str, path: str) -> None:
+            nonlocal changes
+            if asked in ("put", "copy", "delete"):
+                changes += 1
+                if changes == number:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        FolderStore.request = staticmethod(request)
+        job.go(3)
+        job.save()
+        job.saver.finish()
+        return changes
+
+
 def vanishing(root: Path, what: str, steps: int) -> tuple[list[int], list[str]]:
     """Train while the storage goes before the save of step 8 and comes back before that of step 10, or while its frozen
     weights are removed before that of step 8. Gives the steps whose save was begun, and what is there in the end."""
@@ -228,7 +300,7 @@ def storage_that_hangs(root: Path) -> str:
         return ""
 
 
-def chosen(root: Path) -> tuple[str | None, str | None]:
+def chosen(root: Place) -> tuple[str | None, str | None]:
     """The checkpoint that a resume takes, and the error where it takes none."""
     with join("cpu", 60) as world:
         try:

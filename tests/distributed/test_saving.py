@@ -127,7 +127,7 @@ def test_storage_that_hangs_ends_the_run_with_a_message(tmp_path: Path) -> None:
 
 def test_nodes_that_share_no_storage_are_found_out_at_the_first_save(tmp_path: Path) -> None:
     for outcome in run_ranks(2, saving.wrong_storage, tmp_path):
-        assert "run.root must lie on storage that all nodes share" in outcome.value
+        assert "run.root and train.checkpoints must lie on storage that all nodes share" in outcome.value
     assert not list((tmp_path / "0").glob("step-*"))
 
 

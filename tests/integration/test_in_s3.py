@@ -1,0 +1,85 @@
+"""Checkpoints in S3, through a server on loopback that answers as S3 does."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from emma_train.checkpoint import folder as folders
+from emma_train.checkpoint import verify
+from tests.distributed.spawn import run_command
+from tests.integration.conftest import MakeRecipe
+from tests.runs import checkpoint, differences, learnt, stored
+
+pytest.importorskip("s3fs", reason="pip install 'emma-train[s3]'")
+moto = pytest.importorskip("moto.server", reason="pip install 'moto[server]'")
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[fsspec.AbstractFileSystem]:
+    """The file system of s3://, which has a bucket of that name."""
+    server = moto.ThreadedMotoServer(port=0)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIDEXAMPLE")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "topsecret")
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        system = fsspec.filesystem("s3", use_listings_cache=False)
+        system.makedirs("bucket", exist_ok=True)  # the server keeps it from test to test
+        yield system
+    finally:
+        server.stop()
+        fsspec.filesystem("s3").clear_instance_cache()
+
+
+@pytest.mark.slow
+def test_a_run_that_goes_on_from_s3_is_the_one_that_never_stopped(
+    make_recipe: MakeRecipe, tmp_path: Path, bucket: fsspec.AbstractFileSystem
+) -> None:
+    recipe = make_recipe(tmp_path, "stage0", train={"steps": 6, "save_every": 2, "log_every": 1, "keep": 2})
+    run_command("train", str(recipe), "run.name=straight", processes=2)
+    where, url = "train.checkpoints=s3://bucket/runs", "s3://bucket/runs/remote"
+    run_command("train", str(recipe), "run.name=remote", where, "train.steps=4", processes=2)
+    # A damaged byte, and a save that was torn: the run goes on from the one before.
+    damaged = "bucket/runs/remote/step-00000004/optimizer/__1_0.distcp"
+    content = bytearray(bucket.cat_file(damaged))
+    content[len(content) // 2] ^= 1
+    bucket.pipe_file(damaged, bytes(content))
+    bucket.pipe_file("bucket/runs/remote/step-00000006/weights/__7_0.distcp", b"torn")
+    listed = run_command("inspect", url, "--verify", code=1).out.splitlines()
+    assert listed[0].startswith(f"{url}/step-00000004: optimizer/__1_0.distcp is damaged: SHA-256 ")
+    assert listed[1] == f"{url}/step-00000002: whole"
+
+    outcome = run_command("train", str(recipe), "run.name=remote", where, processes=2)
+    assert "step-00000004: set aside as meta.json.damaged" in outcome.err
+    assert f"resumed {url}/step-00000002" in outcome.err
+    straight, newest = checkpoint(tmp_path / "straight", 6), folders.resolve(url)
+    assert verify.fault(newest) is None
+    assert differences(stored(newest), stored(straight)) == []
+    assert learnt(tmp_path / "remote") == learnt(tmp_path / "straight")
+    there = sorted(path.rpartition("/")[2] for path in bucket.ls("bucket/runs/remote", detail=False))
+    assert there == ["frozen", "latest", "step-00000004", "step-00000006"]
+    assert "step-00000006/weights/__7_0.distcp" not in " ".join(bucket.find("bucket/runs/remote"))
+
+    out = str(tmp_path / "alone")
+    assert run_command("inspect", url, "--self-contained", out).out.strip() == out
+    assert differences(stored(tmp_path / "alone"), stored(straight)) == []
+
+
+def test_a_bucket_that_is_not_there_is_neither_made_nor_trained_for(
+    make_recipe: MakeRecipe, tmp_path: Path, bucket: fsspec.AbstractFileSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make_recipe(tmp_path, "stage0")
+    outcome = run_command("train", str(recipe), "train.checkpoints=s3://bukcet/runs", code=2)
+    (line,) = outcome.error_lines
+    assert "train.checkpoints: s3://bukcet/runs/stage0: there is no such bucket" in line
+    assert bucket.ls("", detail=False) == ["bucket"]
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    outcome = run_command("train", str(recipe), "train.checkpoints=s3://bucket/runs", code=2)
+    (line,) = outcome.error_lines
+    assert "s3://bucket/runs/stage0: the store fails (NoCredentialsError)" in line
+    assert not (tmp_path / "stage0").exists()
