@@ -33,6 +33,7 @@ from emma_train.checkpoint import place as places
 from emma_train.checkpoint.place import Place
 from emma_train.config.errors import RunError, UserError
 from emma_train.config.files import write_atomic
+from emma_train.config.load import load_yaml
 
 log = logging.getLogger(__name__)
 META = "meta.json"
@@ -124,7 +125,15 @@ def candidates(path: str | Place) -> list[Place]:
         given = given.parent
     if places.there(given / META):
         return [given]
-    return steps(given) or steps(given / "checkpoints")
+    return steps(given) or steps(of_run(given))
+
+
+def of_run(run: Place) -> Place:
+    """Where the checkpoints of a run folder lie: in it, or where train.checkpoints of its recipe says."""
+    values = load_yaml(run / "config.yaml") if isinstance(run, Path) and (run / "config.yaml").is_file() else {}
+    if root := values.get("train", {}).get("checkpoints"):
+        return places.of(root) / values["run"]["name"]
+    return run / "checkpoints"
 
 
 def choose(folders: Iterable[Place], fault: Callable[[Place], str | None] = fault) -> tuple[Place | None, list[str]]:

@@ -60,5 +60,5 @@ def newest_stage(path: Place) -> Place:
     """The furthest stage of a pipeline's run folder, or of its place in train.checkpoints, that has a checkpoint; any
     other path as it is."""
     stages = [p for p in places.children(path) if p.name.startswith("stage")] if path.is_dir() else []
-    begun = [p for p in stages if any(places.there(c / folders.LATEST) for c in (p / "checkpoints", p))]
+    begun = [p for p in stages if any(places.there(c / folders.LATEST) for c in (folders.of_run(p), p))]
     return max(begun, key=lambda p: p.name) if begun else path

@@ -20,7 +20,7 @@ from emma_train.checkpoint import place as places
 from emma_train.config import config_hash, to_yaml
 from emma_train.config.errors import RunError, UserError
 from emma_train.config.files import write_atomic
-from emma_train.config.load import as_dict, load_yaml
+from emma_train.config.load import as_dict
 from emma_train.config.schema import Recipe
 from emma_train.engine.world import World
 from emma_train.sequence.step import Bad
@@ -61,7 +61,8 @@ class RunFolder:
     def __init__(self, recipe: Recipe) -> None:
         self.path = Path(recipe.run.root) / recipe.run.name
         self.config = self.path / "config.yaml"
-        self.checkpoints = self._checkpoints(recipe.train.checkpoints, recipe.run.name)
+        root = recipe.train.checkpoints
+        self.checkpoints = places.of(root) / recipe.run.name if root else self.path / "checkpoints"
         self.metrics = self.path / "metrics.jsonl"
         self.summary = self.path / "summary.json"
         self.bad_samples = self.path / "bad_samples.jsonl"
@@ -69,9 +70,6 @@ class RunFolder:
 
     def samples(self, step: int) -> Path:
         return self.path / "samples" / f"step-{step:08d}"
-
-    def _checkpoints(self, root: str, name: str) -> places.Place:
-        return places.of(root) / name if root else self.path / "checkpoints"
 
     def check_checkpoints(self, world: World) -> None:
         """Every rank calls it. Raises UserError or RunError on all where one of them cannot write checkpoints."""
@@ -87,10 +85,7 @@ class RunFolder:
     def check_new(self) -> None:
         """Raise UserError where the run is about to begin anew though it has checkpoints: where train.checkpoints said
         when it was last started."""
-        if not self.config.exists():
-            return
-        values = load_yaml(self.config)
-        former = self._checkpoints(values["train"].get("checkpoints", ""), values["run"]["name"])
+        former = folders.of_run(self.path)
         if former != self.checkpoints and folders.steps(former):
             raise UserError(
                 f"train.checkpoints: {self.path} has its checkpoints in {former}, and there are none in "

@@ -76,6 +76,7 @@ def test_a_run_that_goes_on_from_a_store_is_the_one_that_never_stopped(
     run = recipe.parent / "remote"
     assert learnt(run) == learnt(straight)
     newest = folders.resolve(remote)
+    assert folders.resolve(run) == newest  # the recipe in the run folder says where
     assert differences(stored(newest), stored(checkpoint(straight, STEPS))) == []
     assert not (run / "checkpoints").exists()
     kept = [folders.step_name(step) for step in (4, 6, STEPS)]
@@ -171,5 +172,6 @@ def test_the_stages_of_a_pipeline_keep_theirs_apart_and_find_each_other(
         assert learnt(tmp_path / "remote" / stage) == learnt(tmp_path / "local" / stage)
     (outcome,) = train(path, "run.name=remote", f"train.checkpoints={url}/")
     assert outcome.err.count("is complete: nothing to do") == 2
-    ask("export", f"{url}/remote", str(tmp_path / "exported"))
-    assert '"stage": "stage1"' in (tmp_path / "exported" / "meta.json").read_text()
+    for number, model in enumerate((f"{url}/remote", str(tmp_path / "remote"))):
+        ask("export", model, str(tmp_path / f"exported-{number}"))
+        assert '"stage": "stage1"' in (tmp_path / f"exported-{number}" / "meta.json").read_text()
