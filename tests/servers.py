@@ -1,4 +1,4 @@
-"""A file server on loopback that can be slow, fail, cut bodies short and forget files, for tests of remote reading."""
+"""Servers on loopback, for tests of what lies elsewhere: files over HTTP that come slowly, cut short or not at all; S3."""
 
 import threading
 import time
@@ -7,6 +7,9 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
+
+import fsspec
+import pytest
 
 Fault = Callable[[int, str], str]
 """(number of the GET, from 1; path) -> what goes wrong: "" for nothing, a status, slow, short, reset or whole."""
@@ -83,3 +86,24 @@ def serving(folder: Path, fault: Fault = lambda number, path: "") -> Iterator[Fi
         server.http.shutdown()
         server.http.server_close()
         thread.join()
+
+
+@contextmanager
+def s3_serving() -> Iterator[fsspec.AbstractFileSystem]:
+    """The file system of s3://, with a bucket of that name, while the block runs; skips where it cannot be."""
+    pytest.importorskip("s3fs", reason="pip install 'emma-train[s3]'")
+    moto = pytest.importorskip("moto.server", reason="pip install 'moto[s3]' flask flask-cors")
+    server = moto.ThreadedMotoServer(port=0)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        with pytest.MonkeyPatch.context() as environment:
+            environment.setenv("AWS_ACCESS_KEY_ID", "AKIDEXAMPLE")
+            environment.setenv("AWS_SECRET_ACCESS_KEY", "topsecret")
+            environment.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+            system = fsspec.filesystem("s3", use_listings_cache=False)
+            system.makedirs("bucket", exist_ok=True)  # the server's memory outlives it
+            yield system
+    finally:
+        server.stop()
+        fsspec.filesystem("s3").clear_instance_cache()

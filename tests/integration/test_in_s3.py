@@ -11,27 +11,13 @@ from emma_train.checkpoint import verify
 from tests.distributed.spawn import run_command
 from tests.integration.conftest import MakeRecipe
 from tests.runs import checkpoint, differences, learnt, stored
-
-pytest.importorskip("s3fs", reason="pip install 'emma-train[s3]'")
-moto = pytest.importorskip("moto.server", reason="pip install 'moto[server]'")
+from tests.servers import s3_serving
 
 
 @pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[fsspec.AbstractFileSystem]:
-    """The file system of s3://, which has a bucket of that name."""
-    server = moto.ThreadedMotoServer(port=0)
-    server.start()
-    try:
-        host, port = server.get_host_and_port()
-        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIDEXAMPLE")
-        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "topsecret")
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        system = fsspec.filesystem("s3", use_listings_cache=False)
-        system.makedirs("bucket", exist_ok=True)  # the server keeps it from test to test
+def bucket() -> Iterator[fsspec.AbstractFileSystem]:
+    with s3_serving() as system:
         yield system
-    finally:
-        server.stop()
-        fsspec.filesystem("s3").clear_instance_cache()
 
 
 @pytest.mark.slow

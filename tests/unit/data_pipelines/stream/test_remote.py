@@ -23,7 +23,7 @@ from emma_train.config.schema import ImageConfig, Recipe
 from emma_train.model.autoencoder import fingerprint
 from emma_train.sequence.step import StepBatches
 from tests.helpers import PATCH, SHUFFLE, assert_same_pack, tiny_model, tiny_recipe, tokenizer
-from tests.servers import FileServer, serving
+from tests.servers import FileServer, s3_serving, serving
 from tests.shards import damage, every_task, write_shards
 
 STEPS = 4
@@ -294,22 +294,10 @@ def test_remote_latents_are_taken_like_local_ones(tmp_path: Path) -> None:
     assert all(pack.latents is not None for step in far for pack in step.packs)
 
 
-def test_s3_is_read_through_its_usual_credentials(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("s3fs", reason="pip install 'emma-train[s3]'")
-    moto = pytest.importorskip("moto.server", reason="pip install 'moto[s3]' flask flask-cors")
-    server = moto.ThreadedMotoServer(port=0)
-    server.start()
-    try:
-        host, port = server.get_host_and_port()
-        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIDEXAMPLE")
-        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "topsecret")
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        system = fsspec.filesystem("s3")
-        system.mkdir("bucket")
+def test_s3_is_read_through_its_usual_credentials(folder: Path) -> None:
+    with s3_serving() as system:
         for path in folder.iterdir():
             system.pipe_file(f"bucket/set/{path.name}", path.read_bytes())
         assert_same(steps_of(recipe_of("s3://bucket/set", data__workers=2)), steps_of(recipe_of(folder)))
         with pytest.raises(UserError, match=r"s3://bucket/none/manifest\.json: cannot read \(no such file\)"):
             read_manifest("s3://bucket/none")
-    finally:
-        server.stop()
