@@ -25,7 +25,7 @@ PATTERN = 1000
 """Finest weight in a blend."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Shard:
     """Rows of one task in one shard."""
 
@@ -36,6 +36,8 @@ class Shard:
     num_rows: int
     num_bytes: int = 0
     """Of the tar."""
+    source: int = 0
+    """Which of the pool's sources wants these rows."""
 
 
 Load = Callable[[Sequence[Shard], int], Columns]

@@ -17,7 +17,7 @@ from data_pipelines.stream.columns import Measure
 from data_pipelines.stream.offers import Offers, Planned, planned_row
 from data_pipelines.stream.order import Blend
 from data_pipelines.stream.packing import EVEN, Queue, Slots, deal, evenness, fill, look_ahead, spread, sums
-from data_pipelines.stream.sources import blend_of
+from data_pipelines.stream.sources import Sources
 from emma_train.config.check import TASKS, phases, samples_per_task
 from emma_train.config.errors import UserError
 from emma_train.config.schema import MixConfig, Recipe
@@ -90,7 +90,7 @@ class Planner:
         self.data, self.model = recipe.data, recipe.model
         caps = {name: getattr(self.data, f"pack_{name}") for name in ("tokens", "pairs", "patches", "pixels")}
         self.caps = {name: cap for name, cap in caps.items() if cap}
-        self._lock, manifests = threading.Lock(), hashlib.sha256()
+        self._lock, sources = threading.Lock(), Sources(self.data, tokenizer)
         self._phases: list[_Phase] = []
         start, taken = 0, dict.fromkeys(TASKS, 0)
         for number, phase in enumerate(phases(recipe)):
@@ -100,12 +100,12 @@ class Planner:
             for task in shares:
                 image = self.data.und if task == "i2t" else self.data.gen
                 how = Measure(task, image, self.model, self.caps, self.data.seed)
-                blends[task] = blend_of(phase, how, tokenizer, self.data, manifests)
+                blends[task] = sources.blend(phase, how)
             self._phases.append(_Phase(number, start, shares, counts, blends, dict(taken)))
             start += phase.steps
             for task, count in counts.items():
                 taken[task] += phase.steps * count
-        self.fingerprint = manifests.hexdigest()[:16]
+        self.fingerprint = sources.fingerprint
         self._states: dict[int, dict[str, Taken]] = {0: {task: Taken() for task in TASKS}}
         self._last: StepPlan | None = None
         self._depth: dict[int, int] = {}

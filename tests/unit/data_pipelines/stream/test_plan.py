@@ -5,11 +5,13 @@ import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data_pipelines.stream import sources
 from data_pipelines.stream.offers import Planned
 from data_pipelines.stream.plan import Planner, StepPlan
 from emma_train.config.errors import UserError
@@ -301,6 +303,22 @@ def test_weights_hold_in_every_step_and_tags_make_sub_ratios(tmp_path: Path) -> 
         assert sum(key < "q05" for key in keys) == 5
         seen.update(keys)
     assert seen == {**{f"q{i:02d}": 5 for i in range(5)}, **{f"q{i:02d}": 1 for i in range(5, 30)}}
+
+
+def test_one_folder_may_be_two_sources_of_one_pool(tmp_path: Path) -> None:
+    tags = [["stem"], ["photo"], [], ["stem", "photo"]]
+    folder = str(write_shards(tmp_path, [question(f"q{i:02d}", tags=tags[i % 4]) for i in range(40)], per_shard=7))
+    sources = [{"path": folder, "require_tags": ["stem"]}, {"path": folder, "exclude_tags": ["stem", "photo"]}]
+    mix = {"i2t": 1, "t2i": 0, "it2i": 0}
+    plans = planner(tiny_recipe(data__sources=sources, mix=mix, data__samples_per_step=10, data__slots=2))
+    keys = Counter(s.key for step in (1, 2, 3) for s in all_of(plans.plan(step), "i2t"))
+    assert keys == dict.fromkeys((f"q{i:02d}" for i in range(40) if i % 4 != 1), 1)
+
+
+def test_a_manifest_is_read_once_whatever_the_tasks_and_phases(small: Path) -> None:
+    with patch.object(sources, "read_manifest", wraps=sources.read_manifest) as read:
+        planner(small_recipe(small, data__phases=PHASES))
+    assert read.call_count == 1
 
 
 def test_a_sample_that_is_too_long_is_replaced_and_counted(tmp_path: Path) -> None:
