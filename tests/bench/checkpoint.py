@@ -26,12 +26,13 @@ from typing import Any
 
 import torch
 import yaml
-from torch import nn
+from torch import Tensor, nn
 
 from emma_train.checkpoint import folder as folders
 from emma_train.checkpoint.saver import Saver
-from emma_train.checkpoint.state import state_of
+from emma_train.checkpoint.state import State
 from emma_train.config.schema import TrainConfig
+from emma_train.engine.adam import adam_state
 from emma_train.engine.world import join
 
 ROOT = Path(__file__).parents[2]
@@ -95,13 +96,23 @@ def lost_beside(folder: Path) -> dict[str, float]:
             lost.append((queued, time.perf_counter() - started - ran - queued))
             saver.finish()
             if step % 2 == 0:
-                saver.start(state_of(model, optimizer, averages), {"step": step})
+                saver.start(_state(model, optimizer, averages), {"step": step})
         saver.finish()
     with_save, without = lost[4::2], lost[5::2]  # the first save makes its buffers, too
     core, lock = (
         mean(a) - mean(b) for a, b in zip(zip(*with_save, strict=True), zip(*without, strict=True), strict=True)
     )
     return {"no_core_s_per_save": round(core, 4), "lock_s_per_save": round(lock, 4)}
+
+
+def _state(model: nn.Module, optimizer: torch.optim.Optimizer, averages: dict[str, Tensor]) -> State:
+    weights = {f"model.{name}": weight for name, weight in model.named_parameters()}
+    moments = {
+        f"optimizer.{name}.{key}": value
+        for name, weight in model.named_parameters()
+        for key, value in adam_state(optimizer, weight).items()
+    }
+    return State({**weights, **{f"ema.{name}": average for name, average in averages.items()}}, moments, {})
 
 
 def _account() -> tuple[float, float]:

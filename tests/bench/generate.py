@@ -10,6 +10,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +83,8 @@ def main() -> None:
         made: dict[str, Any] = {}
         seconds: dict[str, float] = {}
         for name, generator in both.items():
-            call = generator.answer if task == "i2t" else generator.draw_latents
-            seconds[name], made[name] = best(lambda c=call, a=asked, s=text if task == "i2t" else flow: c(a, s))
+            answer, draw = partial(generator.answer, asked, text), partial(generator.draw_latents, asked, flow)
+            seconds[name], made[name] = best(answer if task == "i2t" else draw)
         if task == "i2t":
             assert made["cached"] == made["uncached"]
             difference = 0.0
