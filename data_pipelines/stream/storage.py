@@ -109,7 +109,7 @@ class Storage:
         remote = [(url, version) for url, version in files if not is_local(url)]
         if self.cache is None or not remote or size > AHEAD * self.cache.limit:
             return
-        random.shuffle(remote)  # so that the processes of a machine share the work
+        random.Random(os.getpid()).shuffle(remote)  # so that the processes of a machine share the work
         threading.Thread(target=self._make_copies, args=(self.cache, remote), name="fetch-ahead", daemon=True).start()
 
     def _make_copies(self, cache: Cache, files: Sequence[tuple[str, str]]) -> None:

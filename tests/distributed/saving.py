@@ -41,6 +41,8 @@ class Job:
         self.optimizer = torch.optim.AdamW(learns, lr=0.1, fused=True)
         self.averages = {n: p.detach().clone() for n, p in self.model.named_parameters() if p.requires_grad}
         self.world, self.checkpoints, self.step = world, checkpoints, 0
+        self.saving = 0
+        """Step of the last save that was begun."""
         checkpoints.mkdir(parents=True, exist_ok=True)
         timeout_s = settings.pop("timeout_s", 20)
         self.saver = Saver(checkpoints, TrainConfig(steps=99, save_every=save_every, **settings), world, timeout_s)
@@ -166,19 +168,8 @@ def failing(root: Path, where: str, rank: int, fails: list[int], steps: int, sav
             "checksum": (verify, "entry"),
             "commit": (folders, "commit"),
         }[where]
-        _break(owner, name, lambda: job.step_saved in fails and world.rank == rank)  # type: ignore[attr-defined]
-        begun, stopped = [], None
-        try:
-            for _ in range(steps):
-                job.go()
-                if job.saver.due(job.step):
-                    job.step_saved = job.step  # type: ignore[attr-defined]
-                    begun.append(job.step)
-                    job.save()
-                    _ended(job)
-            job.saver.finish()
-        except RunError as error:
-            stopped = str(error)
+        _break(owner, name, lambda: job.saving in fails and world.rank == rank)
+        begun, stopped = _train(job, steps)
         newest = folders.newest(root)
         return {
             "begun": begun,
@@ -188,29 +179,36 @@ def failing(root: Path, where: str, rank: int, fails: list[int], steps: int, sav
         }
 
 
+def _train(job: Job, steps: int) -> tuple[list[int], str | None]:
+    """Train and save what is due: the steps whose save was begun, and why it stopped before the end."""
+    begun = []
+    try:
+        for _ in range(steps):
+            job.go()
+            if job.saver.due(job.step):
+                job.saving = job.step
+                begun.append(job.step)
+                job.save()
+                _ended(job)
+        job.saver.finish()
+    except RunError as error:
+        return begun, str(error)
+    return begun, None
+
+
 def refused(root: Place, kind: str, rank: int, fails: list[int], steps: int) -> tuple[list[int], list[str], str | None]:
     """Train `steps` steps while the store refuses requests of a kind from one rank in the saves of the steps `fails`.
     Gives the steps whose save was begun, what is there in the end, and why it stopped."""
     with join("cpu", 60) as world:
-        job, begun, stopped, saving = Job(world, root, keep=99), [], None, 0
+        job = Job(world, root, keep=99)
 
         def request(asked: str, path: str) -> None:
-            if asked == kind and world.rank == rank and saving in fails:
+            if asked == kind and world.rank == rank and job.saving in fails:
                 raise ConnectionError("https://user:secret@endpoint is gone")
 
         FolderStore.request = staticmethod(request)
-        try:
-            for _ in range(steps):
-                job.go()
-                if job.saver.due(job.step):
-                    saving = job.step
-                    begun.append(job.step)
-                    job.save()
-                    _ended(job)
-            job.saver.finish()
-        except RunError as error:
-            stopped = str(error)
-        saving = 0
+        begun, stopped = _train(job, steps)
+        job.saving = 0
         return begun, [folder.name for folder in reversed(folders.steps(root))], stopped
 
 
