@@ -41,7 +41,7 @@ TINY := recipes/tiny/assets
 DEMO := runs/demo
 
 # DC-AE never trains, so its latents are computed once. The pipeline goes on where it stopped when make demo is run again.
-demo: setup ## train every stage on real pictures with two processes and write runs/demo/report.html
+demo: setup ## train every stage on real images with two processes and write runs/demo/report.html
 	$(BIN)/emma-data cache-latents $(TINY)/emoji/train --autoencoder $(TINY)/autoencoder --side 128
 	$(BIN)/emma-train launch recipes/tiny/pipeline.yaml --on torchrun --nproc 2 run.name=demo
 	$(BIN)/emma-train evaluate $(DEMO)

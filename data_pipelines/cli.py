@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from emma_train.config.errors import RunError, UserError
+from emma_train.errors import RunError, UserError
 
 TINY_TOKENIZER = Path(__file__).parents[1] / "recipes" / "tiny" / "assets" / "tokenizer" / "tokenizer.json"
 
@@ -48,13 +48,13 @@ def build_parser() -> argparse.ArgumentParser:
     index.set_defaults(run=run_index)
 
     latents = commands.add_parser(
-        "cache-latents", help="encode every picture once; under torchrun the processes share the shards"
+        "cache-latents", help="encode every image once; under torchrun the processes share the shards"
     )
     latents.add_argument("folder", type=Path)
     latents.add_argument("--autoencoder", type=Path, required=True, help="folder of a diffusers AutoencoderDC")
     latents.add_argument("--mode", choices=("square", "native", "buckets"), default="square", help="as in the recipe")
     latents.add_argument("--side", type=int, nargs="+", default=[512], help="as in the recipe; several are allowed")
-    latents.add_argument("--batch-size", type=int, default=32, help="pictures encoded at once")
+    latents.add_argument("--batch-size", type=int, default=32, help="images encoded at once")
     latents.set_defaults(run=run_cache_latents)
 
     check = commands.add_parser("check", help="verify shards against their index and manifest; exit 1 on a difference")
@@ -79,7 +79,7 @@ def add_fluent_emoji(parser: argparse.ArgumentParser) -> None:
         "--unicode-table", type=Path, help="data-by-emoji.json of unicode-emoji-json (default: fetched with npm)"
     )
     parser.add_argument("--world", choices=("tiny", "full"), default="full", help="64 concepts, or all of the package")
-    parser.add_argument("--size", type=int, default=128, help="picture side in pixels")
+    parser.add_argument("--size", type=int, default=128, help="image side in pixels")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--samples", type=int, nargs=3, metavar=("SINGLES", "PAIRS", "STEM"), help="records of each kind in train"
@@ -101,8 +101,8 @@ def add_shards(parser: argparse.ArgumentParser) -> None:
 
 
 def run_import_shards(arguments: argparse.Namespace) -> int:
-    from data_pipelines.prepare.shards import bring
-    from data_pipelines.stream.indexing import index_folder
+    from data_pipelines.shards.build_index import index_folder
+    from data_pipelines.shards.fetch import bring
 
     require_file(arguments.tokenizer, "--tokenizer")
     check_range("--workers", arguments.workers, 1, 4096)
@@ -112,13 +112,13 @@ def run_import_shards(arguments: argparse.Namespace) -> int:
 
 
 def run_import_fluent_emoji(arguments: argparse.Namespace) -> int:
-    from data_pipelines.prepare.concepts import WORLDS, Amounts
-    from data_pipelines.prepare.package import DRAWINGS, UNICODE_TABLE, fetch
-    from data_pipelines.stream.indexing import index_folder
+    from data_pipelines.emoji.concepts import WORLDS, Amounts
+    from data_pipelines.emoji.npm import DRAWINGS, UNICODE_TABLE, fetch
+    from data_pipelines.shards.build_index import index_folder
 
     try:
-        from data_pipelines.prepare.drawings import read_catalogue
-        from data_pipelines.prepare.fluent_emoji import Settings, build_set, provenance
+        from data_pipelines.emoji.build import Settings, build_set, provenance
+        from data_pipelines.emoji.drawings import read_catalogue
     except ModuleNotFoundError as error:
         raise UserError(f"importing drawings needs {error.name}; pip install 'emma-train[data]'") from error
 
@@ -144,7 +144,7 @@ def run_import_fluent_emoji(arguments: argparse.Namespace) -> int:
 
 
 def run_index(arguments: argparse.Namespace) -> int:
-    from data_pipelines.stream.indexing import index_folder
+    from data_pipelines.shards.build_index import index_folder
 
     require_file(arguments.tokenizer, "--tokenizer")
     check_range("--workers", arguments.workers, 1, 4096)
@@ -156,7 +156,7 @@ def run_index(arguments: argparse.Namespace) -> int:
 def run_cache_latents(arguments: argparse.Namespace) -> int:
     import torch
 
-    from data_pipelines.prepare.latents import cache_latents
+    from data_pipelines.shards.encode_latents import cache_latents
     from emma_train.config.schema import AutoencoderConfig, ImageConfig
 
     check_range("--batch-size", arguments.batch_size, 1, 65_536)
@@ -170,7 +170,7 @@ def run_cache_latents(arguments: argparse.Namespace) -> int:
 
 
 def run_check(arguments: argparse.Namespace) -> int:
-    from data_pipelines.stream.check import check_folder
+    from data_pipelines.shards.check import check_folder
 
     check_range("--workers", arguments.workers, 1, 4096)
     folders = readable_folders(arguments.folder)
@@ -184,7 +184,7 @@ def run_check(arguments: argparse.Namespace) -> int:
 def run_stats(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from data_pipelines.stream.stats import details, folder_stats, overview
+    from data_pipelines.shards.stats import details, folder_stats, overview
 
     found = {name: folder_stats(folder) for name, folder in readable_folders(arguments.folder).items()}
     console = Console()
@@ -198,7 +198,7 @@ def run_stats(arguments: argparse.Namespace) -> int:
 
 def readable_folders(folder: str) -> dict[str, str]:
     """Folders of shards by name: those of shard_folders, or the URL of a remote one."""
-    from data_pipelines.stream.storage import is_local, local_path, shown
+    from emma_train.storage.object_store import is_local, local_path, shown
 
     if not is_local(folder):
         return {shown(folder): folder}

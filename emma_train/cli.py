@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from emma_train.config.errors import LostRanks, RunError, UserError
+from emma_train.errors import RankFailure, RunError, UserError
 
 if TYPE_CHECKING:
     from emma_train.config.schema import Recipe
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except BrokenPipeError:
         return 1
-    except LostRanks as error:
+    except RankFailure as error:
         if str(error):
             print(f"emma-train {arguments.command}: {error}", file=sys.stderr, flush=True)
         return 1
@@ -124,8 +124,8 @@ def _train_stage(path: Path, recipe: "Recipe", world: "World", stop: "StopReques
 
 def _train_in(run: "RunFolder", path: Path, recipe: "Recipe", world: "World", stop: "StopRequest") -> int:
     """Join stream, model, engine and loop for one stage."""
-    from data_pipelines.stream.loader import Stream, dead_worker
-    from data_pipelines.stream.requests import read_requests
+    from data_pipelines.loader.loader import Stream, dead_worker
+    from data_pipelines.loader.requests import read_requests
     from emma_train.checkpoint import verify
     from emma_train.config.check import phases
     from emma_train.generate.generator import Generator
@@ -140,7 +140,7 @@ def _train_in(run: "RunFolder", path: Path, recipe: "Recipe", world: "World", st
     stage = stage_of(recipe, str(path))
     checkpoint = verify.to_resume(run.checkpoints, world)
     autoencoder = Autoencoder(recipe.model.autoencoder, world.device)
-    stream = Stream(recipe, world.reader, world.readers, autoencoder.fingerprint, pin=world.device.type == "cuda")
+    stream = Stream(recipe, world.dp_rank, world.dp_size, autoencoder.fingerprint, pin=world.device.type == "cuda")
     if checkpoint is None:
         world.on_main(run.check_new)
         stream.planner.check()
@@ -149,18 +149,18 @@ def _train_in(run: "RunFolder", path: Path, recipe: "Recipe", world: "World", st
         folder, pixels = recipe.train.sample_from, recipe.model.autoencoder.pixels
         mixed = [task for task in stage.tasks if any(getattr(phase.mix, task) for phase in phases(recipe))]
         for task in mixed:
-            requests += read_requests(folder, task, recipe.data, pixels, recipe.train.sample_num)
+            requests += read_requests(folder, task, recipe.data, pixels, recipe.train.num_samples)
     built = build(recipe, stage, world, resuming=checkpoint is not None)
     if built.handoff is not None:
         log.info("from %s: %s", recipe.init.source, "; ".join(built.handoff.lines()))
     vision, tokenizer = recipe.model.vision, TextTokenizer(recipe.data.tokenizer)
     generator = Generator(built.engine.model, autoencoder, tokenizer, vision.patch, vision.shuffle)
 
-    def draw_samples(step: int) -> list[Path]:
+    def generate_samples(step: int) -> list[Path]:
         flow, text = FlowSettings(shift=recipe.flow.shift), TextSettings(max_tokens=8, fixed_length=True)
         return write_samples(generator, requests, run.samples(step), flow, text, write=world.is_main)
 
-    trainer = Trainer(recipe, stage, world, built, autoencoder, stream, draw_samples if requests else None)
+    trainer = Trainer(recipe, stage, world, built, autoencoder, stream, generate_samples if requests else None)
     if checkpoint is not None:
         trainer.resume(checkpoint)
     world.on_main(lambda: run.prepare(recipe, world))
@@ -180,8 +180,8 @@ def inspect(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from rich.table import Table
 
     from emma_train.checkpoint import folder as folders
-    from emma_train.checkpoint import place as places
     from emma_train.checkpoint.inspect import faults, flatten, rows
+    from emma_train.storage import paths as places
 
     path = places.of(arguments.checkpoint)
     if arguments.self_contained:
@@ -207,7 +207,7 @@ def inspect(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 def import_(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """Write an initial export from public Qwen3, SigLIP2 and DC-AE folders, for init.from of the first stage."""
-    from emma_train.checkpoint.pretrained import import_pretrained
+    from emma_train.export.import_hf import import_pretrained
 
     llm, vision, autoencoder = (Path(arguments.llm), Path(arguments.vision), Path(arguments.autoencoder))
     tokenizer = Path(arguments.tokenizer or arguments.llm)
@@ -217,12 +217,12 @@ def import_(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 def export(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """Write a checkpoint as safetensors, config and tokenizer, loadable without torch.distributed."""
-    from emma_train.checkpoint import export as exports
-    from emma_train.checkpoint import place as places
-    from emma_train.checkpoint.qwen3 import write_qwen3
-    from emma_train.checkpoint.stored import StoredModel
+    from emma_train.export import export as exports
+    from emma_train.export.qwen3 import write_qwen3
+    from emma_train.export.stored_model import StoredModel
     from emma_train.generate.settings import read_settings, write_settings
     from emma_train.sequence.tokens import TextTokenizer
+    from emma_train.storage import paths as places
 
     model, out = StoredModel(arguments.checkpoint, use_ema=not arguments.no_ema), Path(arguments.out)
     settings = read_settings(places.of(arguments.checkpoint), model.recipe)
@@ -237,56 +237,59 @@ def export(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def generate(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    """Answer a question about pictures, or make or edit a picture."""
+    """Answer a question about images, or make or edit an image."""
     from PIL import Image
 
-    from data_pipelines.stream.pictures import load_picture
-    from emma_train.checkpoint import place as places
+    from data_pipelines.shards.images import load_image
     from emma_train.generate.load import load_generator
     from emma_train.generate.settings import changed, read_settings
-    from emma_train.sequence.geometry import picture_size
+    from emma_train.sequence.geometry import image_size
     from emma_train.sequence.request import Request
     from emma_train.sequence.seeds import seed_of
+    from emma_train.storage import paths as places
 
     if arguments.task != "t2i" and not arguments.image:
-        raise UserError(f"--task {arguments.task} needs a picture: --image FILE")
+        raise UserError(f"--task {arguments.task} needs an image: --image FILE")
     if arguments.task == "t2i" and arguments.image:
-        raise UserError("--task t2i takes no --image; --task it2i edits a picture")
+        raise UserError("--task t2i takes no --image; --task it2i edits an image")
     generator, recipe, _ = load_generator(arguments.model, arguments.device, not arguments.no_ema)
     flow, text = read_settings(places.of(arguments.model), recipe)
     flow = changed(flow, _given(arguments, flow), "--")
     text = changed(text, _given(arguments, text), "--")
-    image, pixels = (recipe.data.und if arguments.task == "i2t" else recipe.data.gen), recipe.model.autoencoder.pixels
-    pictures = []
+    image_config, pixels = (
+        (recipe.data.und if arguments.task == "i2t" else recipe.data.gen),
+        recipe.model.autoencoder.pixels,
+    )
+    images = []
     for file in arguments.image:
         try:
-            with Image.open(file) as picture:
-                pictures.append(load_picture(picture, *picture_size(*picture.size, image, pixels)).copy())
+            with Image.open(file) as image:
+                images.append(load_image(image, *image_size(*image.size, image_config, pixels)).copy())
         except OSError as error:
             raise UserError(f"--image {file}: cannot be read ({error})") from None
     if arguments.size:
         width, height = arguments.size
         if width % pixels or height % pixels or min(width, height) <= 0:
             raise UserError(f"--size {width} {height}: both must be multiples of {pixels}")
-    elif pictures:
-        height, width = pictures[0].shape[:2]
+    elif images:
+        height, width = images[0].shape[:2]
     else:
         width = height = recipe.data.gen.side
     requests = [
-        Request(
-            f"{n}", arguments.task, prompt, pictures, (height, width), seed_of(arguments.seed, 0, str(n), "generate")
-        )
+        Request(f"{n}", arguments.task, prompt, images, (height, width), seed_of(arguments.seed, 0, str(n), "generate"))
         for prompt in arguments.prompt
         for n in range(arguments.num)
     ]
     if arguments.task == "i2t":
-        for answer in generator.answer(requests, text):
+        for answer in generator.generate_text(requests, text):
             print(answer)
         return 0
     out = Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
     for start in range(0, len(requests), arguments.batch):
-        for number, made in enumerate(generator.draw(requests[start : start + arguments.batch], flow), start):
+        for number, made in enumerate(
+            generator.generate_images(requests[start : start + arguments.batch], flow), start
+        ):
             path = out / f"{arguments.task}-{number:04d}.png"
             Image.fromarray(np.asarray(made)).save(path)
             print(path)
@@ -300,10 +303,10 @@ def _given(arguments: argparse.Namespace, settings: Any) -> dict[str, Any]:
 
 def evaluate(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """Score a model on the held-out splits of the emoji set."""
-    from data_pipelines.stream.requests import read_requests
-    from emma_train.checkpoint import place as places
+    from data_pipelines.loader.requests import read_requests
     from emma_train.generate.load import load_generator
     from emma_train.generate.scores import score_split
+    from emma_train.storage import paths as places
 
     if not arguments.out and not isinstance(places.of(arguments.model), Path):
         raise UserError(f"evaluate {arguments.model}: say where to write the scores (--out FILE)")
@@ -329,7 +332,7 @@ def evaluate(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 def _try_report(run: Path) -> None:
     """Write the report of a run that has ended well; what is trained is worth more than its report."""
-    from emma_train.monitor.report import write_report
+    from emma_train.report.report import write_report
 
     try:
         log.info("report: %s", write_report(run))
@@ -339,7 +342,7 @@ def _try_report(run: Path) -> None:
 
 def report(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """Write one self-contained HTML page about a run."""
-    from emma_train.monitor.report import write_report
+    from emma_train.report.report import write_report
 
     print(write_report(Path(arguments.run_folder)))
     return 0
@@ -376,7 +379,7 @@ def launch(arguments: argparse.Namespace, overrides: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     from launchers import add_launch_arguments
 
-    parser = argparse.ArgumentParser(prog="emma-train", description="Train EMMA: understand, make and edit pictures.")
+    parser = argparse.ArgumentParser(prog="emma-train", description="Train EMMA: understand, make and edit images.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(run: Callable[[argparse.Namespace, list[str]], int]) -> argparse.ArgumentParser:
@@ -398,7 +401,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--gpu", default="h100-80g", help="kind of GPU (%(default)s)")
     command = add(import_)
     command.add_argument(
-        "out", metavar="OUT", help="folder to write; model.* overrides such as model.decoder.shallow=12 may follow"
+        "out",
+        metavar="OUT",
+        help="folder to write; model.* overrides such as model.decoder.num_shared_layers=12 may follow",
     )
     command.add_argument("--llm", metavar="DIR", required=True, help="Qwen3ForCausalLM")
     command.add_argument("--vision", metavar="DIR", required=True, help="SiglipVisionModel or SiglipModel")
@@ -426,27 +431,27 @@ def _parser() -> argparse.ArgumentParser:
     add_model(command)
     command.add_argument("--task", choices=("i2t", "t2i", "it2i"), required=True)
     command.add_argument("--prompt", nargs="+", required=True, help="questions, prompts or instructions")
-    command.add_argument("--image", nargs="+", default=[], help="pictures to ask about or to edit")
-    command.add_argument("--out", default="generated", help="folder for pictures (%(default)s)")
-    command.add_argument("--num", type=int, default=1, help="answers or pictures per prompt (%(default)s)")
-    command.add_argument("--size", type=int, nargs=2, metavar=("WIDTH", "HEIGHT"), help="of the picture in pixels")
+    command.add_argument("--image", nargs="+", default=[], help="images to ask about or to edit")
+    command.add_argument("--out", default="generated", help="folder for images (%(default)s)")
+    command.add_argument("--num", type=int, default=1, help="answers or images per prompt (%(default)s)")
+    command.add_argument("--size", type=int, nargs=2, metavar=("WIDTH", "HEIGHT"), help="of the image in pixels")
     own = command.add_argument_group(
         "how to generate", "not given: as the export says, else the recipe's shift and our defaults"
     )
     own.add_argument("--steps", type=int, help="flow steps")
     own.add_argument("--solver", choices=("euler", "heun"), help="of the flow")
-    own.add_argument("--shift", type=float, help="of the flow's time; larger pictures need more")
+    own.add_argument("--shift", type=float, help="of the flow's time; larger images need more")
     own.add_argument("--text-guidance", type=float, help="strength of the prompt")
     own.add_argument("--image-guidance", type=float, help="strength of the reference")
     own.add_argument("--temperature", type=float, help="0 takes the likeliest token")
     own.add_argument("--max-tokens", type=int, help="longest answer")
     command.add_argument("--seed", type=int, default=0)
-    command.add_argument("--batch", type=int, default=16, help="pictures at once (%(default)s)")
+    command.add_argument("--batch", type=int, default=16, help="images at once (%(default)s)")
     command = add(evaluate)
     add_model(command)
     command.add_argument("--benchmark", choices=("emoji",), default="emoji")
     command.add_argument("--data", default="recipes/tiny/assets/emoji", help="folder with the held-out splits")
-    command.add_argument("--limit", type=int, default=96, help="pictures to draw per split; 0 draws all (%(default)s)")
+    command.add_argument("--limit", type=int, default=96, help="images to draw per split; 0 draws all (%(default)s)")
     command.add_argument("--out", help="where to write the scores (MODEL/scores.json)")
     command = add(report)
     command.add_argument("run_folder", metavar="RUN", help="run folder of a stage or a pipeline")

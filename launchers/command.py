@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NoReturn
 
-from emma_train.config.errors import UserError
+from emma_train.errors import UserError
 
 
 @dataclass(frozen=True)

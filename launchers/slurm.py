@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
-from emma_train.config.errors import UserError
+from emma_train.errors import UserError
 from launchers.command import (
     LaunchOptions,
     bin_directory,

@@ -6,11 +6,11 @@ write_export(out, recipe)    an export of tiny_emma as if a stage had made it; r
 recipe_values(stage, ...)    the plain values of a valid recipe; dotted keys override
 tiny_recipe(stage, ...)      the same as a checked Recipe
 write_recipe(path, values)   the same as a YAML file
-picture(rows, columns)       uint8 picture of so many visual tokens
+image(rows, columns)       uint8 image of so many visual tokens
 block_order(rows, columns)   raster index of each patch, in block order
 pixels(rows, columns)        the same as Pixels, with a latent
 i2t_sample, t2i_sample, it2i_sample, mixed_samples    Samples, laid out by the real layouts
-random_sample(rng)           any mixture of text and pictures of all roles, for property tests
+random_sample(rng)           any mixture of text and images of all roles, for property tests
 kept_bytes(model, run)       bytes that autograd keeps for backward while run() calls the model
 assert_same_pack(one, other) compares two packs bit for bit
 FakeAutoencoder              the interface of Autoencoder without weights: encode is linear, decode a blank
@@ -28,31 +28,39 @@ import torch
 import yaml
 from torch import Tensor
 
-from emma_train.checkpoint import export
-from emma_train.checkpoint.tensors import Spec
 from emma_train.config.load import from_dict
 from emma_train.config.schema import AutoencoderConfig, DecoderConfig, ModelConfig, Recipe, VisionConfig
+from emma_train.export import export
 from emma_train.model.emma import Emma
 from emma_train.sequence import layout
 from emma_train.sequence.geometry import to_patches
-from emma_train.sequence.layout import Picture, Role, Segment, Text
-from emma_train.sequence.pack import PackedBatch, Pixels, Sample
+from emma_train.sequence.layout import ImageSegment, Role, Segment, TextSegment
+from emma_train.sequence.pack import ImageTokens, PackedBatch, Sample
 from emma_train.sequence.seeds import seed_of
 from emma_train.sequence.tokens import TextTokenizer
+from emma_train.storage.safetensors_io import Spec
 
 ROOT = Path(__file__).parent.parent
 ASSETS = ROOT / "recipes" / "tiny" / "assets"
 PATCH, SHUFFLE, CHANNELS, VOCAB = 16, 2, 32, 1024
 SIDE = PATCH * SHUFFLE
-VISION = {"hidden": 32, "layers": 3, "heads": 2, "mlp": 48, "table": 4, "expert_layers": 1, "router_hidden": 16}
+VISION = {
+    "hidden": 32,
+    "num_layers": 3,
+    "heads": 2,
+    "intermediate_size": 48,
+    "position_grid": 4,
+    "expert_layers": 1,
+    "router_hidden": 16,
+}
 DECODER: dict[str, Any] = {
     "hidden": 32,
-    "layers": 4,
-    "shallow": 2,
+    "num_layers": 4,
+    "num_shared_layers": 2,
     "heads": 4,
     "kv_heads": 2,
     "head_dim": 8,
-    "mlp": 48,
+    "intermediate_size": 48,
     "vocab": VOCAB,
     "rope_theta": 10000.0,
 }
@@ -150,7 +158,7 @@ def tokenizer() -> TextTokenizer:
     return TextTokenizer(ASSETS / "tokenizer")
 
 
-def picture(rows: int, columns: int, seed: int = 0) -> np.ndarray:
+def make_image(rows: int, columns: int, seed: int = 0) -> np.ndarray:
     """uint8 [32*rows, 32*columns, 3] of noise."""
     return np.random.default_rng(seed).integers(0, 256, (rows * SIDE, columns * SIDE, 3), dtype=np.uint8)
 
@@ -161,12 +169,14 @@ def block_order(rows: int, columns: int) -> Tensor:
     return raster.transpose(1, 2).reshape(-1)
 
 
-def pixels(rows: int, columns: int, seed: int = 0, cached: bool = True, stem: int = -1, patch: int = PATCH) -> Pixels:
-    """A picture of noise as Pixels; its latent is N(0, 1) and unscaled."""
+def pixels(
+    rows: int, columns: int, seed: int = 0, cached: bool = True, stem: int = -1, patch: int = PATCH
+) -> ImageTokens:
+    """An image of noise as Pixels; its latent is N(0, 1) and unscaled."""
     rng = np.random.default_rng(seed)
     image = rng.integers(0, 256, (rows * patch * SHUFFLE, columns * patch * SHUFFLE, 3), dtype=np.uint8)
     latent = rng.standard_normal((rows * columns, CHANNELS), dtype=np.float32) if cached else None
-    return Pixels((rows, columns), to_patches(image, patch, SHUFFLE), latent, stem)
+    return ImageTokens((rows, columns), to_patches(image, patch, SHUFFLE), latent, stem)
 
 
 def i2t_sample(
@@ -176,28 +186,28 @@ def i2t_sample(
     seed: int = 0,
     stem: int = -1,
 ) -> Sample:
-    """A question about pictures, with its answer supervised."""
+    """A question about images, with its answer supervised."""
     names = [f"img{i}" for i in range(len(grids))]
     segments = layout.i2t(tokenizer(), names, [("user", "What is this?"), ("assistant", answer)])
-    return Sample(key, "i2t", segments, _pictures(key, names, grids, seed, stem))
+    return Sample(key, "i2t", segments, _images(key, names, grids, seed, stem))
 
 
 def t2i_sample(key: str = "prompt", grid: tuple[int, int] = (2, 2), text: str = "a red fish", seed: int = 0) -> Sample:
     """A prompt and its target."""
     segments = layout.t2i(tokenizer(), text, "target")
-    return _seeded(Sample(key, "t2i", segments, _pictures(key, ["target"], [grid], seed)), seed)
+    return _seeded(Sample(key, "t2i", segments, _images(key, ["target"], [grid], seed)), seed)
 
 
 def it2i_sample(
     key: str = "edit", reference: tuple[int, int] = (2, 2), grid: tuple[int, int] = (2, 2), seed: int = 0
 ) -> Sample:
-    """An instruction for a reference picture and its target."""
+    """An instruction for a reference image and its target."""
     segments = layout.it2i(tokenizer(), ["img0"], "remove the fish", "target")
-    return _seeded(Sample(key, "it2i", segments, _pictures(key, ["img0", "target"], [reference, grid], seed)), seed)
+    return _seeded(Sample(key, "it2i", segments, _images(key, ["img0", "target"], [reference, grid], seed)), seed)
 
 
 def mixed_samples(seed: int = 0) -> list[Sample]:
-    """Every task and several picture sizes."""
+    """Every task and several image sizes."""
     return [
         i2t_sample("q0", [(2, 2)], seed=seed, stem=0),
         it2i_sample("e0", (2, 3), (3, 2), seed=seed),
@@ -207,19 +217,19 @@ def mixed_samples(seed: int = 0) -> list[Sample]:
 
 
 def random_sample(rng: np.random.Generator, key: str) -> Sample:
-    """Text, understanding, reference and target pictures in any order and number; small."""
+    """Text, understanding, reference and target images in any order and number; small."""
     segments: list[Segment] = []
-    pictures: dict[str, Pixels] = {}
+    images: dict[str, ImageTokens] = {}
     # Text comes first, as in every layout, so that a supervised token always has a predictor.
     for index, kind in enumerate([0, *rng.integers(0, 4, rng.integers(1, 5))]):
         if kind == 0:
             ids = tuple(int(i) for i in rng.integers(0, VOCAB, rng.integers(1, 6)))
-            segments.append(Text(ids, supervised=index > 0 and isinstance(segments[-1], Text)))
+            segments.append(TextSegment(ids, supervised=index > 0 and isinstance(segments[-1], TextSegment)))
         else:
             name = f"img{index}"
-            pictures[name] = pixels(int(rng.integers(1, 3)), int(rng.integers(1, 4)), seed=int(rng.integers(1 << 30)))
-            segments.append(Picture(name, Role(int(kind))))
-    return Sample(key, "it2i", segments, pictures, int(rng.integers(1 << 40)), int(rng.integers(1 << 40)))
+            images[name] = pixels(int(rng.integers(1, 3)), int(rng.integers(1, 4)), seed=int(rng.integers(1 << 30)))
+            segments.append(ImageSegment(name, Role(int(kind))))
+    return Sample(key, "it2i", segments, images, int(rng.integers(1 << 40)), int(rng.integers(1 << 40)))
 
 
 def scaled_latents(batch: PackedBatch, scale: float = 0.5) -> Tensor:
@@ -258,9 +268,9 @@ class FakeAutoencoder:
         self.device = torch.device("cpu")
         self._matrix = torch.randn(SIDE * SIDE * 3, channels, generator=torch.Generator().manual_seed(0)) / SIDE
 
-    def encode(self, pictures: Sequence[Tensor]) -> list[Tensor]:
+    def encode(self, images: Sequence[Tensor]) -> list[Tensor]:
         latents = []
-        for image in pictures:
+        for image in images:
             blocks = torch.from_numpy(to_patches(image.numpy(), SIDE, 1)).float() / 127.5 - 1.0
             latents.append(blocks @ self._matrix)
         return latents
@@ -269,9 +279,9 @@ class FakeAutoencoder:
         return torch.zeros(rows * SIDE, columns * SIDE, 3, dtype=torch.uint8)
 
 
-def _pictures(
+def _images(
     key: str, names: Sequence[str], grids: Sequence[tuple[int, int]], seed: int, stem: int = -1
-) -> dict[str, Pixels]:
+) -> dict[str, ImageTokens]:
     return {
         name: pixels(*grid, seed=seed_of(seed, 0, key, name) % (1 << 31), stem=stem)
         for name, grid in zip(names, grids, strict=True)

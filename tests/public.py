@@ -41,8 +41,8 @@ def llm(folder: Path, shard: str = "1GB", seed: int = 0, **changes: Any) -> Qwen
     sizes = {
         "vocab_size": DECODER["vocab"],
         "hidden_size": DECODER["hidden"],
-        "intermediate_size": DECODER["mlp"],
-        "num_hidden_layers": DECODER["layers"],
+        "intermediate_size": DECODER["intermediate_size"],
+        "num_hidden_layers": DECODER["num_layers"],
         "num_attention_heads": DECODER["heads"],
         "num_key_value_heads": DECODER["kv_heads"],
         "head_dim": DECODER["head_dim"],
@@ -127,10 +127,10 @@ def config_of(folder: Path) -> Any:
 def _vision_config(**changes: Any) -> SiglipVisionConfig:
     sizes = {
         "hidden_size": VISION["hidden"],
-        "intermediate_size": VISION["mlp"],
-        "num_hidden_layers": VISION["layers"],
+        "intermediate_size": VISION["intermediate_size"],
+        "num_hidden_layers": VISION["num_layers"],
         "num_attention_heads": VISION["heads"],
-        "image_size": VISION["table"] * PATCH,
+        "image_size": VISION["position_grid"] * PATCH,
         "patch_size": PATCH,
     }
     return SiglipVisionConfig(**{**sizes, **changes})

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 
-from emma_train.checkpoint import store
-from emma_train.checkpoint.place import Place
+from emma_train.checkpoint import dcp as store
+from emma_train.storage.paths import StoragePath
 from emma_train.training.preemption import EXIT_PREEMPTED
 from tests.distributed.ranks import command, stopped_command
 from tests.distributed.spawn import Outcome, run_ranks
@@ -49,7 +49,7 @@ def checkpoint(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:08d}"
 
 
-def stored(folder: Place) -> dict[str, torch.Tensor]:
+def stored(folder: StoragePath) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint, whole, by name."""
     state: dict[str, Any] = {}
     for place in store.places(folder):

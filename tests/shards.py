@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data_pipelines.stream.indexing import index_folder
+from data_pipelines.shards.build_index import index_folder
 from tests.helpers import ASSETS
 
 Content = tuple[str, dict[str, Any], dict[str, bytes]]
-"""Key, record, and pictures by the name that they have after the key (img0.png)."""
+"""Key, record, and images by the name that they have after the key (img0.png)."""
 
 
 def png(seed: int, side: int = 32) -> bytes:
-    """A picture of noise."""
+    """An image of noise."""
     rng = np.random.default_rng(seed)
     file = io.BytesIO()
     Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)).save(file, "PNG")
@@ -44,8 +44,8 @@ def edit(key: str, side: int = 32) -> Content:
         {"images": ["img0"], "target": "img1", "text": "add a fish", "kind": "add"},
         {"images": ["img1"], "target": "img0", "text": "remove the fish", "kind": "remove"},
     ]
-    pictures = {f"img{i}.png": png(_seed(key) + i, side) for i in range(2)}
-    return key, {"it2i": alternatives, "tags": []}, pictures
+    images = {f"img{i}.png": png(_seed(key) + i, side) for i in range(2)}
+    return key, {"it2i": alternatives, "tags": []}, images
 
 
 def every_task(num: int, side: int = 32) -> list[Content]:
@@ -65,8 +65,8 @@ def write_shards(
             break
         own, left = left[:size], left[size:]
         with tarfile.open(folder / f"shard-{number:06d}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
-            for key, record, pictures in own:
-                for name, data in {"json": json.dumps(record).encode(), **pictures}.items():
+            for key, record, images in own:
+                for name, data in {"json": json.dumps(record).encode(), **images}.items():
                     member = tarfile.TarInfo(f"{key}.{name}")
                     member.size = len(data)
                     tar.addfile(member, io.BytesIO(data))

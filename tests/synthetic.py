@@ -1,6 +1,6 @@
 """A data set of any size that exists as an index alone: rows are made up when they are asked for.
 
-Lengths are those of Stage 1: pictures of 512 pixels, answers of 20 to 4,000 tokens (lognormal, mean about 190), prompts
+Lengths are those of Stage 1: images of 512 pixels, answers of 20 to 4,000 tokens (lognormal, mean about 190), prompts
 of 15 to 400 (mean about 90). Nothing can be read from it but plans.
 """
 
@@ -12,8 +12,8 @@ from unittest.mock import patch
 import numpy as np
 import pyarrow as pa
 
-from data_pipelines.stream import sources
-from data_pipelines.stream.index import COLUMNS
+from data_pipelines.planner import sources
+from data_pipelines.shards.index import COLUMNS
 from tests.helpers import tokenizer
 
 TASKS = ("i2t", "t2i", "it2i")
@@ -52,8 +52,8 @@ def rows(shard: int, task: str, sizes: list[int]) -> pa.Table:
     rng = np.random.default_rng([shard, TASKS.index(task)])
     mean, deviation, least, most = TEXT[task]
     text = np.clip(rng.lognormal(mean, deviation, num), least, most).astype(np.int32)
-    pictures = {"i2t": 1, "t2i": 1, "it2i": 2}[task]
-    sides = np.full(num * pictures, 512, dtype=np.int32)
+    images = {"i2t": 1, "t2i": 1, "it2i": 2}[task]
+    sides = np.full(num * images, 512, dtype=np.int32)
     context = pa.array(np.zeros(num if task != "t2i" else 0, dtype=np.int16))
     shown = np.arange(num + 1, dtype=np.int32) * (task != "t2i")
     columns: dict[str, Any] = {
@@ -68,8 +68,8 @@ def rows(shard: int, task: str, sizes: list[int]) -> pa.Table:
             pa.array(np.arange(num + 1, dtype=np.int32)), pa.ListArray.from_arrays(pa.array(shown), context)
         ),
         "target": _lists(np.full(num, {"i2t": -1, "t2i": 0, "it2i": 1}[task], dtype=np.int16), 1),
-        "widths": _lists(sides, pictures),
-        "heights": _lists(sides, pictures),
+        "widths": _lists(sides, images),
+        "heights": _lists(sides, images),
         "tags": pa.array([[]] * num, pa.list_(pa.string())),
     }
     return pa.table({name: columns[name].cast(COLUMNS.field(name).type) for name in sources.PLANNED})

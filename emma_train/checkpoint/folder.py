@@ -29,11 +29,11 @@ from typing import Any
 
 from upath import UPath
 
-from emma_train.checkpoint import place as places
-from emma_train.checkpoint.place import Place
-from emma_train.config.errors import RunError, UserError
-from emma_train.config.files import write_atomic
 from emma_train.config.load import load_yaml
+from emma_train.errors import RunError, UserError
+from emma_train.storage import paths as places
+from emma_train.storage.files import write_atomic
+from emma_train.storage.paths import StoragePath
 
 log = logging.getLogger(__name__)
 META = "meta.json"
@@ -49,7 +49,7 @@ def step_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def read_meta(folder: Place) -> dict[str, Any] | None:
+def read_meta(folder: StoragePath) -> dict[str, Any] | None:
     """Metadata of a folder, whether its files are all there or not; None where it has none or a byte of it is wrong.
     Raises RunError where a store does not say, as do all that call it."""
     try:
@@ -63,7 +63,7 @@ def read_meta(folder: Place) -> dict[str, Any] | None:
     return meta
 
 
-def frozen_folder(folder: Place, meta: Mapping[str, Any]) -> Place | None:
+def frozen_folder(folder: StoragePath, meta: Mapping[str, Any]) -> StoragePath | None:
     """Where the frozen weights that a checkpoint refers to lie, in it or beside it; None where it refers to none."""
     if not (digest := meta.get("frozen")):
         return None
@@ -71,7 +71,7 @@ def frozen_folder(folder: Place, meta: Mapping[str, Any]) -> Place | None:
     return inside if _is_there(inside) else folder.parent / FROZEN / digest
 
 
-def content(folder: Place, parts: Iterable[str] = PARTS) -> dict[Place, Mapping[str, Any]]:
+def content(folder: StoragePath, parts: Iterable[str] = PARTS) -> dict[StoragePath, Mapping[str, Any]]:
     """Size and checksum of every file of a whole checkpoint's `parts`, and of the frozen weights it refers to."""
     meta = read_meta(folder) or {}
     wanted = tuple(f"{part}/" for part in parts)
@@ -81,7 +81,7 @@ def content(folder: Place, parts: Iterable[str] = PARTS) -> dict[Place, Mapping[
     return found
 
 
-def fault(folder: Place) -> str | None:
+def fault(folder: StoragePath) -> str | None:
     """What keeps a folder from being a whole checkpoint, by its names and sizes alone; None where nothing does."""
     meta = read_meta(folder)
     if meta is None:
@@ -96,7 +96,7 @@ def fault(folder: Place) -> str | None:
     return None if frozen is None else frozen_fault(frozen)
 
 
-def frozen_fault(frozen: Place) -> str | None:
+def frozen_fault(frozen: StoragePath) -> str | None:
     """The same for frozen weights."""
     meta = read_meta(frozen)
     if meta is None or not isinstance(meta.get("files"), dict):
@@ -107,18 +107,18 @@ def frozen_fault(frozen: Place) -> str | None:
     return f"{FROZEN}/{frozen.name}/{problem}" if problem else None
 
 
-def whole(folder: Place) -> dict[str, Any] | None:
+def whole(folder: StoragePath) -> dict[str, Any] | None:
     """Metadata of a checkpoint whose files are all there at their size; None where it is torn or is no checkpoint."""
     return read_meta(folder) if fault(folder) is None else None
 
 
-def steps(checkpoints: Place) -> list[Place]:
+def steps(checkpoints: StoragePath) -> list[StoragePath]:
     """The folders of a run that call themselves checkpoints, the newest first."""
     named = [p for p in places.children(checkpoints) if re.fullmatch(r"step-\d{8,}", p.name) and _is_there(p)]
     return sorted(named, key=lambda p: int(p.name.removeprefix("step-")), reverse=True)
 
 
-def candidates(path: str | Place) -> list[Place]:
+def candidates(path: str | StoragePath) -> list[StoragePath]:
     """What a run folder, a checkpoints folder, `latest` or a step folder may stand for, the newest first."""
     given = places.of(path)
     if given.name == LATEST and not given.is_dir():
@@ -128,7 +128,7 @@ def candidates(path: str | Place) -> list[Place]:
     return steps(given) or steps(of_run(given))
 
 
-def of_run(run: Place) -> Place:
+def of_run(run: StoragePath) -> StoragePath:
     """Where the checkpoints of a run folder lie: in it, or where train.checkpoints of its recipe says."""
     values = load_yaml(run / "config.yaml") if isinstance(run, Path) and (run / "config.yaml").is_file() else {}
     if root := values.get("train", {}).get("checkpoints"):
@@ -136,7 +136,9 @@ def of_run(run: Place) -> Place:
     return run / "checkpoints"
 
 
-def choose(folders: Iterable[Place], fault: Callable[[Place], str | None] = fault) -> tuple[Place | None, list[str]]:
+def choose(
+    folders: Iterable[StoragePath], fault: Callable[[StoragePath], str | None] = fault
+) -> tuple[StoragePath | None, list[str]]:
     """The first folder without a fault, and the faults of those before it, each of which a warning names."""
     faults: list[str] = []
     for folder in folders:
@@ -147,12 +149,12 @@ def choose(folders: Iterable[Place], fault: Callable[[Place], str | None] = faul
     return None, faults
 
 
-def newest(checkpoints: Place) -> Place | None:
+def newest(checkpoints: StoragePath) -> StoragePath | None:
     """The newest whole checkpoint of a run, by names and sizes; says nothing of others."""
     return next((folder for folder in steps(checkpoints) if fault(folder) is None), None)
 
 
-def resolve(path: str | Place, what: str = "init.from") -> Place:
+def resolve(path: str | StoragePath, what: str = "init.from") -> StoragePath:
     """The newest whole checkpoint that `path` stands for, by names and sizes. Raises UserError."""
     found, faults = choose(candidates(path))
     if found is None:
@@ -160,7 +162,7 @@ def resolve(path: str | Place, what: str = "init.from") -> Place:
     return found
 
 
-def none_at(path: str | Place, what: str, faults: list[str]) -> str:
+def none_at(path: str | StoragePath, what: str, faults: list[str]) -> str:
     """The message where `path` stands for no checkpoint that can be used."""
     if not places.of(path).exists():
         return f"{what}: {path} does not exist; name a run folder or a checkpoint"
@@ -168,12 +170,12 @@ def none_at(path: str | Place, what: str, faults: list[str]) -> str:
     return f"{what}: {path} holds no whole checkpoint ({why})"
 
 
-def unfinished(checkpoints: Place, name: str) -> Place:
+def unfinished(checkpoints: StoragePath, name: str) -> StoragePath:
     """Where a folder is written: NAME.tmp, but NAME itself in a store."""
     return checkpoints / (name if isinstance(checkpoints, UPath) else f"{name}.tmp")
 
 
-def begin(checkpoints: Place, name: str) -> Place:
+def begin(checkpoints: StoragePath, name: str) -> StoragePath:
     """An empty folder to write into; leftovers of a crash are removed. Raises OSError where the folder `checkpoints` is
     not there: it may be storage that has gone, and a mount point would take anything."""
     folder = unfinished(checkpoints, name)
@@ -186,7 +188,7 @@ def begin(checkpoints: Place, name: str) -> Place:
     return folder
 
 
-def commit(folder: Place, meta: Mapping[str, Any], files: Files) -> Place:
+def commit(folder: StoragePath, meta: Mapping[str, Any], files: Files) -> StoragePath:
     """Make a written folder a checkpoint: metadata, rename (not in a store), then `latest`."""
     final = folder.with_suffix("")
     _finish(folder, {**meta, "schema": SCHEMA, "files": files}, final)
@@ -194,7 +196,7 @@ def commit(folder: Place, meta: Mapping[str, Any], files: Files) -> Place:
     return final
 
 
-def commit_frozen(folder: Place, files: Files) -> str:
+def commit_frozen(folder: StoragePath, files: Files) -> str:
     """Make a written folder the frozen weights of its content; returns their name."""
     name = frozen_name(folder, files)
     own = {"name": name} if isinstance(folder, UPath) else {}
@@ -202,7 +204,7 @@ def commit_frozen(folder: Place, files: Files) -> str:
     return name
 
 
-def frozen_name(folder: Place, files: Files) -> str:
+def frozen_name(folder: StoragePath, files: Files) -> str:
     """The name that frozen weights written to `folder` get."""
     return folder.name if isinstance(folder, UPath) else digest_of(files)
 
@@ -213,7 +215,7 @@ def digest_of(files: Files) -> str:
     return _checksum({name: entry for name, entry in files.items() if not name.endswith(".metadata")})[:16]
 
 
-def remove(folder: Place) -> None:
+def remove(folder: StoragePath) -> None:
     """Remove a folder so that a crash on the way leaves no half of it under its name."""
     if isinstance(folder, UPath):
         for what, recursive in ((folder / META, False), (folder, True)):
@@ -223,7 +225,7 @@ def remove(folder: Place) -> None:
     shutil.rmtree(_rename(folder, ".removed"), ignore_errors=True)
 
 
-def discard(folder: Place) -> None:
+def discard(folder: StoragePath) -> None:
     """Give back the space of what could not be finished, as far as storage lets."""
     if isinstance(folder, UPath):
         with contextlib.suppress(RunError):
@@ -232,7 +234,7 @@ def discard(folder: Place) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def set_aside(folder: Place) -> Place:
+def set_aside(folder: StoragePath) -> StoragePath:
     """Rename a damaged checkpoint, or its metadata in a store, so that it counts as none and is there to be looked at;
     returns what has the new name."""
     if isinstance(folder, UPath):
@@ -250,7 +252,7 @@ def _rename(folder: Path, suffix: str) -> Path:
     return renamed
 
 
-def _finish(folder: Place, meta: Mapping[str, Any], final: Place) -> None:
+def _finish(folder: StoragePath, meta: Mapping[str, Any], final: StoragePath) -> None:
     _write(folder / META, json.dumps({**meta, "checksum": _checksum(meta)}, indent=1))
     if not (isinstance(folder, Path) and isinstance(final, Path)):
         return  # in a store that was all
@@ -263,12 +265,12 @@ def _finish(folder: Place, meta: Mapping[str, Any], final: Place) -> None:
         shutil.rmtree(former, ignore_errors=True)
 
 
-def _is_there(folder: Place) -> bool:
+def _is_there(folder: StoragePath) -> bool:
     """Whether there is such a folder; one in a store has metadata."""
     return folder.is_dir() if isinstance(folder, Path) else places.there(folder / META)
 
 
-def _write(file: Place, text: str) -> None:
+def _write(file: StoragePath, text: str) -> None:
     if isinstance(file, UPath):
         with places.asking(file):
             file.fs.pipe_file(file.path, text.encode())
@@ -290,7 +292,7 @@ def _sync(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _wrong_size(folder: Place, files: Files) -> str | None:
+def _wrong_size(folder: StoragePath, files: Files) -> str | None:
     known = places.sizes(folder)
     for name, entry in files.items():
         try:

@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from emma_train.checkpoint import folder as folders
-from emma_train.checkpoint import place as places
 from emma_train.checkpoint import verify
-from emma_train.checkpoint.place import Place
-from emma_train.config.errors import UserError
+from emma_train.errors import UserError
+from emma_train.storage import paths as places
+from emma_train.storage.paths import StoragePath
 
 
-def rows(checkpoint: Place, meta: dict[str, Any]) -> dict[str, str]:
+def rows(checkpoint: StoragePath, meta: dict[str, Any]) -> dict[str, str]:
     """A whole checkpoint in words, by what is told."""
     parent, frozen = meta["parent"], folders.frozen_folder(checkpoint, meta)
     own = sum(entry["bytes"] for entry in meta["files"].values())
@@ -35,17 +35,17 @@ def rows(checkpoint: Place, meta: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def faults(path: Place) -> dict[Place, str | None]:
+def faults(path: StoragePath) -> dict[StoragePath, str | None]:
     """What is wrong with each checkpoint that `path` holds; None where every byte of it, and of the frozen weights that
     it refers to, is as it was written. Raises UserError where it holds none."""
-    sound: set[Place] = set()
+    sound: set[StoragePath] = set()
     found = {folder: verify.fault(folder, sound=sound) for folder in folders.candidates(path)}
     if not found:
         raise UserError(folders.none_at(path, "CHECKPOINT", []))
     return found
 
 
-def flatten(path: Place, out: Place) -> Path:
+def flatten(path: StoragePath, out: StoragePath) -> Path:
     """Copy the newest whole checkpoint of `path`, with the frozen weights that it refers to, to a new folder `out` that
     refers to nothing outside. Raises UserError."""
     if not isinstance(out, Path):
@@ -69,7 +69,7 @@ def flatten(path: Place, out: Place) -> Path:
     return out
 
 
-def _copy(folder: Place, to: Path) -> None:
+def _copy(folder: StoragePath, to: Path) -> None:
     if isinstance(folder, Path):
         shutil.copytree(folder, to)
         return

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from emma_train.checkpoint import folder as folders
-from emma_train.checkpoint import place as places
-from emma_train.checkpoint.place import Place
-from emma_train.config.errors import RunError
 from emma_train.config.schema import TrainConfig
+from emma_train.errors import RunError
+from emma_train.storage import paths as places
+from emma_train.storage.paths import StoragePath
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ def kept(steps: Mapping[int, float | None], last: int, every: int) -> set[int]:
     return {*newest, *for_good, *best}
 
 
-def prune(checkpoints: Place, config: TrainConfig) -> None:
+def prune(checkpoints: StoragePath, config: TrainConfig) -> None:
     """Remove checkpoints that need not stay, what crashes left behind, and frozen weights that no checkpoint needs.
 
     What cannot be removed is named in a warning and left. Raises RunError where a store does not say what is there."""
@@ -50,7 +50,7 @@ def prune(checkpoints: Place, config: TrainConfig) -> None:
             _remove(folder)
 
 
-def _remove(folder: Place) -> None:
+def _remove(folder: StoragePath) -> None:
     try:
         if folder.suffix and isinstance(folder, Path):
             shutil.rmtree(folder)

@@ -14,13 +14,13 @@ from typing import Any
 
 from torch.distributed.checkpoint import CheckpointException
 
-from emma_train.checkpoint.place import Place
 from emma_train.checkpoint.staging import Staging
 from emma_train.checkpoint.state import State, part
 from emma_train.checkpoint.writer import Writer, plain
-from emma_train.config.errors import RunError
 from emma_train.config.schema import TrainConfig
 from emma_train.engine.world import World
+from emma_train.errors import RunError
+from emma_train.storage.paths import StoragePath
 
 log = logging.getLogger(__name__)
 TRIES = 4
@@ -48,7 +48,7 @@ class SaveFailed(RunError):
 class Saver:
     """Writes the checkpoints of a run. Every rank has one and calls its methods at the same steps."""
 
-    def __init__(self, checkpoints: Place, config: TrainConfig, world: World, timeout_s: float) -> None:
+    def __init__(self, checkpoints: StoragePath, config: TrainConfig, world: World, timeout_s: float) -> None:
         """`timeout_s`: how long training waits for a save that it cannot go on without."""
         self._checkpoints, self._config, self._world, self._timeout_s = checkpoints, config, world, timeout_s
         self._writer = Writer(checkpoints, config, world, timeout_s)
@@ -59,10 +59,10 @@ class Saver:
         self._tried = 0
         self._stall_s = 0.0
 
-    def continues(self, checkpoint: Place, step: int, state: State) -> None:
+    def resume_from(self, checkpoint: StoragePath, step: int, state: State) -> None:
         """After a resume from the checkpoint of `step`."""
         self._saved = step
-        self._writer.continues(checkpoint, state)
+        self._writer.resume_from(checkpoint, state)
 
     def due(self, step: int) -> bool:
         """Whether a checkpoint is to be written after `step`."""
@@ -74,7 +74,7 @@ class Saver:
 
         Until `settle` has returned, nothing of `state` may change. Raises SaveFailed as `finish` does.
         """
-        with self._standing_still():
+        with self._count_stall():
             self._start(_Save(int(meta["step"])), state, meta)
 
     def _start(self, save: _Save, state: State, meta: Mapping[str, Any]) -> None:
@@ -87,7 +87,7 @@ class Saver:
             )
         self.finish()
         self._running, self._tried = save, save.step
-        self._staging.ready()
+        self._staging.wait_for_compute()
         if not self._config.save_async:
             self._write(save, state, meta)
             self.finish()
@@ -95,24 +95,24 @@ class Saver:
             save.thread = threading.Thread(target=self._write, args=(save, state, meta), name="save", daemon=True)
             save.thread.start()
 
-    def settle(self) -> None:
+    def wait_for_staging(self) -> None:
         """Wait until weights may change again."""
         if self._running is not None and not self._running.staged.is_set():
-            with self._standing_still():
+            with self._count_stall():
                 self._running.staged.wait()
 
-    def take_stall(self) -> float:
+    def pop_stall_s(self) -> float:
         """Seconds that training has stood still for saves since this was last asked."""
         stall, self._stall_s = self._stall_s, 0.0
         return stall
 
-    def flags(self) -> list[float]:
+    def local_status(self) -> list[float]:
         """For the sum over ranks that every step makes: has this rank's part of a save ended, and has it failed?"""
         if self._running is None or not self._running.ended:
             return [0.0, 0.0]
         return [1.0, float(self._running.error is not None)]
 
-    def note(self, sums: Sequence[float]) -> None:
+    def apply_status(self, sums: Sequence[float]) -> None:
         """Takes the sum of all ranks' flags. Raises SaveFailed where saves have failed for too long."""
         ended, failed = sums
         if ended == self._world.size:
@@ -134,11 +134,11 @@ class Saver:
 
     def finish_last(self, again: Callable[[], None]) -> None:
         """Wait for the last save of a run; where it fails, `again` starts it anew, once. Raises SaveFailed."""
-        with self._standing_still():
+        with self._count_stall():
             self.finish()
         if self._failing_since is not None:
             again()
-            with self._standing_still():
+            with self._count_stall():
                 self.finish()
         if self._failing_since is not None:
             raise SaveFailed(f"the last checkpoint could not be written. {self._last_words()}")
@@ -151,7 +151,7 @@ class Saver:
         return True
 
     @contextmanager
-    def _standing_still(self) -> Iterator[None]:
+    def _count_stall(self) -> Iterator[None]:
         started = time.perf_counter()
         try:
             yield
@@ -181,7 +181,7 @@ class Saver:
         """One save on this rank, in a thread of its own or not."""
         started = time.perf_counter()
         try:
-            with self._staging.aside():
+            with self._staging.side_stream():
                 learnt = {**state.weights, **state.optimizer}
                 threaded = save.thread is not None
                 values = self._staging.copy(learnt) if threaded else {n: part(t) for n, t in learnt.items()}

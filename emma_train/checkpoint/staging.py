@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from emma_train.engine.fragment import Fragment, local
+from emma_train.engine.flat_shard import FlatShard, local
 
 
 class Staging:
@@ -20,7 +20,7 @@ class Staging:
         self._buffers: dict[str, Tensor] = {}
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def ready(self) -> None:
+    def wait_for_compute(self) -> None:
         """To be called by the training thread before another thread copies: wait for what it has still to compute."""
         if self._stream is not None:
             torch.cuda.current_stream(self._device).synchronize()
@@ -40,11 +40,11 @@ class Staging:
         return {name: _in_place_of(tensor, self._buffers[name]) for name, tensor in tensors.items()}
 
     @contextmanager
-    def aside(self) -> Iterator[None]:
+    def side_stream(self) -> Iterator[None]:
         """Within, this thread's work on the device queues behind nothing of the training thread's."""
         with torch.cuda.stream(self._stream):
             yield
 
 
 def _in_place_of(tensor: Tensor, buffer: Tensor) -> Tensor:
-    return Fragment(buffer, tensor.start, tensor.shape) if isinstance(tensor, Fragment) else buffer
+    return FlatShard(buffer, tensor.start, tensor.shape) if isinstance(tensor, FlatShard) else buffer

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from emma_train.engine.fragment import Fragment, local
+from emma_train.engine.flat_shard import FlatShard, local
 from emma_train.engine.protocol import Engine
 
 
@@ -47,4 +47,4 @@ def state_of(engine: Engine, averages: Mapping[str, Tensor]) -> State:
 
 def part(tensor: Tensor) -> Tensor:
     """What this rank writes of a tensor: the plain values of a shard, or a fragment, which knows its places."""
-    return tensor if isinstance(tensor, Fragment) else local(tensor)
+    return tensor if isinstance(tensor, FlatShard) else local(tensor)

@@ -12,15 +12,15 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from emma_train.checkpoint import folder as folders
-from emma_train.checkpoint import place as places
-from emma_train.checkpoint.place import Place
-from emma_train.config.errors import RunError, UserError
 from emma_train.engine.world import World
+from emma_train.errors import RunError, UserError
+from emma_train.storage import paths as places
+from emma_train.storage.paths import StoragePath
 
 log = logging.getLogger(__name__)
 
 
-def entry(path: Place) -> dict[str, Any]:
+def entry(path: StoragePath) -> dict[str, Any]:
     """Size and checksum of a file, as metadata lists them. Raises OSError, or RunError where a store fails."""
     with places.asking(path), path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
@@ -28,10 +28,10 @@ def entry(path: Place) -> dict[str, Any]:
 
 
 def fault(
-    folder: Place,
+    folder: StoragePath,
     parts: Iterable[str] = folders.PARTS,
     world: World | None = None,
-    sound: set[Place] | None = None,
+    sound: set[StoragePath] | None = None,
 ) -> str | None:
     """What is wrong with a checkpoint; None where it is whole and every byte of `parts` and of its frozen weights is as
     it was written. With a world every rank calls it, hashes its share, and gets the same answer. Files in `sound` are
@@ -54,8 +54,8 @@ def fault(
 
 
 def resolve(
-    path: str | Place, what: str = "init.from", parts: Iterable[str] = ("weights",), world: World | None = None
-) -> Place:
+    path: str | StoragePath, what: str = "init.from", parts: Iterable[str] = ("weights",), world: World | None = None
+) -> StoragePath:
     """The newest checkpoint that `path` stands for and that is whole to the byte in `parts`. Raises UserError; with a
     world every rank calls it."""
     given = world.on_main(lambda: folders.candidates(path)) if world else folders.candidates(path)
@@ -65,7 +65,7 @@ def resolve(
     return found
 
 
-def to_resume(checkpoints: Place, world: World) -> Place | None:
+def to_resume(checkpoints: StoragePath, world: World) -> StoragePath | None:
     """The newest checkpoint of a run that is whole to the byte; None where the run has none yet. Every rank calls it.
 
     Damaged ones that are newer are set aside. Raises UserError where there are checkpoints and none can be used:
@@ -89,7 +89,7 @@ def to_resume(checkpoints: Place, world: World) -> Place | None:
     return found
 
 
-def _difference(path: Place, expected: Any) -> str | None:
+def _difference(path: StoragePath, expected: Any) -> str | None:
     name = "/".join(path.parts[-2:])
     try:
         found = entry(path)

@@ -13,15 +13,16 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 
+from emma_train.checkpoint import dcp as store
 from emma_train.checkpoint import folder as folders
-from emma_train.checkpoint import place as places
-from emma_train.checkpoint import store, verify
-from emma_train.checkpoint.place import Place
+from emma_train.checkpoint import verify
 from emma_train.checkpoint.retention import prune
 from emma_train.checkpoint.state import State, part
-from emma_train.config.errors import RunError
 from emma_train.config.schema import TrainConfig
 from emma_train.engine.world import World
+from emma_train.errors import RunError
+from emma_train.storage import paths as places
+from emma_train.storage.paths import StoragePath
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -32,7 +33,7 @@ VISIBLE_S = 90.0
 class Writer:
     """Writes checkpoints into one folder. A rank that fails makes the write fail on every rank."""
 
-    def __init__(self, checkpoints: Place, config: TrainConfig, world: World, timeout_s: float) -> None:
+    def __init__(self, checkpoints: StoragePath, config: TrainConfig, world: World, timeout_s: float) -> None:
         self._checkpoints, self._config, self._world, self._timeout_s = checkpoints, config, world, timeout_s
         self._frozen: str | None = None
         self._failures = -1
@@ -45,7 +46,7 @@ class Writer:
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=self._timeout_s))
         self._failures += 1
 
-    def continues(self, checkpoint: Place, state: State) -> None:
+    def resume_from(self, checkpoint: StoragePath, state: State) -> None:
         """After a resume: what is frozen lies there already, unless the recipe freezes something else by now."""
         frozen = folders.frozen_folder(checkpoint, folders.read_meta(checkpoint) or {})
         if frozen is not None and frozen.parent == self._checkpoints / folders.FROZEN:
@@ -101,7 +102,7 @@ class Writer:
             raise
         return sum(int(entry["bytes"]) for entry in files.values())
 
-    def _files(self, folder: Place, parts: Sequence[str]) -> dict[str, dict[str, Any]]:
+    def _files(self, folder: StoragePath, parts: Sequence[str]) -> dict[str, dict[str, Any]]:
         """Size and checksum of every file that the ranks have written, each read again by the rank that wrote it."""
 
         def mine() -> dict[str, dict[str, Any]]:
@@ -129,13 +130,13 @@ class Writer:
             raise OSError(errors[0])
         return [value for value, _ in results]
 
-    def _discard(self, folder: Place) -> None:
+    def _discard(self, folder: StoragePath) -> None:
         """Give back the space of a save that failed."""
         if self._world.is_main:
             folders.discard(folder)
 
 
-def _see(folder: Place, files: Mapping[str, Any]) -> None:
+def _see(folder: StoragePath, files: Mapping[str, Any]) -> None:
     """Make sure that this node sees what the others have written."""
     deadline = time.monotonic() + VISIBLE_S
     missing = list(files.keys() - places.sizes(folder).keys())

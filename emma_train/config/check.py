@@ -3,8 +3,8 @@
 import logging
 from typing import Any
 
-from emma_train.config.errors import UserError
 from emma_train.config.schema import EngineConfig, MixConfig, PhaseConfig, Recipe
+from emma_train.errors import UserError
 
 log = logging.getLogger(__name__)
 TASKS = ("i2t", "t2i", "it2i")
@@ -196,9 +196,10 @@ def check_model(recipe: Recipe, where: str) -> None:
             f"vision.shuffle is "
             f"{vision.patch * vision.shuffle}; both grids must agree to be fused channel by channel"
         )
-    if not 0 <= decoder.shallow <= decoder.layers:
+    if not 0 <= decoder.num_shared_layers <= decoder.num_layers:
         raise UserError(
-            f"{where}: model.decoder.shallow is {decoder.shallow}; it lies between 0 and layers ({decoder.layers})"
+            f"{where}: model.decoder.num_shared_layers is {decoder.num_shared_layers}; it lies between 0 and "
+            f"num_layers ({decoder.num_layers})"
         )
     if unknown := [name for name in decoder.shared if name not in SHAREABLE]:
         raise UserError(f"{where}: model.decoder.shared names {unknown[0]!r}; it may name {', '.join(SHAREABLE)}")
@@ -208,9 +209,9 @@ def check_model(recipe: Recipe, where: str) -> None:
         )
     if decoder.head_dim % 2:
         raise UserError(f"{where}: model.decoder.head_dim is {decoder.head_dim}; rotary embedding needs an even number")
-    if not 0 < vision.expert_layers < vision.layers:
+    if not 0 < vision.expert_layers < vision.num_layers:
         raise UserError(
-            f"{where}: model.vision.expert_layers is {vision.expert_layers}; it lies between 1 and layers - 1"
+            f"{where}: model.vision.expert_layers is {vision.expert_layers}; it lies between 1 and num_layers - 1"
         )
     if vision.hidden % vision.heads:
         raise UserError(f"{where}: model.vision.hidden ({vision.hidden}) is no multiple of heads ({vision.heads})")

@@ -13,8 +13,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from emma_train.config.check import check_recipe
-from emma_train.config.errors import UserError
+from emma_train.config.renamed import with_current_names
 from emma_train.config.schema import Pipeline, Recipe
+from emma_train.errors import UserError
 
 Schema = TypeVar("Schema", Recipe, Pipeline)
 
@@ -89,6 +90,7 @@ def _build(schema: type[Schema], path: Path, overrides: list[str]) -> Schema:
 
 def _from_values(schema: type[Schema], values: dict[str, Any], path: str, overrides: list[str]) -> Schema:
     known = _known_keys(schema)
+    values = with_current_names(values)
     _check_keys(values, schema, path, known)
     merged = OmegaConf.merge(OmegaConf.structured(schema), {})
     assert isinstance(merged, DictConfig)
@@ -108,6 +110,7 @@ def _from_values(schema: type[Schema], values: dict[str, Any], path: str, overri
         nested: Any = value
         for part in reversed(key.split(".")):
             nested = {part: nested}
+        nested = with_current_names(nested)
         _check_keys(nested, schema, f"override {override!r}", known)
         try:
             merged.merge_with(_rename_from(nested))

@@ -26,15 +26,15 @@ class StageConfig:
 class VisionConfig:
     hidden: int = 1152
     """Width of the SigLIP2 encoder."""
-    layers: int = 27
-    """Encoder layers on the way of every picture (shared and versatile together)."""
+    num_layers: int = 27
+    """Encoder layers on the way of every image (shared and versatile together)."""
     heads: int = 16
     """Attention heads."""
-    mlp: int = 4304
+    intermediate_size: int = 4304
     """Width of the MLP."""
     patch: int = 16
     """Side of a patch in pixels."""
-    table: int = 32
+    position_grid: int = 32
     """Side of the learned position table in patches (32 for patch16-512)."""
     shuffle: int = 2
     """Side of the pixel-shuffle block: patch * shuffle pixels make one visual token."""
@@ -49,16 +49,16 @@ class VisionConfig:
     router: bool = False
     """Whether the router exists; it is created by the hand-off to stage4_router."""
     stem_threshold: float = 0.5
-    """A picture goes to the STEM expert when the router's probability exceeds this."""
+    """An image goes to the STEM expert when the router's probability exceeds this."""
 
 
 @dataclass
 class DecoderConfig:
     hidden: int = 2560
     """Width of the residual stream."""
-    layers: int = 36
+    num_layers: int = 36
     """Shallow and deep layers together."""
-    shallow: int = 18
+    num_shared_layers: int = 18
     """N: the first layers, in which both branches share the modules named in `shared`."""
     shared: list[str] = field(default_factory=lambda: ["q_proj", "k_proj"])
     """What shallow layers share: of q_proj, k_proj, v_proj, o_proj, mlp, input_norm, mlp_norm; `norm` shares the
@@ -69,7 +69,7 @@ class DecoderConfig:
     """Key and value heads."""
     head_dim: int = 128
     """Channels of one head; heads * head_dim need not equal hidden."""
-    mlp: int = 9728
+    intermediate_size: int = 9728
     """Width of the SwiGLU MLP."""
     vocab: int = 151936
     """Rows of the token embedding."""
@@ -90,7 +90,7 @@ class AutoencoderConfig:
     pixels: int = 32
     """Pixels per latent on a side; equals vision.patch * vision.shuffle."""
     chunk: int = 32
-    """Pictures encoded or decoded at once."""
+    """Images encoded or decoded at once."""
 
 
 @dataclass
@@ -113,11 +113,11 @@ class ModelConfig:
 @dataclass
 class ImageConfig:
     mode: str = "square"
-    """square (every picture becomes side x side), native (multiples of 32) or buckets (nearest aspect ratio)."""
+    """square (every image becomes side x side), native (multiples of 32) or buckets (nearest aspect ratio)."""
     side: int = 512
     """Side in pixels; for native and buckets the side of the square with the same area."""
     max_tokens: int = 4096
-    """Cap of visual tokens per picture in native mode; larger pictures are scaled down to it."""
+    """Cap of visual tokens per image in native mode; larger images are scaled down to it."""
 
 
 @dataclass
@@ -184,13 +184,13 @@ class DataConfig:
     pack_pixels: int = 0
     """Cap of pixels that the autoencoder encodes in one pack; 0 sets none."""
     und: ImageConfig = field(default_factory=ImageConfig)
-    """Pictures to be understood."""
+    """Images to be understood."""
     gen: ImageConfig = field(default_factory=ImageConfig)
-    """Reference and target pictures."""
+    """Reference and target images."""
     text_dropout: float = 0.1
     """Probability that a generation prompt is dropped, for guidance."""
     reference_dropout: float = 0.1
-    """Probability that editing loses its reference picture, for guidance."""
+    """Probability that editing loses its reference image, for guidance."""
     workers: int = 0
     """Loader processes per rank; 0 reads in a background thread of the trainer."""
     prefetch: int = 8
@@ -237,7 +237,7 @@ class OptimizerConfig:
     """AdamW epsilon."""
     weight_decay: float = 0.0
     """Decoupled weight decay, on matrices only."""
-    clip: float = 1.0
+    max_grad_norm: float = 1.0
     """Global gradient norm is clipped to this; 0 turns it off."""
 
 
@@ -281,10 +281,10 @@ class TrainConfig:
     stop_within_s: int = 240
     """Seconds that a run which is asked to stop may take to finish its step and save; then it ends as it is."""
     sample_every: int = 0
-    """Steps between sample pictures; 0 makes them only at the end."""
+    """Steps between sample images; 0 makes them only at the end."""
     sample_from: str = ""
     """Shard folder whose records are drawn and answered as samples, best a held-out one; empty draws none."""
-    sample_num: int = 4
+    num_samples: int = 4
     """Samples per task."""
     max_skipped_steps: int = 10
     """Stop after this many non-finite steps in a row."""

@@ -13,12 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from emma_train.config.errors import UserError
 from emma_train.config.schema import EngineConfig
-from emma_train.engine.adam import MOMENTS, adam_state
-from emma_train.engine.fragment import Fragment
+from emma_train.engine.adam_state import MOMENTS, adam_state
+from emma_train.engine.flat_shard import FlatShard
 from emma_train.engine.protocol import MakeOptimizer
 from emma_train.engine.world import World
+from emma_train.errors import UserError
 from emma_train.model.emma import Emma, Prediction
 
 BUCKET = 2**26
@@ -43,12 +43,12 @@ class DeepSpeedEngine:
     """A model under ZeRO and its optimizer (engine/protocol.py)."""
 
     def __init__(
-        self, model: Emma, config: EngineConfig, clip: float, world: World, make_optimizer: MakeOptimizer
+        self, model: Emma, config: EngineConfig, max_grad_norm: float, world: World, make_optimizer: MakeOptimizer
     ) -> None:
         """`model` is on the meta device. Raises UserError where DeepSpeed is not installed."""
         deepspeed = import_deepspeed(world.device)
         self._world, self._stage = world, config.zero_stage
-        settings = settings_of(model, config, clip, world.device)
+        settings = settings_of(model, config, max_grad_norm, world.device)
         shapes = {name: p.shape for name, p in model.named_parameters()}
         if config.precision == "bf16":
             model.to(torch.bfloat16)
@@ -82,7 +82,7 @@ class DeepSpeedEngine:
         self._deepspeed.set_gradient_accumulation_boundary(last)
         # ZeRO averages over ranks; the loss account has divided by the counts of the whole step already. Those that
         # share a pack have its whole loss.
-        self._deepspeed.backward(loss * self._world.readers, scale_wrt_gas=False)
+        self._deepspeed.backward(loss * self._world.dp_size, scale_wrt_gas=False)
 
     def step(self, lr: float) -> float:
         for group in self._adam.param_groups:
@@ -91,16 +91,16 @@ class DeepSpeedEngine:
         return inf if self._zero.overflow else float(self._deepspeed.get_global_grad_norm())
 
     @torch.no_grad()
-    def refresh(self) -> None:
+    def sync_compute_weights(self) -> None:
         frozen = [name for name in self._parameters if name not in self._runs]
         if self._stage < 3:
             self._zero.update_lp_params()
             for name in frozen:
-                _gather(cast(Fragment, self.weights[name]), self._parameters[name], self._world)
+                _gather(cast(FlatShard, self.weights[name]), self._parameters[name], self._world)
             return
         self.reshard()
         for name, parameter in self._parameters.items():
-            own = cast(Fragment, self.weights[name]).to_local()
+            own = cast(FlatShard, self.weights[name]).to_local()
             part: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
             part.data[: len(own)].copy_(own)
 
@@ -136,11 +136,11 @@ class DeepSpeedEngine:
         mine, its = place.hp_fragment_address, place.lp_fragment_address
         return Run(flat, mine.start, its.start, mine.numel)
 
-    def _fragment(self, name: str, moment: str | None = None) -> Fragment:
+    def _fragment(self, name: str, moment: str | None = None) -> FlatShard:
         """This rank's fp32 values of a parameter that trains, or of one of its moments: the optimizer's own memory."""
         flat, first, start, length = self._runs[name]
         values = flat if moment is None else adam_state(self._adam, flat)[moment]
-        return Fragment(values.detach()[first : first + length], start, self._shapes[name])
+        return FlatShard(values.detach()[first : first + length], start, self._shapes[name])
 
 
 class _Root(nn.Module):
@@ -174,7 +174,7 @@ class _Front:
         return getattr(self._model, name)
 
 
-def settings_of(model: Emma, config: EngineConfig, clip: float, device: torch.device) -> dict[str, Any]:
+def settings_of(model: Emma, config: EngineConfig, max_grad_norm: float, device: torch.device) -> dict[str, Any]:
     """DeepSpeed's own configuration."""
     zero: dict[str, Any] = {
         "stage": config.zero_stage,
@@ -197,7 +197,7 @@ def settings_of(model: Emma, config: EngineConfig, clip: float, device: torch.de
         "bf16": {"enabled": config.precision == "bf16"},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
-        "gradient_clipping": clip,
+        "gradient_clipping": max_grad_norm,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
@@ -240,14 +240,14 @@ def _outside_layers(model: Emma) -> Iterator[nn.Parameter]:
             yield parameter
 
 
-def _share(shape: torch.Size, world: World) -> Fragment:
+def _share(shape: torch.Size, world: World) -> FlatShard:
     """Host memory for this rank's even share of a parameter."""
     count = -(-shape.numel() // world.size)
     start = min(world.rank * count, shape.numel())
-    return Fragment(torch.empty(min(count, shape.numel() - start)), start, shape)
+    return FlatShard(torch.empty(min(count, shape.numel() - start)), start, shape)
 
 
-def _gather(share: Fragment, parameter: Tensor, world: World) -> None:
+def _gather(share: FlatShard, parameter: Tensor, world: World) -> None:
     """Fill a whole parameter from all ranks' shares."""
     count = -(-parameter.numel() // world.size)
     whole = parameter.new_empty(count * world.size)

@@ -17,13 +17,13 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
-from emma_train.config.errors import UserError
 from emma_train.config.schema import EngineConfig
-from emma_train.engine.adam import adam_state
-from emma_train.engine.fragment import local
-from emma_train.engine.norm import global_norm
+from emma_train.engine.adam_state import adam_state
+from emma_train.engine.flat_shard import local
+from emma_train.engine.grad_norm import global_norm
 from emma_train.engine.protocol import MakeOptimizer
 from emma_train.engine.world import World
+from emma_train.errors import UserError
 from emma_train.model.decoder import DecoderLayer
 from emma_train.model.emma import Emma
 
@@ -32,7 +32,7 @@ class FsdpEngine:
     """An FSDP2-sharded model and the optimizer on its shards (engine/protocol.py)."""
 
     def __init__(
-        self, model: Emma, config: EngineConfig, clip: float, world: World, make_optimizer: MakeOptimizer
+        self, model: Emma, config: EngineConfig, max_grad_norm: float, world: World, make_optimizer: MakeOptimizer
     ) -> None:
         """`model` is on the meta device. Raises UserError where the ranks cannot be divided as the recipe says."""
         shard(model, config, world)
@@ -44,7 +44,7 @@ class FsdpEngine:
         self.groups = [group for mesh in meshes for group in mesh.get_all_groups()]
         self._shards = {name: local(weight) for name, weight in self.weights.items() if weight.requires_grad}
         self._adam = make_optimizer(self._shards.values())
-        self._clip, self._sequence = clip, world.sequence
+        self._clip, self._sequence = max_grad_norm, world.sp_size
         self._every_micro_step = config.reduce_every_micro_step
         self._units = [m for m in model.modules() if isinstance(m, FSDPModule)]
         # Units that do not train have no gradient to hold back; torch fails on those that did not even run.
@@ -73,7 +73,7 @@ class FsdpEngine:
             self.weights[name].grad = None
         return norm
 
-    def refresh(self) -> None:
+    def sync_compute_weights(self) -> None:
         self.reshard()  # the next forward gathers anew
 
     def reshard(self) -> None:
@@ -108,7 +108,7 @@ def shard(model: Emma, config: EngineConfig, world: World) -> None:
         "reshard_after_forward": config.reshard_after_forward,
     }
     layers = [layer for layer in model.decoder.layers if isinstance(layer, DecoderLayer)]
-    resting = [list(layer.gen.values()) for layer in layers if layer.gen_rests and len(layer.gen)]
+    resting = [list(layer.gen.values()) for layer in layers if layer.skip_gen_branch and len(layer.gen)]
     whole_units: list[nn.Module] = [model.vision, *layers]
     for unit in (*resting, *([module] for module in whole_units)):
         trains = any(p.requires_grad for module in unit for p in module.parameters())

@@ -31,7 +31,7 @@ class Engine(Protocol):
         Where the norm is not finite nothing moves but the gradients, which are forgotten.
         """
 
-    def refresh(self) -> None:
+    def sync_compute_weights(self) -> None:
         """After `weights` were written: have the model compute with them."""
 
     def reshard(self) -> None:

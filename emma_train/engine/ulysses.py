@@ -1,7 +1,7 @@
 """Sequence parallelism as in Ulysses: some ranks in a row compute the same packs, each its part of their tokens.
 
 The decoder alone is divided. A rank computes a run of the Und rows and a run of the Gen rows of a pack, and attention
-trades heads for tokens, so that every rank attends over the whole pack with its share of the heads. Pictures, adapters,
+trades heads for tokens, so that every rank attends over the whole pack with its share of the heads. Images, adapters,
 embedding and heads are computed by all ranks of a group alike, each for its share of the loss; gradients are summed
 over all ranks as ever.
 """
@@ -45,7 +45,7 @@ def divide(num_und: int, num_rows: int, parts: int, device: torch.device) -> Row
 def divide_tokens(decoder: Decoder, world: World) -> None:
     """Have the ranks of a group share the tokens of their packs in `decoder`; parameters keep their names."""
     mesh = init_device_mesh(
-        world.device.type, (world.size // world.sequence, world.sequence), mesh_dim_names=("pack", "sequence")
+        world.device.type, (world.size // world.sp_size, world.sp_size), mesh_dim_names=("pack", "sequence")
     )
     group = mesh.get_group("sequence")
     shared = _Shared(group)

@@ -14,8 +14,8 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from emma_train.config.errors import RunError, UserError
-from emma_train.engine.lost import last_words
+from emma_train.engine.rank_failure import report_failure
+from emma_train.errors import RunError, UserError
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -30,7 +30,7 @@ class World:
     device: torch.device
     host_group: dist.ProcessGroup
     """gloo group for host-side values, apart from the groups of the training collectives."""
-    sequence: int = 1
+    sp_size: int = 1
     """Ranks in a row that compute the same packs, each its part of their tokens (engine/ulysses.py)."""
 
     @property
@@ -38,17 +38,17 @@ class World:
         return self.rank == 0
 
     @property
-    def reader(self) -> int:
+    def dp_rank(self) -> int:
         """Which of the `readers` this rank is: ranks that compute the same packs are one."""
-        return self.rank // self.sequence
+        return self.rank // self.sp_size
 
     @property
-    def readers(self) -> int:
-        return self.size // self.sequence
+    def dp_size(self) -> int:
+        return self.size // self.sp_size
 
     def of_packs(self, sums: Sequence[float]) -> list[float]:
         """Sums over ranks of what was counted in packs, each pack once; a part of a pack counts as one."""
-        return [float(-(-value // self.sequence)) for value in sums]
+        return [float(-(-value // self.sp_size)) for value in sums]
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Sum host values over ranks, in float64. Touches no device."""
@@ -104,7 +104,7 @@ def join(device: str, timeout_s: int, traces: Path | None = None) -> Iterator[Wo
     try:
         yield World(rank, size, local, dist.new_group(backend="gloo", timeout=timeout))
     except Exception as error:
-        if (lost := last_words(error, rank, size)) is not None:
+        if (lost := report_failure(error, rank, size)) is not None:
             raise lost from error
         raise
     finally:
@@ -115,7 +115,7 @@ def share_packs(world: World, ranks: int) -> World:
     """The same world, with so many ranks to a pack. Raises UserError where they do not divide it."""
     if world.size % ranks:
         raise UserError(f"engine.sequence_parallel is {ranks}, which does not divide {world.size} processes")
-    return replace(world, sequence=ranks)
+    return replace(world, sp_size=ranks)
 
 
 def record_flights(traces: Path | None) -> None:

@@ -1,1 +1,1 @@
-"""Sampling: text token by token, pictures by integrating the flow. Uses the packs and the model of training."""
+"""Sampling: text token by token, images by integrating the flow. Uses the packs and the model of training."""

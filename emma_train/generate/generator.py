@@ -1,4 +1,4 @@
-"""Requests in, text or pictures out. Packed samples never see each other, so a batch of requests is simply one pack."""
+"""Requests in, text or images out. Packed samples never see each other, so a batch of requests is simply one pack."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from emma_train.generate.settings import FlowSettings, TextSettings
 from emma_train.model.autoencoder import Autoencoder
 from emma_train.model.cache import Cache
-from emma_train.objectives.draws import uniform
+from emma_train.objectives.counter_rng import uniform
 from emma_train.objectives.flow import draw_noise, shift
-from emma_train.sequence.layout import Role, Text
+from emma_train.sequence.layout import Role, TextSegment
 from emma_train.sequence.pack import PackedBatch, Sample, continued, pack
 from emma_train.sequence.request import Request, as_sample
 from emma_train.sequence.tokens import TextTokenizer
@@ -36,7 +36,7 @@ class Generator:
         self.patch, self.shuffle, self.cached = patch, shuffle, cached
 
     @torch.no_grad()
-    def answer(self, requests: Sequence[Request], settings: TextSettings = TextSettings()) -> list[str]:
+    def generate_text(self, requests: Sequence[Request], settings: TextSettings = TextSettings()) -> list[str]:
         """Answers to i2t requests."""
         samples = [self._sample(r, latents) for r, latents in zip(requests, self.latents_of(requests), strict=True)]
         written: list[list[int]] = [[] for _ in samples]
@@ -46,17 +46,19 @@ class Generator:
         for place in range(settings.max_tokens):
             parts = samples if place == 0 or cache is None else [_segments(sample, -1) for sample in samples]
             logits = self._last_logits(_end_of(samples, parts), cache)
-            for i, token in enumerate(_pick(logits, [r.seed for r in requests], place, settings.temperature)):
+            for i, token in enumerate(
+                sample_next_token(logits, [r.seed for r in requests], place, settings.temperature)
+            ):
                 finished[i] = finished[i] or token in (self.tokenizer.im_end, self.tokenizer.endoftext)
                 if not finished[i]:
                     written[i].append(token)
-                samples[i].segments.append(Text((token,)))
+                samples[i].segments.append(TextSegment((token,)))
             if all(finished) and not settings.fixed_length:
                 break
         return [self.tokenizer.decode(ids) for ids in written]
 
     @torch.no_grad()
-    def draw_latents(self, requests: Sequence[Request], settings: FlowSettings = FlowSettings()) -> list[Tensor]:
+    def generate_latents(self, requests: Sequence[Request], settings: FlowSettings = FlowSettings()) -> list[Tensor]:
         """Unscaled latents [rows*columns, C] of t2i or it2i requests."""
         encoded = self.latents_of(requests)
         variants = self._variants(requests, encoded, settings)
@@ -90,10 +92,10 @@ class Generator:
         sizes = [rows * columns for rows, columns in batch.grids[Role.TARGET][: len(requests)]]
         return list((x / self.autoencoder.scale).split(sizes))
 
-    def draw(self, requests: Sequence[Request], settings: FlowSettings = FlowSettings()) -> list[np.ndarray]:
-        """Pictures, uint8 [H, W, 3], of t2i or it2i requests."""
+    def generate_images(self, requests: Sequence[Request], settings: FlowSettings = FlowSettings()) -> list[np.ndarray]:
+        """Images, uint8 [H, W, 3], of t2i or it2i requests."""
         side = self.patch * self.shuffle
-        latents = self.draw_latents(requests, settings)
+        latents = self.generate_latents(requests, settings)
         return [
             self.autoencoder.decode(latent, r.size[0] // side, r.size[1] // side).numpy()
             for latent, r in zip(latents, requests, strict=True)
@@ -107,10 +109,10 @@ class Generator:
         v = v(nothing) + image_guidance (v(image) - v(nothing)) + text_guidance (v(image, text) - v(image)).
         """
         text, image = settings.text_guidance, settings.image_guidance
-        has_image = any(r.pictures for r in requests)
+        has_image = any(r.images for r in requests)
 
-        def copies(with_text: bool, with_pictures: bool) -> list[Sample]:
-            return [self._sample(r, e, with_text, with_pictures) for r, e in zip(requests, encoded, strict=True)]
+        def copies(with_text: bool, with_images: bool) -> list[Sample]:
+            return [self._sample(r, e, with_text, with_images) for r, e in zip(requests, encoded, strict=True)]
 
         variants = [(text, copies(True, True))]
         if has_image:
@@ -120,16 +122,16 @@ class Generator:
         return [(weight, samples) for weight, samples in variants if weight]
 
     def latents_of(self, requests: Sequence[Request]) -> list[list[np.ndarray]]:
-        """Latents of the pictures of each request; a blank one where there are none, which tells the channels."""
-        flat = self.autoencoder.encode([torch.from_numpy(p) for r in requests for p in r.pictures])
+        """Latents of the images of each request; a blank one where there are none, which tells the channels."""
+        flat = self.autoencoder.encode([torch.from_numpy(p) for r in requests for p in r.images])
         blank = np.zeros((0, self.autoencoder.config.channels), np.float32)
         rest = iter(flat)
-        return [[next(rest).cpu().numpy() for _ in r.pictures] or [blank] for r in requests]
+        return [[next(rest).cpu().numpy() for _ in r.images] or [blank] for r in requests]
 
     def _sample(
-        self, request: Request, latents: list[np.ndarray], with_text: bool = True, with_pictures: bool = True
+        self, request: Request, latents: list[np.ndarray], with_text: bool = True, with_images: bool = True
     ) -> Sample:
-        return as_sample(request, self.tokenizer, self.patch, self.shuffle, latents, with_text, with_pictures)
+        return as_sample(request, self.tokenizer, self.patch, self.shuffle, latents, with_text, with_images)
 
     def _last_logits(self, batch: PackedBatch, cache: Cache | None) -> Tensor:
         """Logits after the last text token of each sample: float32 [samples, vocab]."""
@@ -160,7 +162,7 @@ def _last_text(batch: PackedBatch, num_samples: int) -> Tensor:
     return torch.searchsorted(owners, torch.arange(num_samples, device=owners.device), right=True) - 1
 
 
-def _pick(logits: Tensor, seeds: list[int], place: int, temperature: float) -> list[int]:
+def sample_next_token(logits: Tensor, seeds: list[int], place: int, temperature: float) -> list[int]:
     """The next token of each row: the likeliest, or by Gumbel noise from its request's seed."""
     if temperature > 0:
         seed = torch.tensor(seeds, device=logits.device)[:, None]

@@ -4,18 +4,18 @@ from typing import Any
 
 import torch
 
-from emma_train.checkpoint.place import Place
-from emma_train.checkpoint.stored import StoredModel
 from emma_train.config.schema import Recipe
 from emma_train.engine.world import pick_device
+from emma_train.export.stored_model import StoredModel
 from emma_train.generate.generator import Generator
 from emma_train.model.autoencoder import Autoencoder
 from emma_train.model.emma import Emma
 from emma_train.sequence.tokens import TextTokenizer
+from emma_train.storage.paths import StoragePath
 
 
 def load_generator(
-    path: str | Place, device: str = "auto", use_ema: bool = True
+    path: str | StoragePath, device: str = "auto", use_ema: bool = True
 ) -> tuple[Generator, Recipe, dict[str, Any]]:
     """Generator, recipe and metadata of the newest checkpoint at `path`, or of an export. Raises UserError."""
     model, recipe, meta = load_model(path, torch.device(pick_device(device)), use_ema)
@@ -25,7 +25,7 @@ def load_generator(
     return generator, recipe, meta
 
 
-def load_model(path: str | Place, device: torch.device, use_ema: bool) -> tuple[Emma, Recipe, dict[str, Any]]:
+def load_model(path: str | StoragePath, device: torch.device, use_ema: bool) -> tuple[Emma, Recipe, dict[str, Any]]:
     """The whole model in float32, with averaged weights where wanted and stored. Raises UserError."""
     stored = StoredModel(path, use_ema)
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""Sample pictures and answers of a run: samples/step-XXXXXXXX/*.png and samples.json, which the report reads."""
+"""Sample images and answers of a run: samples/step-XXXXXXXX/*.png and samples.json, which the report reads."""
 
 import json
 import logging
@@ -24,7 +24,7 @@ def write_samples(
     text: TextSettings,
     write: bool = True,
 ) -> list[Path]:
-    """Answer and draw the requests; returns the pictures made. Ranks other than the main one pass write=False.
+    """Answer and draw the requests; returns the images made. Ranks other than the main one pass write=False.
 
     Where storage refuses them, a warning says so: every rank takes part to the end, and training goes on.
     """
@@ -38,10 +38,10 @@ def write_samples(
                 store()
         except OSError as error:
             write = False
-            log.warning("%s: sample pictures cannot be written (%s)", folder, error.strerror)
+            log.warning("%s: sample images cannot be written (%s)", folder, error.strerror)
 
-    def keep(name: str, picture: np.ndarray) -> str:
-        attempt(lambda: Image.fromarray(picture).save(folder / name))
+    def keep(name: str, image: np.ndarray) -> str:
+        attempt(lambda: Image.fromarray(image).save(folder / name))
         return name
 
     attempt(lambda: folder.mkdir(parents=True, exist_ok=True))
@@ -50,12 +50,14 @@ def write_samples(
         asked = [r for r in requests if r.task == task]
         if not asked:
             continue
-        answers: list[Any] = generator.answer(asked, text) if task == "i2t" else generator.draw(asked, flow)
+        answers: list[Any] = (
+            generator.generate_text(asked, text) if task == "i2t" else generator.generate_images(asked, flow)
+        )
         for number, (request, answer) in enumerate(zip(asked, answers, strict=True)):
             name = f"{task}-{number}"
             entry: dict[str, Any] = {"task": task, "key": request.key, "prompt": request.text, "kind": request.kind}
-            if request.pictures:
-                entry["reference"] = keep(f"{name}.reference.png", request.pictures[0])
+            if request.images:
+                entry["reference"] = keep(f"{name}.reference.png", request.images[0])
             if task == "i2t":
                 entry |= {"answer": answer, "truth": request.truth}
             else:

@@ -1,9 +1,9 @@
 """Scores on a held-out split with known answers; every score names its split, its baseline and the bar it should reach.
 
 - exact match of answers, per kind of question, against always giving the commonest answer
-- velocity loss of flow matching on the split's pictures, against predicting the mean velocity
-- whether a generated picture's nearest neighbour among real pictures, in latent space, has the prompted concept, style
-  and background, against picking a real picture at random
+- velocity loss of flow matching on the split's images, against predicting the mean velocity
+- whether a generated image's nearest neighbour among real images, in latent space, has the prompted concept, style
+  and background, against picking a real image at random
 """
 
 from collections import Counter
@@ -16,8 +16,8 @@ from torch import Tensor
 from emma_train.config.schema import FlowConfig, Recipe
 from emma_train.generate.generator import Generator
 from emma_train.generate.settings import FlowSettings, TextSettings
-from emma_train.objectives.flow import noised, velocity_loss
-from emma_train.sequence.pack import Pixels, pack
+from emma_train.objectives.flow import add_noise, velocity_loss
+from emma_train.sequence.pack import ImageTokens, pack
 from emma_train.sequence.request import Request, as_sample
 
 BATCH = 32
@@ -37,7 +37,7 @@ def score_split(
     recipe: Recipe,
     limit: int,
 ) -> list[dict[str, Any]]:
-    """All scores of a split. `requests` by task; `seen`: training pictures as further neighbours; `limit`: pictures
+    """All scores of a split. `requests` by task; `seen`: training images as further neighbours; `limit`: images
     to draw.
 
     The bars are for unseen drawings of seen concepts; what was never named in training cannot be named.
@@ -59,7 +59,7 @@ def answer_scores(generator: Generator, requests: Sequence[Request]) -> list[dic
         asked = [r for r in requests if r.kind == kind]
         if len(asked) < FEWEST:
             continue
-        answers = [a for batch in _batches(asked) for a in generator.answer(batch, TextSettings(max_tokens=12))]
+        answers = [a for batch in _batches(asked) for a in generator.generate_text(batch, TextSettings(max_tokens=12))]
         right = sum(a.strip() == r.truth for a, r in zip(answers, asked, strict=True))
         commonest = Counter(r.truth for r in asked).most_common(1)[0][1]
         score = _score(f"answer: {kind}", right / len(asked), commonest / len(asked), "exact match", len(asked))
@@ -76,14 +76,14 @@ def velocity_score(generator: Generator, requests: Sequence[Request], flow: Flow
         for request, latents in zip(asked, generator.latents_of(asked), strict=True):
             assert request.target is not None
             sample = as_sample(request, generator.tokenizer, generator.patch, generator.shuffle, latents)
-            grid = sample.pictures["target"].grid
+            grid = sample.images["target"].grid
             [latent] = generator.autoencoder.encode([torch.from_numpy(request.target)])
-            sample.pictures["target"] = Pixels(grid, None, latent.cpu().numpy())
+            sample.images["target"] = ImageTokens(grid, None, latent.cpu().numpy())
             sample.time_seed = request.seed + 1
             samples.append(sample)
         batch = pack(samples).to(generator.autoencoder.device)
         assert batch.latents is not None
-        step = noised(batch, batch.latents * generator.autoencoder.scale, flow)
+        step = add_noise(batch, batch.latents * generator.autoencoder.scale, flow)
         losses.append(velocity_loss(generator.model(batch, step.latents, step.time).velocity, step.velocity))
         velocities.append(step.velocity)
     velocity = torch.cat(velocities)
@@ -97,11 +97,11 @@ def velocity_score(generator: Generator, requests: Sequence[Request], flow: Flow
 def neighbour_scores(
     generator: Generator, requests: Sequence[Request], real: Sequence[Request], shift: float, limit: int
 ) -> list[dict[str, Any]]:
-    """Draw the requests; how often the nearest real picture shares the prompted label."""
+    """Draw the requests; how often the nearest real image shares the prompted label."""
     requests = requests[: limit or None]
     if not requests:
         return []
-    made = [x for asked in _batches(requests) for x in generator.draw_latents(asked, FlowSettings(shift=shift))]
+    made = [x for asked in _batches(requests) for x in generator.generate_latents(asked, FlowSettings(shift=shift))]
     known = [r for r in real if r.target is not None and len(r.labels.get("concepts", [])) == 1]
     encoded = generator.autoencoder.encode([torch.from_numpy(r.target) for r in known])
     nearest = torch.cdist(_flat(made), _flat(encoded)).argmin(1).tolist()
@@ -111,9 +111,7 @@ def neighbour_scores(
         there = [r.labels.get(label) for r in known]
         hits = sum(there[n] == w for n, w in zip(nearest, wanted, strict=True)) / len(wanted)
         chance = sum(there.count(w) for w in wanted) / (len(wanted) * len(there))
-        scores.append(
-            _score(f"nearest picture: {label.removesuffix('s')}", hits, chance, "share of pictures", len(wanted))
-        )
+        scores.append(_score(f"nearest image: {label.removesuffix('s')}", hits, chance, "share of images", len(wanted)))
     return scores
 
 

@@ -1,4 +1,4 @@
-"""How pictures are drawn and text is written: an export carries it as generation.json, which people may edit, and
+"""How images are drawn and text is written: an export carries it as generation.json, which people may edit, and
 `emma-train generate` follows it unless told otherwise.
 """
 
@@ -9,11 +9,11 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from emma_train.checkpoint.place import Place
-from emma_train.checkpoint.tensors import read_json
-from emma_train.config.errors import UserError
-from emma_train.config.files import write_atomic
 from emma_train.config.schema import Recipe
+from emma_train.errors import UserError
+from emma_train.storage.files import write_atomic
+from emma_train.storage.paths import StoragePath
+from emma_train.storage.safetensors_io import read_json
 
 FILE = "generation.json"
 SOLVERS = ("euler", "heun")
@@ -21,14 +21,14 @@ SOLVERS = ("euler", "heun")
 
 @dataclass(frozen=True)
 class FlowSettings:
-    """How pictures are drawn."""
+    """How images are drawn."""
 
     steps: int = 30
-    """Steps from noise to picture."""
+    """Steps from noise to image."""
     text_guidance: float = 2.5
     """Strength of the prompt; 1 turns guidance off."""
     image_guidance: float = 2.0
-    """Strength of the reference picture in editing; 1 turns it off."""
+    """Strength of the reference image in editing; 1 turns it off."""
     shift: float = 1.0
     """Flow-time shift, as in training."""
     solver: str = "euler"
@@ -57,7 +57,7 @@ def write_settings(folder: Path, flow: FlowSettings, text: TextSettings) -> None
     write_atomic(folder / FILE, json.dumps(values, indent=1) + "\n")
 
 
-def read_settings(folder: Place, recipe: Recipe) -> tuple[FlowSettings, TextSettings]:
+def read_settings(folder: StoragePath, recipe: Recipe) -> tuple[FlowSettings, TextSettings]:
     """The settings of an export; of a model that carries none, the shift that it was trained with and our defaults for
     the rest. Raises UserError."""
     path, flow, text = folder / FILE, FlowSettings(shift=recipe.flow.shift), TextSettings()

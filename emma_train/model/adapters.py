@@ -30,7 +30,7 @@ class Adapter(nn.Module):
 
 
 class GenAdapter(Adapter):
-    """The adapter of reference and target pictures: it also says how noisy they are."""
+    """The adapter of reference and target images: it also says how noisy they are."""
 
     def __init__(self, semantic: int, latent: int, hidden: int, time_features: int) -> None:
         super().__init__(semantic, latent, hidden)
@@ -38,7 +38,7 @@ class GenAdapter(Adapter):
         self.time_fc1 = nn.Linear(time_features, hidden)
         self.time_fc2 = nn.Linear(hidden, hidden)
 
-    def forward_pictures(self, semantic: Tensor, latent: Tensor, time: Tensor) -> Tensor:
+    def forward_images(self, semantic: Tensor, latent: Tensor, time: Tensor) -> Tensor:
         """semantic: [r, S] of the r reference tokens; latent: [r + n, C], references first, then noised targets;
         time: [n] flow time of the targets -> [r + n, LLM hidden]. References take time 0.
         """
@@ -57,7 +57,7 @@ def time_features(time: Tensor, num: int) -> Tensor:
 
 
 def position_2d(grids: Sequence[tuple[int, int]], hidden: int, device: torch.device) -> Tensor:
-    """Fixed 2D sin-cos position of every visual token of the pictures: float32 [tokens, hidden]."""
+    """Fixed 2D sin-cos position of every visual token of the images: float32 [tokens, hidden]."""
     if not grids:
         return torch.zeros(0, hidden, device=device)
     return torch.cat([_sincos_2d(rows, columns, hidden) for rows, columns in grids]).to(device, non_blocking=True)

@@ -1,4 +1,4 @@
-"""Hybrid attention over a pack: text and understanding pictures causal, pictures of generation full within themselves.
+"""Hybrid attention over a pack: text and understanding images causal, images of generation full within themselves.
 
 All of it is one rule (sequence/pack.py): token q sees token k iff sample[q] == sample[k] and position[k] <= limit[q].
 `prepare` turns the tables of a pack into what the kernel needs, once for all layers. The backends compute the same:
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from emma_train.config.errors import UserError
+from emma_train.errors import UserError
 from emma_train.model import flex, varlen
 from emma_train.model.cache import Cache, LayerCache
 from emma_train.sequence.pack import PackedBatch
@@ -37,7 +37,7 @@ class MaskPlan:
 AttentionPlan = MaskPlan | Spans | flex.FlexPlan
 
 
-def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+def select_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     """flash, flex or sdpa for what a recipe calls the backend. Raises UserError where it cannot run there."""
     half = dtype in (torch.bfloat16, torch.float16)
     if backend == "auto":
@@ -49,7 +49,7 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     return backend
 
 
-def prepare(batch: PackedBatch, cache: Cache | None = None, backend: str = "sdpa") -> AttentionPlan:
+def build_plan(batch: PackedBatch, cache: Cache | None = None, backend: str = "sdpa") -> AttentionPlan:
     """What the backend (`choose`) needs of a pack. With a cache, which only generation has, always sdpa by sample."""
     if cache is None and backend == "flash":
         return batch.spans

@@ -9,15 +9,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from emma_train.config.errors import UserError
 from emma_train.config.schema import AutoencoderConfig
+from emma_train.errors import UserError
 
 STEM = "diffusion_pytorch_model"
 WEIGHTS = f"{STEM}.safetensors"
 
 
 class Autoencoder:
-    """Pictures <-> latents. Not a torch Module on purpose: no optimizer, wrapper or checkpoint can take hold of it."""
+    """Images <-> latents. Not a torch Module on purpose: no optimizer, wrapper or checkpoint can take hold of it."""
 
     def __init__(self, config: AutoencoderConfig, device: torch.device) -> None:
         """Raises UserError where the folder is not a DC-AE of the recipe's shape."""
@@ -37,17 +37,17 @@ class Autoencoder:
         self.scale = float(model.config.scaling_factor)
 
     @torch.no_grad()
-    def encode(self, pictures: Sequence[Tensor]) -> list[Tensor]:
-        """uint8 [H, W, 3] pictures of any sizes -> unscaled latents, each float32 [rows*columns, channels] in raster
+    def encode(self, images: Sequence[Tensor]) -> list[Tensor]:
+        """uint8 [H, W, 3] images of any sizes -> unscaled latents, each float32 [rows*columns, channels] in raster
         order."""
-        latents: list[Tensor | None] = [None] * len(pictures)
+        latents: list[Tensor | None] = [None] * len(images)
         by_size: dict[tuple[int, ...], list[int]] = {}
-        for index, picture in enumerate(pictures):
-            by_size.setdefault(tuple(picture.shape), []).append(index)
+        for index, image in enumerate(images):
+            by_size.setdefault(tuple(image.shape), []).append(index)
         for indices in by_size.values():
             for start in range(0, len(indices), self.config.chunk):
                 part = indices[start : start + self.config.chunk]
-                pixels = torch.stack([pictures[i] for i in part]).to(self.device)
+                pixels = torch.stack([images[i] for i in part]).to(self.device)
                 encoded = self._model.encode(pixels.permute(0, 3, 1, 2).float() / 127.5 - 1.0).latent
                 for i, latent in zip(part, encoded, strict=True):
                     latents[i] = latent.flatten(1).T.contiguous()

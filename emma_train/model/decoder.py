@@ -26,7 +26,8 @@ class Decoder(nn.Module):
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab, config.hidden)
         self.layers = nn.ModuleList(
-            DecoderLayer(config, config.shared if index < config.shallow else []) for index in range(config.layers)
+            DecoderLayer(config, config.shared if index < config.num_shared_layers else [])
+            for index in range(config.num_layers)
         )
         owners = ("shared",) if "norm" in config.shared else ("und", "gen")
         self.norm = nn.ModuleDict({owner: RMSNorm(config.hidden, config.eps) for owner in owners})
@@ -58,7 +59,7 @@ class Decoder(nn.Module):
 class DecoderLayer(nn.Module):
     """One layer; `shared` names the roles that both branches share, the others exist once per branch."""
 
-    gen_rests = False
+    skip_gen_branch = False
     """Whether no pack of the stage has a Gen token: then the Gen branch's modules do not run at all."""
     attend = staticmethod(attention)
     """Where ranks share the tokens of a pack, attention across them (engine/ulysses.py)."""
@@ -95,7 +96,7 @@ class DecoderLayer(nn.Module):
     def _rows(self, role: str, x: Tensor, num_und: int) -> Tensor:
         if role in self.shared:
             return self.shared[role](x)
-        if self.gen_rests:
+        if self.skip_gen_branch:
             assert num_und == len(x), "a token of the Gen branch in a stage that was to have none"
             return self.und[role](x)
         return torch.cat([self.und[role](x[:num_und]), self.gen[role](x[num_und:])])
@@ -142,7 +143,7 @@ def _module(role: str, config: DecoderConfig) -> nn.Module:
     if role in ("q_norm", "k_norm"):
         return RMSNorm(config.head_dim, config.eps)
     if role == "mlp":
-        return MLP(config.hidden, config.mlp)
+        return MLP(config.hidden, config.intermediate_size)
     sizes = {
         "q_proj": (config.hidden, query),
         "k_proj": (config.hidden, key),

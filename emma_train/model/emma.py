@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from emma_train.config.schema import ModelConfig
 from emma_train.model.adapters import Adapter, GenAdapter, position_2d
-from emma_train.model.attention import choose, prepare
+from emma_train.model.attention import build_plan, select_backend
 from emma_train.model.cache import Cache
 from emma_train.model.decoder import Decoder
 from emma_train.model.vision import VERSATILE, VisionEncoder
@@ -24,7 +24,7 @@ class Prediction(NamedTuple):
     velocity: Tensor
     """[target tokens, channels]."""
     router_logits: Tensor | None
-    """[understanding and reference pictures, 2]; None where there is no router."""
+    """[understanding and reference images, 2]; None where there is no router."""
     text_losses: Tensor | None = None
     """float32 [L]: cross-entropy of the pack's labels; None where logits were asked for."""
 
@@ -68,13 +68,13 @@ class Emma(nn.Module):
         semantic = vision.features
         text = self.decoder.embed_tokens(batch.text_ids)
         und = self.und_adapter(semantic[:num_und], latents[:num_und])
-        gen = self.gen_adapter.forward_pictures(semantic[num_und:], latents[num_und:], time)
+        gen = self.gen_adapter.forward_images(semantic[num_und:], latents[num_und:], time)
         grids = [*seen, *batch.grids[Role.TARGET]]
         visual = torch.cat([und, gen])
         places = position_2d(grids, visual.shape[-1], visual.device)
         visual = visual + (self.config.position_scale * places).to(visual.dtype)
         stream = torch.cat([text.to(visual.dtype), visual])
-        plan = prepare(batch, cache, choose(self.backend, stream.device, stream.dtype))
+        plan = build_plan(batch, cache, select_backend(self.backend, stream.device, stream.dtype))
         hidden = self.decoder(stream, num_text + num_und, batch.position, plan, cache)
         predictors = hidden[batch.predictors]
         return Prediction(
@@ -85,7 +85,7 @@ class Emma(nn.Module):
         )
 
     def route(self, batch: PackedBatch) -> Tensor:
-        """Router logits [understanding and reference pictures, 2], without running experts or decoder (Stage 4,
+        """Router logits [understanding and reference images, 2], without running experts or decoder (Stage 4,
         router)."""
         seen = [*batch.grids[Role.UND], *batch.grids[Role.REFERENCE]]
         logits = self.vision(self.pixels(batch), seen, route_only=True).router_logits
@@ -93,7 +93,7 @@ class Emma(nn.Module):
         return logits
 
     def pixels(self, batch: PackedBatch) -> Tensor:
-        """Patches of the pictures to be seen, in [-1, 1]."""
+        """Patches of the images to be seen, in [-1, 1]."""
         num_seen = (batch.counts[1] + batch.counts[2]) * self.config.vision.shuffle**2
         side = self.config.vision.patch
         patches = batch.patches[:num_seen].reshape(num_seen, side * side * 3)
@@ -101,6 +101,6 @@ class Emma(nn.Module):
 
 
 def training_experts(batch: PackedBatch) -> list[int]:
-    """Stage 4, expert: pictures labelled STEM take the STEM expert, all others the versatile one."""
+    """Stage 4, expert: images labelled STEM take the STEM expert, all others the versatile one."""
     num_reference = len(batch.grids[Role.REFERENCE])
     return [max(VERSATILE, int(s)) for s in batch.stem.tolist()] + [VERSATILE] * num_reference

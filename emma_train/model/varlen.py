@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from emma_train.sequence.spans import Call, Spans
+from emma_train.sequence.spans import Spans, VarlenCall
 
 log = logging.getLogger(__name__)
-Kernel = Callable[[Tensor, Tensor, Tensor, Call], Tensor]
+Kernel = Callable[[Tensor, Tensor, Tensor, VarlenCall], Tensor]
 FLASH = ("flash_attn.cute", "flash_attn_interface", "flash_attn")
 """Modules of flash-attn 4, 3 and 2 that offer flash_attn_varlen_func, the one to be preferred first."""
 
@@ -71,7 +71,7 @@ def find_kernel(device: str) -> Kernel:
     return _torch_varlen()
 
 
-def _flash(function: Callable, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+def _flash(function: Callable, q: Tensor, k: Tensor, v: Tensor, call: VarlenCall) -> Tensor:
     out = function(
         q,
         k,
@@ -92,7 +92,7 @@ def _torch_varlen() -> Kernel:
     names = inspect.signature(varlen_attn).parameters
     grouped = "enable_gqa" in names
 
-    def kernel(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+    def kernel(q: Tensor, k: Tensor, v: Tensor, call: VarlenCall) -> Tensor:
         options: dict[str, Any] = {"enable_gqa": True} if grouped else {}
         if not grouped:
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
@@ -107,7 +107,7 @@ def _torch_varlen() -> Kernel:
     return kernel
 
 
-def _one_by_one(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+def _one_by_one(q: Tensor, k: Tensor, v: Tensor, call: VarlenCall) -> Tensor:
     lengths = [starts.diff().tolist() for starts in (call.starts_q, call.starts_k, call.starts_k)]
     outputs = []
     for q_run, k_run, v_run in zip(*(x.split(sizes) for x, sizes in zip((q, k, v), lengths, strict=True)), strict=True):

@@ -1,8 +1,8 @@
-"""Und-Enc: a SigLIP2-shaped vision encoder for pictures of any size, with pixel shuffle and vision experts (paper
+"""Und-Enc: a SigLIP2-shaped vision encoder for images of any size, with pixel shuffle and vision experts (paper
 §2.1).
 
-Pictures of one pack are rows of one matrix, without padding: every projection sees all rows at once, and attention,
-which has no weights, runs over runs of equally large pictures. Patches stand in block order (sequence/geometry.py), so
+Images of one pack are rows of one matrix, without padding: every projection sees all rows at once, and attention,
+which has no weights, runs over runs of equally large images. Patches stand in block order (sequence/geometry.py), so
 pixel shuffle is a reshape.
 """
 
@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from emma_train.config.schema import VisionConfig
-from emma_train.model.attention import choose, scaled_dot_product
+from emma_train.model.attention import scaled_dot_product, select_backend
 from emma_train.model.varlen import find_kernel
-from emma_train.sequence.spans import Call, full_call
+from emma_train.sequence.spans import VarlenCall, full_call
 
 Grids = Sequence[tuple[int, int]]
 VERSATILE, STEM = 0, 1
@@ -29,18 +29,18 @@ class VisionOutput(NamedTuple):
     """A tuple for the same reason as emma.Prediction."""
 
     features: Tensor
-    """[visual tokens, shuffle² * hidden], raster order within each picture."""
+    """[visual tokens, shuffle² * hidden], raster order within each image."""
     router_logits: Tensor | None
-    """[pictures, 2] (versatile, STEM); None where there is no router."""
+    """[images, 2] (versatile, STEM); None where there is no router."""
 
 
 @dataclass
-class Pictures:
-    """Which rows of a matrix of patches are one picture."""
+class Images:
+    """Which rows of a matrix of patches are one image."""
 
     lengths: list[int]
     """Patches of each, one after another."""
-    call: Call | None
+    call: VarlenCall | None
     """The same for a kernel of variable length; None where torch's attention runs."""
 
 
@@ -52,8 +52,8 @@ class VisionEncoder(nn.Module):
         super().__init__()
         self.config, self.backend = config, backend
         self.patch_embedding = nn.Conv2d(3, config.hidden, config.patch, config.patch)
-        self.position_embedding = nn.Embedding(config.table**2, config.hidden)
-        self.layers = nn.ModuleList(VisionLayer(config) for _ in range(config.layers))
+        self.position_embedding = nn.Embedding(config.position_grid**2, config.hidden)
+        self.layers = nn.ModuleList(VisionLayer(config) for _ in range(config.num_layers))
         self.post_layernorm = nn.LayerNorm(config.hidden, eps=config.eps)
         self.stem_layers = (
             nn.ModuleList(VisionLayer(config) for _ in range(config.expert_layers)) if config.stem_expert else None
@@ -63,56 +63,56 @@ class VisionEncoder(nn.Module):
     def forward(
         self, patches: Tensor, grids: Grids, experts: Sequence[int] | None = None, route_only: bool = False
     ) -> VisionOutput:
-        """patches: [P, patch*patch*3] in [-1, 1], block order; grids: (rows, columns) of visual tokens per picture.
+        """patches: [P, patch*patch*3] in [-1, 1], block order; grids: (rows, columns) of visual tokens per image.
 
-        `experts` says which expert each picture takes; None asks the router where there is one, and else takes the
+        `experts` says which expert each image takes; None asks the router where there is one, and else takes the
         versatile one. `route_only` stops after the router and returns no features.
         """
         side = self.config.shuffle
         lengths = [rows * columns * side**2 for rows, columns in grids]
         x = self._embed(patches, grids)
-        pictures = self._pictures(lengths, x)
+        images = self._images(lengths, x)
         shared = len(self.layers) - self.config.expert_layers
         for layer in self.layers[:shared]:
-            x = layer(x, pictures)
+            x = layer(x, images)
         router_logits = self.router(x, lengths) if self.router is not None else None
         if route_only:
             return VisionOutput(x.new_zeros(0, side**2 * self.config.hidden), router_logits)
         if self.stem_layers is None:
             for layer in self.layers[shared:]:
-                x = layer(x, pictures)
+                x = layer(x, images)
         else:
             if experts is None:
-                experts = self.choose(router_logits, len(grids))
+                experts = self.choose_experts(router_logits, len(grids))
             x = self._split_by_expert(x, lengths, experts)
         x = self.post_layernorm(x)
         return VisionOutput(x.reshape(-1, side**2 * self.config.hidden), router_logits)
 
-    def choose(self, router_logits: Tensor | None, num_pictures: int) -> list[int]:
-        """Expert of each picture."""
+    def choose_experts(self, router_logits: Tensor | None, num_images: int) -> list[int]:
+        """Expert of each image."""
         if router_logits is None:
-            return [VERSATILE] * num_pictures
+            return [VERSATILE] * num_images
         return [STEM if stem else VERSATILE for stem in self.takes_stem(router_logits).tolist()]
 
     def takes_stem(self, router_logits: Tensor) -> Tensor:
-        """[pictures, 2] -> bool [pictures]: whether the probability of STEM exceeds the threshold."""
+        """[images, 2] -> bool [images]: whether the probability of STEM exceeds the threshold."""
         return router_logits.float().softmax(-1)[:, STEM] > self.config.stem_threshold
 
-    def _pictures(self, lengths: list[int], x: Tensor) -> Pictures:
-        flash = lengths and choose(self.backend, x.device, x.dtype) == "flash"
-        return Pictures(lengths, full_call(lengths).to(x.device) if flash else None)
+    def _images(self, lengths: list[int], x: Tensor) -> Images:
+        flash = lengths and select_backend(self.backend, x.device, x.dtype) == "flash"
+        return Images(lengths, full_call(lengths).to(x.device) if flash else None)
 
     def _embed(self, patches: Tensor, grids: Grids) -> Tensor:
         weight = self.patch_embedding.weight.permute(0, 2, 3, 1).flatten(1)
         x = F.linear(patches.to(weight.dtype), weight, self.patch_embedding.bias)
         table = self.position_embedding.weight
         sizes = {grid: self._positions(table, *grid) for grid in dict.fromkeys(grids)}
-        # The sum over an empty slice keeps the table in the graph of a pack without pictures (contract 3).
+        # The sum over an empty slice keeps the table in the graph of a pack without images (contract 3).
         return x + torch.cat([*(sizes[grid] for grid in grids), table[:0]]).to(x.dtype)
 
     def _positions(self, table: Tensor, rows: int, columns: int) -> Tensor:
-        """The position table, resized to a picture's patches, in block order: [patches, hidden]."""
-        side, shuffle = self.config.table, self.config.shuffle
+        """The position table, resized to an image's patches, in block order: [patches, hidden]."""
+        side, shuffle = self.config.position_grid, self.config.shuffle
         height, width = rows * shuffle, columns * shuffle
         grid = table.view(side, side, -1)
         if (height, width) != (side, side):
@@ -130,9 +130,9 @@ class VisionEncoder(nn.Module):
             mine = [i for i, e in enumerate(experts) if e == expert]
             index = torch.cat([*(rows[i] for i in mine), rows[0][:0] if rows else torch.arange(0, device=x.device)])
             y = x[index]
-            pictures = self._pictures([lengths[i] for i in mine], y)
+            images = self._images([lengths[i] for i in mine], y)
             for layer in layers:
-                y = layer(y, pictures)
+                y = layer(y, images)
             outputs.append(y)
             order.append(index)
         back = torch.empty(len(x), dtype=torch.int64, device=x.device)
@@ -152,13 +152,13 @@ class VisionLayer(nn.Module):
         self.v_proj = nn.Linear(config.hidden, config.hidden)
         self.out_proj = nn.Linear(config.hidden, config.hidden)
         self.layer_norm2 = nn.LayerNorm(config.hidden, eps=config.eps)
-        self.fc1 = nn.Linear(config.hidden, config.mlp)
-        self.fc2 = nn.Linear(config.mlp, config.hidden)
+        self.fc1 = nn.Linear(config.hidden, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden)
 
-    def forward(self, x: Tensor, pictures: Pictures) -> Tensor:
-        """x: [P, hidden]; each picture sees its own patches only."""
+    def forward(self, x: Tensor, images: Images) -> Tensor:
+        """x: [P, hidden]; each image sees its own patches only."""
         y = self.layer_norm1(x)
-        y = picture_attention(self.q_proj(y), self.k_proj(y), self.v_proj(y), pictures, self.heads)
+        y = image_attention(self.q_proj(y), self.k_proj(y), self.v_proj(y), images, self.heads)
         x = x + self.out_proj(y)
         return x + self.fc2(F.gelu(self.fc1(self.layer_norm2(x)), approximate="tanh"))
 
@@ -173,24 +173,24 @@ class Router(nn.Module):
         self.fc2 = nn.Linear(config.router_hidden, 2)
 
     def forward(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
-        """x: [P, hidden] -> [pictures, 2]."""
+        """x: [P, hidden] -> [images, 2]."""
         pooled = [part.mean(0, keepdim=True) for part in x.split(list(lengths))] if lengths else []
         return self.fc2(F.gelu(self.fc1(self.norm(torch.cat([*pooled, x[:0]])))))
 
 
-def picture_attention(q: Tensor, k: Tensor, v: Tensor, pictures: Pictures, heads: int) -> Tensor:
-    """Full attention within each picture. q, k, v: [P, hidden] -> [P, hidden]."""
-    if pictures.call is not None:
+def image_attention(q: Tensor, k: Tensor, v: Tensor, images: Images, heads: int) -> Tensor:
+    """Full attention within each image. q, k, v: [P, hidden] -> [P, hidden]."""
+    if images.call is not None:
         q, k, v = (x.view(len(x), heads, -1) for x in (q, k, v))
-        return find_kernel(q.device.type)(q, k, v, pictures.call).flatten(1)
+        return find_kernel(q.device.type)(q, k, v, images.call).flatten(1)
     outputs, start = [], 0
-    for length, run in groupby(pictures.lengths):
+    for length, run in groupby(images.lengths):
         count = len(list(run))
         stop = start + count * length
         parts = [x[start:stop].view(count, length, heads, -1).transpose(1, 2) for x in (q, k, v)]
         outputs.append(scaled_dot_product(*parts).transpose(1, 2).reshape(stop - start, -1))
         start = stop
-    # Without pictures the projections stay in the graph, so that every rank reduces the same gradients (contract 3).
+    # Without images the projections stay in the graph, so that every rank reduces the same gradients (contract 3).
     return torch.cat(outputs) if outputs else q + k + v
 
 

@@ -1,1 +1,1 @@
-"""Watching a run: metrics and trackers, the progress line, FLOPs and MFU, and the report page."""
+"""Watching a run: metrics, trackers, memory, and the progress line."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from emma_train.config.errors import UserError
+from emma_train.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ class Tracker(Protocol):
         """Metrics of one optimizer step."""
 
     def images(self, step: int, name: str, paths: list[Path], captions: list[str]) -> None:
-        """Sample pictures of one step, one caption each."""
+        """Sample images of one step, one caption each."""
 
     def finish(self, exit_code: int) -> None:
         """The run ends; 0 means well."""
@@ -52,7 +52,7 @@ class JsonlTracker:
         self._file.flush()
 
     def images(self, step: int, name: str, paths: list[Path], captions: list[str]) -> None:
-        """Nothing to do: the pictures lie in the run folder already."""
+        """Nothing to do: the images lie in the run folder already."""
 
     def finish(self, exit_code: int) -> None:
         self._file.close()
@@ -111,8 +111,8 @@ class WandbTracker:
     def _log_images(self, step: int, name: str, paths: list[Path], captions: list[str]) -> None:
         import wandb
 
-        pictures = [wandb.Image(str(path), caption=caption) for path, caption in zip(paths, captions, strict=True)]
-        self._run.log({"step": step, name: pictures})
+        images = [wandb.Image(str(path), caption=caption) for path, caption in zip(paths, captions, strict=True)]
+        self._run.log({"step": step, name: images})
 
     def finish(self, exit_code: int) -> None:
         if self._run is not None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from emma_train.config.schema import Recipe
-from emma_train.monitor.flops import adapter_flops, decoder_flops, mfu, peak_flops, vision_flops
+from emma_train.flops.formulas import adapter_flops, decoder_flops, mfu, peak_flops, vision_flops
 from emma_train.sequence.layout import Role
 from emma_train.sequence.pack import PackedBatch
 from emma_train.stages.stage import Stage
@@ -39,11 +39,11 @@ class Work:
     patches: float
     """Patches that the vision encoder sees."""
     patch_pairs: float
-    """The sum over those pictures of patches²."""
+    """The sum over those images of patches²."""
     und_visual: float
-    """Tokens of understanding pictures."""
+    """Tokens of understanding images."""
     gen_visual: float
-    """Tokens of reference and target pictures."""
+    """Tokens of reference and target images."""
     und_rows: float
     """Tokens of the Und branch."""
     und_pairs: float
@@ -76,11 +76,11 @@ def module_flops(recipe: Recipe, stage: Stage, work: Work) -> dict[str, int]:
     v, d, trains = recipe.model.vision, recipe.model.decoder, stage.trainable
     pixels: dict[str, Any] = {
         "hidden": v.hidden,
-        "mlp": v.mlp,
+        "mlp": v.intermediate_size,
         "num_patches": round(work.patches),
         "attention_pairs": round(work.patch_pairs),
     }
-    shared, embedding = v.layers - v.expert_layers, 3 * v.patch**2
+    shared, embedding = v.num_layers - v.expert_layers, 3 * v.patch**2
     encoder = vision_flops(**pixels, layers=shared, patch_features=embedding, trainable="vision" in trains)
     if stage.loss == "router":
         return {"vision encoder": encoder}
@@ -101,11 +101,11 @@ def module_flops(recipe: Recipe, stage: Stage, work: Work) -> dict[str, int]:
     und, gen = (
         decoder_flops(
             hidden=d.hidden,
-            layers=d.layers,
+            layers=d.num_layers,
             heads=d.heads,
             kv_heads=d.kv_heads,
             head_dim=d.head_dim,
-            mlp=d.mlp,
+            mlp=d.intermediate_size,
             vocab=d.vocab,
             num_tokens=round(rows),
             attention_pairs=round(pairs),

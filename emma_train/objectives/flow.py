@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from emma_train.config.schema import FlowConfig
-from emma_train.objectives.draws import normal
+from emma_train.objectives.counter_rng import normal
 from emma_train.sequence.layout import Role
 from emma_train.sequence.pack import PackedBatch
 
 
 @dataclass
-class Noised:
+class NoisedBatch:
     latents: Tensor
     """[visual tokens, C] in stream order, target rows noised."""
     time: Tensor
@@ -21,14 +21,14 @@ class Noised:
     """[target tokens, C]: what the model must predict."""
 
 
-def noised(batch: PackedBatch, latents: Tensor, config: FlowConfig) -> Noised:
+def add_noise(batch: PackedBatch, latents: Tensor, config: FlowConfig) -> NoisedBatch:
     """latents: clean and scaled, [visual tokens, C] in stream order. Draws time and noise from the batch's seeds."""
     num_target = batch.counts[3]
     clean = latents[len(latents) - num_target :]
     time = draw_time(batch.time_seeds, config)[batch.target_of_token]
     noise = draw_noise(batch, clean.shape[-1])
     mixed = (1 - time[:, None]) * clean + time[:, None] * noise
-    return Noised(torch.cat([latents[: len(latents) - num_target], mixed]), time, noise - clean)
+    return NoisedBatch(torch.cat([latents[: len(latents) - num_target], mixed]), time, noise - clean)
 
 
 def draw_time(seeds: Tensor, config: FlowConfig) -> Tensor:
@@ -47,7 +47,7 @@ def draw_noise(batch: PackedBatch, channels: int) -> Tensor:
 
 
 def shift(time: Tensor, s: float) -> Tensor:
-    """s t / (1 + (s - 1) t): larger pictures need more noise."""
+    """s t / (1 + (s - 1) t): larger images need more noise."""
     return s * time / (1 + (s - 1) * time)
 
 

@@ -13,17 +13,17 @@ import torch
 from torch import Tensor
 
 from emma_train.config.check import phases
-from emma_train.config.errors import UserError
 from emma_train.config.schema import Recipe
-from emma_train.engine.recompute import chosen
+from emma_train.engine.activation_checkpointing import checkpointed_layers
+from emma_train.errors import UserError
+from emma_train.flops.formulas import PEAK_DENSE_BF16, autoencoder_flops
 from emma_train.model.cross_entropy import ROWS
 from emma_train.model.emma import Emma
-from emma_train.monitor.flops import PEAK_DENSE_BF16, autoencoder_flops
 from emma_train.monitor.usage import Work, module_flops
 from emma_train.plan.samples import Load, load_of
 from emma_train.plan.state import Sizes, state_memory
 from emma_train.stages.freeze import freeze, group_of
-from emma_train.stages.stage import Stage, makes_pictures, stage_of
+from emma_train.stages.stage import Stage, makes_images, stage_of
 
 GIB = 2**30
 CARDS: dict[str, tuple[float, float]] = {
@@ -69,8 +69,8 @@ PARTS = {
     "Gen adapter": (False, False, True, True),
     "velocity head": (False, False, False, True),
 }
-"""Parts of the network, and whether a token of text, of an understood, a reference and a target picture passes through
-them. A picture that takes the STEM expert leaves out as many layers of the encoder."""
+"""Parts of the network, and whether a token of text, of an understood, a reference and a target image passes through
+them. An image that takes the STEM expert leaves out as many layers of the encoder."""
 OWNERS = ("shared", "und", "gen", "vision", "stem_expert", "router", "und_adapter", "gen_adapter", "velocity_head")
 """The same parts from the second on: owners of the decoder's modules, then parameter groups."""
 TRANSIENT = ("decoder's activations", "encoder's activations", "one layer's backward", "logits")
@@ -87,7 +87,7 @@ class Part:
 
     @property
     def active(self) -> tuple[int, ...]:
-        """Parameters that work for one token of text, of an understood, a reference and a target picture."""
+        """Parameters that work for one token of text, of an understood, a reference and a target image."""
         return tuple(self.stored * passes for passes in PARTS[self.name])
 
 
@@ -121,7 +121,7 @@ class Plan:
             model = Emma(recipe.model)
         self.parts = parts_of(model, self.stage)
         self.stored, self.trained = sum(p.stored for p in self.parts), sum(p.trained for p in self.parts)
-        self.sizes = sizes_of(model, self.stage, makes_pictures(recipe))
+        self.sizes = sizes_of(model, self.stage, makes_images(recipe))
         self.units = self.sizes.units
         self.autoencoder, self.encoder_config, self.has_autoencoder = autoencoder_of(recipe)
         self.loads = [load_of(recipe, phase) for phase in phases(recipe)]
@@ -139,7 +139,7 @@ class Plan:
     def encoder_layers(self) -> int:
         """Layers of the vision encoder that a gradient passes through."""
         v, trains = self.recipe.model.vision, self.stage.trainable
-        return v.layers if "vision" in trains else v.expert_layers if "stem_expert" in trains else 0
+        return v.num_layers if "vision" in trains else v.expert_layers if "stem_expert" in trains else 0
 
     def memory(self, load: Load, world: int, tokens: float) -> Memory:
         """Bytes on one of `world` GPUs for a pack of `tokens` tokens with the mean composition of the phase.
@@ -167,19 +167,19 @@ class Plan:
         again = decodes and mode != "none"
         query, key = d.heads * d.head_dim, d.kv_heads * d.head_dim
         scalars = 4 * (2 + 2 * d.heads + d.kv_heads)
-        of_decoder = 8 * d.hidden + 4 * (query + key) + 4 * b * query + 3 * b * d.mlp + scalars
+        of_decoder = 8 * d.hidden + 4 * (query + key) + 4 * b * query + 3 * b * d.intermediate_size + scalars
         if "decoder" in trains:
-            of_decoder += b * (4 * d.hidden + query + key + d.mlp)
-        of_encoder = 9 * b * v.hidden + 2 * b * v.mlp + 4 * v.heads + 16
+            of_decoder += b * (4 * d.hidden + query + key + d.intermediate_size)
+        of_encoder = 9 * b * v.hidden + 2 * b * v.intermediate_size + 4 * v.heads + 16
 
         def of_stack(layers: int, of_layer: int, hidden: int) -> int:
-            inputs = len(chosen(layers, mode))
+            inputs = len(checkpointed_layers(layers, mode))
             return (layers - inputs) * of_layer + inputs * b * hidden
 
         kept = {
             **state_memory(recipe, self.sizes, world),
             "autoencoder, fp32 copy": 4 * self.autoencoder,
-            "decoder's activations": decodes * own * of_stack(d.layers, of_decoder, d.hidden),
+            "decoder's activations": decodes * own * of_stack(d.num_layers, of_decoder, d.hidden),
             "encoder's activations": patches * of_stack(self.encoder_layers, of_encoder, v.hidden),
             "one layer's backward": (1 + again) * max(decodes * own * of_decoder, patches * of_encoder),
             "logits": 8 * decodes * min(ROWS, supervised) * d.vocab,
@@ -187,14 +187,14 @@ class Plan:
         return Memory(kept, self._encoding(load, share) if decodes else 0.0)
 
     def _encoding(self, load: Load, share: float) -> float:
-        """Bytes of three of the autoencoder's largest feature maps, fp32, of as many pictures as it encodes at once."""
+        """Bytes of three of the autoencoder's largest feature maps, fp32, of as many images as it encodes at once."""
         channels = self.encoder_config["encoder_block_out_channels"]
         full_size = self.encoder_config["encoder_layers_per_block"][0] > 0
         most = 0.0
         for task, mean in load.means.items():
-            pictures = mean.pictures_seen + (mean.made > 0)
-            at_once = min(self.recipe.model.autoencoder.chunk, share * load.samples[task] * pictures)
-            most = max(most, at_once * (mean.seen + mean.made) / max(pictures, 1.0))
+            images = mean.images_seen + (mean.made > 0)
+            at_once = min(self.recipe.model.autoencoder.chunk, share * load.samples[task] * images)
+            most = max(most, at_once * (mean.seen + mean.made) / max(images, 1.0))
         per_pixel = channels[0] if full_size else channels[1] / 4
         return 3 * 4 * per_pixel * most * self.recipe.model.autoencoder.pixels**2
 
@@ -210,8 +210,8 @@ class Plan:
         work = self._work(load)
         forward = module_flops(self.recipe, replace(self.stage, trainable=()), replace(work, logits=0))
         of_decoder, of_encoder = forward["Und branch"] + forward["Gen branch"], forward["vision encoder"]
-        again = of_decoder * len(chosen(d.layers, mode)) / d.layers
-        again += of_encoder * len(chosen(self.encoder_layers, mode)) / v.layers
+        again = of_decoder * len(checkpointed_layers(d.num_layers, mode)) / d.num_layers
+        again += of_encoder * len(checkpointed_layers(self.encoder_layers, mode)) / v.num_layers
         return again + 2 * work.logits * d.vocab * d.hidden
 
     def _work(self, load: Load) -> Work:
@@ -222,12 +222,12 @@ class Plan:
         und_pairs += load.total(lambda s: s.text * (s.text + 1) / 2 + s.text * s.seen, "t2i", "it2i")
         return Work(
             patches=load.total(lambda s: s.seen * shuffle**2),
-            patch_pairs=load.total(lambda s: (s.seen * shuffle**2) ** 2 / max(1.0, s.pictures_seen)),
+            patch_pairs=load.total(lambda s: (s.seen * shuffle**2) ** 2 / max(1.0, s.images_seen)),
             und_visual=load.total(lambda s: s.seen, "i2t"),
             gen_visual=gen,
             und_rows=load.tokens - gen,
             und_pairs=und_pairs,
-            gen_pairs=load.total(lambda s: s.seen**2 / max(1.0, s.pictures_seen) + s.made * s.tokens, "t2i", "it2i"),
+            gen_pairs=load.total(lambda s: s.seen**2 / max(1.0, s.images_seen) + s.made * s.tokens, "t2i", "it2i"),
             logits=load.total(lambda s: s.supervised),
         )
 

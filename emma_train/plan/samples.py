@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from emma_train.config.check import samples_per_task
-from emma_train.config.errors import UserError
 from emma_train.config.schema import ImageConfig, PhaseConfig, Recipe, SourceConfig
-from emma_train.sequence.geometry import picture_size
+from emma_train.errors import UserError
+from emma_train.sequence.geometry import image_size
 
 ASSUMED_TEXT = {"i2t": (160, 128), "t2i": (96, 0), "it2i": (64, 0)}
 """Mean text tokens of a sample, template included, and the supervised ones among them."""
 ASSUMED_NATIVE_TOKENS = 1024
-"""Mean visual tokens of a picture at native resolution (photographs some 300, scanned pages some 3,600)."""
+"""Mean visual tokens of an image at native resolution (photographs some 300, scanned pages some 3,600)."""
 FILLED = 0.98
 """Share of the token slots that are filled where a step takes what its packs hold."""
 INDEX_SHARDS = 8
@@ -28,8 +28,8 @@ class MeanSample:
     text: float
     supervised: float
     seen: float
-    """Visual tokens of pictures that are understood or edited."""
-    pictures_seen: float
+    """Visual tokens of images that are understood or edited."""
+    images_seen: float
     made: float
     """Visual tokens of the target."""
     measured: bool
@@ -75,29 +75,29 @@ def load_of(recipe: Recipe, phase: PhaseConfig) -> Load:
 
 def mean_sample(recipe: Recipe, sources: list[SourceConfig], task: str) -> MeanSample:
     """Mean sample of a task: measured on the sources' indexes if all of them are on disk, else assumed."""
-    image = recipe.data.und if task == "i2t" else recipe.data.gen
+    image_config = recipe.data.und if task == "i2t" else recipe.data.gen
     pixels = recipe.model.autoencoder.pixels
     sources = [s for s in sources if not s.tasks or task in s.tasks]
     if sources and all((Path(s.path) / "manifest.json").is_file() for s in sources):
         rows = [row for source in sources for row in _index_rows(source, task)]
         if rows:
-            columns = zip(*(_measure(row, image, pixels) for row in rows), strict=True)
-            text, supervised, seen, pictures, made = (sum(column) / len(rows) for column in columns)
-            return MeanSample(text, supervised, seen, pictures, made, measured=True)
+            columns = zip(*(_measure(row, image_config, pixels) for row in rows), strict=True)
+            text, supervised, seen, images, made = (sum(column) / len(rows) for column in columns)
+            return MeanSample(text, supervised, seen, images, made, measured=True)
     text, supervised = ASSUMED_TEXT[task]
-    picture, sees, makes = picture_tokens(image, pixels), float(task != "t2i"), float(task != "i2t")
-    return MeanSample(text, supervised, sees * picture, sees, makes * picture, measured=False)
+    image, sees, makes = image_tokens(image_config, pixels), float(task != "t2i"), float(task != "i2t")
+    return MeanSample(text, supervised, sees * image, sees, makes * image, measured=False)
 
 
-def picture_tokens(image: ImageConfig, pixels: int) -> float:
-    """Visual tokens of one picture; a mean at native resolution."""
-    if image.mode == "native":
-        return float(min(ASSUMED_NATIVE_TOKENS, image.max_tokens))
-    return float((image.side // pixels) ** 2)
+def image_tokens(image_config: ImageConfig, pixels: int) -> float:
+    """Visual tokens of one image; a mean at native resolution."""
+    if image_config.mode == "native":
+        return float(min(ASSUMED_NATIVE_TOKENS, image_config.max_tokens))
+    return float((image_config.side // pixels) ** 2)
 
 
 def tokenwise(side: float) -> tuple[int, int, int]:
-    """(VAE tokens, least and most ViT tokens) of a picture where the encoders' tokens stand side by side, as in BAGEL.
+    """(VAE tokens, least and most ViT tokens) of an image where the encoders' tokens stand side by side, as in BAGEL.
 
     The VAE makes one token of 16 x 16 pixels. The ViT sees up to 512 pixels a side in patches of 16, 518 in
     patches of 14.
@@ -118,15 +118,15 @@ def _index_rows(source: SourceConfig, task: str) -> list[dict[str, Any]]:
     return [row for table in tables for row in table.to_pylist() if set(source.require_tags) <= set(row["tags"])]
 
 
-def _measure(row: dict[str, Any], image: ImageConfig, pixels: int) -> tuple[float, ...]:
-    """(text, supervised, seen, pictures seen, made) of a record, as means over its alternatives."""
+def _measure(row: dict[str, Any], image_config: ImageConfig, pixels: int) -> tuple[float, ...]:
+    """(text, supervised, seen, images seen, made) of a record, as means over its alternatives."""
 
     def tokens(number: int) -> int:
-        height, width = picture_size(row["widths"][number], row["heights"][number], image, pixels)
+        height, width = image_size(row["widths"][number], row["heights"][number], image_config, pixels)
         return height * width // pixels**2
 
     num = len(row["text_tokens"])
     seen = sum(tokens(i) for context in row["context"] for i in context)
     made = sum(tokens(i) for i in row["target"] if i >= 0)
-    pictures = sum(len(context) for context in row["context"])
-    return tuple(x / num for x in (sum(row["text_tokens"]), sum(row["supervised_tokens"]), seen, pictures, made))
+    images = sum(len(context) for context in row["context"])
+    return tuple(x / num for x in (sum(row["text_tokens"]), sum(row["supervised_tokens"]), seen, images, made))

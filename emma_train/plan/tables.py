@@ -20,7 +20,7 @@ def print_plan(recipe: Recipe, recipe_path: str, num_gpus: int, gpu_name: str, m
     vae, least, most = tokenwise(1024)
     emma = (1024 // recipe.model.autoencoder.pixels) ** 2
     console.print(
-        f"A 1024² reference picture in editing: {emma:,} tokens, token-wise {vae + least:,} to {vae + most:,} "
+        f"A 1024² reference image in editing: {emma:,} tokens, token-wise {vae + least:,} to {vae + most:,} "
         f"(1/{(vae + least) / emma:.1f} to 1/{(vae + most) / emma:.1f})\n"
     )
     console.print(_step_table(plan))
@@ -51,15 +51,15 @@ def _parameter_table(plan: Plan) -> Table:
 
 def _token_table(plan: Plan) -> Table:
     """Each kind of sample once. Token-wise, VAE and ViT tokens stand apart; understanding takes the ViT's alone."""
-    columns = ("task, pictures", "text", "seen", "target", "EMMA", "token-wise at 16x", "ratio", "from")
+    columns = ("task, images", "text", "seen", "target", "EMMA", "token-wise at 16x", "ratio", "from")
     table = _table("Tokens of a mean sample", *columns)
     pixels = plan.recipe.model.autoencoder.pixels
     for task, mean in dict.fromkeys(pair for load in plan.loads for pair in load.means.items()):
         image = plan.recipe.data.und if task == "i2t" else plan.recipe.data.gen
-        vae, low, high = tokenwise(pixels * math.sqrt(mean.seen / max(mean.pictures_seen, 1.0)))
+        vae, low, high = tokenwise(pixels * math.sqrt(mean.seen / max(mean.images_seen, 1.0)))
         made, _, _ = tokenwise(pixels * math.sqrt(mean.made))
         encoded = vae * (task == "it2i")
-        least, most = (mean.text + mean.pictures_seen * (encoded + vit) + made for vit in (low, high))
+        least, most = (mean.text + mean.images_seen * (encoded + vit) + made for vit in (low, high))
         size = "native" if image.mode == "native" else f"{image.side}²" + " buckets" * (image.mode == "buckets")
         table.add_row(
             f"{task}, {size}",
@@ -98,7 +98,7 @@ def _step_table(plan: Plan) -> Table:
         table.add_row(name, *values)
     total = sum(n * s for n, s in zip(lengths, seconds, strict=True))
     hours = f"{total * plan.num_gpus / 3600:,.1f} GPU-hours"
-    table.caption = f"The stage: {_seconds(total)}, {hours} (no checkpoints, sample pictures or failures)"
+    table.caption = f"The stage: {_seconds(total)}, {hours} (no checkpoints, sample images or failures)"
     return table
 
 

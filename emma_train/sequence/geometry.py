@@ -1,4 +1,4 @@
-"""Picture geometry: the size that a picture takes before it becomes visual tokens (paper §2.1, §4)."""
+"""Image geometry: the size that an image takes before it becomes visual tokens (paper §2.1, §4)."""
 
 import math
 from functools import lru_cache
@@ -9,19 +9,22 @@ from torch import Tensor
 from emma_train.config.schema import ImageConfig
 
 
-def picture_size(width: int, height: int, image: ImageConfig, pixels: int) -> tuple[int, int]:
-    """(height, width) in pixels that a picture is resized to; both are multiples of `pixels` (32)."""
-    if image.mode == "square":
-        return image.side, image.side
-    if image.mode == "buckets":
+def image_size(width: int, height: int, image_config: ImageConfig, pixels: int) -> tuple[int, int]:
+    """(height, width) in pixels that an image is resized to; both are multiples of `pixels` (32)."""
+    if image_config.mode == "square":
+        return image_config.side, image_config.side
+    if image_config.mode == "buckets":
         aspect = math.log(width / height)
-        return min(buckets(image.side, pixels), key=lambda hw: (abs(math.log(hw[1] / hw[0]) - aspect), hw))
+        return min(buckets(image_config.side, pixels), key=lambda hw: (abs(math.log(hw[1] / hw[0]) - aspect), hw))
     rows, columns = max(1, round(height / pixels)), max(1, round(width / pixels))
-    if rows * columns > image.max_tokens:
-        scale = math.sqrt(image.max_tokens / (rows * columns))
+    if rows * columns > image_config.max_tokens:
+        scale = math.sqrt(image_config.max_tokens / (rows * columns))
         rows, columns = max(1, int(rows * scale)), max(1, int(columns * scale))
-        # A very long picture keeps one row; its length alone must then respect the cap.
-        rows, columns = min(rows, image.max_tokens // columns or 1), min(columns, image.max_tokens // rows or 1)
+        # A very long image keeps one row; its length alone must then respect the cap.
+        rows, columns = (
+            min(rows, image_config.max_tokens // columns or 1),
+            min(columns, image_config.max_tokens // rows or 1),
+        )
     return rows * pixels, columns * pixels
 
 
@@ -39,16 +42,16 @@ def buckets(side: int, pixels: int, max_aspect: float = 4.0) -> tuple[tuple[int,
     return tuple(sorted(found))
 
 
-def to_patches(picture: np.ndarray, patch: int, shuffle: int) -> np.ndarray:
+def to_patches(image: np.ndarray, patch: int, shuffle: int) -> np.ndarray:
     """uint8 [H, W, 3] -> uint8 [H*W/patch², patch*patch*3].
 
     The patches of one shuffle x shuffle block are neighbours and the blocks stand in raster order, so that pixel
     shuffle is a reshape and visual tokens come out in raster order.
     """
-    height, width, _ = picture.shape
+    height, width, _ = image.shape
     block = patch * shuffle
     rows, columns = height // block, width // block
-    blocks = picture.reshape(rows, shuffle, patch, columns, shuffle, patch, 3)
+    blocks = image.reshape(rows, shuffle, patch, columns, shuffle, patch, 3)
     return np.ascontiguousarray(blocks.transpose(0, 3, 1, 4, 2, 5, 6)).reshape(-1, patch * patch * 3)
 
 

@@ -1,9 +1,9 @@
-"""How a sample is laid out as segments of text and pictures (paper §2.2, "Sequence layouts").
+"""How a sample is laid out as segments of text and images (paper §2.2, "Sequence layouts").
 
-Qwen's chat template, with a picture as <|vision_start|> its visual tokens <|vision_end|>:
-  I2T   user: picture(s) and question; assistant: answer. Only answers (and their <|im_end|>) are supervised.
+Qwen's chat template, with an image as <|vision_start|> its visual tokens <|vision_end|>:
+  I2T   user: image(s) and question; assistant: answer. Only answers (and their <|im_end|>) are supervised.
   T2I   user: prompt; assistant: <|vision_start|> and the noised target.
-  IT2I  user: reference picture(s) and instruction; assistant: <|vision_start|> and the noised target.
+  IT2I  user: reference image(s) and instruction; assistant: <|vision_start|> and the noised target.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from emma_train.sequence.tokens import TextTokenizer
 
 
 class Role(IntEnum):
-    """What a picture is for. The order is that of the residual stream (branch order)."""
+    """What an image is for. The order is that of the residual stream (branch order)."""
 
     UND = 1
     """To be understood: Und adapter, Und branch, causal."""
@@ -25,7 +25,7 @@ class Role(IntEnum):
 
 
 @dataclass(frozen=True)
-class Text:
+class TextSegment:
     """A run of token ids; `supervised` ids are predicted by the token before them."""
 
     ids: tuple[int, ...]
@@ -33,24 +33,24 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Picture:
-    """Visual tokens of one picture of the sample, named as in its record."""
+class ImageSegment:
+    """Visual tokens of one image of the sample, named as in its record."""
 
     name: str
     role: Role
 
 
-Segment = Text | Picture
+Segment = TextSegment | ImageSegment
 
 
 def i2t(tokenizer: TextTokenizer, images: Sequence[str], turns: Sequence[tuple[str, str]]) -> list[Segment]:
-    """Understanding. `turns` are (role, text), user first; the pictures open the first turn."""
+    """Understanding. `turns` are (role, text), user first; the images open the first turn."""
     segments: list[Segment] = []
     for index, (role, text) in enumerate(turns):
         _text(segments, tokenizer.encode(f"<|im_start|>{role}\n"))
         if index == 0:
             for name in images:
-                _picture(segments, tokenizer, name, Role.UND)
+                _image(segments, tokenizer, name, Role.UND)
         if role == "assistant":
             _text(segments, [*tokenizer.encode_user(text), tokenizer.im_end], supervised=True)
             if index + 1 < len(turns):
@@ -77,25 +77,25 @@ def it2i(tokenizer: TextTokenizer, references: Sequence[str], instruction: str, 
     segments: list[Segment] = []
     _text(segments, tokenizer.encode("<|im_start|>user\n"))
     for name in references:
-        _picture(segments, tokenizer, name, Role.REFERENCE)
+        _image(segments, tokenizer, name, Role.REFERENCE)
     _text(segments, [*tokenizer.encode_user(instruction), tokenizer.im_end])
     _text(segments, tokenizer.encode("\n<|im_start|>assistant\n<|vision_start|>"))
-    segments.append(Picture(target, Role.TARGET))
+    segments.append(ImageSegment(target, Role.TARGET))
     return segments
 
 
 def num_text_tokens(segments: Sequence[Segment]) -> tuple[int, int]:
     """(text tokens, supervised tokens) of a layout."""
-    texts = [s for s in segments if isinstance(s, Text)]
+    texts = [s for s in segments if isinstance(s, TextSegment)]
     return sum(len(s.ids) for s in texts), sum(len(s.ids) for s in texts if s.supervised)
 
 
-def _picture(segments: list[Segment], tokenizer: TextTokenizer, name: str, role: Role) -> None:
+def _image(segments: list[Segment], tokenizer: TextTokenizer, name: str, role: Role) -> None:
     _text(segments, [tokenizer.id("<|vision_start|>")])
-    segments.append(Picture(name, role))
+    segments.append(ImageSegment(name, role))
     _text(segments, [tokenizer.id("<|vision_end|>")])
 
 
 def _text(segments: list[Segment], ids: Sequence[int], supervised: bool = False) -> None:
     if ids:
-        segments.append(Text(tuple(ids), supervised))
+        segments.append(TextSegment(tuple(ids), supervised))

@@ -1,6 +1,6 @@
 """The packed batch: several samples as one sequence of tokens, in branch order.
 
-The residual stream of a pack is  [ text | understanding pictures | reference pictures | target pictures ],  so that
+The residual stream of a pack is  [ text | understanding images | reference images | target images ],  so that
 the Und
 and the Gen branch each own one slice and the embedding of a pack is one concatenation. What a token may see is told by
 tables, not by memory order:  token q sees token k  iff  sample[q] == sample[k] and position[k] <= limit[q].
@@ -12,15 +12,15 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 import torch
 
-from emma_train.sequence.layout import Picture, Role, Segment, Text
+from emma_train.sequence.layout import ImageSegment, Role, Segment, TextSegment
 from emma_train.sequence.spans import Spans, spans
 
 IGNORE_STEM = -1
 
 
 @dataclass
-class Pixels:
-    """A picture of a sample, and how it is drawn from."""
+class ImageTokens:
+    """An image of a sample, and how it is drawn from."""
 
     grid: tuple[int, int]
     """Rows and columns of visual tokens."""
@@ -29,7 +29,7 @@ class Pixels:
     latent: np.ndarray | None = None
     """float32 [rows*columns, channels], unscaled DC-AE output in raster order; None means encode online."""
     stem: int = IGNORE_STEM
-    """1 for STEM, 0 for general, -1 for unknown (understanding pictures)."""
+    """1 for STEM, 0 for general, -1 for unknown (understanding images)."""
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Sample:
     key: str
     task: str
     segments: list[Segment]
-    pictures: dict[str, Pixels]
+    images: dict[str, ImageTokens]
     noise_seed: int = 0
     """Seed of the target's noise."""
     time_seed: int = 0
@@ -48,7 +48,7 @@ class Sample:
     @property
     def num_tokens(self) -> int:
         return sum(
-            len(s.ids) if isinstance(s, Text) else self.pictures[s.name].grid[0] * self.pictures[s.name].grid[1]
+            len(s.ids) if isinstance(s, TextSegment) else self.images[s.name].grid[0] * self.images[s.name].grid[1]
             for s in self.segments
         )
 
@@ -66,7 +66,7 @@ class PackedBatch:
     max_length: int
     """Tokens of the longest sample."""
     grids: dict[Role, list[tuple[int, int]]]
-    """(rows, columns) of the pictures of each role, in stream order."""
+    """(rows, columns) of the images of each role, in stream order."""
     text_ids: torch.Tensor
     """int64 [counts[0]]."""
     sample: torch.Tensor
@@ -82,7 +82,7 @@ class PackedBatch:
     labels: torch.Tensor
     """int64 [L]: the supervised ids."""
     patches: torch.Tensor
-    """uint8 [P, patch*patch*3]: understanding and reference pictures, then, where latents are not cached, targets."""
+    """uint8 [P, patch*patch*3]: understanding and reference images, then, where latents are not cached, targets."""
     latents: torch.Tensor | None
     """float32 [visual tokens, C] unscaled, in stream order; None where the autoencoder must run."""
     noise_seeds: torch.Tensor
@@ -90,11 +90,11 @@ class PackedBatch:
     time_seeds: torch.Tensor
     """int64 [targets]."""
     target_of_token: torch.Tensor
-    """int64 [counts[3]]: index of the target picture of each target token."""
+    """int64 [counts[3]]: index of the target image of each target token."""
     target_tasks: list[str]
     """Task (t2i or it2i) of each target."""
     stem: torch.Tensor
-    """int64 [understanding pictures]: 1 STEM, 0 general, -1 unknown."""
+    """int64 [understanding images]: 1 STEM, 0 general, -1 unknown."""
     num_skipped: int = 0
     """Samples of the plan that could not be read."""
 
@@ -133,21 +133,21 @@ def pack(samples: Sequence[Sample], num_skipped: int = 0) -> PackedBatch:
     }
     text_ids: list[int] = []
     supervised: list[tuple[int, int, int]] = []
-    pictures: dict[Role, list[Pixels]] = {role: [] for role in Role}
+    images: dict[Role, list[ImageTokens]] = {role: [] for role in Role}
     owners: list[Sample] = []
     for index, sample in enumerate(samples):
         place = 0
         for segment in sample.segments:
-            if isinstance(segment, Text):
+            if isinstance(segment, TextSegment):
                 group, length, causal = 0, len(segment.ids), True
                 text_ids += segment.ids
                 if segment.supervised:
                     supervised += [(index, place + i, token) for i, token in enumerate(segment.ids)]
             else:
-                pixels = sample.pictures[segment.name]
+                pixels = sample.images[segment.name]
                 group, length = int(segment.role), pixels.grid[0] * pixels.grid[1]
                 causal = segment.role is Role.UND
-                pictures[segment.role].append(pixels)
+                images[segment.role].append(pixels)
                 if segment.role is Role.TARGET:
                     owners.append(sample)
             positions = np.arange(place, place + length)
@@ -159,24 +159,24 @@ def pack(samples: Sequence[Sample], num_skipped: int = 0) -> PackedBatch:
 
     joined = {name: _join([part for group in range(4) for part in parts[group]]) for name, parts in tables.items()}
     counts = tuple(sum(len(p) for p in starts[group]) for group in range(4))
-    order = [*pictures[Role.UND], *pictures[Role.REFERENCE], *pictures[Role.TARGET]]
+    order = [*images[Role.UND], *images[Role.REFERENCE], *images[Role.TARGET]]
     cached = all(p.latent is not None for p in order)
-    seen = order if not cached else order[: len(order) - len(pictures[Role.TARGET])]
+    seen = order if not cached else order[: len(order) - len(images[Role.TARGET])]
     patches = [p.patches for p in seen if p.patches is not None]
     if len(patches) != len(seen):
-        raise ValueError("a picture without patches is only allowed as a target whose pack has all latents")
+        raise ValueError("an image without patches is only allowed as a target whose pack has all latents")
     where = {
         (int(s), int(p)): i
         for i, (s, p) in enumerate(zip(joined["sample"], joined["position"], strict=True))
         if i < counts[0] + counts[1]
     }
-    target_sizes = [p.grid[0] * p.grid[1] for p in pictures[Role.TARGET]]
+    target_sizes = [p.grid[0] * p.grid[1] for p in images[Role.TARGET]]
     return PackedBatch(
         keys=[s.key for s in samples],
         tasks=[s.task for s in samples],
         counts=counts,  # type: ignore[arg-type]
         max_length=max(sample.num_tokens for sample in samples),
-        grids={role: [p.grid for p in pictures[role]] for role in Role},
+        grids={role: [p.grid for p in images[role]] for role in Role},
         text_ids=torch.tensor(text_ids, dtype=torch.int64),
         sample=torch.from_numpy(joined["sample"]),
         position=torch.from_numpy(joined["position"]),
@@ -192,7 +192,7 @@ def pack(samples: Sequence[Sample], num_skipped: int = 0) -> PackedBatch:
             torch.arange(len(owners)), torch.tensor(target_sizes, dtype=torch.int64)
         ),
         target_tasks=[s.task for s in owners],
-        stem=torch.tensor([p.stem for p in pictures[Role.UND]], dtype=torch.int64),
+        stem=torch.tensor([p.stem for p in images[Role.UND]], dtype=torch.int64),
         num_skipped=num_skipped,
     )
 
@@ -207,6 +207,6 @@ def _join(parts: list[np.ndarray]) -> np.ndarray:
     return np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, np.int64)
 
 
-def pictures_of(segments: Sequence[Segment]) -> list[Picture]:
-    """The pictures of a layout, in order."""
-    return [s for s in segments if isinstance(s, Picture)]
+def images_of(segments: Sequence[Segment]) -> list[ImageSegment]:
+    """The images of a layout, in order."""
+    return [s for s in segments if isinstance(s, ImageSegment)]

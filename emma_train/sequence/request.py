@@ -7,31 +7,31 @@ import numpy as np
 
 from emma_train.sequence import layout
 from emma_train.sequence.geometry import to_patches
-from emma_train.sequence.pack import Pixels, Sample
+from emma_train.sequence.pack import ImageTokens, Sample
 from emma_train.sequence.tokens import TextTokenizer
 
 
 @dataclass
 class Request:
-    """A question about pictures (i2t), a prompt (t2i), or an instruction for reference pictures (it2i)."""
+    """A question about images (i2t), a prompt (t2i), or an instruction for reference images (it2i)."""
 
     key: str
     task: str
     text: str
-    pictures: list[np.ndarray] = field(default_factory=list)
+    images: list[np.ndarray] = field(default_factory=list)
     """uint8 [H, W, 3], sides multiples of 32."""
     size: tuple[int, int] = (0, 0)
-    """Height and width in pixels of the picture to be made."""
+    """Height and width in pixels of the image to be made."""
     seed: int = 0
     """Seed of the noise, or of sampled text."""
     truth: str | None = None
     """Right answer of a question, where it is known."""
     target: np.ndarray | None = None
-    """uint8 [H, W, 3]: what the picture should look like, where it is known."""
+    """uint8 [H, W, 3]: what the image should look like, where it is known."""
     kind: str = ""
     """Kind of question or edit."""
     labels: dict[str, Any] = field(default_factory=dict)
-    """Ground truth about the pictures, for scores."""
+    """Ground truth about the images, for scores."""
 
 
 def as_sample(
@@ -41,14 +41,14 @@ def as_sample(
     shuffle: int,
     latents: list[np.ndarray],
     with_text: bool = True,
-    with_pictures: bool = True,
+    with_images: bool = True,
 ) -> Sample:
-    """A request as a sample to be packed; its target is blank. `latents` are those of its pictures, unscaled."""
+    """A request as a sample to be packed; its target is blank. `latents` are those of its images, unscaled."""
     side = patch * shuffle
-    names = [f"img{i}" for i in range(len(request.pictures))] if with_pictures else []
-    pictures = {
-        name: Pixels((p.shape[0] // side, p.shape[1] // side), to_patches(p, patch, shuffle), latent)
-        for name, p, latent in zip(names, request.pictures, latents, strict=False)
+    names = [f"img{i}" for i in range(len(request.images))] if with_images else []
+    images = {
+        name: ImageTokens((p.shape[0] // side, p.shape[1] // side), to_patches(p, patch, shuffle), latent)
+        for name, p, latent in zip(names, request.images, latents, strict=False)
     }
     text = request.text if with_text else ""
     if request.task == "i2t":
@@ -57,5 +57,5 @@ def as_sample(
         segments = layout.it2i(tokenizer, names, text, "target")
         grid = (request.size[0] // side, request.size[1] // side)
         channels = latents[0].shape[1] if latents else 0
-        pictures["target"] = Pixels(grid, None, np.zeros((grid[0] * grid[1], channels), np.float32))
-    return Sample(request.key, request.task, segments, pictures, noise_seed=request.seed)
+        images["target"] = ImageTokens(grid, None, np.zeros((grid[0] * grid[1], channels), np.float32))
+    return Sample(request.key, request.task, segments, images, noise_seed=request.seed)

@@ -1,6 +1,6 @@
 """The hybrid mask of a pack as two calls of variable-length attention, for kernels that have no masks.
 
-A sample is a row of runs: text and understanding pictures (causal) or one picture of generation (full within itself).
+A sample is a row of runs: text and understanding images (causal) or one image of generation (full within itself).
 A run sees its sample up to its own end. So it is one sequence of a call: its queries are its tokens, its keys are the
 sample from the start to the run's end; causal runs are aligned at that end, full ones need no mask at all. All causal
 runs of a pack make one call and all full ones another; nothing is computed that the mask would throw away.
@@ -14,7 +14,7 @@ import torch
 
 
 @dataclass
-class Call:
+class VarlenCall:
     """One call: sequences of queries and keys, one after another."""
 
     causal: bool
@@ -28,7 +28,7 @@ class Call:
     longest_q: int
     longest_k: int
 
-    def to(self, device: torch.device, non_blocking: bool = False) -> "Call":
+    def to(self, device: torch.device, non_blocking: bool = False) -> "VarlenCall":
         """The same on a device."""
         starts_q, starts_k = (x.to(device, non_blocking=non_blocking) for x in (self.starts_q, self.starts_k))
         return replace(self, starts_q=starts_q, starts_k=starts_k)
@@ -38,7 +38,7 @@ class Call:
 class Spans:
     """How the rows of a pack's stream go into the calls and back. T rows; K keys, once for each run that sees them."""
 
-    calls: list[Call]
+    calls: list[VarlenCall]
     queries: torch.Tensor
     """int64 [T]: stream row of each query, call after call."""
     back: torch.Tensor
@@ -66,10 +66,10 @@ def spans(sample: np.ndarray, position: np.ndarray, limit: np.ndarray) -> Spans:
     new_sample = np.ones(num, dtype=bool)
     new_sample[1:] = owner[1:] != owner[:-1]
     causal = end == place
-    # The last token of a full picture sees as far as itself too, but so does the token before it.
+    # The last token of a full image sees as far as itself too, but so does the token before it.
     causal[1:] &= new_sample[1:] | (end[:-1] < place[1:])
     new_run = new_sample.copy()
-    # A run ends with its sample, where causal turns to full or back, and where one full picture follows another.
+    # A run ends with its sample, where causal turns to full or back, and where one full image follows another.
     new_run[1:] |= (causal[1:] != causal[:-1]) | (~causal[1:] & (end[1:] != end[:-1]))
     first = np.flatnonzero(new_run)
     last = np.append(first[1:], num)
@@ -95,13 +95,13 @@ def spans(sample: np.ndarray, position: np.ndarray, limit: np.ndarray) -> Spans:
     )
 
 
-def full_call(lengths: Sequence[int]) -> Call:
+def full_call(lengths: Sequence[int]) -> VarlenCall:
     """Sequences of these lengths, each full within itself."""
     return _call(False, np.asarray(lengths), np.asarray(lengths))
 
 
-def _call(causal: bool, lengths_q: np.ndarray, lengths_k: np.ndarray) -> Call:
-    return Call(
+def _call(causal: bool, lengths_q: np.ndarray, lengths_k: np.ndarray) -> VarlenCall:
+    return VarlenCall(
         causal,
         starts_q=_starts(lengths_q),
         starts_k=_starts(lengths_k),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from emma_train.config.errors import UserError
+from emma_train.errors import UserError
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
 
@@ -26,7 +26,7 @@ class TextTokenizer:
             self._plain = Tokenizer.from_str(text)
         except Exception as error:  # the library raises a bare Exception
             raise UserError(f"{self.path}: not a tokenizer.json ({error})") from None
-        # A caption must not be able to open a turn or a picture: in data, special tokens are plain characters.
+        # A caption must not be able to open a turn or an image: in data, special tokens are plain characters.
         self._plain.encode_special_tokens = True
         self.sha256 = hashlib.sha256(text.encode()).hexdigest()
         missing = [name for name in SPECIAL if self._tokenizer.token_to_id(name) is None]

@@ -4,15 +4,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from emma_train.config.errors import UserError
 from emma_train.config.schema import ModelConfig, VisionConfig
+from emma_train.errors import UserError
 from emma_train.model.initial import cloned_from
 from emma_train.stages.freeze import group_of
 
 Shapes = Mapping[str, tuple[int, ...]]
 SETTINGS = {
-    "decoder": ("layers", "shallow", "shared", "heads", "kv_heads", "head_dim", "rope_theta", "eps", "tied"),
-    "vision": ("layers", "heads", "patch", "shuffle", "eps"),
+    "decoder": (
+        "num_layers",
+        "num_shared_layers",
+        "shared",
+        "heads",
+        "kv_heads",
+        "head_dim",
+        "rope_theta",
+        "eps",
+        "tied",
+    ),
+    "vision": ("num_layers", "heads", "patch", "shuffle", "eps"),
 }
 """What both models must agree on though shapes may not tell: a difference changes what the weights compute."""
 
@@ -57,7 +67,7 @@ def plan_handoff(model: Shapes, stored: Shapes, vision: VisionConfig, use_ema: b
                     "make the model section of both recipes agree"
                 )
             loaded[name] = found
-        elif (origin := cloned_from(name, vision.layers, vision.expert_layers)) is not None:
+        elif (origin := cloned_from(name, vision.num_layers, vision.expert_layers)) is not None:
             cloned[name] = origin
         else:
             initial.append(name)

@@ -4,8 +4,8 @@ import difflib
 from dataclasses import dataclass
 
 from emma_train.config.check import TASKS, phases
-from emma_train.config.errors import UserError
 from emma_train.config.schema import Recipe
+from emma_train.errors import UserError
 
 GROUPS = {
     "und_adapter": ("und_adapter.",),
@@ -33,7 +33,7 @@ class Stage:
     stem_expert: bool = False
     router: bool = False
     loss: str = "tokens"
-    """tokens (next-token and flow matching) or router (classification of pictures)."""
+    """tokens (next-token and flow matching) or router (classification of images)."""
 
 
 STAGES = {
@@ -82,7 +82,7 @@ def stage_of(recipe: Recipe, where: str = "recipe") -> Stage:
     return stage
 
 
-def makes_pictures(recipe: Recipe) -> bool:
+def makes_images(recipe: Recipe) -> bool:
     """Whether any pack of the stage may hold a token of the Gen branch: decided by stage, never by pack (contract
     3)."""
     return any(phase.mix.t2i or phase.mix.it2i for phase in phases(recipe))

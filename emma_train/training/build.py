@@ -11,28 +11,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emma_train.checkpoint import export, store, verify
+from emma_train.checkpoint import dcp as store
 from emma_train.checkpoint import folder as folders
-from emma_train.checkpoint import place as places
-from emma_train.checkpoint.place import Place
+from emma_train.checkpoint import verify
 from emma_train.config.load import load_yaml
+from emma_train.config.renamed import with_current_names
 from emma_train.config.schema import ModelConfig, Recipe
+from emma_train.engine.activation_checkpointing import checkpoint_activations
 from emma_train.engine.compiled import compile_layers
 from emma_train.engine.deepspeed import DeepSpeedEngine
-from emma_train.engine.fragment import pieces
+from emma_train.engine.flat_shard import local_chunks
 from emma_train.engine.fsdp import FsdpEngine
 from emma_train.engine.lockstep import watched
 from emma_train.engine.protocol import Engine
-from emma_train.engine.recompute import recompute
 from emma_train.engine.ulysses import divide_tokens
 from emma_train.engine.world import World
-from emma_train.model.attention import choose
+from emma_train.export import export
+from emma_train.model.attention import select_backend
 from emma_train.model.decoder import DecoderLayer
 from emma_train.model.emma import Emma
 from emma_train.model.initial import start_value
 from emma_train.stages.freeze import freeze
 from emma_train.stages.handoff import HandOff, check_settings, plan_handoff
-from emma_train.stages.stage import Stage, check_order, makes_pictures
+from emma_train.stages.stage import Stage, check_order, makes_images
+from emma_train.storage import paths as places
+from emma_train.storage.paths import StoragePath
 from emma_train.training.ema import Ema
 from emma_train.training.optimizer import make_optimizer
 
@@ -41,7 +44,7 @@ ENGINES: dict[str, type[FsdpEngine] | type[DeepSpeedEngine]] = {"fsdp": FsdpEngi
 
 
 @dataclass
-class Built:
+class TrainingParts:
     engine: Engine
     ema: Ema | None
     trainable: dict[str, int]
@@ -54,12 +57,12 @@ class Built:
     """Where the weights came from: path, stage and step; None likewise."""
 
 
-def build(recipe: Recipe, stage: Stage, world: World, resuming: bool) -> Built:
+def build(recipe: Recipe, stage: Stage, world: World, resuming: bool) -> TrainingParts:
     """A sharded model with its weights, optimizer and EMA. Raises UserError on a stage out of order or a wrong source.
 
     When `resuming`, weights are left for checkpoint.store.load_training to fill.
     """
-    choose(
+    select_backend(
         recipe.attention.backend, world.device, torch.bfloat16 if recipe.engine.precision == "bf16" else torch.float32
     )
     gc.collect()  # a stage before this one may have left its model in cycles
@@ -73,30 +76,30 @@ def build(recipe: Recipe, stage: Stage, world: World, resuming: bool) -> Built:
     num_parameters = sum(p.numel() for p in model.parameters())
     for layer in model.modules():
         if isinstance(layer, DecoderLayer):
-            layer.gen_rests = not makes_pictures(recipe)
-    if world.sequence > 1:
+            layer.skip_gen_branch = not makes_images(recipe)
+    if world.sp_size > 1:
         divide_tokens(model.decoder, world)
     if recipe.engine.compile:
         compile_layers(model, world.device)
-    recompute(model, recipe.engine.activation_checkpointing)
+    checkpoint_activations(model, recipe.engine.activation_checkpointing)
     learns = [name for name, p in model.named_parameters() if p.requires_grad]
     optimizer = partial(make_optimizer, config=recipe.optimizer)
-    engine: Engine = ENGINES[recipe.engine.kind](model, recipe.engine, recipe.optimizer.clip, world, optimizer)
+    engine: Engine = ENGINES[recipe.engine.kind](model, recipe.engine, recipe.optimizer.max_grad_norm, world, optimizer)
     if recipe.engine.debug_lockstep:
         engine = watched(engine, world, recipe.engine.timeout_s)
     handoff = None
     if source is not None:
-        handoff = take_over(engine.weights, recipe, source)
+        handoff = load_previous_stage(engine.weights, recipe, source)
     elif not resuming:
         set_initial(engine.weights, recipe.model, list(engine.weights))
-    engine.refresh()
+    engine.sync_compute_weights()
     ema = None
     if recipe.ema.decay:
         ema = Ema({name: engine.weights[name] for name in learns}, recipe.ema.decay, recipe.ema.device)
-    return Built(engine, ema, trainable, num_parameters, handoff, parent)
+    return TrainingParts(engine, ema, trainable, num_parameters, handoff, parent)
 
 
-def find_source(recipe: Recipe, world: World) -> tuple[Place | None, dict[str, Any] | None]:
+def find_source(recipe: Recipe, world: World) -> tuple[StoragePath | None, dict[str, Any] | None]:
     """The checkpoint or export that init.from names, with its path, stage and step; every rank calls it. Raises
     UserError where there is none that is whole."""
     if not recipe.init.source:
@@ -107,7 +110,7 @@ def find_source(recipe: Recipe, world: World) -> tuple[Place | None, dict[str, A
     return source, {"path": str(source), "stage": meta["stage"], "step": meta["step"]}
 
 
-def take_over(own: Mapping[str, Tensor], recipe: Recipe, source: Place) -> HandOff:
+def load_previous_stage(own: Mapping[str, Tensor], recipe: Recipe, source: StoragePath) -> HandOff:
     """Fill the weights from the previous stage; new modules are cloned or start from the seed."""
     weights = export if export.is_export(source) else store
     if export.is_export(source):
@@ -116,7 +119,7 @@ def take_over(own: Mapping[str, Tensor], recipe: Recipe, source: Place) -> HandO
         stored, made_by = store.tensors(source), (folders.read_meta(source) or {})["config"]
     shapes = {name: tuple(weight.shape) for name, weight in own.items()}
     plan = plan_handoff(shapes, stored, recipe.model.vision, recipe.init.ema, str(recipe.init.source))
-    check_settings(made_by["model"], recipe.model, str(recipe.init.source))
+    check_settings(with_current_names(made_by)["model"], recipe.model, str(recipe.init.source))
     weights.load_weights(source, plan.loaded, own)
     # A clone is read once more: its parts need not lie on the ranks that have those of the original.
     weights.load_weights(source, {name: plan.loaded[origin] for name, origin in plan.cloned.items()}, own)
@@ -130,5 +133,5 @@ def set_initial(weights: Mapping[str, Tensor], config: ModelConfig, names: Seque
     communication."""
     for name in names:
         value = start_value(name, weights[name].shape, config)
-        for place, own in pieces(weights[name]):
+        for place, own in local_chunks(weights[name]):
             own.copy_(value[place])

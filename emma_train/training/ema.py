@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from emma_train.engine.fragment import local
+from emma_train.engine.flat_shard import local
 
 
 class Ema:

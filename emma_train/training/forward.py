@@ -1,4 +1,4 @@
-"""One micro-batch from pictures to a scalar: the only place where batch, autoencoder, model and objectives meet."""
+"""One micro-batch from images to a scalar: the only place where batch, autoencoder, model and objectives meet."""
 
 import math
 
@@ -9,8 +9,8 @@ from emma_train.config.schema import FlowConfig
 from emma_train.model.autoencoder import Autoencoder
 from emma_train.model.emma import training_experts
 from emma_train.model.vision import STEM
-from emma_train.objectives.account import LossAccount
-from emma_train.objectives.flow import noised, velocity_loss
+from emma_train.objectives.flow import add_noise, velocity_loss
+from emma_train.objectives.loss import LossAccumulator
 from emma_train.objectives.next_token import next_token_loss
 from emma_train.sequence.geometry import from_patches
 from emma_train.sequence.layout import Role
@@ -19,24 +19,29 @@ from emma_train.stages.stage import Stage
 
 
 def micro_loss(
-    model: nn.Module, autoencoder: Autoencoder, batch: PackedBatch, flow: FlowConfig, stage: Stage, account: LossAccount
+    model: nn.Module,
+    autoencoder: Autoencoder,
+    batch: PackedBatch,
+    flow: FlowConfig,
+    stage: Stage,
+    accumulator: LossAccumulator,
 ) -> Tensor:
     """The micro-batch's share of the step's loss: a scalar to differentiate. `batch` is on the device."""
     if stage.loss == "router":
         logits = model.route(batch)[: len(batch.stem)]  # type: ignore[operator]
-        account.stem += model.vision.takes_stem(logits).sum()  # type: ignore[operator, union-attr]
+        accumulator.stem += model.vision.takes_stem(logits).sum()  # type: ignore[operator, union-attr]
         known = batch.stem >= 0
         losses = next_token_loss(logits[known], batch.stem[known])
         nothing = losses.new_zeros(0)
-        return account.add(losses, nothing, nothing.bool())
-    step = noised(batch, clean_latents(batch, autoencoder), flow)
+        return accumulator.add(losses, nothing, nothing.bool())
+    step = add_noise(batch, clean_latents(batch, autoencoder), flow)
     experts = None
     if stage.stem_expert:
         experts = training_experts(batch)
-        account.stem += (batch.stem == STEM).sum()
+        accumulator.stem += (batch.stem == STEM).sum()
     prediction = model(batch, step.latents, step.time, experts, losses=True)
     edits = torch.tensor([task == "it2i" for task in batch.target_tasks], dtype=torch.bool, device=step.time.device)
-    return account.add(
+    return accumulator.add(
         prediction.text_losses,
         velocity_loss(prediction.velocity, step.velocity),
         edits[batch.target_of_token],
@@ -44,7 +49,7 @@ def micro_loss(
 
 
 def clean_latents(batch: PackedBatch, autoencoder: Autoencoder) -> Tensor:
-    """Scaled latents of every picture of the pack, [visual tokens, C] in stream order; encodes those that are not
+    """Scaled latents of every image of the pack, [visual tokens, C] in stream order; encodes those that are not
     cached."""
     if batch.latents is not None:
         return batch.latents * autoencoder.scale
@@ -53,9 +58,9 @@ def clean_latents(batch: PackedBatch, autoencoder: Autoencoder) -> Tensor:
         return torch.zeros(0, autoencoder.config.channels, device=autoencoder.device)
     patch = math.isqrt(batch.patches.shape[1] // 3)
     shuffle = autoencoder.config.pixels // patch
-    pictures, start = [], 0
+    images, start = [], 0
     for rows, columns in grids:
         stop = start + rows * columns * shuffle**2
-        pictures.append(from_patches(batch.patches[start:stop], rows, columns, patch, shuffle))
+        images.append(from_patches(batch.patches[start:stop], rows, columns, patch, shuffle))
         start = stop
-    return torch.cat(autoencoder.encode(pictures)) * autoencoder.scale
+    return torch.cat(autoencoder.encode(images)) * autoencoder.scale

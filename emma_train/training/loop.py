@@ -1,4 +1,4 @@
-"""The training loop: packed batches in, metrics, sample pictures and checkpoints out.
+"""The training loop: packed batches in, metrics, sample images and checkpoints out.
 
 A step: count the tokens of each loss over all ranks, run the micro-batches, clip, update, average. A step whose
 gradient is not finite moves nothing at all. The loop is handed its batches and knows nothing of shards.
@@ -14,27 +14,27 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from emma_train.checkpoint import dcp as store
 from emma_train.checkpoint import folder as folders
-from emma_train.checkpoint import store
-from emma_train.checkpoint.place import Place
 from emma_train.checkpoint.saver import SaveFailed, Saver
 from emma_train.checkpoint.state import State, state_of
 from emma_train.config import config_hash
-from emma_train.config.errors import RunError, UserError
 from emma_train.config.load import as_dict
 from emma_train.config.schema import Recipe
 from emma_train.engine.compiled import num_graphs, uncompiled
-from emma_train.engine.limits import Limits
+from emma_train.engine.timeouts import Timeouts
 from emma_train.engine.world import World
+from emma_train.errors import RunError, UserError
 from emma_train.model.autoencoder import Autoencoder
 from emma_train.monitor.progress import Progress
 from emma_train.monitor.trackers import Trackers, make_trackers
 from emma_train.monitor.usage import memory_gib, step_mfu
-from emma_train.objectives.account import Counts, LossAccount, count, losses
-from emma_train.sequence.step import Bad, StepBatches
+from emma_train.objectives.loss import Counts, LossAccumulator, count, losses
+from emma_train.sequence.step_batches import StepBatches, UnreadableSample
 from emma_train.stages.freeze import changed, fingerprints
 from emma_train.stages.stage import Stage
-from emma_train.training.build import Built
+from emma_train.storage.paths import StoragePath
+from emma_train.training.build import TrainingParts
 from emma_train.training.forward import micro_loss
 from emma_train.training.health import GarbageCollection, SpikeWatch
 from emma_train.training.preemption import EXIT_PREEMPTED, StopRequest
@@ -56,7 +56,7 @@ class Batches(Protocol):
 
 
 @dataclass
-class Progressed:
+class TrainState:
     """Counters that a checkpoint carries."""
 
     step: int = 0
@@ -81,16 +81,16 @@ class Trainer:
         recipe: Recipe,
         stage: Stage,
         world: World,
-        built: Built,
+        built: TrainingParts,
         autoencoder: Autoencoder,
         stream: Batches,
-        draw_samples: Callable[[int], list[Path]] | None = None,
+        generate_samples: Callable[[int], list[Path]] | None = None,
     ) -> None:
-        """`draw_samples(step)` makes sample pictures; every rank calls it."""
+        """`draw_samples(step)` makes sample images; every rank calls it."""
         self.recipe, self.stage, self.world, self.built = recipe, stage, world, built
-        self.autoencoder, self.stream, self.draw_samples = autoencoder, stream, draw_samples
+        self.autoencoder, self.stream, self.generate_samples = autoencoder, stream, generate_samples
         self.engine, self.run = built.engine, RunFolder(recipe)
-        self.done = Progressed()
+        self.done = TrainState()
         self.frozen = fingerprints(self.engine.model)
         self.run_id: str | None = None
         self.parent = built.parent
@@ -100,7 +100,7 @@ class Trainer:
         self._spikes = SpikeWatch()
         self._graphs: int | None = None
 
-    def resume(self, checkpoint: Place) -> None:
+    def resume(self, checkpoint: StoragePath) -> None:
         """Go on after `checkpoint`. Raises UserError where recipe and checkpoint contradict each other."""
         meta = folders.read_meta(checkpoint)
         assert meta is not None
@@ -114,9 +114,9 @@ class Trainer:
         self.stream.resume(meta["data"])
         state = self._state()
         store.load_training(checkpoint, state)
-        self.engine.refresh()
-        self.saver.continues(checkpoint, meta["step"], state)
-        self.done = Progressed(**meta["done"])
+        self.engine.sync_compute_weights()
+        self.saver.resume_from(checkpoint, meta["step"], state)
+        self.done = TrainState(**meta["done"])
         self.run_id, self.parent = meta.get("tracker_run"), meta.get("parent")
         self.frozen = fingerprints(self.engine.model)
         log.info("resumed %s", checkpoint)
@@ -136,7 +136,9 @@ class Trainer:
         code, stop.within_s = 1, cadence.stop_within_s
         self.engine.model.train()
         garbage = GarbageCollection(cadence.gc_every)
-        limits = Limits(self.world, self.engine.groups, self.recipe.engine.timeout_s, self.recipe.engine.step_timeout_s)
+        limits = Timeouts(
+            self.world, self.engine.groups, self.recipe.engine.timeout_s, self.recipe.engine.step_timeout_s
+        )
         try:
             for data in self.stream.steps(self.done.step + 1, total):
                 started = time.perf_counter()
@@ -148,22 +150,22 @@ class Trainer:
                 if values is not None:
                     self._since_save.append(values)
                 if self.saver.due(data.step) or last:
-                    with limits.unhurried():
+                    with limits.relaxed():
                         self.save(wait=last)
                 self.done.seconds += time.perf_counter() - started + data.wait_s
-                # Who is asked to stop has no time for pictures.
+                # Who is asked to stop has no time for images.
                 drawn = cadence.sample_every and data.step % cadence.sample_every == 0 and not asked
                 drawn = drawn or data.step == total
-                with limits.unhurried():
-                    pictures = self._draw(data.step) if drawn else []
+                with limits.relaxed():
+                    images = self._draw(data.step) if drawn else []
                 if trackers and values is not None:
-                    stall = {"checkpoint/stall_s": self.saver.take_stall()}
+                    stall = {"checkpoint/stall_s": self.saver.pop_stall_s()}
                     trackers.log(data.step, {**values, **stall, "time_unix": time.time()})
-                    trackers.images(data.step, "samples", pictures, [p.stem for p in pictures])
+                    trackers.images(data.step, "samples", images, [p.stem for p in images])
                 if progress:
                     progress.update(data.step, values)
                 garbage.after(data.step)
-                limits.next_step()
+                limits.use_step_timeout()
                 if asked:
                     code = EXIT_PREEMPTED if data.step < total else 0
                     return code
@@ -191,23 +193,23 @@ class Trainer:
         seen = [sum(b.tasks.count(task) for b in data.packs) for task in TASKS]
         tokens = sum(b.num_tokens for b in data.packs)
         trouble = [len(data.bad), data.replaced, data.left_out, data.failure is not None]
-        facts = [mine.i2t, mine.t2i, mine.it2i, *seen, tokens, float(stop_asked), *trouble, *self.saver.flags()]
+        facts = [mine.i2t, mine.t2i, mine.it2i, *seen, tokens, float(stop_asked), *trouble, *self.saver.local_status()]
         shared = self.world.sum(facts)
         shared[:7] = self.world.of_packs(shared[:7])
         shared[8:11] = self.world.of_packs(shared[8:11])
         counts = Counts(*(int(n) for n in shared[:3]))
-        self.saver.note(shared[12:])
+        self.saver.apply_status(shared[12:])
         self._note_bad(data, *(int(n) for n in shared[8:12]))
 
-        account = LossAccount(self.recipe.loss, counts, self.world.device)
+        accumulator = LossAccumulator(self.recipe.loss, counts, self.world.device)
         for index, host in enumerate(data.packs):
             batch = host.to(self.world.device)
-            loss = micro_loss(self.engine.model, self.autoencoder, batch, self.recipe.flow, self.stage, account)
+            loss = micro_loss(self.engine.model, self.autoencoder, batch, self.recipe.flow, self.stage, accumulator)
             self.engine.accumulate(loss, last=index == len(data.packs) - 1)
         lr = learning_rate(
             data.step - self.done.skipped_steps, self.recipe.optimizer.lr, self.recipe.train.steps, self.recipe.schedule
         )
-        self.saver.settle()
+        self.saver.wait_for_staging()
         norm = self.engine.step(lr)
         if math.isfinite(norm):
             self._nonfinite_in_a_row = 0
@@ -222,9 +224,9 @@ class Trainer:
             self.done.seen[task] += int(number)
         if not log_now:
             return shared[7] > 0, None
-        pictures = sum(len(b.stem) for b in data.packs)
-        *sums, stem, seen_pictures = self.world.sum([*account.sums.tolist(), float(account.stem), pictures])
-        sums = [value / self.world.sequence for value in sums]
+        images = sum(len(b.stem) for b in data.packs)
+        *sums, stem, seen_images = self.world.sum([*accumulator.sums.tolist(), float(accumulator.stem), images])
+        sums = [value / self.world.sp_size for value in sums]
         step_s = time.perf_counter() - started + data.wait_s
         found = losses(sums, counts, self.recipe.loss)
         if spike := self._spikes.note(found["loss"]):
@@ -250,11 +252,11 @@ class Trainer:
             "data/fill": data.filled,
             "steps/skipped": self.done.skipped_steps,
         }
-        if self.stage.stem_expert and seen_pictures:
-            values["vision/stem_share"] = stem / seen_pictures
+        if self.stage.stem_expert and seen_images:
+            values["vision/stem_share"] = stem / seen_images
         if self.recipe.engine.compile:
             values["compile/recompiles"] = num_graphs() - self._graphs
-        share = step_mfu(self.recipe, self.stage, data.packs, step_s, self.world.device, self.world.sequence)
+        share = step_mfu(self.recipe, self.stage, data.packs, step_s, self.world.device, self.world.sp_size)
         return shared[7] > 0, values if share is None else {**values, "mfu": share}
 
     def save(self, wait: bool) -> None:
@@ -289,15 +291,15 @@ class Trainer:
         }
 
     def _draw(self, step: int) -> list[Path]:
-        """Sample pictures with the averaged weights."""
-        if self.draw_samples is None:
+        """Sample images with the averaged weights."""
+        if self.generate_samples is None:
             return []
-        self.saver.settle()
+        self.saver.wait_for_staging()
         with uncompiled(), self.built.ema.swapped_in() if self.built.ema else nullcontext():
-            self.engine.refresh()
-            pictures = self.draw_samples(step)
-        self.engine.refresh()
-        return pictures
+            self.engine.sync_compute_weights()
+            images = self.generate_samples(step)
+        self.engine.sync_compute_weights()
+        return images
 
     def _trackers(self) -> Trackers:
         return make_trackers(
@@ -316,9 +318,9 @@ class Trainer:
         self.done.bad_samples += bad
         self.done.replaced_samples += replaced
         self.done.left_out_samples += left_out
-        found: list[Bad] = []
+        found: list[UnreadableSample] = []
         if bad:
-            mine = data.bad if self.world.rank % self.world.sequence == 0 else []
+            mine = data.bad if self.world.rank % self.world.sp_size == 0 else []
             found = [item for of_rank in self.world.gather(mine) for item in of_rank]
             if self.world.is_main:
                 self.run.append_bad(data.step, found)

@@ -16,14 +16,15 @@ from typing import Any
 import torch
 
 from emma_train.checkpoint import folder as folders
-from emma_train.checkpoint import place as places
 from emma_train.config import config_hash, to_yaml
-from emma_train.config.errors import RunError, UserError
-from emma_train.config.files import write_atomic
 from emma_train.config.load import as_dict
+from emma_train.config.renamed import with_current_names
 from emma_train.config.schema import Recipe
 from emma_train.engine.world import World
-from emma_train.sequence.step import Bad
+from emma_train.errors import RunError, UserError
+from emma_train.sequence.step_batches import UnreadableSample
+from emma_train.storage import paths as places
+from emma_train.storage.files import write_atomic
 
 log = logging.getLogger(__name__)
 PACKAGES = (
@@ -113,7 +114,7 @@ class RunFolder:
         except OSError as error:
             log.warning("%s: cannot be written (%s)", self.summary, error.strerror)
 
-    def append_bad(self, step: int, bad: list[Bad]) -> None:
+    def append_bad(self, step: int, bad: list[UnreadableSample]) -> None:
         """Add unreadable samples to bad_samples.jsonl; main rank only."""
         try:
             with open(self.bad_samples, "a", encoding="utf-8") as file:
@@ -163,7 +164,7 @@ def environment(world: World) -> dict[str, Any]:
 
 def contradictions(recipe: Recipe, stored: dict[str, Any]) -> list[str]:
     """Recipe fields that differ from a checkpoint's config and matter to what is learnt, with both values."""
-    mine, theirs = _flat(as_dict(recipe)), _flat(stored)
+    mine, theirs = _flat(as_dict(recipe)), _flat(with_current_names(stored))
     found = []
     for key in sorted(mine.keys() | theirs.keys()):
         allowed = key.startswith(CHANGEABLE) or any(key == a or key.startswith(f"{a}.") for a in recipe.resume.allow)

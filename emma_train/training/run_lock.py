@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
 
-from emma_train.config.errors import UserError
+from emma_train.errors import UserError
 
 log = logging.getLogger(__name__)
 HEARTBEAT_S = 5.0

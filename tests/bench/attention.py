@@ -15,21 +15,21 @@ from functools import partial
 
 import torch
 
-from emma_train.model.attention import AttentionPlan, MaskPlan, attention, hybrid_mask, prepare, prepare_masks
-from emma_train.sequence.layout import Picture, Role, Segment, Text
-from emma_train.sequence.pack import PackedBatch, Pixels, Sample, pack
+from emma_train.model.attention import AttentionPlan, MaskPlan, attention, build_plan, hybrid_mask, prepare_masks
+from emma_train.sequence.layout import ImageSegment, Role, Segment, TextSegment
+from emma_train.sequence.pack import ImageTokens, PackedBatch, Sample, pack
 
 
 def sample(task: str, key: str, side: int) -> Sample:
-    """i2t: picture, question and answer; t2i: prompt and target; it2i: reference, instruction and target."""
+    """i2t: image, question and answer; t2i: prompt and target; it2i: reference, instruction and target."""
     patches, latent = torch.zeros(side**2 * 4, 768, dtype=torch.uint8), torch.zeros(side**2, 32)
-    picture = Pixels((side, side), patches.numpy(), latent.numpy())
+    image = ImageTokens((side, side), patches.numpy(), latent.numpy())
     segments: dict[str, list[Segment]] = {
-        "i2t": [_text(8), Picture("a", Role.UND), _text(184)],
-        "t2i": [_text(64), Picture("a", Role.TARGET)],
-        "it2i": [_text(8), Picture("a", Role.REFERENCE), _text(56), Picture("b", Role.TARGET)],
+        "i2t": [_text(8), ImageSegment("a", Role.UND), _text(184)],
+        "t2i": [_text(64), ImageSegment("a", Role.TARGET)],
+        "it2i": [_text(8), ImageSegment("a", Role.REFERENCE), _text(56), ImageSegment("b", Role.TARGET)],
     }
-    return Sample(key, task, segments[task], {"a": picture, "b": picture})
+    return Sample(key, task, segments[task], {"a": image, "b": image})
 
 
 def packs(tokens: int, side: int) -> dict[str, PackedBatch]:
@@ -74,9 +74,7 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--dim", type=int, default=128)
-    parser.add_argument(
-        "--side", type=int, default=16, help="visual tokens on the side of a picture: 16 for 512 pixels"
-    )
+    parser.add_argument("--side", type=int, default=16, help="visual tokens on the side of an image: 16 for 512 pixels")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -90,10 +88,10 @@ def main() -> None:
         forms: dict[str, Callable[[], AttentionPlan]] = {
             "dense": partial(dense, batch),
             "sdpa": partial(prepare_masks, batch),
-            "spans": partial(prepare, batch, None, "flash"),
+            "spans": partial(build_plan, batch, None, "flash"),
         }
         if device.type == "cuda":
-            forms["flex"] = partial(prepare, batch, None, "flex")
+            forms["flex"] = partial(build_plan, batch, None, "flex")
         seconds = {
             form: measure(batch, plan, (args.heads, args.kv_heads, args.dim), dtype) for form, plan in forms.items()
         }
@@ -108,8 +106,8 @@ def main() -> None:
         print(f"{key:24} {value}")
 
 
-def _text(length: int) -> Text:
-    return Text(tuple(range(length)), False)
+def _text(length: int) -> TextSegment:
+    return TextSegment(tuple(range(length)), False)
 
 
 def _wait(device: torch.device) -> None:

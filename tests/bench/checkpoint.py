@@ -32,14 +32,14 @@ from emma_train.checkpoint import folder as folders
 from emma_train.checkpoint.saver import Saver
 from emma_train.checkpoint.state import State
 from emma_train.config.schema import TrainConfig
-from emma_train.engine.adam import adam_state
+from emma_train.engine.adam_state import adam_state
 from emma_train.engine.world import join
 
 ROOT = Path(__file__).parents[2]
 SAVE_EVERY, SAVES = 5, 4
 STEPS = SAVE_EVERY * SAVES + SAVE_EVERY // 2
 RECIPE: dict[str, Any] = {
-    "model": {"decoder": {"hidden": 768, "heads": 12, "kv_heads": 4, "head_dim": 64, "mlp": 2304}},
+    "model": {"decoder": {"hidden": 768, "heads": 12, "kv_heads": 4, "head_dim": 64, "intermediate_size": 2304}},
     "data": {"slots": 2, "samples_per_step": 24},
     "engine": {"device": "cpu", "precision": "fp32"},
     "train": {"steps": STEPS, "save_every": SAVE_EVERY, "log_every": 1, "sample_from": "", "sample_every": 0},
@@ -89,7 +89,7 @@ def lost_beside(folder: Path) -> dict[str, float]:
             before, started = _account(), time.perf_counter()
             for _ in range(4):
                 model(inputs).square().mean().backward()
-            saver.settle()
+            saver.wait_for_staging()
             optimizer.step()
             optimizer.zero_grad()
             ran, queued = (after - was for after, was in zip(_account(), before, strict=True))

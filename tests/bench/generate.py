@@ -2,7 +2,7 @@
 
     python tests/bench/generate.py [--json] [--batch 4] [--steps 30] [--max-tokens 32]
 
-Weights are random and the pictures noise: only the time matters, and that both ways agree.
+Weights are random and the images noise: only the time matters, and that both ways agree.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def generators() -> dict[str, Generator]:
     model = Emma(recipe.model).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(initial_value(name, parameter.shape, 0, recipe.model.decoder.layers))
+            parameter.copy_(initial_value(name, parameter.shape, 0, recipe.model.decoder.num_layers))
         model.velocity_head.weight.normal_(std=0.05)
     autoencoder, tokenizer = Autoencoder(recipe.model.autoencoder, device), TextTokenizer(recipe.data.tokenizer)
     return {
@@ -83,7 +83,10 @@ def main() -> None:
         made: dict[str, Any] = {}
         seconds: dict[str, float] = {}
         for name, generator in both.items():
-            answer, draw = partial(generator.answer, asked, text), partial(generator.draw_latents, asked, flow)
+            answer, draw = (
+                partial(generator.generate_text, asked, text),
+                partial(generator.generate_latents, asked, flow),
+            )
             seconds[name], made[name] = best(answer if task == "i2t" else draw)
         if task == "i2t":
             assert made["cached"] == made["uncached"]

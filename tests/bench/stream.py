@@ -3,7 +3,7 @@
     python tests/bench/stream.py [--json] [--samples 1200] [--repeats 3]
 
 Synthetic photos (JPEG 1024 x 768, about 320 kB) with captions, two worker processes each. `raw`: the bytes of a record
-arrive in a worker, ours with their checksum verified and by the plan. `decode`: batches of 32 pictures at 512 x 512 in
+arrive in a worker, ours with their checksum verified and by the plan. `decode`: batches of 32 images at 512 x 512 in
 uint8 arrive in the trainer, ours as packs of patches with tokenised captions, webdataset's decoded by PIL (draft mode,
 bicubic) and through torch's default collate. `decode_same`: webdataset's with our decoder, so that what is left is the
 way from worker to trainer. Readers take turns, and the best of `repeats` counts for each.
@@ -35,12 +35,12 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data import Sampler as IterableSampler
 
-from data_pipelines.stream import sources
-from data_pipelines.stream.index import read_columns, read_manifest
-from data_pipelines.stream.indexing import index_folder
-from data_pipelines.stream.loader import Item, Stream
-from data_pipelines.stream.pictures import load_picture, open_picture
-from data_pipelines.stream.plan import Planner
+from data_pipelines.loader.loader import Item, Stream
+from data_pipelines.planner import sources
+from data_pipelines.planner.planner import Planner
+from data_pipelines.shards.build_index import index_folder
+from data_pipelines.shards.images import load_image, open_image
+from data_pipelines.shards.index import read_columns, read_manifest
 from emma_train.config.load import load_recipe
 from emma_train.config.schema import ImageConfig, MixConfig, PhaseConfig, Recipe, SourceConfig
 
@@ -125,7 +125,7 @@ def best(readers: dict[str, Callable[[], Iterator[int]]], num: int, repeats: int
 
 
 def recipe_of(folder: Path) -> Recipe:
-    """One task, T2I, in packs of BATCH pictures."""
+    """One task, T2I, in packs of BATCH images."""
     recipe = load_recipe(ROOT / "recipes" / "tiny" / "stage1.yaml")
     data = recipe.data
     data.sources, data.phases = [SourceConfig(str(folder))], [PhaseConfig("t2i", 1, MixConfig(t2i=1))]
@@ -181,8 +181,8 @@ def wds_raw(folder: Path) -> Iterator[int]:
 def wds_decoded(folder: Path, decode: Callable[[dict[str, Any]], tuple[torch.Tensor, str]]) -> Iterator[int]:
     samples = wds_samples(folder).map(decode)
     loader = webdataset.WebLoader(samples, batch_size=BATCH, num_workers=WORKERS, prefetch_factor=4)
-    for pictures, captions in loader:
-        assert pictures.dtype == torch.uint8
+    for images, captions in loader:
+        assert images.dtype == torch.uint8
         yield len(captions)
 
 
@@ -191,15 +191,15 @@ def _size(sample: dict[str, Any]) -> int:
 
 
 def _by_pil(sample: dict[str, Any]) -> tuple[torch.Tensor, str]:
-    picture = Image.open(io.BytesIO(sample["jpg"]))
-    picture.draft("RGB", (SIDE, SIDE))
-    resized = picture.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+    image = Image.open(io.BytesIO(sample["jpg"]))
+    image.draft("RGB", (SIDE, SIDE))
+    resized = image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(resized)), sample["txt"].decode()
 
 
 def _by_ours(sample: dict[str, Any]) -> tuple[torch.Tensor, str]:
-    with open_picture(sample["jpg"]) as picture:
-        return torch.from_numpy(load_picture(picture, SIDE, SIDE)), sample["txt"].decode()
+    with open_image(sample["jpg"]) as image:
+        return torch.from_numpy(load_image(image, SIDE, SIDE)), sample["txt"].decode()
 
 
 def energon_raw(folder: Path) -> tuple[Callable[[], Iterator[int]] | None, str]:
@@ -257,13 +257,13 @@ def make_shards(folder: Path, num: int) -> Path:
 
 def _photo(seed: int) -> bytes:
     """Detail at several scales, as a photo has."""
-    rng, picture = np.random.default_rng(seed), np.zeros((768, 1024, 3), np.float32)
+    rng, image = np.random.default_rng(seed), np.zeros((768, 1024, 3), np.float32)
     for scale, amount in ((8, 60), (32, 40), (128, 30), (512, 22)):
         noise = rng.integers(0, 256, (scale * 3 // 4, scale, 3), dtype=np.uint8)
         layer = Image.fromarray(noise).resize((1024, 768), Image.Resampling.BICUBIC)
-        picture += (np.asarray(layer, np.float32) - 128) * amount / 74
+        image += (np.asarray(layer, np.float32) - 128) * amount / 74
     file = io.BytesIO()
-    Image.fromarray((picture + 128).clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=90)
+    Image.fromarray((image + 128).clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=90)
     return file.getvalue()
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from emma_train.engine.adam import MOMENTS
+from emma_train.engine.adam_state import MOMENTS
 from tests.helpers import ASSETS, recipe_values, write_recipe
 from tests.runs import checkpoint, learnt, stored, train
 

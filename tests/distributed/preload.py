@@ -8,12 +8,12 @@ import diffusers.models.autoencoders.autoencoder_dc  # noqa: F401
 import torch.distributed.checkpoint.state_dict
 import torch.distributed.fsdp
 
-import data_pipelines.stream.loader
-import data_pipelines.stream.requests  # noqa: F401
+import data_pipelines.loader.loader
+import data_pipelines.loader.requests  # noqa: F401
 import emma_train.cli
 import emma_train.generate.samples
 import emma_train.training.loop  # noqa: F401
 import tests.distributed.ranks
-import tests.stores  # noqa: F401
+import tests.object_stores  # noqa: F401
 
 torch.set_num_threads(1)

@@ -22,29 +22,29 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from data_pipelines.stream.plan import Planner
-from data_pipelines.stream.reader import Reader
+from data_pipelines.loader.reader import Reader
+from data_pipelines.planner.planner import Planner
 from emma_train.checkpoint.saver import Saver
 from emma_train.checkpoint.state import state_of
-from emma_train.checkpoint.tensors import Tensors
 from emma_train.cli import main
 from emma_train.config.load import as_dict
 from emma_train.config.schema import AutoencoderConfig, Recipe
-from emma_train.engine.fragment import local, pieces
-from emma_train.engine.limits import Limits
+from emma_train.engine.flat_shard import local, local_chunks
+from emma_train.engine.grad_norm import global_norm
 from emma_train.engine.lockstep import OutOfStep
-from emma_train.engine.norm import global_norm
 from emma_train.engine.protocol import Engine
+from emma_train.engine.timeouts import Timeouts
 from emma_train.engine.world import World, join
 from emma_train.model.autoencoder import Autoencoder
-from emma_train.objectives.account import Counts, LossAccount, count, losses
-from emma_train.sequence.layout import Text
+from emma_train.objectives.loss import Counts, LossAccumulator, count, losses
+from emma_train.sequence.layout import TextSegment
 from emma_train.sequence.pack import PackedBatch, Sample, pack
-from emma_train.sequence.step import StepBatches
+from emma_train.sequence.step_batches import StepBatches
 from emma_train.sequence.tokens import TextTokenizer
 from emma_train.stages.freeze import group_of
 from emma_train.stages.stage import stage_of
-from emma_train.training.build import Built, build, set_initial
+from emma_train.storage.safetensors_io import Tensors
+from emma_train.training.build import TrainingParts, build, set_initial
 from emma_train.training.forward import micro_loss
 from emma_train.training.loop import Trainer
 from tests.helpers import tiny_recipe
@@ -152,26 +152,28 @@ def one_step(recipe: Recipe, kinds: list[str], seeded: bool = False) -> dict[str
         built = build(recipe, stage_of(recipe), world, resuming=seeded)
         if seeded:
             set_initial(built.engine.weights, recipe.model, list(built.engine.weights))
-            built.engine.refresh()
+            built.engine.sync_compute_weights()
         _wake_up(built)
         mine = [make_pack(recipe, kind) for kind in kinds[world.rank :: world.size]]
         return step_of(recipe, world, built, mine)
 
 
 def step_of(
-    recipe: Recipe, world: World, built: Built, packs: list[PackedBatch], lr: float = 0.0, factor: float = 1.0
+    recipe: Recipe, world: World, built: TrainingParts, packs: list[PackedBatch], lr: float = 0.0, factor: float = 1.0
 ) -> dict[str, Any]:
     """What the loop does in a step; a rate of 0 leaves the weights alone. `factor` is for this rank's loss."""
     stage, engine = stage_of(recipe), built.engine
     mine = count(packs, stage.loss)
     counts = Counts(*(int(n) for n in world.sum([mine.i2t, mine.t2i, mine.it2i])))
-    account = LossAccount(recipe.loss, counts, world.device)
+    accumulator = LossAccumulator(recipe.loss, counts, world.device)
     for index, batch in enumerate(packs):
-        loss = micro_loss(engine.model, _autoencoder(recipe.model.autoencoder.path), batch, recipe.flow, stage, account)
+        loss = micro_loss(
+            engine.model, _autoencoder(recipe.model.autoencoder.path), batch, recipe.flow, stage, accumulator
+        )
         engine.accumulate(loss * factor, last=index == len(packs) - 1)
     gradients = {name: whole(p.grad) for name, p in engine.weights.items() if p.grad is not None}
     norm = engine.step(lr)
-    return {**losses(world.sum(account.sums.tolist()), counts, recipe.loss), "norm": norm, "gradients": gradients}
+    return {**losses(world.sum(accumulator.sums.tolist()), counts, recipe.loss), "norm": norm, "gradients": gradients}
 
 
 @lru_cache(maxsize=1)
@@ -180,9 +182,9 @@ def _autoencoder(path: str) -> Autoencoder:
 
 
 def make_pack(recipe: Recipe, kind: str) -> PackedBatch:
-    """A pack of a few real samples: i2t, t2i, it2i, mixed, silent (nothing supervised) or text (no picture at all)."""
+    """A pack of a few real samples: i2t, t2i, it2i, mixed, silent (nothing supervised) or text (no image at all)."""
     if kind == "text":
-        return pack([Sample("text", "i2t", [Text((5, 6, 7)), Text((8, 9), supervised=True)], {})])
+        return pack([Sample("text", "i2t", [TextSegment((5, 6, 7)), TextSegment((8, 9), supervised=True)], {})])
     tokenizer, vision = TextTokenizer(recipe.data.tokenizer), recipe.model.vision
     reader = Reader(recipe.data, tokenizer, vision.patch, vision.shuffle, None)
     wanted = ("i2t", "t2i", "it2i") if kind == "mixed" else ("i2t",) if kind == "silent" else (kind,)
@@ -190,23 +192,23 @@ def make_pack(recipe: Recipe, kind: str) -> PackedBatch:
     samples = [reader.read(p) for task in wanted for p in [p for p in planned if p.task == task][:2]]
     if kind == "silent":
         for sample in samples:
-            sample.segments = [Text(s.ids) if isinstance(s, Text) else s for s in sample.segments]
+            sample.segments = [TextSegment(s.ids) if isinstance(s, TextSegment) else s for s in sample.segments]
     return pack(samples)
 
 
-def _wake_up(built: Built) -> None:
+def _wake_up(built: TrainingParts) -> None:
     """The velocity head starts at zero and would hide every gradient behind it."""
     for name, weight in built.engine.weights.items():
         if name.startswith("velocity_head."):
             local(weight).fill_(0.02)
-    built.engine.refresh()
+    built.engine.sync_compute_weights()
 
 
 def whole(tensor: Tensor) -> Tensor:
     """A tensor from all ranks' parts of it."""
     found = torch.zeros(tensor.shape, dtype=tensor.dtype)
     parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, [(place, own.detach().cpu()) for place, own in pieces(tensor)])
+    dist.all_gather_object(parts, [(place, own.detach().cpu()) for place, own in local_chunks(tensor)])
     for place, own in (piece for part in parts for piece in part):
         found[place] = own
     return found
@@ -214,7 +216,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 def stream_steps(recipe: Recipe, rank: int, size: int, last: int) -> list[Any]:
     """The steps 1 to `last` of a rank's stream, for worker processes that a test must not fork from itself."""
-    from data_pipelines.stream.loader import Stream
+    from data_pipelines.loader.loader import Stream
     from emma_train.model.autoencoder import fingerprint
 
     stream = Stream(recipe, rank, size, fingerprint(Path(recipe.model.autoencoder.path)))
@@ -224,7 +226,7 @@ def stream_steps(recipe: Recipe, rank: int, size: int, last: int) -> list[Any]:
 def stream_memory(recipe: Recipe, steps: list[int]) -> list[dict[str, int]]:
     """Resident bytes of the trainer and of each loader worker after the given steps of a stream, once what was read
     ahead has arrived."""
-    from data_pipelines.stream.loader import Stream
+    from data_pipelines.loader.loader import Stream
 
     found = []
     for data in Stream(recipe, 0, 1, None).steps(1, steps[-1] + 20):
@@ -249,7 +251,7 @@ def steps_with_poison(recipe: Recipe, kinds: list[str], poisoned: int | None) ->
         built = build(recipe, stage_of(recipe), world, resuming=True)
         engine = built.engine
         set_initial(engine.weights, recipe.model, list(engine.weights))
-        engine.refresh()
+        engine.sync_compute_weights()
         packs = [make_pack(recipe, kind) for kind in kinds[world.rank :: world.size]]
         norms, moved = [], None
         for step in range(3):
@@ -267,7 +269,7 @@ def live_tensors(recipe: Recipe, kinds: list[str], steps: int) -> list[int]:
     with join("cpu", 60) as world:
         built = build(recipe, stage_of(recipe), world, resuming=True)
         set_initial(built.engine.weights, recipe.model, list(built.engine.weights))
-        built.engine.refresh()
+        built.engine.sync_compute_weights()
         packs = [make_pack(recipe, kind) for kind in kinds[world.rank :: world.size]]
         counts = []
         gc.disable()
@@ -289,7 +291,7 @@ def models_left(recipe: Recipe, kinds: list[str]) -> int:
             if left:
                 break
             set_initial(built.engine.weights, recipe.model, list(built.engine.weights))
-            built.engine.refresh()
+            built.engine.sync_compute_weights()
             packs = [make_pack(recipe, kind) for kind in kinds[world.rank :: world.size]]
             step_of(recipe, world, built, packs, lr=1e-3)
             state = built.engine.state()
@@ -305,10 +307,12 @@ def gathered_gen(recipe: Recipe) -> dict[str, set[bool]]:
     with join("cpu", 60) as world:
         built = build(recipe, stage_of(recipe), world, resuming=True)
         set_initial(built.engine.weights, recipe.model, list(built.engine.weights))
-        built.engine.refresh()
+        built.engine.sync_compute_weights()
         batch, stage = make_pack(recipe, "i2t"), stage_of(recipe)
-        account = LossAccount(recipe.loss, count([batch], stage.loss), world.device)
-        micro_loss(built.engine.model, _autoencoder(recipe.model.autoencoder.path), batch, recipe.flow, stage, account)
+        accumulator = LossAccumulator(recipe.loss, count([batch], stage.loss), world.device)
+        micro_loss(
+            built.engine.model, _autoencoder(recipe.model.autoencoder.path), batch, recipe.flow, stage, accumulator
+        )
         found: dict[str, set[bool]] = {"und": set(), "gen": set()}
         for name, parameter in built.engine.model.named_parameters():
             for branch, whole_ones in found.items():
@@ -376,12 +380,12 @@ def training_memory(recipe: Recipe, kinds: list[str]) -> tuple[int, int]:
             built = build(recipe, stage, world, resuming=True)
             for weight in built.engine.weights.values():
                 local(weight).normal_(std=0.02)
-            built.engine.refresh()
+            built.engine.sync_compute_weights()
             for _ in range(steps):
-                account = LossAccount(recipe.loss, count(packs, stage.loss), world.device)
+                accumulator = LossAccumulator(recipe.loss, count(packs, stage.loss), world.device)
                 for index, batch in enumerate(packs):
                     autoencoder = _autoencoder(recipe.model.autoencoder.path)
-                    loss = micro_loss(built.engine.model, autoencoder, batch, recipe.flow, stage, account)
+                    loss = micro_loss(built.engine.model, autoencoder, batch, recipe.flow, stage, accumulator)
                     built.engine.accumulate(loss, last=index == len(packs) - 1)
                     del loss
                 built.engine.step(1e-4)
@@ -401,7 +405,7 @@ def out_of_step(recipe: Recipe, victim: int) -> str:
     with join("cpu", 60) as world:
         built = build(recipe, stage_of(recipe), world, resuming=True)
         set_initial(built.engine.weights, recipe.model, list(built.engine.weights))
-        built.engine.refresh()
+        built.engine.sync_compute_weights()
         batch = make_pack(recipe, "i2t")
         if world.rank == victim:
             vision = built.engine.model.vision
@@ -423,11 +427,11 @@ def limits_in_turn() -> list[float]:
             for each in (group, world.host_group):
                 found.append(each._get_backend(torch.device("cpu")).options._timeout.total_seconds())
 
-        limits = Limits(world, [], long_s=50, step_s=5)
+        limits = Timeouts(world, [], long_s=50, step_s=5)
         note()
-        limits.next_step()
+        limits.use_step_timeout()
         note()
-        with limits.unhurried():
+        with limits.relaxed():
             note()
         note()
         limits.restore()

@@ -15,24 +15,27 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
+from emma_train.checkpoint import dcp as store
 from emma_train.checkpoint import folder as folders
 from emma_train.checkpoint import saver as saver_module
-from emma_train.checkpoint import store, verify, writer
-from emma_train.checkpoint.place import Place
+from emma_train.checkpoint import verify, writer
 from emma_train.checkpoint.saver import Saver
 from emma_train.checkpoint.staging import Staging
 from emma_train.checkpoint.state import State, state_of
-from emma_train.config.errors import RunError, UserError
 from emma_train.config.schema import TrainConfig
-from emma_train.engine.adam import adam_state
+from emma_train.engine.adam_state import adam_state
 from emma_train.engine.world import World, join
-from tests.stores import FolderStore
+from emma_train.errors import RunError, UserError
+from emma_train.storage.paths import StoragePath
+from tests.object_stores import FolderStore
 
 
 class Job:
     """A small sharded model in training: 7 and 5 rows, which two or three ranks cannot share evenly."""
 
-    def __init__(self, world: World, checkpoints: Place, seed: int = 0, save_every: int = 4, **settings: Any) -> None:
+    def __init__(
+        self, world: World, checkpoints: StoragePath, seed: int = 0, save_every: int = 4, **settings: Any
+    ) -> None:
         torch.manual_seed(seed)
         self.model = nn.Sequential(nn.Linear(6, 7), nn.Linear(7, 5), nn.Linear(5, 3, bias=False))
         self.model[1].requires_grad_(settings.pop("thaw", False))
@@ -63,8 +66,8 @@ class Job:
         """Steps with gradients that are a function of the step and of the place in the whole tensor."""
         for _ in range(steps):
             self.step += 1
-            self.saver.note(self.world.sum(self.saver.flags()))
-            self.saver.settle()
+            self.saver.apply_status(self.world.sum(self.saver.local_status()))
+            self.saver.wait_for_staging()
             for name, p in self.model.named_parameters():
                 if p.requires_grad:
                     whole = torch.randn(p.shape, generator=torch.Generator().manual_seed(self.step * 100 + len(name)))
@@ -81,7 +84,7 @@ class Job:
         return {n: (t.full_tensor() if hasattr(t, "full_tensor") else t).clone() for n, t in self.state.all.items()}
 
 
-def saved(root: Place, steps: int, **settings: Any) -> dict[str, Tensor]:
+def saved(root: StoragePath, steps: int, **settings: Any) -> dict[str, Tensor]:
     """Train, save with weights that move on meanwhile, and give what was to be saved."""
     with join("cpu", 60) as world:
         job = Job(world, root, **settings)
@@ -93,7 +96,7 @@ def saved(root: Place, steps: int, **settings: Any) -> dict[str, Tensor]:
         return content
 
 
-def resumed(root: Place, steps: int, **settings: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def resumed(root: StoragePath, steps: int, **settings: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """What a fresh job (of another seed) has after loading the newest checkpoint, and after more steps and a save."""
     with join("cpu", 60) as world:
         job = Job(world, root, seed=1, **settings)
@@ -102,7 +105,7 @@ def resumed(root: Place, steps: int, **settings: Any) -> tuple[dict[str, Tensor]
         state = job.state
         store.load_training(checkpoint, state)
         job.step = (folders.read_meta(checkpoint) or {})["step"]
-        job.saver.continues(checkpoint, job.step, state)
+        job.saver.resume_from(checkpoint, job.step, state)
         loaded = job.content()
         job.go(steps)
         job.save()
@@ -127,7 +130,7 @@ def slow_staging(root: Path) -> tuple[bool, bool]:
         job.save()
         before = copied.is_set()
         threading.Timer(0.2, go_on.set).start()
-        job.saver.settle()
+        job.saver.wait_for_staging()
         after = copied.is_set()
         job.saver.finish()
         return before, after
@@ -196,7 +199,9 @@ def _train(job: Job, steps: int) -> tuple[list[int], str | None]:
     return begun, None
 
 
-def refused(root: Place, kind: str, rank: int, fails: list[int], steps: int) -> tuple[list[int], list[str], str | None]:
+def refused(
+    root: StoragePath, kind: str, rank: int, fails: list[int], steps: int
+) -> tuple[list[int], list[str], str | None]:
     """Train `steps` steps while the store refuses requests of a kind from one rank in the saves of the steps `fails`.
     Gives the steps whose save was begun, what is there in the end, and why it stopped."""
     with join("cpu", 60) as world:
@@ -212,7 +217,7 @@ def refused(root: Place, kind: str, rank: int, fails: list[int], steps: int) -> 
         return begun, [folder.name for folder in reversed(folders.steps(root))], stopped
 
 
-def refused_loading(root: Place, kind: str, rank: int) -> str:
+def refused_loading(root: StoragePath, kind: str, rank: int) -> str:
     """What is said where the store refuses a kind of request from one rank once the checkpoint is known to be whole."""
     with join("cpu", 60) as world:
         job = Job(world, root)
@@ -231,7 +236,7 @@ def refused_loading(root: Place, kind: str, rank: int) -> str:
         return ""
 
 
-def killed(root: Place, number: int) -> int:
+def killed(root: StoragePath, number: int) -> int:
     """Save steps 3 and 6, and be killed at the change number `number` of the second save; gives how many it makes where
     there are fewer."""
     with join("cpu", 60) as world:
@@ -298,7 +303,7 @@ def storage_that_hangs(root: Path) -> str:
         return ""
 
 
-def chosen(root: Place) -> tuple[str | None, str | None]:
+def chosen(root: StoragePath) -> tuple[str | None, str | None]:
     """The checkpoint that a resume takes, and the error where it takes none."""
     with join("cpu", 60) as world:
         try:

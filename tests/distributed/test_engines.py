@@ -78,8 +78,8 @@ def test_a_checkpoint_of_one_engine_goes_on_under_another(few: tuple[Path, Path]
 
 @pytest.mark.slow
 def test_every_engine_draws_the_same_samples(tmp_path: Path) -> None:
-    """Pictures to one level of 255 and answers to the last word, from averaged weights that were swapped in."""
-    shown = {"train__sample_from": str(ASSETS / "emoji" / "heldout_drawings"), "train__sample_num": 2}
+    """Images to one level of 255 and answers to the last word, from averaged weights that were swapped in."""
+    shown = {"train__sample_from": str(ASSETS / "emoji" / "heldout_drawings"), "train__num_samples": 2}
     recipe = stage_recipe(tmp_path, "stage1", None, FEW, **shown)
     reference = run(recipe, REFERENCE, "reference") / "samples" / f"step-{FEW:08d}"
     names = sorted(path.name for path in reference.iterdir())

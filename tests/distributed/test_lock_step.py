@@ -17,8 +17,8 @@ KINDS = [
     ["it2i", "i2t"],  # references on one rank only
     ["t2i", "silent"],  # no rank has a supervised token
     ["silent", "i2t"],  # one rank has no token of any loss
-    ["text", "mixed"],  # one rank has no picture at all
-    ["text", "t2i"],  # nobody sees a picture
+    ["text", "mixed"],  # one rank has no image at all
+    ["text", "t2i"],  # nobody sees an image
     ["i2t", "t2i", "text", "it2i"],  # two packs each
 ]
 
@@ -68,6 +68,6 @@ def test_every_trainable_parameter_has_a_gradient_whatever_a_pack_holds(kind: st
 
 
 @pytest.mark.parametrize("stage", ["stage4_expert", "stage4_router"])
-def test_a_rank_without_stem_pictures_keeps_step_in_stage_4(stage: str) -> None:
+def test_a_rank_without_stem_images_keeps_step_in_stage_4(stage: str) -> None:
     both = run_ranks(2, one_step, tiny_recipe(stage), ["i2t", "text"], True, timeout_s=TIME_LIMIT_S)
     assert all(math.isfinite(outcome.value["norm"]) for outcome in both)

@@ -9,7 +9,16 @@ from tests.distributed.ranks import training_memory
 from tests.distributed.spawn import run_ranks
 from tests.helpers import DECODER, tiny_recipe
 
-WIDE = {**DECODER, "hidden": 512, "layers": 8, "shallow": 4, "heads": 8, "kv_heads": 4, "head_dim": 64, "mlp": 2048}
+WIDE = {
+    **DECODER,
+    "hidden": 512,
+    "num_layers": 8,
+    "num_shared_layers": 4,
+    "heads": 8,
+    "kv_heads": 4,
+    "head_dim": 64,
+    "intermediate_size": 2048,
+}
 KINDS = ["i2t", "t2i", "it2i", "text"]
 ENGINES: dict[str, dict[str, Any]] = {
     "fsdp": {},

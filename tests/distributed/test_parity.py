@@ -126,7 +126,7 @@ def test_a_checkpoint_says_how_many_processes_wrote_it(runs: dict[int, Path]) ->
         )
 
 
-def test_the_share_of_pictures_that_take_the_stem_expert_is_that_of_all_ranks(tmp_path: Path) -> None:
+def test_the_share_of_images_that_take_the_stem_expert_is_that_of_all_ranks(tmp_path: Path) -> None:
     """By label while the expert learns; as the router would choose while the router does."""
     steps, shares, start = 8, {}, tmp_path / "start"
     write_export(start, tiny_recipe("stage3"))

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from emma_train.checkpoint import dcp as store
 from emma_train.checkpoint import folder as folders
-from emma_train.checkpoint import store, verify
+from emma_train.checkpoint import verify
 from tests.distributed import saving
 from tests.distributed.spawn import run_ranks
 from tests.runs import differences, stored

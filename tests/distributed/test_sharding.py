@@ -11,7 +11,7 @@ from tests.runs import train
 
 
 @pytest.mark.parametrize(("stage", "gathered"), [("stage0", False), ("stage4_expert", False), ("stage1", True)])
-def test_a_stage_that_makes_no_pictures_never_gathers_the_gen_branch(stage: str, gathered: bool) -> None:
+def test_a_stage_that_makes_no_images_never_gathers_the_gen_branch(stage: str, gathered: bool) -> None:
     recipe = tiny_recipe(stage, engine__reshard_after_forward=False)
     for outcome in run_ranks(2, gathered_gen, recipe):
         assert outcome.value == {"und": {True}, "gen": {gathered}}

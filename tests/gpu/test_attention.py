@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from emma_train.model.attention import MaskPlan, attention, choose, hybrid_mask, prepare
+from emma_train.model.attention import MaskPlan, attention, build_plan, hybrid_mask, select_backend
 from emma_train.model.emma import Emma
 from emma_train.model.varlen import FLASH, find_kernel
 from emma_train.sequence.pack import PackedBatch, pack
@@ -28,7 +28,7 @@ def run(batch: PackedBatch, backend: str, dtype: torch.dtype) -> list[Tensor]:
     shapes = [(batch.num_tokens, heads, DIM) for heads in (HEADS, KV_HEADS, KV_HEADS, HEADS)]
     q, k, v, weight = (torch.randn(shape, generator=generator).bfloat16().to(CUDA, dtype) for shape in shapes)
     inputs = [x.requires_grad_() for x in (q, k, v)]
-    plan = MaskPlan(hybrid_mask(batch)) if backend == "dense" else prepare(batch, backend=backend)
+    plan = MaskPlan(hybrid_mask(batch)) if backend == "dense" else build_plan(batch, backend=backend)
     out = attention(q, k, v, plan)
     return [out.detach(), *torch.autograd.grad((out * weight).sum(), inputs)]
 
@@ -50,13 +50,13 @@ def test_flex_in_float32_equals_the_dense_mask() -> None:
 
 
 def test_auto_takes_flash_and_says_which() -> None:
-    assert choose("auto", CUDA, torch.bfloat16) == "flash"
+    assert select_backend("auto", CUDA, torch.bfloat16) == "flash"
     assert find_kernel("cuda") is find_kernel("cuda")
     assert len(FLASH) == 3
 
 
 @pytest.mark.parametrize("head_dim", [64, 72])
-def test_pictures_of_any_size_through_the_kernel(head_dim: int) -> None:
+def test_images_of_any_size_through_the_kernel(head_dim: int) -> None:
     lengths = [64, 1024, 16, 256]
     call = full_call(lengths).to(CUDA)
     q, k, v = (torch.randn(sum(lengths), 4, head_dim, device=CUDA).bfloat16() for _ in range(3))

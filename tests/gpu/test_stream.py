@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_pipelines.stream.loader import Stream
+from data_pipelines.loader.loader import Stream
 from tests.helpers import tiny_recipe
 from tests.shards import every_task, write_shards
 

@@ -10,7 +10,7 @@ import yaml
 from tests.helpers import DECODER, ROOT, VISION
 
 SMALL: dict[str, Any] = {
-    "model": {"vision": VISION, "decoder": {**DECODER, "layers": 2, "shallow": 1}, "time_features": 16},
+    "model": {"vision": VISION, "decoder": {**DECODER, "num_layers": 2, "num_shared_layers": 1}, "time_features": 16},
     "data": {"slots": 6, "samples_per_step": 24, "und": {"side": 64}, "gen": {"side": 64}},
     "train": {"log_every": 1, "save_every": 2, "keep": 3, "sample_from": "", "sample_every": 0},
     "schedule": {"kind": "constant", "warmup_steps": 3},

@@ -96,7 +96,7 @@ def test_a_run_folder_without_a_whole_checkpoint_is_no_start(recipe: Path, tmp_p
 def test_a_model_of_another_shape_is_refused_before_training(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     train(make_recipe(tmp_path, "stage0"), "train.steps=1")
     recipe = make_recipe(tmp_path, "stage1")
-    (outcome,) = train(recipe, f"init.from={tmp_path / 'stage0'}", "model.decoder.mlp=64", code=2)
+    (outcome,) = train(recipe, f"init.from={tmp_path / 'stage0'}", "model.decoder.intermediate_size=64", code=2)
     (line,) = outcome.error_lines
     assert "has shape [48, 32] there and [64, 32] in this recipe" in line
 

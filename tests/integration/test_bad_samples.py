@@ -16,7 +16,7 @@ BROKEN = ("q003", "p005", "e007")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve records of each task. Three cannot be read: overwritten after indexing, or indexed with half a picture."""
+    """Twelve records of each task. Three cannot be read: overwritten after indexing, or indexed with half an image."""
     contents = every_task(12, side=64)
     half = [(k, r, {"img0.png": png(1, 64)[:3000]} if k == "p005" else p) for k, r, p in contents]
     folder = write_shards(tmp_path_factory.mktemp("bad") / "set", half, per_shard=20)
@@ -92,7 +92,7 @@ def test_past_the_limit_all_ranks_stop_at_the_same_step_with_the_list(
 
 
 def test_a_rank_whose_packs_cannot_be_read_takes_the_others_with_it(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    """All pictures of the data are gone for the rank that reads slot 0 first; no rank waits for the other's sums."""
+    """All images of the data are gone for the rank that reads slot 0 first; no rank waits for the other's sums."""
     folder = write_shards(tmp_path / "set", every_task(2, side=64))
     for key in ("q000", "q001", "p000", "p001", "e000", "e001"):
         damage(folder / "shard-000000.tar", f"{key}.img0.png")
@@ -120,4 +120,4 @@ def test_emma_data_check_finds_what_changed_and_what_cannot_be_opened(folder: Pa
     outcome = run_command("check", str(folder), module="data_pipelines", code=1)
     assert "record q003 differs from its crc32" in outcome.out
     assert "record e007 differs from its crc32" in outcome.out
-    assert "picture p005.img0.png cannot be read" in outcome.out
+    assert "image p005.img0.png cannot be read" in outcome.out

@@ -25,7 +25,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for stage in STAGES:
         values: dict[str, Any] = yaml.safe_load((TINY / f"{stage}.yaml").read_text())
         values["extends"] = str(TINY / "base.yaml")
-        values["train"] = {"steps": STEPS, "sample_num": 1, "log_every": 1}
+        values["train"] = {"steps": STEPS, "num_samples": 1, "log_every": 1}
         for phase in values.get("data", {}).get("phases", []):
             phase["steps"] = 1
         (folder / f"{stage}.yaml").write_text(yaml.safe_dump(values))

@@ -11,15 +11,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from emma_train.checkpoint import qwen3
-from emma_train.checkpoint.qwen3 import write_qwen3
-from emma_train.checkpoint.stored import StoredModel
-from emma_train.checkpoint.tensors import Tensors
+from emma_train.export import hf_names as hf
+from emma_train.export import qwen3
+from emma_train.export.qwen3 import write_qwen3
+from emma_train.export.stored_model import StoredModel
 from emma_train.generate.load import load_model
-from emma_train.model import hf
 from emma_train.sequence import layout
-from emma_train.sequence.layout import Text
+from emma_train.sequence.layout import TextSegment
 from emma_train.sequence.pack import Sample, pack
+from emma_train.storage.safetensors_io import Tensors
 from tests import public
 from tests.distributed.ranks import command, command_memory, loaded, write_checkpoint
 from tests.distributed.spawn import run_ranks
@@ -158,10 +158,10 @@ def test_generate_follows_the_settings_of_an_export_unless_told_otherwise(
 
 @torch.no_grad()
 def text_logits(folder: Path) -> tuple[Tensor, Tensor]:
-    """Logits of a text without any picture, by the whole of our model."""
+    """Logits of a text without any image, by the whole of our model."""
     ids = torch.randint(0, VOCAB, (40,), generator=torch.Generator().manual_seed(0))
     model, _, _ = load_model(folder, torch.device("cpu"), use_ema=True)
-    words = [Text((int(ids[0]),)), Text(tuple(int(i) for i in ids[1:]), supervised=True)]
+    words = [TextSegment((int(ids[0]),)), TextSegment(tuple(int(i) for i in ids[1:]), supervised=True)]
     out = model(pack([Sample("x", "i2t", words, {})]), torch.zeros(0, 32), torch.zeros(0))
     assert out.logits is not None
     return ids, out.logits
@@ -244,7 +244,7 @@ def test_what_was_imported_comes_back_as_it_was(tmp_path: Path) -> None:
 def test_the_tokenizer_and_its_chat_template_are_those_of_training(run: Path, tmp_path: Path) -> None:
     theirs, ours = AutoTokenizer.from_pretrained(exported_to(tmp_path / "qwen3", run, "--as", "qwen3")), tokenizer()
     turns = [("user", "What is this?"), ("assistant", "a red fish"), ("user", "Is it  large?\n")]
-    laid_out = [i for s in layout.ask(ours, [], turns) if isinstance(s, Text) for i in s.ids]
+    laid_out = [i for s in layout.ask(ours, [], turns) if isinstance(s, TextSegment) for i in s.ids]
     messages = [{"role": role, "content": text} for role, text in turns]
     asked = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     assert theirs.encode(asked, add_special_tokens=False) == laid_out
@@ -264,8 +264,16 @@ def test_a_folder_that_holds_something_is_left_alone(run: Path, exported: Path, 
 
 def test_neither_export_holds_the_model(tmp_path: Path) -> None:
     """Memory, not counting mapped files: some copies of the largest tensor, of a model many times that size."""
-    sizes = {"hidden": 256, "mlp": 2048, "heads": 4, "kv_heads": 4, "head_dim": 64, "vocab": 16384, "layers": 16}
-    changes = {f"model__decoder__{key}": value for key, value in {**sizes, "shallow": 8}.items()}
+    sizes = {
+        "hidden": 256,
+        "intermediate_size": 2048,
+        "heads": 4,
+        "kv_heads": 4,
+        "head_dim": 64,
+        "vocab": 16384,
+        "num_layers": 16,
+    }
+    changes = {f"model__decoder__{key}": value for key, value in {**sizes, "num_shared_layers": 8}.items()}
     recipe = tiny_recipe("stage1", **changes)
     (total,) = (outcome.value for outcome in run_ranks(1, write_checkpoint, tmp_path / "run", recipe))
     write_export(tmp_path / "small", tiny_recipe("stage1"))

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from emma_train.checkpoint import export
 from emma_train.config.schema import Recipe
+from emma_train.export import export
 from tests import public
 from tests.distributed.ranks import command, command_memory, loaded, start_memory
 from tests.distributed.spawn import run_command, run_ranks
@@ -55,7 +55,7 @@ def overrides(initial: Path, **changes: str) -> list[str]:
 
 def started_from(initial: Path, **decoder: float) -> Recipe:
     """A stage 0 in memory that starts from an import; `decoder` overrides sizes."""
-    sizes = {"layers": 2, "shallow": 1, "rope_theta": public.THETA, "eps": 1e-5, **decoder}
+    sizes = {"num_layers": 2, "num_shared_layers": 1, "rope_theta": public.THETA, "eps": 1e-5, **decoder}
     changes = {f"model__decoder__{key}": value for key, value in sizes.items()}
     return tiny_recipe("stage0", init__from=str(initial), **changes)
 
@@ -95,9 +95,9 @@ def test_two_ranks_read_their_slices_alone_and_hold_what_one_does(folder: Path) 
         ({"model.decoder.rope_theta": "1e6"}, "model.decoder.rope_theta is 50000.0 there and 1000000.0 in this recipe"),
         ({"model.decoder.eps": "1.0e-6"}, "set model.decoder.eps=1e-05"),
         ({"model.decoder.tied": "false"}, "set model.decoder.tied=True"),
-        ({"model.decoder.shallow": "2"}, "model.decoder.shallow is 1 there and 2 in this recipe"),
+        ({"model.decoder.num_shared_layers": "2"}, "model.decoder.num_shared_layers is 1 there and 2 in this recipe"),
         ({"model.vision.heads": "4"}, "set model.vision.heads=2"),
-        ({"model.decoder.mlp": "64"}, "has shape [48, 32] there and [64, 32] in this recipe"),
+        ({"model.decoder.intermediate_size": "64"}, "has shape [48, 32] there and [64, 32] in this recipe"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -143,8 +143,11 @@ def test_bad_folders_are_one_line_and_exit_code_2(folder: Path, tmp_path: Path) 
     cases = {
         "empty: holds neither model.safetensors nor model.safetensors.index.json": words(folder, "never", llm=empty),
         "nowhere/config.json: cannot be read": words(folder, "never", vision=tmp_path / "nowhere"),
-        "did you mean model.decoder.shallow?": [*never, "model.decoder.shalow=1"],
-        "model.decoder.shallow is 9; it lies between 0 and layers (2)": [*never, "model.decoder.shallow=9"],
+        "did you mean model.decoder.num_shared_layers?": [*never, "model.decoder.num_shared_layer=1"],
+        "model.decoder.num_shared_layers is 9; it lies between 0 and num_layers (2)": [
+            *never,
+            "model.decoder.num_shared_layers=9",
+        ],
         "llm: is not empty and not an export": words(folder, "llm"),
     }
     for said, argv in cases.items():
@@ -186,7 +189,15 @@ def test_neither_the_import_nor_a_start_from_it_holds_the_model(folder: Path, la
     largest, total = (f(value.nbytes for value in weights.values()) for f in (max, sum))
     assert largest == 32768 * 256 * 2 and total > 13 * largest
     assert outcome.value < largest + 8e6
-    sizes = {"layers": 16, "shallow": 8, "hidden": 256, "mlp": 4096, "heads": 4, "kv_heads": 4, "head_dim": 64}
+    sizes = {
+        "num_layers": 16,
+        "num_shared_layers": 8,
+        "hidden": 256,
+        "intermediate_size": 4096,
+        "heads": 4,
+        "kv_heads": 4,
+        "head_dim": 64,
+    }
     recipe = started_from(folder / "larger", vocab=32768, eps=1e-6, **sizes)
     ranks = run_ranks(4, start_memory, started_from(folder / "initial"), recipe)
     for peak, shard in (rank.value for rank in ranks):

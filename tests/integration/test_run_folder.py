@@ -24,9 +24,9 @@ PROMISED = {
 
 @pytest.fixture(scope="module")
 def run(make_recipe: MakeRecipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`python -m emma_train train` with sample pictures, then `report`."""
+    """`python -m emma_train train` with sample images, then `report`."""
     root = tmp_path_factory.mktemp("run")
-    sampling = {"steps": STEPS, "sample_from": str(ASSETS / "emoji" / "heldout_drawings"), "sample_num": 1}
+    sampling = {"steps": STEPS, "sample_from": str(ASSETS / "emoji" / "heldout_drawings"), "num_samples": 1}
     recipe = make_recipe(root, train={"save_every": 2, "log_every": 1, **sampling})
     run_command("train", str(recipe), "run.name=one")
     run_command("report", str(root / "one"))
@@ -47,11 +47,11 @@ def test_the_run_folder_has_every_promised_file(run: Path) -> None:
     assert (run / "checkpoints" / "latest").read_text().strip() == f"step-{STEPS:08d}"
     steps = sorted(path.name for path in (run / "checkpoints").glob("step-*"))
     assert steps == ["step-00000002", "step-00000004"]
-    pictures = list((run / "samples" / f"step-{STEPS:08d}").glob("*.png"))
-    assert pictures
-    for path in pictures:
-        with Image.open(path) as picture:
-            assert min(picture.size) >= 32
+    images = list((run / "samples" / f"step-{STEPS:08d}").glob("*.png"))
+    assert images
+    for path in images:
+        with Image.open(path) as image:
+            assert min(image.size) >= 32
 
 
 def test_metrics_have_the_promised_names_and_believable_values(run: Path) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from emma_train.checkpoint import dcp as store
 from emma_train.checkpoint import folder as folders
-from emma_train.checkpoint import store
 from emma_train.stages.stage import GROUPS, STAGES
 from tests.helpers import ASSETS
 from tests.integration.conftest import MakeRecipe

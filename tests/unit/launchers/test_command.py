@@ -4,7 +4,7 @@ import argparse
 
 import pytest
 
-from emma_train.config.errors import UserError
+from emma_train.errors import UserError
 from launchers import command
 from launchers.command import (
     LaunchOptions,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from emma_train.config.errors import UserError
+from emma_train.errors import UserError
 from launchers import slurm
 from launchers.command import LaunchOptions
 from launchers.slurm import launch, slurm_script

@@ -12,8 +12,8 @@ import pytest
 from emma_train.checkpoint import folder as folders
 from emma_train.checkpoint import verify
 from emma_train.checkpoint.retention import prune
-from emma_train.config.errors import UserError
 from emma_train.config.schema import TrainConfig
+from emma_train.errors import UserError
 from tests.unit.emma_train.checkpoint.folders import listed, names, truncate, write, write_frozen
 
 

@@ -14,7 +14,7 @@ from emma_train.checkpoint.saver import is_due
 from emma_train.checkpoint.staging import Staging
 from emma_train.checkpoint.state import state_of
 from emma_train.checkpoint.writer import plain
-from emma_train.engine.adam import adam_state
+from emma_train.engine.adam_state import adam_state
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from emma_train.config.check import CHOICES, POSITIVE, check_recipe, check_world, phases, samples_per_task
-from emma_train.config.errors import UserError
 from emma_train.config.schema import MixConfig
+from emma_train.errors import UserError
 from tests.helpers import tiny_recipe
 
 DEEPSPEED = {"engine__kind": "deepspeed"}
@@ -28,8 +28,8 @@ WRONG: list[tuple[dict[str, Any], tuple[str, ...]]] = [
         ("mix of phase b", "5:0:0", "10 would do"),
     ),
     ({"model__autoencoder__pixels": 16}, ("model.autoencoder.pixels is 16", "32")),
-    ({"model__decoder__shallow": 5}, ("model.decoder.shallow is 5", "layers (4)")),
-    ({"model__decoder__shallow": -1}, ("model.decoder.shallow is -1",)),
+    ({"model__decoder__num_shared_layers": 5}, ("model.decoder.num_shared_layers is 5", "num_layers (4)")),
+    ({"model__decoder__num_shared_layers": -1}, ("model.decoder.num_shared_layers is -1",)),
     ({"model__decoder__shared": ["q_proj", "q_norm"]}, ("'q_norm'", "k_proj")),
     ({"model__decoder__kv_heads": 3}, ("heads (4)", "kv_heads (3)")),
     ({"model__decoder__head_dim": 7}, ("head_dim is 7", "even")),

@@ -5,9 +5,9 @@ import sys
 import pytest
 import torch
 
-from emma_train.config.errors import UserError
 from emma_train.config.schema import EngineConfig
 from emma_train.engine.deepspeed import import_deepspeed, settings_of
+from emma_train.errors import UserError
 from tests.helpers import tiny_emma
 
 

@@ -5,9 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emma_train.config.errors import UserError
 from emma_train.engine.ulysses import divide
 from emma_train.engine.world import World, share_packs
+from emma_train.errors import UserError
 
 
 @given(st.integers(0, 40), st.integers(0, 40), st.integers(1, 6))
@@ -23,7 +23,7 @@ def test_every_row_has_one_rank_and_branches_stay_in_order(num_und: int, num_gen
 
 def test_ranks_that_share_a_pack_read_the_same() -> None:
     worlds = [share_packs(World(rank, 6, torch.device("cpu"), None), 2) for rank in range(6)]  # type: ignore[arg-type]
-    assert [(w.reader, w.readers) for w in worlds] == [(0, 3), (0, 3), (1, 3), (1, 3), (2, 3), (2, 3)]
+    assert [(w.dp_rank, w.dp_size) for w in worlds] == [(0, 3), (0, 3), (1, 3), (1, 3), (2, 3), (2, 3)]
     # Each pack was counted twice; what only one rank of a pair met counts too.
     assert worlds[0].of_packs([24.0, 0.0, 3.0]) == [12.0, 0.0, 2.0]
     with pytest.raises(UserError, match="engine.sequence_parallel is 4, which does not divide 6 processes"):

@@ -27,31 +27,31 @@ def test_the_semantic_half_is_normalised_and_the_latent_half_is_not() -> None:
 
 def test_references_take_time_0_and_targets_their_own() -> None:
     model, semantic, latent = gen_adapter(), torch.randn(3, SEMANTIC), torch.randn(7, LATENT)
-    out = model.forward_pictures(semantic, latent, torch.tensor([0.0, 0.2, 0.2, 0.9]))
+    out = model.forward_images(semantic, latent, torch.tensor([0.0, 0.2, 0.2, 0.9]))
     time_0 = time_features(torch.zeros(1), 16)
     shift_0 = model.time_fc2(torch.nn.functional.silu(model.time_fc1(time_0)))
     torch.testing.assert_close(out[:3], model(semantic, latent[:3]) + shift_0)
-    again = model.forward_pictures(semantic, latent, torch.tensor([0.0, 0.2, 0.7, 0.9]))
+    again = model.forward_images(semantic, latent, torch.tensor([0.0, 0.2, 0.7, 0.9]))
     assert ((out != again).any(-1)).tolist() == [False] * 5 + [True, False]
 
 
-def test_a_target_shows_its_latent_and_the_placeholder_instead_of_a_clean_picture() -> None:
+def test_a_target_shows_its_latent_and_the_placeholder_instead_of_a_clean_image() -> None:
     model, latent, time = gen_adapter(), torch.randn(4, LATENT), torch.full((4,), 0.5)
     nothing = torch.zeros(0, SEMANTIC)
-    out = model.forward_pictures(nothing, latent, time)
+    out = model.forward_images(nothing, latent, time)
     assert out.shape == (4, HIDDEN) and len(torch.unique(out, dim=0)) == 4
-    same = model.forward_pictures(nothing, latent[:1].expand(4, -1), time)
+    same = model.forward_images(nothing, latent[:1].expand(4, -1), time)
     assert len(torch.unique(same, dim=0)) == 1
     with torch.no_grad():
         model.placeholder += 1.0
-    assert ((model.forward_pictures(nothing, latent, time) - out).abs().amax(-1) > 1e-3).all()
+    assert ((model.forward_images(nothing, latent, time) - out).abs().amax(-1) > 1e-3).all()
 
 
 def test_the_placeholder_learns_from_targets_alone() -> None:
     model = gen_adapter()
-    model.forward_pictures(torch.randn(3, SEMANTIC), torch.randn(3, LATENT), torch.zeros(0)).sum().backward()
+    model.forward_images(torch.randn(3, SEMANTIC), torch.randn(3, LATENT), torch.zeros(0)).sum().backward()
     assert model.placeholder.grad is not None and not model.placeholder.grad.any()
-    model.forward_pictures(torch.zeros(0, SEMANTIC), torch.randn(3, LATENT), torch.rand(3)).sum().backward()
+    model.forward_images(torch.zeros(0, SEMANTIC), torch.randn(3, LATENT), torch.rand(3)).sum().backward()
     assert model.placeholder.grad.any()
 
 
@@ -63,7 +63,7 @@ def test_time_features_are_sines_of_a_thousand_times_t() -> None:
     assert features[0].tolist() == [1.0] * 4 + [0.0] * 4
 
 
-def test_2d_positions_are_distinct_bounded_and_the_same_in_every_picture() -> None:
+def test_2d_positions_are_distinct_bounded_and_the_same_in_every_image() -> None:
     table = position_2d([(32, 32)], 64, torch.device("cpu"))
     assert table.shape == (1024, 64) and table.abs().max() <= 1
     distance = torch.cdist(table.double(), table.double()) + 10 * torch.eye(1024)

@@ -12,18 +12,18 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.nn.attention import flex_attention
 
-from emma_train.config.errors import UserError
+from emma_train.errors import UserError
 from emma_train.model import flex
 from emma_train.model.attention import (
     AttentionPlan,
     MaskPlan,
     attention,
-    choose,
+    build_plan,
     hybrid_mask,
-    prepare,
     prepare_masks,
     rotary,
     rotary_tables,
+    select_backend,
 )
 from emma_train.sequence.pack import PackedBatch, pack
 from tests.helpers import i2t_sample, random_sample, t2i_sample
@@ -90,7 +90,7 @@ def gradients(batch: PackedBatch, seed: int, plan: AttentionPlan) -> list[Tensor
 def test_spans_and_dense_agree_in_value_and_gradient(seed: int) -> None:
     batch = random_pack(seed)
     expected = gradients(batch, seed, MaskPlan(hybrid_mask(batch)))
-    for got, want in zip(gradients(batch, seed, prepare(batch, backend="flash")), expected, strict=True):
+    for got, want in zip(gradients(batch, seed, build_plan(batch, backend="flash")), expected, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=5e-6)
 
 
@@ -100,7 +100,7 @@ def test_flex_and_dense_agree_in_value_and_gradient(seed: int) -> None:
     batch = random_pack(seed)
     # torch refuses flex's backward on a CPU by a check alone; uncompiled, it is the same mathematics.
     with patch.object(flex_attention, "_validate_device"), patch.object(flex, "_compiled", lambda: FLEX):
-        got = gradients(batch, seed, prepare(batch, backend="flex"))
+        got = gradients(batch, seed, build_plan(batch, backend="flex"))
     for mine, want in zip(got, gradients(batch, seed, MaskPlan(hybrid_mask(batch))), strict=True):
         torch.testing.assert_close(mine, want, rtol=1e-5, atol=5e-6)
 
@@ -113,7 +113,7 @@ def test_fifty_packs_run_one_compiled_flex_kernel() -> None:
         batch = pack([random_sample(rng, f"s{i}") for i in range(int(rng.integers(1, 20)))])
         q, k, v = (torch.randn(batch.num_tokens, heads, 16) for heads in (HEADS, KV_HEADS, KV_HEADS))
         with torch.no_grad():
-            got = attention(q, k, v, prepare(batch, backend="flex"))
+            got = attention(q, k, v, build_plan(batch, backend="flex"))
         torch.testing.assert_close(got, attention(q, k, v, MaskPlan(hybrid_mask(batch))), rtol=1e-5, atol=5e-6)
         sizes.add(batch.num_tokens)
     assert len(sizes) > 40
@@ -122,16 +122,16 @@ def test_fifty_packs_run_one_compiled_flex_kernel() -> None:
 
 def test_a_recipe_s_backend_becomes_one_that_runs_there_or_an_error() -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert [choose("auto", device, torch.bfloat16) for device in (cpu, cuda)] == ["sdpa", "flash"]
-    assert choose("auto", cuda, torch.float32) == "flex"
-    assert choose("sdpa", cuda, torch.bfloat16) == "sdpa"
+    assert [select_backend("auto", device, torch.bfloat16) for device in (cpu, cuda)] == ["sdpa", "flash"]
+    assert select_backend("auto", cuda, torch.float32) == "flex"
+    assert select_backend("sdpa", cuda, torch.bfloat16) == "sdpa"
     for backend, device, dtype in (
         ("flash", cpu, torch.bfloat16),
         ("flex", cpu, torch.float32),
         ("flash", cuda, torch.float32),
     ):
         with pytest.raises(UserError, match=f"attention.backend={backend} .*attention.backend=auto"):
-            choose(backend, device, dtype)
+            select_backend(backend, device, dtype)
 
 
 def test_prepare_takes_the_cheaper_form() -> None:
@@ -185,8 +185,8 @@ def test_a_pack_equals_its_samples_one_by_one(seed: int) -> None:
     samples = [random_sample(rng, f"s{i}") for i in range(3)]
     batch = pack(samples)
     q, k, v = (torch.randn(batch.num_tokens, heads, DIM) for heads in (HEADS, KV_HEADS, KV_HEADS))
-    together = attention(q, k, v, prepare(batch))
+    together = attention(q, k, v, build_plan(batch))
     for index, sample in enumerate(samples):
         mine = batch.sample == index
-        alone = attention(q[mine], k[mine], v[mine], prepare(pack([sample])))
+        alone = attention(q[mine], k[mine], v[mine], build_plan(pack([sample])))
         torch.testing.assert_close(together[mine], alone, rtol=1e-6, atol=1e-6)

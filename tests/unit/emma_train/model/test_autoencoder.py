@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from emma_train.config.errors import UserError
 from emma_train.config.schema import AutoencoderConfig
+from emma_train.errors import UserError
 from emma_train.model.autoencoder import Autoencoder, fingerprint
-from tests.helpers import ASSETS, picture
+from tests.helpers import ASSETS, make_image
 
 FOLDER = ASSETS / "autoencoder"
 CPU = torch.device("cpu")
@@ -21,9 +21,9 @@ def autoencoder() -> Autoencoder:
     return Autoencoder(AutoencoderConfig(path=str(FOLDER), chunk=2), CPU)
 
 
-def test_pictures_of_mixed_sizes_come_back_in_their_order(autoencoder: Autoencoder) -> None:
+def test_images_of_mixed_sizes_come_back_in_their_order(autoencoder: Autoencoder) -> None:
     grids = [(2, 2), (1, 3), (2, 2), (3, 1), (2, 2), (1, 3)]
-    images = [torch.from_numpy(picture(*grid, seed=i)) for i, grid in enumerate(grids)]
+    images = [torch.from_numpy(make_image(*grid, seed=i)) for i, grid in enumerate(grids)]
     together = autoencoder.encode(images)
     assert [tuple(x.shape) for x in together] == [(r * c, 32) for r, c in grids]
     for image, latent in zip(images, together, strict=True):
@@ -33,14 +33,14 @@ def test_pictures_of_mixed_sizes_come_back_in_their_order(autoencoder: Autoencod
 
 
 def test_latents_are_in_raster_order(autoencoder: Autoencoder) -> None:
-    image = torch.from_numpy(picture(4, 6))
+    image = torch.from_numpy(make_image(4, 6))
     changed = image.clone()
     changed[3 * 32 + 8 : 3 * 32 + 24, 32 + 8 : 32 + 24] = 255 - changed[3 * 32 + 8 : 3 * 32 + 24, 32 + 8 : 32 + 24]
     before, after = autoencoder.encode([image])[0], autoencoder.encode([changed])[0]
     assert int((after - before).norm(dim=1).argmax()) == 3 * 6 + 1
 
 
-def test_a_decoded_picture_is_uint8_of_the_latents_size(autoencoder: Autoencoder) -> None:
+def test_a_decoded_image_is_uint8_of_the_latents_size(autoencoder: Autoencoder) -> None:
     made = autoencoder.decode(torch.randn(6, 32), 2, 3)
     assert made.shape == (64, 96, 3) and made.dtype == torch.uint8
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from emma_train.model.cache import Cache
-from emma_train.sequence.layout import Text
+from emma_train.sequence.layout import TextSegment
 from emma_train.sequence.pack import PackedBatch, Sample, continued, pack
 from tests.helpers import clone_sample, random_sample, scaled_latents, t2i_sample, tiny_emma
 
@@ -40,8 +40,8 @@ def test_a_continued_pack_is_the_whole_one(seed: int) -> None:
     samples = [random_sample(rng, f"s{i}") for i in range(int(rng.integers(1, 4)))]
     for sample in samples:
         # Something for three packs each, and no labels: their predictors may stand in the pack before.
-        sample.segments += [Text((7, 8)), Text((9,))]
-        sample.segments = [Text(s.ids) if isinstance(s, Text) else s for s in sample.segments]
+        sample.segments += [TextSegment((7, 8)), TextSegment((9,))]
+        sample.segments = [TextSegment(s.ids) if isinstance(s, TextSegment) else s for s in sample.segments]
     cuts = [[0, *sorted(rng.choice(np.arange(1, len(s.segments)), 2, replace=False)), len(s.segments)] for s in samples]
     cache = Cache(len(samples), max(s.num_tokens for s in samples) + 3)
     want, got = run(pack(samples)), {}
@@ -69,5 +69,5 @@ def test_a_target_replaces_the_one_before_it() -> None:
 
 
 def test_continued_packs_start_where_their_samples_stopped() -> None:
-    batch = continued(pack([Sample(k, "i2t", [Text((1, 2))], {}) for k in "ab"]), [3, 10])
+    batch = continued(pack([Sample(k, "i2t", [TextSegment((1, 2))], {}) for k in "ab"]), [3, 10])
     assert batch.position.tolist() == [3, 4, 10, 11] == batch.limit.tolist()

@@ -18,8 +18,10 @@ QWEN_NAMES = {
 }
 
 
-def decoder(shared: list[str], shallow: int = 2, tied: bool = True, seed: int = 0) -> Decoder:
-    model = Decoder(DecoderConfig(**{**DECODER, "shared": shared, "shallow": shallow, "tied": tied}))
+def decoder(shared: list[str], num_shared_layers: int = 2, tied: bool = True, seed: int = 0) -> Decoder:
+    model = Decoder(
+        DecoderConfig(**{**DECODER, "shared": shared, "num_shared_layers": num_shared_layers, "tied": tied})
+    )
     randomise(model, seed)
     return model
 
@@ -32,8 +34,8 @@ def qwen(model: Decoder, branch: str) -> Qwen3ForCausalLM:
         Qwen3Config(
             vocab_size=config.vocab,
             hidden_size=config.hidden,
-            intermediate_size=config.mlp,
-            num_hidden_layers=config.layers,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_layers,
             num_attention_heads=config.heads,
             num_key_value_heads=config.kv_heads,
             head_dim=config.head_dim,
@@ -65,12 +67,14 @@ def logits(model: Decoder, ids: torch.Tensor, num_und: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("branch", ["und", "gen"])
 @pytest.mark.parametrize(
-    ("shared", "shallow", "tied"),
+    ("shared", "num_shared_layers", "tied"),
     [(EVERYTHING, 4, True), ([], 2, True), (["q_proj", "k_proj"], 2, True), (["mlp"], 3, False)],
     ids=["dense", "decoupled", "default", "untied"],
 )
-def test_text_in_either_branch_gives_qwen3s_logits(branch: str, shared: list[str], shallow: int, tied: bool) -> None:
-    model = decoder(shared, shallow, tied)
+def test_text_in_either_branch_gives_qwen3s_logits(
+    branch: str, shared: list[str], num_shared_layers: int, tied: bool
+) -> None:
+    model = decoder(shared, num_shared_layers, tied)
     ids = torch.randint(0, 1024, (40,), generator=torch.Generator().manual_seed(1))
     got = logits(model, ids, len(ids) if branch == "und" else 0)
     with torch.no_grad():
@@ -100,10 +104,14 @@ def test_branches_with_their_own_weights_differ() -> None:
 
 def test_the_default_shares_exactly_queries_and_keys_of_the_first_layers() -> None:
     config = DecoderConfig(**DECODER)
-    assert (DecoderConfig().shared, DecoderConfig().shallow, DecoderConfig().layers) == (["q_proj", "k_proj"], 18, 36)
+    assert (DecoderConfig().shared, DecoderConfig().num_shared_layers, DecoderConfig().num_layers) == (
+        ["q_proj", "k_proj"],
+        18,
+        36,
+    )
     model = Decoder(config)
     for index, layer in enumerate(model.layers):
-        shared = {"q_proj", "k_proj", "q_norm", "k_norm"} if index < config.shallow else set()
+        shared = {"q_proj", "k_proj", "q_norm", "k_norm"} if index < config.num_shared_layers else set()
         assert set(layer.shared) == shared
         assert set(layer.und) == set(layer.gen)
         assert set(layer.und) | shared == set(QWEN_NAMES) and not set(layer.und) & shared
@@ -113,7 +121,7 @@ def test_the_default_shares_exactly_queries_and_keys_of_the_first_layers() -> No
 
 
 def test_the_full_list_is_one_dense_network() -> None:
-    model = decoder(EVERYTHING, shallow=4)
+    model = decoder(EVERYTHING, num_shared_layers=4)
     assert not [name for name, _ in model.named_parameters() if ".und." in name or ".gen." in name]
     ids = torch.arange(20)
     assert torch.equal(logits(model, ids, 20), logits(model, ids, 0))

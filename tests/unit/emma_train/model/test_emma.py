@@ -93,7 +93,7 @@ def test_a_cached_latent_gives_what_an_encoded_one_gives() -> None:
     model, samples = tiny_emma().eval(), mixed_samples()
     cached = pack(samples)
     latents = scaled_latents(cached)
-    samples[0].pictures["img0"].latent = None
+    samples[0].images["img0"].latent = None
     online, time = pack(samples), torch.full((cached.counts[3],), 0.5)
     assert online.latents is None and len(online.patches) > len(cached.patches)
     with torch.no_grad():
@@ -119,7 +119,7 @@ def test_routing_alone_gives_the_logits_of_the_whole_forward() -> None:
     assert model.route(batch).shape == (4, 2)
 
 
-def test_expert_tuning_sends_stem_pictures_alone_to_the_stem_expert() -> None:
+def test_expert_tuning_sends_stem_images_alone_to_the_stem_expert() -> None:
     batch = pack([i2t_sample("a", stem=1), i2t_sample("b", stem=0), i2t_sample("c"), it2i_sample("e")])
     assert batch.stem.tolist() == [1, 0, -1]
     assert training_experts(batch) == [1, 0, 0, 0]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from emma_train.model.emma import Emma
-from emma_train.sequence.layout import Role, Text
+from emma_train.sequence.layout import Role, TextSegment
 from emma_train.sequence.pack import PackedBatch, Sample, pack
 from tests.helpers import i2t_sample, it2i_sample, scaled_latents, t2i_sample, tiny_emma
 
@@ -31,8 +31,8 @@ def sees(samples: list[Sample]) -> Tensor:
     tokens = []
     for index, sample in enumerate(samples):
         for number, segment in enumerate(sample.segments):
-            group = 0 if isinstance(segment, Text) else int(segment.role)
-            grid = (len(segment.ids), 1) if isinstance(segment, Text) else sample.pictures[segment.name].grid
+            group = 0 if isinstance(segment, TextSegment) else int(segment.role)
+            grid = (len(segment.ids), 1) if isinstance(segment, TextSegment) else sample.images[segment.name].grid
             tokens += [(group, index, number, place) for place in range(grid[0] * grid[1])]
     tokens.sort(key=lambda token: token[0])
 
@@ -81,8 +81,8 @@ def test_a_changed_token_moves_exactly_those_that_may_see_it(model: Emma, name: 
         assert torch.equal(moved(before, after), expected[:, token]), f"token {token} of {name}"
 
 
-def test_an_understanding_picture_is_causal_and_a_picture_of_generation_is_full(model: Emma) -> None:
-    # The same claim in the words of emma.md, on the hidden states of two pictures of 2 x 3.
+def test_an_understanding_image_is_causal_and_an_image_of_generation_is_full(model: Emma) -> None:
+    # The same claim in the words of emma.md, on the hidden states of two images of 2 x 3.
     for sample, role in ((i2t_sample("q", [(2, 3)]), 1), (t2i_sample("p", (2, 3)), 3), (it2i_sample("e", (2, 3)), 2)):
         batch = pack([sample])
         start = sum(batch.counts[:role])
@@ -103,14 +103,14 @@ def test_the_target_and_its_time_do_not_leak_to_reference_and_text(model: Emma) 
         assert moved(before, after).tolist() == [False] * (batch.num_tokens - 6) + [True] * 6
 
 
-def test_a_changed_patch_stays_within_its_picture_and_what_follows_it(model: Emma) -> None:
+def test_a_changed_patch_stays_within_its_image_and_what_follows_it(model: Emma) -> None:
     samples = [i2t_sample("q", [(2, 2), (2, 2)]), i2t_sample("r"), it2i_sample("e")]
     batch = pack(samples)
     latents, time = scaled_latents(batch), torch.full((batch.counts[3],), 0.5)
     before, expected = states(model, batch, latents, time), sees(samples)
-    batch.patches[16 + 15] = 255 - batch.patches[16 + 15]  # last patch of the second picture of q
+    batch.patches[16 + 15] = 255 - batch.patches[16 + 15]  # last patch of the second image of q
     after = moved(before, states(model, batch, latents, time))
-    first = batch.counts[0] + 4  # its vision encoder is full, so the picture's first token moves already
+    first = batch.counts[0] + 4  # its vision encoder is full, so the image's first token moves already
     assert torch.equal(after, expected[:, first])
 
 

@@ -10,7 +10,7 @@ from transformers import SiglipVisionConfig, SiglipVisionModel
 from emma_train.config.schema import VisionConfig
 from emma_train.model.vision import STEM, VERSATILE, VisionEncoder, resize_matrix
 from emma_train.sequence.geometry import to_patches
-from tests.helpers import PATCH, SHUFFLE, VISION, block_order, picture, randomise
+from tests.helpers import PATCH, SHUFFLE, VISION, block_order, make_image, randomise
 
 Grid = tuple[int, int]
 
@@ -26,10 +26,10 @@ def siglip(model: VisionEncoder) -> SiglipVisionModel:
     reference = SiglipVisionModel(
         SiglipVisionConfig(
             hidden_size=config.hidden,
-            intermediate_size=config.mlp,
-            num_hidden_layers=config.layers,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_layers,
             num_attention_heads=config.heads,
-            image_size=config.table * config.patch,
+            image_size=config.position_grid * config.patch,
             patch_size=config.patch,
             layer_norm_eps=config.eps,
             hidden_act="gelu_pytorch_tanh",
@@ -50,13 +50,13 @@ def patches_of(images: list[np.ndarray]) -> Tensor:
     return torch.from_numpy(patches).float() / 127.5 - 1.0
 
 
-def pictures(grids: list[Grid]) -> Tensor:
-    return patches_of([picture(*grid, seed=index) for index, grid in enumerate(grids)])
+def noise_patches(grids: list[Grid]) -> Tensor:
+    return patches_of([make_image(*grid, seed=index) for index, grid in enumerate(grids)])
 
 
 @pytest.mark.parametrize("grid", [(2, 2), (2, 3), (4, 4), (1, 5), (3, 1), (1, 1), (1, 64), (8, 8)])
 def test_equals_siglip_at_the_tables_size_and_interpolated_at_others(grid: Grid) -> None:
-    model, image = encoder(), picture(*grid)
+    model, image = encoder(), make_image(*grid)
     pixel_values = torch.from_numpy(image).permute(2, 0, 1)[None].float() / 127.5 - 1.0
     with torch.no_grad():
         got = model(patches_of([image]), [grid]).features
@@ -69,7 +69,7 @@ def test_equals_siglip_at_the_tables_size_and_interpolated_at_others(grid: Grid)
 
 def test_layers_are_those_of_siglip_to_the_last_bit_at_the_tables_size() -> None:
     """From the embedding on: a convolution adds up the pixels of a patch in another order than a projection."""
-    model, patches, grid = encoder(), patches_of([picture(2, 2)]), [(2, 2)]
+    model, patches, grid = encoder(), patches_of([make_image(2, 2)]), [(2, 2)]
     with torch.no_grad():
         embedded, reference = model._embed(patches, grid), siglip(model)
         want = reference.post_layernorm(reference.encoder(inputs_embeds=embedded[None]).last_hidden_state)[0]
@@ -84,7 +84,7 @@ def test_positions_are_the_interpolated_table_and_so_is_their_gradient(grid: Gri
     """At 32 x 32, as public checkpoints have it; the table's own size is left as it is, to the last bit."""
     rows, columns = grid[0] * SHUFFLE, grid[1] * SHUFFLE
     for side in (4, 32):
-        model = encoder(table=side)
+        model = encoder(position_grid=side)
         table, direction = model.position_embedding.weight, torch.randn(rows * columns, VISION["hidden"])
         square = table.view(1, side, side, -1).permute(0, 3, 1, 2)
         want = F.interpolate(square, (rows, columns), mode="bicubic", align_corners=False)[0].flatten(1).T
@@ -100,16 +100,16 @@ def test_what_is_kept_of_a_size_outlives_a_step_and_the_weights_do_not() -> None
     model, grids = encoder(), [(3, 5), (2, 3), (3, 5)]
     resize_matrix.cache_clear()
     with torch.no_grad():
-        model(pictures(grids), grids)
+        model(noise_patches(grids), grids)
         made = resize_matrix.cache_info().misses
         assert made == 3  # of 6, 10 and 4 patches
         model.position_embedding.weight.mul_(-1.0).add_(0.3)
-        moved = model(pictures(grids), grids).features
+        moved = model(noise_patches(grids), grids).features
         assert resize_matrix.cache_info().misses == made
         resize_matrix.cache_clear()
-        assert torch.equal(model(pictures(grids), grids).features, moved)
+        assert torch.equal(model(noise_patches(grids), grids).features, moved)
         model.position_embedding.weight.sub_(0.3).mul_(-1.0)
-        assert float((model(pictures(grids), grids).features - moved).abs().max()) > 0.1
+        assert float((model(noise_patches(grids), grids).features - moved).abs().max()) > 0.1
 
 
 def test_block_order_is_that_of_to_patches() -> None:
@@ -122,13 +122,13 @@ def test_block_order_is_that_of_to_patches() -> None:
 @pytest.mark.parametrize(
     "grids", [[(2, 2), (1, 3), (2, 2), (3, 2)], [(2, 2)] * 3, [(1, 4), (2, 2)], [(1, 1), (1, 32), (8, 4)]]
 )
-def test_pictures_of_one_call_are_as_if_alone(grids: list[Grid]) -> None:
+def test_images_of_one_call_are_as_if_alone(grids: list[Grid]) -> None:
     model = encoder(router=True)
     with torch.no_grad():
-        together = model(pictures(grids), grids)
+        together = model(noise_patches(grids), grids)
         start = 0
         for index, (rows, columns) in enumerate(grids):
-            alone = model(patches_of([picture(rows, columns, seed=index)]), [(rows, columns)])
+            alone = model(patches_of([make_image(rows, columns, seed=index)]), [(rows, columns)])
             part = together.features[start : start + rows * columns]
             torch.testing.assert_close(part, alone.features, rtol=0, atol=1e-5)
             assert together.router_logits is not None and alone.router_logits is not None
@@ -149,18 +149,18 @@ def test_a_cloned_expert_changes_nothing_to_the_last_bit(experts: list[int]) -> 
     grids = [(2, 2)] * 3
     plain, expert = encoder(), with_clone(encoder(stem_expert=True))
     with torch.no_grad():
-        before = plain(pictures(grids), grids).features
-        assert torch.equal(expert(pictures(grids), grids, experts).features, before)
-        assert torch.equal(expert(pictures(grids), grids).features, before)
+        before = plain(noise_patches(grids), grids).features
+        assert torch.equal(expert(noise_patches(grids), grids, experts).features, before)
+        assert torch.equal(expert(noise_patches(grids), grids).features, before)
 
 
-def test_routing_sends_each_picture_through_its_expert_alone() -> None:
+def test_routing_sends_each_image_through_its_expert_alone() -> None:
     grids = [(2, 2), (1, 3), (2, 2), (2, 3)]
     model = encoder(stem_expert=True)
     with torch.no_grad():
-        versatile = model(pictures(grids), grids, [VERSATILE] * 4).features
-        stem = model(pictures(grids), grids, [STEM] * 4).features
-        mixed = model(pictures(grids), grids, [VERSATILE, STEM, STEM, VERSATILE]).features
+        versatile = model(noise_patches(grids), grids, [VERSATILE] * 4).features
+        stem = model(noise_patches(grids), grids, [STEM] * 4).features
+        mixed = model(noise_patches(grids), grids, [VERSATILE, STEM, STEM, VERSATILE]).features
     parts = [x.split([4, 3, 4, 6]) for x in (mixed, versatile, stem)]
     for index, expert in enumerate([1, 2, 2, 1]):
         torch.testing.assert_close(parts[0][index], parts[expert][index], rtol=0, atol=1e-5)
@@ -169,29 +169,29 @@ def test_routing_sends_each_picture_through_its_expert_alone() -> None:
 
 def test_the_router_decides_by_probability_over_the_threshold() -> None:
     logits = torch.tensor([[0.0, 0.1], [0.1, 0.0], [0.0, 0.0], [0.0, 3.0]])
-    assert encoder(stem_expert=True, router=True).choose(logits, 4) == [STEM, VERSATILE, VERSATILE, STEM]
+    assert encoder(stem_expert=True, router=True).choose_experts(logits, 4) == [STEM, VERSATILE, VERSATILE, STEM]
     strict = encoder(stem_expert=True, router=True, stem_threshold=0.9)
-    assert strict.choose(logits, 4) == [VERSATILE, VERSATILE, VERSATILE, STEM]
-    assert encoder(stem_expert=True).choose(None, 2) == [VERSATILE, VERSATILE]
+    assert strict.choose_experts(logits, 4) == [VERSATILE, VERSATILE, VERSATILE, STEM]
+    assert encoder(stem_expert=True).choose_experts(None, 2) == [VERSATILE, VERSATILE]
 
 
 def test_the_forward_follows_the_router() -> None:
     grids = [(2, 2), (1, 3), (2, 2), (2, 3)]
     model = encoder(stem_expert=True, router=True)
     with torch.no_grad():
-        logits = model(pictures(grids), grids).router_logits
+        logits = model(noise_patches(grids), grids).router_logits
         assert logits is not None
         model.router.fc2.bias[STEM] += logits[:, VERSATILE].sub(logits[:, STEM]).median() + 1e-3
-        free = model(pictures(grids), grids)
-        chosen = model.choose(free.router_logits, 4)
+        free = model(noise_patches(grids), grids)
+        chosen = model.choose_experts(free.router_logits, 4)
         assert set(chosen) == {VERSATILE, STEM}
-        assert torch.equal(free.features, model(pictures(grids), grids, chosen).features)
-        route_only = model(pictures(grids), grids, route_only=True)
+        assert torch.equal(free.features, model(noise_patches(grids), grids, chosen).features)
+        route_only = model(noise_patches(grids), grids, route_only=True)
         assert torch.equal(route_only.router_logits, free.router_logits) and not len(route_only.features)
 
 
 @pytest.mark.parametrize("experts", [False, True])
-def test_a_pack_without_pictures_keeps_every_parameter_in_the_graph(experts: bool) -> None:
+def test_a_pack_without_images_keeps_every_parameter_in_the_graph(experts: bool) -> None:
     model = encoder(stem_expert=experts, router=experts)
     output = model(torch.zeros(0, PATCH * PATCH * 3), [])
     assert output.features.shape == (0, SHUFFLE**2 * model.config.hidden)
@@ -201,10 +201,10 @@ def test_a_pack_without_pictures_keeps_every_parameter_in_the_graph(experts: boo
         assert parameter.grad is not None and not parameter.grad.any(), name
 
 
-def test_an_expert_without_pictures_has_zero_gradients() -> None:
+def test_an_expert_without_images_has_zero_gradients() -> None:
     grids = [(2, 2), (1, 3)]
     model = encoder(stem_expert=True)
-    model(pictures(grids), grids, [VERSATILE, VERSATILE]).features.square().sum().backward()
+    model(noise_patches(grids), grids, [VERSATILE, VERSATILE]).features.square().sum().backward()
     assert model.stem_layers is not None
     assert all(p.grad is not None and not p.grad.any() for p in model.stem_layers.parameters())
     assert all(p.grad is not None and p.grad.any() for p in model.layers[-1].parameters() if p.ndim > 1)

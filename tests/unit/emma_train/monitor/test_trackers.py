@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from emma_train.config.errors import UserError
+from emma_train.errors import UserError
 from emma_train.monitor.trackers import JsonlTracker, Trackers, WandbTracker, make_trackers, read_jsonl
 
 
@@ -103,12 +103,12 @@ def test_wandb_runs_offline_and_holds_what_was_logged(tmp_path: Path, monkeypatc
     pytest.importorskip("wandb")
     for name in ("WANDB_MODE", "WANDB_API_KEY"):
         monkeypatch.delenv(name, raising=False)
-    picture = tmp_path / "a.png"
-    Image.new("RGB", (8, 8), "red").save(picture)
+    image = tmp_path / "a.png"
+    Image.new("RGB", (8, 8), "red").save(image)
     first = WandbTracker(tmp_path, "emma", "stage1", {"train": {"steps": 2}}, group="demo")
     assert first.run_id
     first.log(1, {"loss": 2.0, "data/digest": "ab"})
-    first.images(1, "samples", [picture], ["a red square"])
+    first.images(1, "samples", [image], ["a red square"])
     first.finish(0)
     time.sleep(1.1)  # W&B names an offline folder by the second
     again = WandbTracker(tmp_path, "emma", "stage1", {}, run_id=first.run_id)

@@ -5,15 +5,15 @@ import math
 import torch
 
 from emma_train.config.schema import FlowConfig
-from emma_train.objectives.flow import draw_noise, draw_time, noised, shift, velocity_loss
+from emma_train.objectives.flow import add_noise, draw_noise, draw_time, shift, velocity_loss
 from emma_train.sequence.pack import pack
 from tests.helpers import CHANNELS, i2t_sample, it2i_sample, mixed_samples, scaled_latents, t2i_sample
 
 
-def test_x_t_is_the_line_from_picture_to_noise_and_velocity_its_slope() -> None:
+def test_x_t_is_the_line_from_image_to_noise_and_velocity_its_slope() -> None:
     batch = pack(mixed_samples())
     latents = scaled_latents(batch)
-    out, num = noised(batch, latents, FlowConfig()), batch.counts[3]
+    out, num = add_noise(batch, latents, FlowConfig()), batch.counts[3]
     clean, x_t, time = latents[-num:], out.latents[-num:], out.time[:, None]
     noise = draw_noise(batch, CHANNELS)
     torch.testing.assert_close(x_t, (1 - time) * clean + time * noise)
@@ -23,9 +23,9 @@ def test_x_t_is_the_line_from_picture_to_noise_and_velocity_its_slope() -> None:
     assert torch.equal(out.latents[:-num], latents[:-num])
 
 
-def test_a_picture_has_one_time_and_each_its_own() -> None:
+def test_an_image_has_one_time_and_each_its_own() -> None:
     batch = pack([t2i_sample("a"), t2i_sample("b", (2, 3)), it2i_sample("c")])
-    time = noised(batch, scaled_latents(batch), FlowConfig()).time
+    time = add_noise(batch, scaled_latents(batch), FlowConfig()).time
     parts = time.split([4, 6, 4])
     assert all(len(part.unique()) == 1 for part in parts) and len(time.unique()) == 3
 

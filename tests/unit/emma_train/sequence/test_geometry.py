@@ -1,4 +1,4 @@
-"""Sizes of pictures, and patches in block order."""
+"""Sizes of images, and patches in block order."""
 
 import math
 
@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from emma_train.config.schema import ImageConfig
-from emma_train.sequence.geometry import buckets, from_patches, picture_size, to_patches
+from emma_train.sequence.geometry import buckets, from_patches, image_size, to_patches
 
 sides = st.integers(1, 4)
 
@@ -59,9 +59,9 @@ def test_bucket_counts_by_size(side: int, count: int) -> None:
 
 
 @given(st.integers(1, 8000), st.integers(1, 8000))
-def test_a_picture_goes_to_the_bucket_of_the_nearest_aspect(width: int, height: int) -> None:
+def test_an_image_goes_to_the_bucket_of_the_nearest_aspect(width: int, height: int) -> None:
     image = ImageConfig(mode="buckets", side=1024)
-    chosen = picture_size(width, height, image, 32)
+    chosen = image_size(width, height, image, 32)
 
     def far(hw: tuple[int, int]) -> float:
         return abs(math.log(hw[1] / hw[0] * height / width))
@@ -70,12 +70,12 @@ def test_a_picture_goes_to_the_bucket_of_the_nearest_aspect(width: int, height: 
 
 
 def test_square_mode_has_one_size() -> None:
-    assert {picture_size(w, h, ImageConfig(side=512), 32) for w, h in ((1, 1), (4000, 30), (512, 512))} == {(512, 512)}
+    assert {image_size(w, h, ImageConfig(side=512), 32) for w, h in ((1, 1), (4000, 30), (512, 512))} == {(512, 512)}
 
 
 @given(st.integers(1, 20000), st.integers(1, 20000), st.integers(1, 512))
 def test_native_sides_are_multiples_under_the_cap(width: int, height: int, cap: int) -> None:
-    high, wide = picture_size(width, height, ImageConfig(mode="native", max_tokens=cap), 32)
+    high, wide = image_size(width, height, ImageConfig(mode="native", max_tokens=cap), 32)
     rows, columns = high // 32, wide // 32
     assert (high % 32, wide % 32) == (0, 0) and rows >= 1 and columns >= 1 and rows * columns <= cap
     plain = max(1, round(height / 32)), max(1, round(width / 32))
@@ -88,31 +88,31 @@ def test_native_sides_are_multiples_under_the_cap(width: int, height: int, cap: 
 
 def test_the_native_cap_keeps_the_aspect_and_uses_the_budget() -> None:
     image = ImageConfig(mode="native", max_tokens=1024)
-    assert picture_size(2048, 2048, image, 32) == (1024, 1024)
-    assert picture_size(4096, 1024, image, 32) == (512, 2048)
-    assert picture_size(640, 480, image, 32) == (480, 640)
-    assert picture_size(500, 49, image, 32) == (64, 512)
-    assert picture_size(200000, 32, image, 32) == (32, 32768)
-    assert picture_size(5, 5, image, 32) == (32, 32)
+    assert image_size(2048, 2048, image, 32) == (1024, 1024)
+    assert image_size(4096, 1024, image, 32) == (512, 2048)
+    assert image_size(640, 480, image, 32) == (480, 640)
+    assert image_size(500, 49, image, 32) == (64, 512)
+    assert image_size(200000, 32, image, 32) == (32, 32768)
+    assert image_size(5, 5, image, 32) == (32, 32)
 
 
 NATIVE = ImageConfig(mode="native", max_tokens=1024)
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(32, 32), (16, 64), (1, 1024), (1024, 1), (2, 512)])
-def test_a_picture_at_the_cap_is_left_as_it_is_and_one_row_more_is_not(rows: int, columns: int) -> None:
-    assert picture_size(columns * 32, rows * 32, NATIVE, 32) == (rows * 32, columns * 32)
-    assert picture_size(columns * 32 + 15, rows * 32 + 15, NATIVE, 32) == (rows * 32, columns * 32)
-    high, wide = picture_size(columns * 32, rows * 32 + 32, NATIVE, 32)
+def test_an_image_at_the_cap_is_left_as_it_is_and_one_row_more_is_not(rows: int, columns: int) -> None:
+    assert image_size(columns * 32, rows * 32, NATIVE, 32) == (rows * 32, columns * 32)
+    assert image_size(columns * 32 + 15, rows * 32 + 15, NATIVE, 32) == (rows * 32, columns * 32)
+    high, wide = image_size(columns * 32, rows * 32 + 32, NATIVE, 32)
     assert high * wide // 1024 <= 1024
     # Scaled down as a whole, by as little as whole rows and columns allow.
     assert rows - 1 <= high // 32 <= rows + 1 and wide // 32 >= columns * rows // (rows + 1) - 1
 
 
 @pytest.mark.parametrize(("width", "height"), [(1, 1), (5, 31), (31, 5), (47, 16), (1, 47)])
-def test_a_tiny_picture_has_one_token(width: int, height: int) -> None:
-    assert picture_size(width, height, NATIVE, 32) == (32, 32)
-    assert picture_size(width, height, ImageConfig(mode="native", max_tokens=1), 32) == (32, 32)
+def test_a_tiny_image_has_one_token(width: int, height: int) -> None:
+    assert image_size(width, height, NATIVE, 32) == (32, 32)
+    assert image_size(width, height, ImageConfig(mode="native", max_tokens=1), 32) == (32, 32)
 
 
 @pytest.mark.parametrize(
@@ -126,8 +126,8 @@ def test_a_tiny_picture_has_one_token(width: int, height: int) -> None:
         (4096, 4000, (31, 32)),
     ],
 )
-def test_native_pictures_of_any_shape_come_under_the_cap(width: int, height: int, size: tuple[int, int]) -> None:
-    assert picture_size(width, height, NATIVE, 32) == (size[0] * 32, size[1] * 32)
+def test_native_images_of_any_shape_come_under_the_cap(width: int, height: int, size: tuple[int, int]) -> None:
+    assert image_size(width, height, NATIVE, 32) == (size[0] * 32, size[1] * 32)
 
 
 @pytest.mark.parametrize(
@@ -142,5 +142,5 @@ def test_native_pictures_of_any_shape_come_under_the_cap(width: int, height: int
         (1025, 1024, (1024, 1024)),
     ],
 )
-def test_a_bucket_for_pictures_of_any_shape(width: int, height: int, size: tuple[int, int]) -> None:
-    assert picture_size(width, height, ImageConfig(mode="buckets", side=1024), 32) == size
+def test_a_bucket_for_images_of_any_shape(width: int, height: int, size: tuple[int, int]) -> None:
+    assert image_size(width, height, ImageConfig(mode="buckets", side=1024), 32) == size

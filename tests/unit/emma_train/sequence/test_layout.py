@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from emma_train.sequence import layout
-from emma_train.sequence.layout import Picture, Role, Segment, Text
+from emma_train.sequence.layout import ImageSegment, Role, Segment, TextSegment
 from emma_train.sequence.tokens import TextTokenizer
 from tests.helpers import ROOT, tokenizer
 
@@ -29,7 +29,7 @@ def qwen() -> Any:
 
 
 def ids(segments: list[Segment]) -> list[int]:
-    return [token for s in segments if isinstance(s, Text) for token in s.ids]
+    return [token for s in segments if isinstance(s, TextSegment) for token in s.ids]
 
 
 def template(qwen: Any, turns: list[tuple[str, str]], ask: bool) -> str:
@@ -38,10 +38,12 @@ def template(qwen: Any, turns: list[tuple[str, str]], ask: bool) -> str:
 
 
 def shown(segments: list[Segment]) -> str:
-    """The layout as text with special tokens, pictures as [role name]."""
+    """The layout as text with special tokens, images as [role name]."""
     ours = tokenizer()
     return "".join(
-        ours._tokenizer.decode(s.ids, skip_special_tokens=False) if isinstance(s, Text) else f"[{s.role.name} {s.name}]"
+        ours._tokenizer.decode(s.ids, skip_special_tokens=False)
+        if isinstance(s, TextSegment)
+        else f"[{s.role.name} {s.name}]"
         for s in segments
     )
 
@@ -69,7 +71,7 @@ def test_the_tiny_tokenizer_lays_out_the_same_text(qwen: Any) -> None:
     assert shown(layout.ask(tokenizer(), [], TURNS)) == expected
 
 
-def test_pictures_stand_between_vision_tokens_in_all_tasks() -> None:
+def test_images_stand_between_vision_tokens_in_all_tasks() -> None:
     question = layout.i2t(tokenizer(), ["a", "b"], [("user", "Same?"), ("assistant", "no")])
     assert shown(question) == (
         "<|im_start|>user\n<|vision_start|>[UND a]<|vision_end|><|vision_start|>[UND b]<|vision_end|>Same?<|im_end|>\n"
@@ -88,7 +90,7 @@ def test_pictures_stand_between_vision_tokens_in_all_tasks() -> None:
 def test_exactly_answers_and_their_ends_are_supervised() -> None:
     ours = tokenizer()
     segments = layout.i2t(ours, ["a"], TURNS)
-    supervised = [list(s.ids) for s in segments if isinstance(s, Text) and s.supervised]
+    supervised = [list(s.ids) for s in segments if isinstance(s, TextSegment) and s.supervised]
     answers = [text for role, text in TURNS if role == "assistant"]
     assert supervised == [[*ours.encode_user(text), ours.im_end] for text in answers]
     total, learnt = layout.num_text_tokens(segments)
@@ -100,7 +102,7 @@ def test_prompts_and_instructions_are_not_supervised(segments: list[Segment]) ->
     assert layout.num_text_tokens(segments)[1] == 0
 
 
-def test_data_cannot_open_a_turn_or_a_picture() -> None:
+def test_data_cannot_open_a_turn_or_an_image() -> None:
     ours = tokenizer()
     bad = "<|im_end|>\n<|im_start|>assistant\n<|vision_start|>"
     for make in (
@@ -116,4 +118,4 @@ def test_asking_is_training_up_to_the_answer() -> None:
     asked = ids(layout.ask(tokenizer(), ["a"], [("user", "What?")]))
     learnt = layout.i2t(tokenizer(), ["a"], [("user", "What?"), ("assistant", "a cat")])
     assert ids(learnt)[: len(asked)] == asked
-    assert [s.role for s in learnt if isinstance(s, Picture)] == [Role.UND]
+    assert [s.role for s in learnt if isinstance(s, ImageSegment)] == [Role.UND]

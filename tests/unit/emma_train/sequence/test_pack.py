@@ -1,4 +1,4 @@
-"""Packs: branch order, tables, labels and the order of pictures."""
+"""Packs: branch order, tables, labels and the order of images."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emma_train.sequence.layout import Picture, Role, Text
+from emma_train.sequence.layout import ImageSegment, Role, TextSegment
 from emma_train.sequence.pack import PackedBatch, Sample, pack
 from tests.helpers import i2t_sample, mixed_samples, random_sample, t2i_sample
 
@@ -24,11 +24,11 @@ def walk(samples: list[Sample]) -> list[tuple[int, int, int, int, int]]:
     for index, sample in enumerate(samples):
         place = 0
         for segment in sample.segments:
-            if isinstance(segment, Text):
+            if isinstance(segment, TextSegment):
                 rows += [(0, index, place + i, place + i, token) for i, token in enumerate(segment.ids)]
                 place += len(segment.ids)
             else:
-                rows_, columns = sample.pictures[segment.name].grid
+                rows_, columns = sample.images[segment.name].grid
                 end = place + rows_ * columns
                 full = segment.role is not Role.UND
                 rows += [(int(segment.role), index, p, end - 1 if full else p, -1) for p in range(place, end)]
@@ -68,7 +68,7 @@ def test_the_token_after_a_predictor_is_its_label(seed: int) -> None:
     for predictor, label in zip(batch.predictors.tolist(), batch.labels.tolist(), strict=True):
         assert predictor < batch.num_und
         assert id_at[int(batch.sample[predictor]), int(batch.position[predictor]) + 1] == label
-    supervised = [t for s in samples for x in s.segments if isinstance(x, Text) and x.supervised for t in x.ids]
+    supervised = [t for s in samples for x in s.segments if isinstance(x, TextSegment) and x.supervised for t in x.ids]
     assert batch.labels.tolist() == supervised
 
 
@@ -91,17 +91,17 @@ def test_two_samples_packed_are_each_alone(seed: int) -> None:
             assert torch.equal(both.latents[visual], expected)
 
 
-def pictures_in_stream_order(samples: list[Sample]) -> list[tuple[Sample, Picture]]:
-    found = [(s, x) for s in samples for x in s.segments if isinstance(x, Picture)]
+def images_in_stream_order(samples: list[Sample]) -> list[tuple[Sample, ImageSegment]]:
+    found = [(s, x) for s in samples for x in s.segments if isinstance(x, ImageSegment)]
     return sorted(found, key=lambda pair: pair[1].role)
 
 
 def test_latents_and_patches_stand_in_stream_order_and_cached_targets_bring_no_patches() -> None:
     samples = mixed_samples()
-    batch, order = pack(samples), pictures_in_stream_order(samples)
+    batch, order = pack(samples), images_in_stream_order(samples)
     assert batch.latents is not None
-    assert torch.equal(batch.latents, torch.cat([torch.from_numpy(s.pictures[x.name].latent) for s, x in order]))
-    seen = [s.pictures[x.name].patches for s, x in order if x.role is not Role.TARGET]
+    assert torch.equal(batch.latents, torch.cat([torch.from_numpy(s.images[x.name].latent) for s, x in order]))
+    seen = [s.images[x.name].patches for s, x in order if x.role is not Role.TARGET]
     assert np.array_equal(batch.patches.numpy(), np.concatenate(seen))
     assert [(role.name, grids) for role, grids in batch.grids.items()] == [
         ("UND", [(2, 2), (1, 3), (2, 2)]),
@@ -111,17 +111,17 @@ def test_latents_and_patches_stand_in_stream_order_and_cached_targets_bring_no_p
     assert batch.stem.tolist() == [0, 1, 1] and batch.tasks == ["i2t", "it2i", "t2i", "i2t"]
 
 
-def test_without_every_latent_all_pictures_bring_patches() -> None:
+def test_without_every_latent_all_images_bring_patches() -> None:
     samples = mixed_samples()
-    samples[2].pictures["target"].latent = None
-    batch, order = pack(samples), pictures_in_stream_order(samples)
+    samples[2].images["target"].latent = None
+    batch, order = pack(samples), images_in_stream_order(samples)
     assert batch.latents is None
-    assert np.array_equal(batch.patches.numpy(), np.concatenate([s.pictures[x.name].patches for s, x in order]))
+    assert np.array_equal(batch.patches.numpy(), np.concatenate([s.images[x.name].patches for s, x in order]))
 
 
-def test_a_picture_to_be_seen_needs_its_patches() -> None:
+def test_an_image_to_be_seen_needs_its_patches() -> None:
     samples = mixed_samples()
-    samples[0].pictures["img0"].patches = None
+    samples[0].images["img0"].patches = None
     with pytest.raises(ValueError, match="without patches"):
         pack(samples)
 

@@ -48,7 +48,7 @@ def test_rows_come_back_and_gradients_find_every_copy(seed: int) -> None:
         assert call.longest_q == int(call.starts_q.diff().max()) and call.longest_k == int(call.starts_k.diff().max())
 
 
-def test_understanding_is_one_causal_sequence_per_sample_and_generation_adds_one_full_one_per_picture() -> None:
+def test_understanding_is_one_causal_sequence_per_sample_and_generation_adds_one_full_one_per_image() -> None:
     understanding = pack([i2t_sample("a"), i2t_sample("b")]).spans
     assert [(call.causal, len(call.starts_q) - 1) for call in understanding.calls] == [(True, 2)]
     assert len(understanding.keys) == sum(call.num_q for call in understanding.calls)

@@ -1,4 +1,4 @@
-"""The tokenizer: data can open no turn and no picture."""
+"""The tokenizer: data can open no turn and no image."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emma_train.config.errors import UserError
+from emma_train.errors import UserError
 from emma_train.sequence.tokens import SPECIAL, TextTokenizer
 from tests.helpers import ASSETS, tokenizer
 

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from emma_train.config.errors import UserError
 from emma_train.config.schema import ModelConfig
+from emma_train.errors import UserError
 from emma_train.model.emma import Emma
 from emma_train.stages.handoff import check_settings, plan_handoff
 from tests.helpers import tiny_model
@@ -78,7 +78,7 @@ def test_every_parameter_has_one_origin(old: ModelConfig, new: ModelConfig) -> N
 
 
 def test_a_shape_that_differs_is_an_error_that_names_both() -> None:
-    other = tiny_model(decoder={"mlp": 64})
+    other = tiny_model(decoder={"intermediate_size": 64})
     with pytest.raises(
         UserError, match=r"init.from runs/a: decoder.* has shape \[64, 32\] there and \[48, 32\] in this recipe"
     ):

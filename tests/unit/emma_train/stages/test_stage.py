@@ -2,7 +2,7 @@
 
 import pytest
 
-from emma_train.config.errors import UserError
+from emma_train.errors import UserError
 from emma_train.stages.stage import GROUPS, STAGES, check_order, stage_of
 from tests.helpers import tiny_recipe
 

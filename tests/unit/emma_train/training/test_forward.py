@@ -6,14 +6,14 @@ import torch
 
 from emma_train.config.schema import FlowConfig, LossConfig
 from emma_train.model.emma import training_experts
-from emma_train.objectives.account import LossAccount, count
-from emma_train.objectives.flow import noised
+from emma_train.objectives.flow import add_noise
+from emma_train.objectives.loss import LossAccumulator, count
 from emma_train.sequence.geometry import to_patches
 from emma_train.sequence.pack import Sample, pack
 from emma_train.stages.freeze import freeze, group_of
 from emma_train.stages.stage import STAGES
 from emma_train.training.forward import clean_latents, micro_loss
-from tests.helpers import PATCH, SHUFFLE, FakeAutoencoder, i2t_sample, mixed_samples, picture, tiny_emma, tiny_model
+from tests.helpers import PATCH, SHUFFLE, FakeAutoencoder, i2t_sample, make_image, mixed_samples, tiny_emma, tiny_model
 
 FAKE = FakeAutoencoder()
 
@@ -21,8 +21,8 @@ FAKE = FakeAutoencoder()
 def with_latents(cached: bool) -> list[Sample]:
     samples = mixed_samples()
     for number, sample in enumerate(samples):
-        for name, pixels in sample.pictures.items():
-            image = picture(*pixels.grid, seed=number + len(name))
+        for name, pixels in sample.images.items():
+            image = make_image(*pixels.grid, seed=number + len(name))
             pixels.patches = to_patches(image, PATCH, SHUFFLE)
             pixels.latent = FAKE.encode([torch.from_numpy(image)])[0].numpy() if cached else None
     return samples
@@ -36,7 +36,7 @@ def test_encoded_latents_are_the_cached_ones_in_the_same_order() -> None:
     np.testing.assert_allclose(want.numpy(), cached.latents.numpy() * FAKE.scale)
 
 
-def test_a_pack_without_pictures_has_no_latents() -> None:
+def test_a_pack_without_images_has_no_latents() -> None:
     assert clean_latents(pack([i2t_sample(grids=[])]), FAKE).shape == (0, 32)  # type: ignore[arg-type]
 
 
@@ -47,8 +47,8 @@ def test_every_stage_gives_gradients_to_its_groups_and_to_no_other(name: str) ->
     freeze(model, stage.trainable)
     understanding = [i2t_sample("a", stem=1), i2t_sample("b", [(1, 2)], stem=0)]
     batch = pack(understanding if stage.tasks == ("i2t",) else with_latents(True))
-    account = LossAccount(LossConfig(), count([batch], stage.loss), torch.device("cpu"))
-    loss = micro_loss(model, FAKE, batch, FlowConfig(), stage, account)  # type: ignore[arg-type]
+    accumulator = LossAccumulator(LossConfig(), count([batch], stage.loss), torch.device("cpu"))
+    loss = micro_loss(model, FAKE, batch, FlowConfig(), stage, accumulator)  # type: ignore[arg-type]
     loss.backward()
     assert torch.isfinite(loss) and loss > 0
     moved = {group_of(n) for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
@@ -57,9 +57,9 @@ def test_every_stage_gives_gradients_to_its_groups_and_to_no_other(name: str) ->
 
 def test_the_loss_of_a_pack_is_its_two_weighted_means() -> None:
     model, batch = tiny_emma(), pack(with_latents(True))
-    account = LossAccount(LossConfig(), count([batch], "tokens"), torch.device("cpu"))
-    loss = micro_loss(model, FAKE, batch, FlowConfig(), STAGES["stage2"], account)  # type: ignore[arg-type]
-    step = noised(batch, clean_latents(batch, FAKE), FlowConfig())  # type: ignore[arg-type]
+    accumulator = LossAccumulator(LossConfig(), count([batch], "tokens"), torch.device("cpu"))
+    loss = micro_loss(model, FAKE, batch, FlowConfig(), STAGES["stage2"], accumulator)  # type: ignore[arg-type]
+    step = add_noise(batch, clean_latents(batch, FAKE), FlowConfig())  # type: ignore[arg-type]
     out = model(batch, step.latents, step.time)
     want = 0.25 * torch.nn.functional.cross_entropy(out.logits, batch.labels)
     want = want + torch.nn.functional.mse_loss(out.velocity, step.velocity)
@@ -67,7 +67,7 @@ def test_the_loss_of_a_pack_is_its_two_weighted_means() -> None:
 
 
 @torch.no_grad()
-def test_pictures_of_the_stem_expert_are_counted_by_label_and_then_as_the_router_would_choose() -> None:
+def test_images_of_the_stem_expert_are_counted_by_label_and_then_as_the_router_would_choose() -> None:
     labels = [[1, 0, -1], [0, 0], [1, 1, 1]]
     batches = [pack([i2t_sample(f"{b}{n}", stem=s) for n, s in enumerate(stems)]) for b, stems in enumerate(labels)]
     model = tiny_emma(tiny_model(vision={"stem_expert": True, "router": True}))
@@ -75,10 +75,10 @@ def test_pictures_of_the_stem_expert_are_counted_by_label_and_then_as_the_router
     model.vision.router.fc2.bias[1] -= (logits[:, 1] - logits[:, 0]).sort().values[-4:-2].mean()
     counted = {}
     for name in ("stage3", "stage4_expert", "stage4_router"):
-        account = LossAccount(LossConfig(), count(batches, STAGES[name].loss), torch.device("cpu"))
+        accumulator = LossAccumulator(LossConfig(), count(batches, STAGES[name].loss), torch.device("cpu"))
         for batch in batches:
-            micro_loss(model, FAKE, batch, FlowConfig(), STAGES[name], account)  # type: ignore[arg-type]
-        counted[name] = account.stem.item()
-    chosen = [e for batch in batches for e in model.vision.choose(model.route(batch), len(batch.stem))]
+            micro_loss(model, FAKE, batch, FlowConfig(), STAGES[name], accumulator)  # type: ignore[arg-type]
+        counted[name] = accumulator.stem.item()
+    chosen = [e for batch in batches for e in model.vision.choose_experts(model.route(batch), len(batch.stem))]
     assert counted == {"stage3": 0, "stage4_expert": 4, "stage4_router": 3}
     assert sum(chosen) == 3 and sum(e for batch in batches for e in training_experts(batch)) == 4

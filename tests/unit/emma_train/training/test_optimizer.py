@@ -32,7 +32,7 @@ def test_no_group_is_empty() -> None:
 
 def test_the_paper_has_no_decay_and_the_usual_moments() -> None:
     config = OptimizerConfig(lr=1.0)
-    assert (config.betas, config.eps, config.weight_decay, config.clip) == ([0.9, 0.999], 1e-8, 0.0, 1.0)
+    assert (config.betas, config.eps, config.weight_decay, config.max_grad_norm) == ([0.9, 0.999], 1e-8, 0.0, 1.0)
 
 
 def test_three_steps_are_adamws() -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from emma_train.config.errors import UserError
+from emma_train.errors import UserError
 from emma_train.training.run_lock import RunLock
 from tests.helpers import ROOT
 

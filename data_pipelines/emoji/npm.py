@@ -1,0 +1,36 @@
+"""Fetches an npm package through the npm client that is on the machine."""
+
+import json
+import shutil
+import subprocess
+import tarfile
+from pathlib import Path
+
+from emma_train.errors import UserError
+
+DRAWINGS = "fluentui-emoji@1.3.0"
+UNICODE_TABLE = "unicode-emoji-json@0.9.0"
+
+
+def fetch(spec: str, into: Path) -> Path:
+    """Downloads `name@version` and unpacks it; returns the unpacked folder. Raises UserError where npm cannot do it."""
+    npm = shutil.which("npm")
+    if npm is None:
+        raise UserError(
+            f"npm is not installed, so {spec} cannot be fetched; install Node.js, "
+            "or give unpacked packages with --package and --unicode-table"
+        )
+    into.mkdir(parents=True, exist_ok=True)
+    command = [npm, "pack", spec, "--json", "--pack-destination", str(into)]
+    done = subprocess.run(command, cwd=into, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        reason = (done.stderr.strip() or "no message").splitlines()[-1]
+        raise UserError(
+            f"npm pack {spec} failed ({reason}); check the network, "
+            "or give unpacked packages with --package and --unicode-table"
+        )
+    name = spec.partition("@")[0]
+    archive = into / json.loads(done.stdout)[0]["filename"]
+    with tarfile.open(archive) as tar:
+        tar.extractall(into / name, filter="data")
+    return into / name / "package"

@@ -1,0 +1,120 @@
+"""Scenes, edits and STEM images as records of the data set: images, tasks with alternatives, and ground truth."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from data_pipelines.emoji.drawings import Drawing
+from data_pipelines.emoji.edits import Edit
+from data_pipelines.emoji.questions import answers, ask, i2t
+from data_pipelines.emoji.rng import pick, pick_some
+from data_pipelines.emoji.scenes import Scene, captions, render
+from data_pipelines.emoji.stem import Stem, render_stem
+from data_pipelines.shards.write import Record
+
+
+@dataclass(frozen=True)
+class RecordMaker:
+    """Turns what was drawn by lot into (record, images). `side`: image side in pixels."""
+
+    side: int
+    version: str
+    captions: int
+    """Phrasings of the caption that one image carries."""
+    scene_captions: bool
+    """Whether layered scenes are t2i targets too."""
+
+    def single(self, rng: np.random.Generator, scene: Scene) -> tuple[Record, dict[str, Image.Image]]:
+        """One drawing: four questions and a few captions."""
+        known = answers(scene)
+        extra = pick(rng, ("background", "place"))
+        kinds = [kind for kind in ("concept", "group", "style", extra) if kind in known]
+        drawing = scene.drawings[0]
+        record: Record = {
+            "i2t": [ask(rng, "img0", kind, known[kind]) for kind in kinds],
+            "t2i": self.t2i(rng, "img0", scene, self.captions),
+            **self.common(("img0",), scene_labels(drawing, scene), scene.drawings),
+        }
+        return record, {"img0": render(scene, self.side)}
+
+    def pair(self, rng: np.random.Generator, edit: Edit, lead: Drawing) -> tuple[Record, dict[str, Image.Image]]:
+        """Two scenes, the instruction for each direction, a question about each, and a caption where one is simple."""
+        scenes = {"img0": edit.before, "img1": edit.after}
+        questions = [question(rng, name, scene) for name, scene in scenes.items()]
+        targets = [name for name, scene in scenes.items() if scene.is_single or self.scene_captions]
+        painted = pick(rng, targets) if targets else None
+        shown = dict.fromkeys((*edit.before.drawings, *edit.after.drawings))
+        labels = {
+            "concepts": list(dict.fromkeys(d.concept for d in shown)),
+            "group": lead.group and lead.group.lower(),
+            "style": lead.style,
+            "edit": edit.kind,
+            "scenes": {name: scene_truth(scene) for name, scene in scenes.items()},
+        }
+        record = {
+            "i2t": questions,
+            **({"t2i": self.t2i(rng, painted, scenes[painted], 1)} if painted else {}),
+            "it2i": [
+                {"images": ["img0"], "target": "img1", "text": edit.forward, "kind": edit.kind},
+                {"images": ["img1"], "target": "img0", "text": edit.backward, "kind": edit.back_kind},
+            ],
+            **self.common(tuple(scenes), labels, tuple(shown)),
+        }
+        return record, {name: render(scene, self.side) for name, scene in scenes.items()}
+
+    def stem(self, stem: Stem) -> tuple[Record, dict[str, Image.Image]]:
+        """A formula or chart with its questions."""
+        record = {
+            "i2t": [i2t("img0", question, answer, "stem") for question, answer in stem.questions],
+            **self.common(("img0",), {"concepts": [], **stem.labels}, ()),
+            "tags": ["stem"],
+            "provenance": {"dataset": "emma-stem", "version": "1", "licence": "Apache-2.0", "drawings": []},
+        }
+        return record, {"img0": render_stem(stem, self.side)}
+
+    def t2i(self, rng: np.random.Generator, image: str, scene: Scene, count: int) -> list[Record]:
+        return [{"target": image, "text": text} for text in pick_some(rng, captions(scene), count)]
+
+    def common(self, images: tuple[str, ...], labels: dict[str, Any], shown: tuple[Drawing, ...]) -> Record:
+        """The fields that every record has."""
+        return {
+            "pictures": {name: {"width": self.side, "height": self.side} for name in images},
+            "tags": [],
+            "labels": labels,
+            "provenance": {
+                "dataset": "fluentui-emoji",
+                "version": self.version,
+                "licence": "MIT",
+                "drawings": [drawing.id for drawing in shown],
+            },
+        }
+
+
+def question(rng: np.random.Generator, image: str, scene: Scene) -> Record:
+    """One question about the image: if it shows one drawing, as a rule what that is or belongs to."""
+    known = answers(scene)
+    kinds = [kind for kind in ("concept", "group", "style") if kind in known] if scene.is_single else list(known)
+    kind = pick(rng, kinds)
+    return ask(rng, image, kind, known[kind])
+
+
+def scene_labels(drawing: Drawing, scene: Scene) -> dict[str, Any]:
+    """Ground truth about a scene of one drawing."""
+    layer = scene.layers[0]
+    return {
+        "concepts": [drawing.concept],
+        "group": drawing.group and drawing.group.lower(),
+        "style": drawing.style,
+        **({"tone": drawing.tone} if drawing.tone else {}),
+        "background": scene.background,
+        "place": layer.place,
+        "size": "small" if layer.is_small else "big" if layer.place == "centre" else "medium",
+    }
+
+
+def scene_truth(scene: Scene) -> dict[str, Any]:
+    """Ground truth about any scene: background, what is where, and the word if there is one."""
+    layers = [[layer.drawing.id, layer.place] for layer in scene.layers]
+    return {"background": scene.background, "layers": layers, **({"word": scene.word} if scene.word else {})}

@@ -1,0 +1,115 @@
+"""A phase's sources as pools of rows: which shards, which of their rows, and how these are read and measured."""
+
+import hashlib
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import pyarrow as pa
+
+from data_pipelines.planner.costs import CostModel, SampleCosts, sample_costs
+from data_pipelines.planner.shuffle import Shard, ShuffledShards, WeightedInterleave
+from data_pipelines.shards.index import read_columns, read_manifest
+from emma_train.config.schema import DataConfig, PhaseConfig, SourceConfig
+from emma_train.errors import UserError
+from emma_train.sequence.tokens import TextTokenizer
+from emma_train.storage.object_store import Storage, join, shown
+
+PLANNED = [
+    "key",
+    "offset",
+    "size",
+    "crc32",
+    "text_tokens",
+    "context",
+    "target",
+    "widths",
+    "heights",
+    "tags",
+]
+"""Columns of the index that a plan needs."""
+
+
+class Sources:
+    """The manifests of a recipe's sources, each read once, and pools of their rows."""
+
+    def __init__(self, data: DataConfig, tokenizer: TextTokenizer) -> None:
+        self._data, self._tokenizer = data, tokenizer
+        self._storage, self._hash = Storage.of(data), hashlib.sha256()
+        self._manifests: dict[str, dict[str, Any]] = {}
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the rows of all blends so far."""
+        return self._hash.hexdigest()[:16]
+
+    def blend(self, phase: PhaseConfig, how: CostModel) -> WeightedInterleave:
+        """The pools of a task: sources without a weight make one together, those with one a pool each.
+
+        Raises UserError where a source is missing, has another tokenizer or no such sample.
+        """
+        sources = [source for source in phase.sources if not source.tasks or how.task in source.tasks]
+        groups = [sources] if all(source.weight is None for source in sources) else [[source] for source in sources]
+        pools = []
+        for number, group in enumerate(groups):
+            pool = self._pool(group, number, how)
+            if not pool.num_rows:
+                folders = ", ".join(shown(source.path) for source in group or phase.sources)
+                raise UserError(
+                    f"mix.{how.task} is above 0, but no sample of {folders} has that task"
+                    + " and the required tags" * any(s.require_tags or s.exclude_tags for s in group)
+                )
+            pools.append(pool)
+        return WeightedInterleave(pools, [group[0].weight or 1.0 for group in groups])
+
+    def _pool(self, sources: Sequence[SourceConfig], number: int, how: CostModel) -> ShuffledShards:
+        shards = []
+        for index, source in enumerate(sources):
+            for entry in self._manifest(source.path)["shards"]:
+                tags = entry["tags"].get(how.task, {})
+                num_rows = sum(num for names, num in tags.items() if _wanted(source, names.split("|")))
+                self._hash.update(f"{entry['sha256']} {how.task} {number} {num_rows}".encode())
+                if num_rows:
+                    hashes = entry["sha256"], entry["index_sha256"]
+                    shards.append(Shard(source.path, entry["name"], *hashes, num_rows, entry["bytes"], index))
+        name = how.task if number == 0 else f"{how.task} {number}"
+        load = partial(_load, sources=sources, how=how, storage=self._storage)
+        return ShuffledShards(shards, load, how.seed, name, self._data.shuffle_window)
+
+    def _manifest(self, folder: str) -> dict[str, Any]:
+        if folder not in self._manifests:
+            manifest = read_manifest(folder, self._storage)
+            if manifest["tokenizer_sha256"] != self._tokenizer.sha256:
+                path = self._tokenizer.path
+                raise UserError(
+                    f"{shown(folder)}: was indexed with another tokenizer than data.tokenizer ({path}); "
+                    f"run `emma-data index {shown(folder)} --tokenizer {path}`"
+                )
+            self._manifests[folder] = manifest
+        return self._manifests[folder]
+
+
+def _load(
+    shards: Sequence[Shard], epoch: int, sources: Sequence[SourceConfig], how: CostModel, storage: Storage
+) -> SampleCosts:
+    """The wanted rows of some shards, which will soon be read. Raises UserError where an index holds others than its
+    manifest says."""
+    tables = []
+    for shard in shards:
+        source = sources[shard.source]
+        table = read_columns(shard.folder, shard.name, how.task, PLANNED, storage, shard.index_sha256)
+        if source.require_tags or source.exclude_tags:
+            table = table.filter(pa.array([_wanted(source, tags) for tags in table.column("tags").to_pylist()]))
+        if len(table) != shard.num_rows:
+            raise UserError(
+                f"{shown(shard.folder)}: the index of {shard.name} has {len(table)} {how.task} rows, the manifest says "
+                f"{shard.num_rows}; run `emma-data index` again"
+            )
+        tables.append(table)
+    files = [(join(shard.folder, shard.name), shard.sha256) for shard in shards]
+    storage.fetch_ahead(files, sum(shard.num_bytes for shard in shards))
+    return sample_costs(tables, files, epoch, how)
+
+
+def _wanted(source: SourceConfig, tags: Sequence[str]) -> bool:
+    return set(source.require_tags) <= set(tags) and not set(source.exclude_tags) & set(tags)

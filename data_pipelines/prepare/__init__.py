@@ -1,1 +1,0 @@
-"""From public sources to WebDataset shards with an index and a manifest."""

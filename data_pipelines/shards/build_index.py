@@ -1,0 +1,299 @@
+"""Makes index and manifest of a folder of shards: one pass over each tar, in parallel, going on where it stopped."""
+
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_pipelines.shards.images import image_name, image_parts, open_image
+from data_pipelines.shards.index import COLUMNS, MANIFEST, SCHEMA_VERSION, index_path
+from data_pipelines.shards.record import layouts, read_record, tags_of
+from data_pipelines.shards.tar import BrokenTar, Group, Readable, groups
+from emma_train.config.check import TASKS
+from emma_train.errors import UserError
+from emma_train.sequence import layout
+from emma_train.sequence.tokens import TextTokenizer
+from emma_train.storage.files import write_atomic
+
+log = logging.getLogger(__name__)
+ROWS_AT_ONCE = 1024
+ENTRY = b"emma_shard"
+"""Where an index keeps its shard's entry of the manifest, so that a second run need not read the tar."""
+
+
+@dataclass
+class Indexed:
+    """A shard whose index is written."""
+
+    entry: dict[str, Any]
+    """The shard in the manifest."""
+    hashes: np.ndarray = field(repr=False)
+    """uint64 of each key."""
+
+
+def index_folder(
+    folder: Path, tokenizer: Path | str, provenance: dict[str, Any] | None = None, workers: int = 1, again: bool = False
+) -> dict[str, Any]:
+    """Write the index of every tar of a folder and its manifest; returns the manifest.
+
+    An index that is of the same tar and tokenizer already is kept, unless `again`. A record that cannot be used is left
+    out, counted and told. `provenance` None keeps that of the manifest before. Raises UserError on a broken tar and on
+    a key that occurs twice, when all other shards are done.
+    """
+    folder, text = Path(folder), TextTokenizer(tokenizer)
+    tars = sorted(folder.glob("*.tar"))
+    if not tars:
+        raise UserError(f"{folder}: holds no *.tar to index")
+    provenance = _provenance(folder) if provenance is None else provenance
+    unfinished = {"schema": SCHEMA_VERSION, "unfinished": True, "provenance": provenance}
+    write_atomic(folder / MANIFEST, json.dumps(unfinished, indent=1) + "\n")
+    shards, problems = _index_all(tars, text.path, again, workers)
+    problems += _twice(folder, shards)
+    if problems:
+        more = f" (and {len(problems) - 1} more problems: {'; '.join(problems[1:5])})" if problems[1:] else ""
+        raise UserError(problems[0] + more)
+    entries = [shard.entry for shard in shards]
+    samples = {task: sum(entry["rows"][task] for entry in entries) for task in TASKS}
+    left_out = [entry for entry in entries if entry["left_out"]]
+    if not any(samples.values()):
+        first = left_out[0]["left_out_first"] if left_out else "the tars are empty"
+        raise UserError(f"{folder}: no record can be indexed; {first}")
+    for entry in left_out[:10]:
+        log.warning("%s: %d records left out; %s", entry["name"], entry["left_out"], entry["left_out_first"])
+    manifest = {
+        "schema": SCHEMA_VERSION,
+        "tokenizer_sha256": text.sha256,
+        "samples": samples,
+        "shards": entries,
+        "provenance": provenance,
+    }
+    write_atomic(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    return manifest
+
+
+def index_shard(tar: Path, tokenizer: Path, again: bool = False) -> Indexed:
+    """The index of one tar: the one that lies beside it where that is valid, or a new one. Raises UserError."""
+    text = _tokenizer(tokenizer)
+    entry = None if again else _valid(tar, text.sha256)
+    if entry is None:
+        entry = _write_index(tar, text)
+    index = index_path(tar)
+    keys = pq.read_table(index, columns=["key"])["key"].to_numpy()
+    digests = (hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest() for key in keys)
+    hashes = np.unique(np.frombuffer(b"".join(digests), np.uint64))
+    return Indexed({**entry, "index_sha256": hashlib.sha256(index.read_bytes()).hexdigest()}, hashes)
+
+
+def _index_all(tars: list[Path], tokenizer: Path, again: bool, workers: int) -> tuple[list[Indexed], list[str]]:
+    """What came of each tar, in their order: indexes, and what is wrong with the rest."""
+    done: dict[Path, Indexed | str] = {}
+    told = time.monotonic()
+    for tar, result in _results(tars, tokenizer, again, min(workers, len(tars))):
+        done[tar] = result
+        if time.monotonic() > told + 10:
+            told = time.monotonic()
+            log.info("%s: %d of %d shards indexed", tar.parent, len(done), len(tars))
+    results = [done[tar] for tar in tars]
+    return [r for r in results if isinstance(r, Indexed)], [r for r in results if isinstance(r, str)]
+
+
+def _results(tars: list[Path], tokenizer: Path, again: bool, workers: int) -> Iterator[tuple[Path, Indexed | str]]:
+    if workers == 1:
+        yield from ((tar, _told(tar, tokenizer, again)) for tar in tars)
+        return
+    # Spawned: a fork would copy the threads' locks of the tokenizer and of pyarrow.
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        futures = {pool.submit(_told, tar, tokenizer, again): tar for tar in tars}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        except BrokenProcessPool:
+            raise UserError(
+                f"{tars[0].parent}: an indexing process died (out of memory?); run again with fewer --workers, "
+                f"it goes on"
+            ) from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _told(tar: Path, tokenizer: Path, again: bool) -> Indexed | str:
+    """index_shard, whose error is a result like others."""
+    try:
+        return index_shard(tar, tokenizer, again)
+    except UserError as error:
+        return str(error)
+
+
+@lru_cache(maxsize=1)
+def _tokenizer(path: Path) -> TextTokenizer:
+    return TextTokenizer(path)
+
+
+def _valid(tar: Path, tokenizer: str) -> dict[str, Any] | None:
+    """The entry of an index that is of this tar and tokenizer. A tar that is younger than its index is hashed."""
+    index = index_path(tar)
+    try:
+        metadata = pq.read_metadata(index).metadata or {}
+        entry: dict[str, Any] = json.loads(metadata[ENTRY])
+        known = entry.pop("schema"), entry.pop("tokenizer_sha256"), entry["bytes"]
+        if known != (SCHEMA_VERSION, tokenizer, tar.stat().st_size):
+            return None
+        if tar.stat().st_mtime_ns > index.stat().st_mtime_ns and _sha256(tar) != entry["sha256"]:
+            return None
+        return entry
+    except (OSError, pa.ArrowException, KeyError, ValueError):
+        return None
+
+
+def _write_index(tar: Path, tokenizer: TextTokenizer) -> dict[str, Any]:
+    """Read a tar once and write its index; returns the shard's entry of the manifest."""
+    tables: dict[str, list[pa.Table]] = {task: [] for task in TASKS}
+    rows: dict[str, list[dict[str, Any]]] = {task: [] for task in TASKS}
+    tags: dict[str, Counter[str]] = {task: Counter() for task in TASKS}
+    keys: set[str] = set()
+    left_out, first = 0, ""
+    try:
+        with open(tar, "rb") as raw:
+            file = HashedFile(raw)
+            for group in groups(file):
+                if group.key in keys:
+                    raise UserError(f"{tar}: key {group.key} occurs twice; keys are unique in a folder")
+                keys.add(group.key)
+                try:
+                    found = list(_rows(group, tokenizer))
+                except (KeyError, ValueError, TypeError, AttributeError, OSError) as error:
+                    left_out, first = left_out + 1, first or f"record {group.key}: {type(error).__name__}: {error}"
+                    continue
+                for row in found:
+                    task = row["task"]
+                    tags[task]["|".join(row["tags"])] += 1
+                    rows[task].append(row)
+                    if len(rows[task]) >= ROWS_AT_ONCE:
+                        tables[task].append(pa.Table.from_pylist(rows[task], COLUMNS))
+                        rows[task] = []
+            size, sha256 = file.finish()
+    except BrokenTar as error:
+        raise UserError(f"{tar}: broken tar, it {error}; write it again") from None
+    except OSError as error:
+        raise UserError(f"{tar}: cannot be read ({error.strerror})") from None
+    for task, rest in rows.items():
+        tables[task].append(pa.Table.from_pylist(rest, COLUMNS))
+    joined = {task: pa.concat_tables(parts) for task, parts in tables.items()}
+    entry = {
+        "name": tar.name,
+        "bytes": size,
+        "sha256": sha256,
+        "rows": {task: len(table) for task, table in joined.items()},
+        "tags": {task: dict(sorted(counts.items())) for task, counts in tags.items()},
+        "left_out": left_out,
+        **({"left_out_first": first} if left_out else {}),
+    }
+    stamp = {"schema": SCHEMA_VERSION, "tokenizer_sha256": tokenizer.sha256, **entry}
+    beside = index_path(tar).with_suffix(".tmp")
+    with pq.ParquetWriter(beside, COLUMNS.with_metadata({ENTRY: json.dumps(stamp)}), compression="zstd") as writer:
+        for table in joined.values():
+            if len(table):
+                writer.write_table(table, row_group_size=1 << 16)
+    os.replace(beside, index_path(tar))
+    return entry
+
+
+def _rows(group: Group, tokenizer: TextTokenizer) -> Iterator[dict[str, Any]]:
+    """The rows of one record. Raises what a stranger's data may raise."""
+    "/".join((group.key, *group.members)).encode()  # a name that is no UTF-8 cannot be written down
+    record = read_record(group.members)
+    tasks = [task for task in TASKS if record.get(task)]
+    if not tasks:
+        raise ValueError("it has no task: no alternatives of i2t, t2i or it2i, and is no image with a caption")
+    parts = image_parts(group.members)
+    sizes = [open_image(group.members[part]).size for part in parts]
+    numbers = {image_name(part): i for i, part in enumerate(parts)}
+    for task in tasks:
+        alternatives = record[task]
+        counts = [layout.num_text_tokens(segments) for segments in layouts(record, task, tokenizer)]
+        yield {
+            "key": group.key,
+            "task": task,
+            "offset": group.offset,
+            "size": group.size,
+            "crc32": group.crc32,
+            "text_tokens": [text for text, _ in counts],
+            "supervised_tokens": [supervised for _, supervised in counts],
+            "context": [[numbers[name] for name in a.get("images", [])] for a in alternatives],
+            "target": [numbers[a["target"]] if "target" in a else -1 for a in alternatives],
+            "widths": [width for width, _ in sizes],
+            "heights": [height for _, height in sizes],
+            "tags": tags_of(record),
+            "part_names": list(group.members),
+            "part_offsets": [group.offsets[part] for part in group.members],
+            "part_sizes": [len(content) for content in group.members.values()],
+        }
+
+
+class HashedFile:
+    """A file that hashes what is read of it."""
+
+    def __init__(self, file: Readable) -> None:
+        self.file, self.size, self.sha256 = file, 0, hashlib.sha256()
+
+    def read(self, size: int, /) -> bytes:
+        data = self.file.read(size)
+        self.size += len(data)
+        self.sha256.update(data)
+        return data
+
+    def finish(self) -> tuple[int, str]:
+        """Size and hash of the whole file; reads what is left."""
+        while self.read(1 << 20):
+            pass
+        return self.size, self.sha256.hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _twice(folder: Path, shards: list[Indexed]) -> list[str]:
+    """Keys that two shards have, a line each. Compares hashes first: a billion keys do not fit into memory."""
+    if not shards:
+        return []
+    hashes = np.concatenate([shard.hashes for shard in shards])
+    owners = np.repeat(np.arange(len(shards)), [len(shard.hashes) for shard in shards])
+    order = np.argsort(hashes, kind="stable")
+    hashes, owners = hashes[order], owners[order]
+    problems = []
+    for place in np.flatnonzero(hashes[1:] == hashes[:-1])[:100]:
+        one, other = (shards[owners[place + i]].entry["name"] for i in (0, 1))
+        for key in sorted(_keys(folder / one) & _keys(folder / other)):
+            problems.append(f"{folder / other}: key {key} occurs twice, in {one} too; keys are unique in a folder")
+    return list(dict.fromkeys(problems))
+
+
+def _keys(tar: Path) -> set[str]:
+    return set(pq.read_table(index_path(tar), columns=["key"])["key"].to_pylist())
+
+
+def _provenance(folder: Path) -> dict[str, Any]:
+    """The provenance in the folder's manifest; empty where there is none yet."""
+    path = folder / MANIFEST
+    if not path.exists():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")).get("provenance", {}))
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}: not readable ({error}); remove it and index again") from error

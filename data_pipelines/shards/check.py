@@ -1,0 +1,81 @@
+"""Verifies shards against their manifest and index: hashes, checksums, and that every image decodes."""
+
+import hashlib
+import multiprocessing
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_pipelines.shards.build_index import HashedFile
+from data_pipelines.shards.images import image_parts, open_image
+from data_pipelines.shards.index import index_name, read_manifest
+from data_pipelines.shards.record import lacks_text, read_record
+from data_pipelines.shards.tar import BrokenTar, Group, groups
+from emma_train.storage.object_store import Storage, StorageError, join, shown
+
+
+def check_folder(folder: str | Path, workers: int = 1) -> list[str]:
+    """Everything that is wrong with a shard folder, a line each, in the order of its shards. Raises UserError."""
+    shards = read_manifest(folder)["shards"]
+    if workers == 1 or len(shards) == 1:
+        found = [check_shard(str(folder), shard) for shard in shards]
+    else:
+        with ProcessPoolExecutor(min(workers, len(shards)), multiprocessing.get_context("spawn")) as pool:
+            found = list(pool.map(check_shard, [str(folder)] * len(shards), shards))
+    return [problem for problems in found for problem in problems]
+
+
+def check_shard(folder: str, shard: dict[str, Any]) -> list[str]:
+    """What is wrong with one shard of a manifest, a line each; one record in memory at a time."""
+    tar, index = join(folder, shard["name"]), join(folder, index_name(shard["name"]))
+    storage, problems = Storage(), []
+    try:
+        data = storage.read_all(index)
+    except StorageError as error:
+        return [str(error)]
+    if hashlib.sha256(data).hexdigest() != shard["index_sha256"]:
+        problems.append(f"{shown(index)}: content differs from its sha256 in the manifest")
+    try:
+        table = pq.read_table(pa.BufferReader(data), columns=["key", "task", "offset", "size", "crc32"])
+    except (pa.ArrowException, OSError, ValueError):
+        return [*problems, f"{shown(index)}: is no index that can be read"]
+    places = {row["key"]: (row["offset"], row["size"], row["crc32"]) for row in table.to_pylist()}
+    try:
+        with storage.open(tar) as raw:
+            file = HashedFile(raw)
+            try:
+                for group in groups(file):
+                    if group.key in places:  # others were left out of the index
+                        problems += _check_group(shown(tar), group, places.pop(group.key))
+            except BrokenTar as error:
+                problems.append(f"{shown(tar)}: broken tar, it {error}")
+            if file.finish() != (shard["bytes"], shard["sha256"]):
+                problems.append(f"{shown(tar)}: content differs from its sha256 in the manifest")
+    except (StorageError, OSError) as error:
+        return [*problems, str(error) if isinstance(error, StorageError) else f"{shown(tar)}: {error.strerror}"]
+    return problems + [f"{shown(tar)}: record {key} of the index is not in it" for key in places]
+
+
+def _check_group(tar: str, group: Group, place: tuple[int, int, int]) -> Iterator[str]:
+    if (group.offset, group.size, group.crc32) != place:
+        yield f"{tar}: record {group.key} differs from its crc32"
+        return
+    for part in image_parts(group.members):
+        try:
+            image = open_image(group.members[part])
+            image.draft("RGB", (image.width // 8, image.height // 8))  # every byte is read, few pixels are made
+            image.load()
+        except (OSError, ValueError, SyntaxError) as error:
+            yield f"{tar}: image {group.key}.{part} cannot be read ({error})"
+    try:
+        record = read_record(group.members)
+        for task in ("i2t", "t2i", "it2i"):
+            for alternative in record.get(task, []):
+                if lack := lacks_text(alternative, task):
+                    yield f"{tar}: record {group.key} has an alternative of {task} with {lack}"
+    except (KeyError, ValueError, TypeError) as error:
+        yield f"{tar}: record {group.key} cannot be read ({type(error).__name__}: {error})"

@@ -1,0 +1,88 @@
+"""DC-AE latents of every image of a shard folder, computed once: it never trains, so they never change."""
+
+import logging
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from data_pipelines.shards.images import images_of, load_image, open_image
+from data_pipelines.shards.index import read_manifest
+from data_pipelines.shards.latents import fits, latents_of, metadata_of, transform_name
+from data_pipelines.shards.tar import groups
+from emma_train.config.schema import AutoencoderConfig, ImageConfig
+from emma_train.model.autoencoder import Autoencoder
+from emma_train.sequence.geometry import image_size
+
+log = logging.getLogger(__name__)
+Item = TypeVar("Item")
+AT_ONCE = 16
+"""Batches of the encoder that are decoded before it runs, so that images of one size find each other."""
+
+
+def cache_latents(
+    folder: Path,
+    autoencoder: AutoencoderConfig,
+    image_configs: list[ImageConfig],
+    device: torch.device,
+    rank: int = 0,
+    size: int = 1,
+) -> int:
+    """Write the latents of each shard beside it, one file per transform; returns the number of images encoded.
+
+    Of `size` processes each takes every size-th shard; they need not know of each other.
+
+    A file that is of this autoencoder already is kept. float32, so that cached and online encoding agree. Raises
+    UserError.
+    """
+    encoder = Autoencoder(autoencoder, device)
+    manifest = read_manifest(folder)
+    num = 0
+    for shard in manifest["shards"][rank::size]:
+        tar = folder / shard["name"]
+        for image_config in {transform_name(i): i for i in image_configs}.values():
+            path = Path(latents_of(tar, transform_name(image_config)))
+            if path.is_file() and fits(_metadata(path), encoder.fingerprint, shard["sha256"]):
+                continue
+            latents: dict[str, np.ndarray] = {}
+            for images in _batches(_images(tar, image_config, autoencoder.pixels), AT_ONCE * autoencoder.chunk):
+                encoded = encoder.encode([image for _, image in images])
+                latents |= {name: latent.cpu().numpy() for (name, _), latent in zip(images, encoded, strict=True)}
+            beside = path.with_name(path.name + ".tmp")
+            save_file(latents, beside, metadata_of(encoder.fingerprint, shard["sha256"], latents))
+            beside.replace(path)
+            num += len(latents)
+            log.info("%s: %d images", path, len(latents))
+    return num
+
+
+def _images(tar: Path, image_config: ImageConfig, pixels: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every image of a shard as the stream will show it; those that cannot be decoded are told and passed over."""
+    with open(tar, "rb") as file:
+        for group in groups(file):
+            for name, data in images_of(group.members).items():
+                try:
+                    with open_image(data) as image:
+                        pixels_of_it = load_image(image, *image_size(*image.size, image_config, pixels))
+                except (OSError, ValueError, SyntaxError) as error:
+                    log.warning("%s: image %s of %s cannot be read (%s)", tar, name, group.key, error)
+                    continue
+                yield f"{group.key}/{name}", torch.from_numpy(pixels_of_it.copy())
+
+
+def _batches(items: Iterator[Item], size: int) -> Iterator[list[Item]]:
+    while batch := list(islice(items, size)):
+        yield batch
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return file.metadata() or {}
+    except SafetensorError:  # a torn copy
+        return {}

@@ -1,0 +1,71 @@
+"""What a record says: the alternatives of each task, and how one is laid out as text and images."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from data_pipelines.shards.images import image_name, image_parts
+from emma_train.config.check import TASKS
+from emma_train.sequence import layout
+from emma_train.sequence.tokens import TextTokenizer
+
+CAPTION_QUESTION = "Describe this picture."
+"""What a caption answers, where a caption pair is trained as understanding."""
+
+
+def read_record(members: Mapping[str, bytes | memoryview]) -> dict[str, Any]:
+    """The record of a group: its JSON, where that has a list of alternatives for a task, or else a caption pair.
+
+    A caption pair is one image and one or more .txt: each caption is an alternative of i2t, as the answer to
+    CAPTION_QUESTION, and of t2i. Any other group is a record without tasks. Raises ValueError.
+    """
+    record = json.loads(bytes(members["json"])) if "json" in members else {}
+    if not isinstance(record, dict):
+        raise ValueError("its JSON is no object")
+    named = [task for task in TASKS if task in record]
+    for task in named:
+        if not isinstance(record[task], list) or not all(isinstance(item, dict) for item in record[task]):
+            raise ValueError(f"its {task} is no list of objects")
+    if named:
+        return record
+    images = image_parts(members)
+    captions = [bytes(members[part]).decode().strip() for part in sorted(members) if part.split(".")[-1] == "txt"]
+    captions = [caption for caption in captions if caption]
+    tags = record.get("tags")
+    pair: dict[str, Any] = {"tags": tags if isinstance(tags, list) else []}
+    if len(images) == 1 and captions:
+        name = image_name(images[0])
+        question = {"role": "user", "text": CAPTION_QUESTION}
+        answers = [{"role": "assistant", "text": caption} for caption in captions]
+        pair["i2t"] = [{"images": [name], "turns": [question, answer]} for answer in answers]
+        pair["t2i"] = [{"target": name, "text": caption} for caption in captions]
+    return pair
+
+
+def layouts(record: dict[str, Any], task: str, tokenizer: TextTokenizer) -> list[list[layout.Segment]]:
+    """The layout of each alternative of a record's task."""
+    return [alternative_layout(alternative, task, tokenizer) for alternative in record.get(task, [])]
+
+
+def alternative_layout(alternative: dict[str, Any], task: str, tokenizer: TextTokenizer) -> list[layout.Segment]:
+    """The layout of one alternative as it stands in the record."""
+    if task == "i2t":
+        turns = [(turn["role"], turn["text"]) for turn in alternative["turns"]]
+        return layout.i2t(tokenizer, alternative.get("images", []), turns)
+    return layout.it2i(tokenizer, alternative.get("images", []), alternative["text"], alternative["target"])
+
+
+def lacks_text(alternative: dict[str, Any], task: str) -> str | None:
+    """Why an alternative teaches nothing: no answer, or no instruction; None where it has them."""
+    if task == "i2t":
+        answers = [turn["text"] for turn in alternative["turns"] if turn["role"] == "assistant"]
+        return None if any(answer.strip() for answer in answers) else "no answer to learn from"
+    return None if alternative["text"].strip() else "no text to make an image of"
+
+
+def tags_of(record: dict[str, Any]) -> list[str]:
+    """The record's tags, each once, in order. Raises ValueError on what is no tag."""
+    tags = record.get("tags", [])
+    if not isinstance(tags, list) or not all(isinstance(tag, str) and tag and "|" not in tag for tag in tags):
+        raise ValueError("its tags are no list of words without |")
+    return sorted(set(tags))

@@ -1,0 +1,33 @@
+"""Activation checkpointing: a layer keeps its input alone, and backward runs it once more."""
+
+from collections.abc import Sequence
+from functools import partial
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from emma_train.model.emma import Emma
+
+
+def checkpoint_activations(model: Emma, mode: str) -> None:
+    """Have layers of the decoder and the vision encoder computed again in backward; `mode` as in `chosen`.
+
+    It comes after compiling and before sharding, and wraps `forward` alone. So parameters keep their names, and the
+    second run falls between the hooks of the layer's FSDP unit: on weights that are gathered for the layer's gradients
+    anyway.
+    """
+    for stack in (model.decoder.layers, model.vision.layers, model.vision.stem_layers):
+        checkpoint_layers(list(stack) if stack is not None else [], mode)
+
+
+def checkpoint_layers(layers: Sequence[nn.Module], mode: str) -> None:
+    """The same for one stack of layers."""
+    for index in checkpointed_layers(len(layers), mode):
+        # Nothing in a layer is random, so no generator needs to be wound back.
+        again = partial(checkpoint, layers[index].forward, use_reentrant=False, preserve_rng_state=False)
+        layers[index].forward = again
+
+
+def checkpointed_layers(num_layers: int, mode: str) -> range:
+    """Indexes of the layers of a stack that are computed again: none, every second (selective), all (full)."""
+    return {"none": range(0), "selective": range(0, num_layers, 2), "full": range(num_layers)}[mode]

@@ -1,0 +1,176 @@
+"""EMMA's sizes and names in terms of the public folders that it starts from: Qwen3ForCausalLM, and SiglipVisionModel
+or SiglipModel."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from emma_train.config.schema import DecoderConfig, VisionConfig
+from emma_train.errors import UserError
+
+LLM, VISION = "llm", "vision"
+PREFIXES = {LLM: "model.", VISION: "vision_model."}
+"""What keys begin with; transformers 5 writes a SiglipVisionModel without, and so does a bare Qwen3Model."""
+
+Values = Mapping[str, Any]
+Shapes = Mapping[str, tuple[int, ...]]
+
+_QWEN = {"input_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm", "mlp": "mlp"}
+# transformers leaves out of a SiglipModel's config.json what is its default.
+_SIGLIP = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "image_size": 224,
+    "patch_size": 16,
+    "layer_norm_eps": 1e-6,
+    "hidden_act": "gelu_pytorch_tanh",
+}
+
+
+def decoder_config(values: Values, where: str) -> DecoderConfig:
+    """Sizes, rope_theta, eps and tying of a Qwen3's config.json; the first half of the layers is shallow. Raises
+    UserError on what the decoder does not compute."""
+    _expect(values, "model_type", ("qwen3",), where)
+    _expect(values, "hidden_act", ("silu", None), where)
+    _expect(values, "attention_bias", (False, None), where)
+    _expect(values, "use_sliding_window", (False, None), where)
+    # transformers 4 keeps rope_theta beside rope_scaling, transformers 5 inside of rope_parameters.
+    rope = {
+        "rope_theta": values.get("rope_theta"),
+        **(values.get("rope_scaling") or {}),
+        **(values.get("rope_parameters") or {}),
+    }
+    for key in ("rope_type", "type"):
+        _expect(rope, key, ("default", None), where)
+    layers = int(_need(values, "num_hidden_layers", where))
+    return DecoderConfig(
+        hidden=int(_need(values, "hidden_size", where)),
+        num_layers=layers,
+        num_shared_layers=layers // 2,
+        heads=int(_need(values, "num_attention_heads", where)),
+        kv_heads=int(_need(values, "num_key_value_heads", where)),
+        head_dim=int(values.get("head_dim") or 128),
+        intermediate_size=int(_need(values, "intermediate_size", where)),
+        vocab=int(_need(values, "vocab_size", where)),
+        rope_theta=float(_need(rope, "rope_theta", where)),
+        eps=float(values.get("rms_norm_eps", 1e-6)),
+        tied=bool(values.get("tie_word_embeddings", False)),
+    )
+
+
+def qwen3_config(decoder: DecoderConfig) -> dict[str, Any]:
+    """The inverse of decoder_config: config.json of a Qwen3ForCausalLM, as transformers 4 and 5 read it."""
+    return {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "hidden_size": decoder.hidden,
+        "num_hidden_layers": decoder.num_layers,
+        "num_attention_heads": decoder.heads,
+        "num_key_value_heads": decoder.kv_heads,
+        "head_dim": decoder.head_dim,
+        "intermediate_size": decoder.intermediate_size,
+        "vocab_size": decoder.vocab,
+        "rope_theta": decoder.rope_theta,
+        "rope_scaling": None,
+        "rms_norm_eps": decoder.eps,
+        "tie_word_embeddings": decoder.tied,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "use_sliding_window": False,
+        # Of the public Qwen3; what longer texts cost is speed and quality, not an error.
+        "max_position_embeddings": 40960,
+    }
+
+
+def vision_config(values: Values, where: str) -> VisionConfig:
+    """Sizes of a SigLIP's config.json. Raises UserError on a NaFlex checkpoint or another model."""
+    _expect(values, "model_type", ("siglip", "siglip_vision_model"), where)
+    values = {**_SIGLIP, **values.get("vision_config", values)}
+    _expect(values, "hidden_act", ("gelu_pytorch_tanh",), where)
+    side, patch, layers = int(values["image_size"]), int(values["patch_size"]), int(values["num_hidden_layers"])
+    if side % patch:
+        raise UserError(f"{where}: image_size {side} is no multiple of patch_size {patch}")
+    return VisionConfig(
+        hidden=int(values["hidden_size"]),
+        num_layers=layers,
+        heads=int(values["num_attention_heads"]),
+        intermediate_size=int(values["intermediate_size"]),
+        patch=patch,
+        position_grid=side // patch,
+        eps=float(values["layer_norm_eps"]),
+        expert_layers=min(VisionConfig.expert_layers, layers - 1),
+    )
+
+
+def prefix_of(part: str, keys: Iterable[str]) -> str:
+    """What the keys of a folder begin with: the usual prefix, or nothing."""
+    return PREFIXES[part] if any(key.startswith(PREFIXES[part]) for key in keys) else ""
+
+
+def stored_name(name: str, prefixes: Mapping[str, str] = PREFIXES) -> tuple[str, str] | None:
+    """Where the start value of a parameter lies: (part, key); None for what no public checkpoint has.
+
+    Both branches of the decoder start from the same LLM, so its keys stand for one or two parameters each.
+    """
+    part, *words = name.split(".")
+    match part, words:
+        case "decoder", ["lm_head", _]:
+            return LLM, "lm_head.weight"
+        case "decoder", ["layers", index, _, role, *rest]:
+            words = ["layers", index, _QWEN.get(role, f"self_attn.{role}"), *rest]
+        case "decoder", ["norm", _, kind]:
+            words = ["norm", kind]
+        case "vision", ["patch_embedding" | "position_embedding", _]:
+            words = ["embeddings", *words]
+        case "vision", ["layers", _, role, _]:
+            inner = ["self_attn"] if role.endswith("_proj") else ["mlp"] if role in ("fc1", "fc2") else []
+            words = ["encoder", *words[:2], *inner, *words[2:]]
+    if part == "decoder":
+        return LLM, prefixes[LLM] + ".".join(words)
+    if part == "vision" and words[0] in ("embeddings", "encoder", "post_layernorm"):
+        return VISION, prefixes[VISION] + ".".join(words)
+    return None
+
+
+def und_names(names: Iterable[str]) -> dict[str, str]:
+    """Of parameter names, those that make a Qwen3 of the Und branch, by their key in its folder."""
+    own = (name for name in names if name.startswith("decoder.") and ".gen." not in name)
+    return {stored[1]: name for name in own if (stored := stored_name(name)) is not None}
+
+
+def is_ignored(part: str, key: str, prefix: str, tied: bool) -> bool:
+    """Whether EMMA has no use for a key on purpose: a tied head, rotary tables, SigLIP's text tower and pooling
+    head."""
+    if part == LLM:
+        return key.endswith("rotary_emb.inv_freq") or (tied and key == "lm_head.weight")
+    return key.startswith(("text_model.", "logit_", f"{prefix}head.")) or key.endswith("position_ids")
+
+
+def check_shapes(wanted: Shapes, stored: Shapes, where: str) -> None:
+    """Raise UserError where a tensor is missing, of another shape, or one too many; it names the tensor and both
+    shapes."""
+    for key, shape in wanted.items():
+        if key not in stored:
+            raise UserError(
+                f"{where}: lacks {key}, which its config.json makes {list(shape)}; is a file of the folder missing?"
+            )
+        if stored[key] != shape:
+            raise UserError(f"{where}: {key} has shape {list(stored[key])}, but its config.json makes it {list(shape)}")
+    if extra := sorted(stored.keys() - wanted.keys()):
+        raise UserError(
+            f"{where}: holds {extra[0]} of shape {list(stored[extra[0]])}, which a model of its config.json does not "
+            f"have ({len(extra)} such in all)"
+        )
+
+
+def _need(values: Values, key: str, where: str) -> Any:
+    if values.get(key) is None:
+        raise UserError(f"{where}: has no {key}")
+    return values[key]
+
+
+def _expect(values: Values, key: str, allowed: tuple[Any, ...], where: str) -> None:
+    if values.get(key) not in allowed:
+        names = " or ".join(str(value) for value in allowed if value is not None)
+        raise UserError(f"{where}: {key} is {values.get(key)!r}; EMMA starts from {names} only")

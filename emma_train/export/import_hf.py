@@ -1,0 +1,110 @@
+"""An initial export from public Hugging Face folders: both branches from one LLM, SigLIP2 as the encoder, DC-AE beside
+them, and what is new from the seed."""
+
+import dataclasses
+import logging
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from emma_train.config import config_hash
+from emma_train.config.check import check_model
+from emma_train.config.load import from_dict
+from emma_train.config.schema import AutoencoderConfig, DecoderConfig, Recipe, VisionConfig
+from emma_train.errors import UserError
+from emma_train.export import export
+from emma_train.export import hf_names as hf
+from emma_train.model.autoencoder import STEM
+from emma_train.model.emma import Emma
+from emma_train.model.initial import start_value
+from emma_train.sequence.tokens import TextTokenizer
+from emma_train.storage.safetensors_io import Spec, Tensors, read_json
+
+log = logging.getLogger(__name__)
+CONFIG = "config.json"
+
+
+def import_pretrained(
+    out: Path, llm: Path, vision: Path, autoencoder: Path, tokenizer: Path, overrides: list[str] | None = None
+) -> Path:
+    """Write an initial export to `out`, one tensor at a time. `overrides` set what the folders leave open, such as
+    model.decoder.num_shared_layers=12. Raises UserError before anything is written where a folder is not what it should
+    be.
+    """
+    export.check_free(out)
+    text = TextTokenizer(tokenizer)
+    recipe = _recipe(out.name, llm, vision, autoencoder, text, overrides or [])
+    sources = {hf.LLM: (llm, Tensors(llm)), hf.VISION: (vision, Tensors(vision))}
+    with torch.device("meta"):
+        shapes = {name: tuple(p.shape) for name, p in Emma(recipe.model).named_parameters()}
+    prefixes = {part: hf.prefix_of(part, tensors.specs) for part, (_, tensors) in sources.items()}
+    found = {name: stored for name in shapes if (stored := hf.stored_name(name, prefixes)) is not None}
+    for part, (folder, tensors) in sources.items():
+        wanted = {key: shapes[name] for name, (owner, key) in found.items() if owner == part}
+        tied = recipe.model.decoder.tied
+        used = {k: s for k, s in tensors.shapes.items() if not hf.is_ignored(part, k, prefixes[part], tied)}
+        hf.check_shapes(wanted, used, str(folder))
+
+    def value(name: str) -> Tensor:
+        if name not in found:
+            return start_value(name, torch.Size(shapes[name]), recipe.model)
+        part, key = found[name]
+        return sources[part][1].read(key)
+
+    specs = {name: Spec("F32", shape) for name, shape in shapes.items()}
+    specs |= {name: sources[part][1].specs[key] for name, (part, key) in found.items()}
+    meta = {"stage": "", "step": 0, "config_hash": config_hash(recipe), "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    meta["sources"] = {"llm": str(llm), "vision": str(vision), "autoencoder": str(autoencoder)}
+    export.write(out, specs, value, recipe, meta, text.path)
+    size = sum(spec.num_bytes for spec in specs.values()) / 1e9
+    log.info("%d tensors from %s and %s, %d new; %.3f GB", len(found), llm, vision, len(shapes) - len(found), size)
+    return out
+
+
+def _recipe(
+    name: str, llm: Path, vision: Path, autoencoder: Path, tokenizer: TextTokenizer, overrides: list[str]
+) -> Recipe:
+    """A recipe of no stage that describes the model."""
+    encoder = hf.vision_config(read_json(vision / CONFIG), str(vision / CONFIG))
+    decoder = hf.decoder_config(read_json(llm / CONFIG), str(llm / CONFIG))
+    latents = _autoencoder_config(autoencoder)
+    encoder.shuffle, rest = divmod(latents.pixels, encoder.patch)
+    if rest:
+        raise UserError(
+            f"{autoencoder}: {latents.pixels} pixels per latent are no multiple of the encoder's patch of "
+            f"{encoder.patch} ({vision}); their grids cannot be fused"
+        )
+    if tokenizer.vocab > decoder.vocab:
+        raise UserError(
+            f"{tokenizer.path}: has {tokenizer.vocab} tokens, more than the {decoder.vocab} of {llm / CONFIG}"
+        )
+    sizes: dict[str, VisionConfig | DecoderConfig | AutoencoderConfig]
+    sizes = {"vision": encoder, "decoder": decoder, "autoencoder": latents}
+    image = {"side": encoder.position_grid * encoder.patch}
+    values = {
+        "run": {"name": name},
+        "stage": {"name": ""},
+        "model": {key: dataclasses.asdict(config) for key, config in sizes.items()},
+        "data": {"tokenizer": str(tokenizer.path), "samples_per_step": 0, "und": image, "gen": image},
+        "optimizer": {"lr": 0.0},
+        "train": {"steps": 0},
+    }
+    recipe = from_dict(values, "import", overrides)
+    check_model(recipe, "import")
+    return recipe
+
+
+def _autoencoder_config(folder: Path) -> AutoencoderConfig:
+    """What an AutoencoderDC's folder holds, its weights compared with its config.json. Raises UserError."""
+    from diffusers import AutoencoderDC
+
+    values = read_json(folder / CONFIG)
+    if values.get("_class_name") != "AutoencoderDC":
+        raise UserError(f"{folder / CONFIG}: is a {values.get('_class_name')}; EMMA needs an AutoencoderDC")
+    with torch.device("meta"):
+        model = AutoencoderDC.from_config(values)
+    wanted = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    hf.check_shapes(wanted, Tensors(folder, STEM).shapes, str(folder))
+    return AutoencoderConfig(str(folder), int(model.config.latent_channels), int(model.spatial_compression_ratio))

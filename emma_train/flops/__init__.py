@@ -1,0 +1,1 @@
+"""FLOPs of each module, and the work in a packed batch."""

@@ -1,0 +1,1 @@
+"""Files in local folders and object stores."""

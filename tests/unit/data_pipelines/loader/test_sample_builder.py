@@ -1,0 +1,222 @@
+"""Samples of every shape that a record may have: turns, images, languages, sizes; as laid out and as supervised."""
+
+import io
+import json
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data_pipelines.loader.sample_builder import SampleBuilder, SampleError
+from data_pipelines.planner.planner import SampleRef
+from data_pipelines.shards.images import load_image, open_image
+from emma_train.config.schema import DataConfig, ImageConfig
+from emma_train.sequence.geometry import buckets, from_patches
+from emma_train.sequence.layout import Role, TextSegment
+from emma_train.sequence.pack import Sample, images_of, pack
+from tests.helpers import PATCH, SHUFFLE, tokenizer
+
+USER, ASSISTANT, END = "<|im_start|>user\n", "<|im_start|>assistant\n", "<|im_end|>"
+IMAGE = "<|vision_start|><|vision_end|>"
+
+
+def sampler(**settings: Any) -> SampleBuilder:
+    base = {"tokenizer": "", "text_dropout": 0.0, "reference_dropout": 0.0, "und": ImageConfig(side=64)}
+    return SampleBuilder(DataConfig(**{**base, "gen": ImageConfig(side=64), **settings}), tokenizer(), PATCH, SHUFFLE)
+
+
+def planned(task: str, alternative: int = 0, key: str = "k", epoch: int = 0) -> SampleRef:
+    return SampleRef(key=key, task=task, url="", shard="", offset=0, size=0, crc32=0, epoch=epoch,
+                   alternative=alternative, num_tokens=0, num_visual=0)  # fmt: skip
+
+
+def encoded_image(width: int = 64, height: int = 64, kind: str = "PNG", **options: Any) -> bytes:
+    """A smooth image: red grows to the right, green downwards."""
+    x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
+    file = io.BytesIO()
+    Image.fromarray(np.stack([x, y, 0 * x + 128], -1).astype(np.uint8)).save(file, kind, **options)
+    return file.getvalue()
+
+
+def sample(record: dict[str, Any], task: str, names: list[str], alternative: int = 0, **settings: Any) -> Sample:
+    members = {f"{name}.png": memoryview(encoded_image()) for name in names}
+    members["json"] = memoryview(json.dumps(record, ensure_ascii=False).encode())
+    return sampler(**settings).sample(planned(task, alternative), members, lambda name, image: None)
+
+
+def text_of(found: Sample) -> str:
+    return str(
+        tokenizer()._tokenizer.decode(
+            [i for s in found.segments if isinstance(s, TextSegment) for i in s.ids], skip_special_tokens=False
+        )
+    )
+
+
+def learnt(found: Sample) -> list[str]:
+    """The supervised runs of a sample."""
+    runs = [s.ids for s in found.segments if isinstance(s, TextSegment) and s.supervised]
+    return [str(tokenizer()._tokenizer.decode(list(ids), skip_special_tokens=False)) for ids in runs]
+
+
+def turns(*texts: str) -> list[dict[str, str]]:
+    return [{"role": ("user", "assistant")[i % 2], "text": text} for i, text in enumerate(texts)]
+
+
+def test_of_several_turns_every_answer_is_supervised_and_nothing_else() -> None:
+    record = {"i2t": [{"images": ["img0"], "turns": turns("what is this?", "a cat", "and its colour?", "red")}]}
+    found = sample(record, "i2t", ["img0"])
+    assert text_of(found) == (
+        f"{USER}{IMAGE}what is this?{END}\n{ASSISTANT}a cat{END}\n{USER}and its colour?{END}\n{ASSISTANT}red{END}"
+    )
+    assert learnt(found) == [f"a cat{END}", f"red{END}"]
+    batch = pack([found])
+    assert batch.labels.tolist() == [
+        i for run in ("a cat", "red") for i in [*tokenizer().encode(run), tokenizer().im_end]
+    ]
+
+
+def test_several_images_stand_in_the_order_of_the_alternative() -> None:
+    record = {"i2t": [{"images": ["img2", "img0"], "turns": turns("which is larger?", "the first")}]}
+    found = sample(record, "i2t", ["img0", "img1", "img2"])
+    assert [(p.name, p.role) for p in images_of(found.segments)] == [("img2", Role.UND), ("img0", Role.UND)]
+    assert found.images.keys() == {"img0", "img2"}
+    assert text_of(found).startswith(f"{USER}{IMAGE}{IMAGE}which")
+    assert pack([found]).grids[Role.UND] == [(2, 2), (2, 2)]
+
+
+def test_an_edit_of_several_references_keeps_or_loses_them_together() -> None:
+    record = {"it2i": [{"images": ["img0", "img1"], "target": "img2", "text": "join them"}]}
+    found = sample(record, "it2i", ["img0", "img1", "img2"])
+    roles = [(p.name, p.role) for p in images_of(found.segments)]
+    assert roles == [("img0", Role.REFERENCE), ("img1", Role.REFERENCE), ("img2", Role.TARGET)]
+    dropped = sample(record, "it2i", ["img0", "img1", "img2"], reference_dropout=1.0)
+    assert [p.role for p in images_of(dropped.segments)] == [Role.TARGET]
+    assert "join them" in text_of(dropped)
+
+
+@pytest.mark.parametrize("alternative", [{"images": []}, {}])
+def test_a_sample_without_images_is_text_alone(alternative: dict[str, Any]) -> None:
+    record = {"i2t": [{**alternative, "turns": turns("two and two?", "four")}]}
+    found = sample(record, "i2t", [])
+    assert (text_of(found), found.images) == (f"{USER}two and two?{END}\n{ASSISTANT}four{END}", {})
+    alone = pack([found])
+    assert alone.counts[1:] == (0, 0, 0)
+    other = sample({"t2i": [{"target": "img0", "text": "a fish"}]}, "t2i", ["img0"])
+    batch = pack([found, other])
+    assert batch.counts[3] == 4 and len(batch.labels) == len(alone.labels)
+
+
+def test_chinese_is_what_it_was_in_questions_answers_and_instructions() -> None:
+    found = sample({"i2t": [{"images": ["img0"], "turns": turns("这是什么？", "一只红色的猫。")}]}, "i2t", ["img0"])
+    assert text_of(found) == f"{USER}{IMAGE}这是什么？{END}\n{ASSISTANT}一只红色的猫。{END}"
+    assert learnt(found) == [f"一只红色的猫。{END}"]
+    edit = sample(
+        {"it2i": [{"images": ["img0"], "target": "img1", "text": "把背景变成粉色"}]}, "it2i", ["img0", "img1"]
+    )
+    assert f"把背景变成粉色{END}" in text_of(edit)
+
+
+def test_a_text_cannot_open_a_turn_or_an_image() -> None:
+    record = {"i2t": [{"images": ["img0"], "turns": turns(f"what?{END}\n{ASSISTANT}", f"{IMAGE} a cat")}]}
+    found = sample(record, "i2t", ["img0"])
+    special = [i for s in found.segments if isinstance(s, TextSegment) for i in s.ids]
+    assert special.count(tokenizer().id("<|im_start|>")) == 2
+    assert special.count(tokenizer().id("<|vision_start|>")) == 1
+
+
+def test_the_planned_caption_of_several_is_taken() -> None:
+    record = {"t2i": [{"target": "img0", "text": text} for text in ("short", "a longer one", "短的")]}
+    for number, text in enumerate(("short", "a longer one", "短的")):
+        assert f"{USER}{text}{END}" in text_of(sample(record, "t2i", ["img0"], number))
+
+
+@pytest.mark.parametrize(
+    ("record", "task", "reason"),
+    [
+        ({"i2t": [{"images": [], "turns": turns("what?", " ")}]}, "i2t", "no answer to learn from"),
+        ({"i2t": [{"images": [], "turns": turns("what?")}]}, "i2t", "no answer to learn from"),
+        ({"t2i": [{"target": "img0", "text": ""}]}, "t2i", "no text to make an image of"),
+        ({"it2i": [{"images": ["img0"], "target": "img0", "text": "\n"}]}, "it2i", "no text"),
+    ],
+)
+def test_an_empty_text_is_a_bad_sample(record: dict[str, Any], task: str, reason: str) -> None:
+    with pytest.raises(SampleError, match=reason):
+        sample(record, task, ["img0"])
+
+
+@pytest.mark.parametrize(
+    ("image_config", "size", "expected"),
+    [
+        (ImageConfig("square", 512), (1024, 768), (512, 512)),
+        (ImageConfig("square", 512), (300, 900), (512, 512)),
+        (ImageConfig("native"), (1000, 700), (704, 992)),
+        (ImageConfig("native", max_tokens=256), (4000, 3000), (416, 576)),
+        (ImageConfig("buckets", 1024), (1920, 1080), (768, 1376)),
+        (ImageConfig("buckets", 1024), (500, 500), (1024, 1024)),
+        (ImageConfig("buckets", 1024), (600, 3000), (2048, 512)),
+    ],
+)
+def test_an_image_takes_the_size_of_its_mode_and_stays_the_image(
+    image_config: ImageConfig, size: tuple[int, int], expected: tuple[int, int]
+) -> None:
+    record = {"t2i": [{"target": "img0", "text": "x"}]}
+    members = {
+        "img0.jpg": memoryview(encoded_image(*size, "JPEG", quality=95)),
+        "json": memoryview(json.dumps(record).encode()),
+    }
+    found = sampler(gen=image_config).sample(planned("t2i"), members, lambda name, image: None).images["img0"]
+    assert found.patches is not None
+    height, width = found.grid[0] * 32, found.grid[1] * 32
+    assert (height, width) == expected
+    if image_config.mode == "buckets":
+        assert (height, width) in buckets(1024, 32)
+    pixels = from_patches(torch.from_numpy(found.patches), *found.grid, PATCH, SHUFFLE).numpy().astype(float)
+    x, y = np.meshgrid((np.arange(width) + 0.5) / width * 255, (np.arange(height) + 0.5) / height * 255)
+    assert np.abs(pixels[..., 0] - x).mean() < 2
+    assert np.abs(pixels[..., 1] - y).mean() < 2
+
+
+def test_a_large_jpeg_is_decoded_small_and_looks_the_same() -> None:
+    """PIL's draft mode: of 4096 x 3072 pixels a sixteenth is made, and the image differs by less than one level."""
+    rng = np.random.default_rng(0)
+    noise = Image.fromarray(rng.integers(0, 256, (48, 64, 3), dtype=np.uint8)).resize(
+        (4096, 3072), Image.Resampling.BICUBIC
+    )
+    file = io.BytesIO()
+    noise.save(file, "JPEG", quality=90)
+    with open_image(file.getvalue()) as opened:
+        opened.draft("RGB", (512, 512))
+        assert opened.size == (1024, 768)
+    with open_image(file.getvalue()) as opened:
+        small = load_image(opened, 512, 512)
+    whole = np.asarray(
+        Image.open(io.BytesIO(file.getvalue())).convert("RGB").resize((512, 512), Image.Resampling.BICUBIC)
+    )
+    assert np.abs(small.astype(int) - whole).mean() < 1.0
+
+
+def test_draws_depend_on_seed_epoch_and_key_alone() -> None:
+    """The same 3,000 draws from a fresh sampler, and in another order."""
+    record = {"it2i": [{"images": ["img0"], "target": "img1", "text": "add a fish"}]}
+    members = {f"{n}.png": memoryview(encoded_image(32, 32)) for n in ("img0", "img1")} | {
+        "json": memoryview(json.dumps(record).encode())
+    }
+    rates = {"text_dropout": 0.2, "reference_dropout": 0.1, "gen": ImageConfig(side=32)}
+    plans = [planned("it2i", key=f"k{i % 30}", epoch=i // 30) for i in range(600)]
+
+    def draw(one: SampleBuilder, plan: SampleRef) -> tuple[Any, ...]:
+        found = one.sample(plan, members, lambda name, image: None)
+        return "fish" in text_of(found), len(found.images), found.noise_seed, found.time_seed
+
+    first = sampler(**rates)
+    forward = [draw(first, plan) for plan in plans]
+    again = sampler(**rates)
+    assert forward == [draw(again, plan) for plan in reversed(plans)][::-1]
+    assert len({seeds for *_, noise, time_ in forward for seeds in (noise, time_)}) == 1200
+    kept = Counter(has_text for has_text, *_ in forward)
+    assert abs(kept[False] - 120) < 4 * (600 * 0.2 * 0.8) ** 0.5
+    other = sampler(**rates, seed=1)
+    assert draw(other, plans[0])[2:] != forward[0][2:]

@@ -1,0 +1,124 @@
+"""Columns against the scalar rules: tokens, images and pairs of each row, and what becomes of those too long."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from data_pipelines.planner.costs import CostModel, SampleCosts, sample_costs
+from data_pipelines.shards.index import COLUMNS, read_columns
+from emma_train.config.schema import DecoderConfig, ImageConfig, ModelConfig
+from emma_train.sequence.geometry import image_size
+from emma_train.sequence.seeds import choice_of
+from tests.shards import every_task, write_shards
+
+SHARD = ("folder/shard-000000.tar", "0" * 64)
+
+
+def how(task: str, image: ImageConfig, **caps: int) -> CostModel:
+    return CostModel(task, image, ModelConfig(), {"tokens": 8192, **caps}, seed=3)
+
+
+def random_rows(task: str, seed: int, num: int = 40) -> pa.Table:
+    """Rows with several alternatives, of several images of any size."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for i in range(num):
+        alternatives, images = int(rng.integers(1, 4)), int(rng.integers(1, 5))
+        shown = [rng.integers(0, images, rng.integers(0, 3)).tolist() for _ in range(alternatives)]
+        made = rng.integers(0, images, alternatives).tolist() if task != "i2t" else [-1] * alternatives
+        rows.append(
+            {
+                "key": f"k{i}",
+                "task": task,
+                "offset": i,
+                "size": 1,
+                "crc32": 0,
+                "text_tokens": rng.integers(5, 900, alternatives).tolist(),
+                "supervised_tokens": [1] * alternatives,
+                "context": shown if task != "t2i" else [[]] * alternatives,
+                "target": made,
+                "widths": rng.integers(20, 3000, images).tolist(),
+                "heights": rng.integers(20, 3000, images).tolist(),
+                "tags": [],
+            }
+        )
+    columns = [name for name in COLUMNS.names if name in rows[0]]
+    return pa.Table.from_pylist(rows, pa.schema([COLUMNS.field(name) for name in columns]))
+
+
+@pytest.mark.parametrize("task", ["i2t", "t2i", "it2i"])
+@pytest.mark.parametrize("mode", ["square", "native", "buckets"])
+@pytest.mark.parametrize("epoch", [0, 5])
+def test_every_row_is_measured_as_one_by_one(task: str, mode: str, epoch: int) -> None:
+    image = ImageConfig(mode=mode, side=512, max_tokens=1500)
+    tables = [random_rows(task, seed) for seed in (0, 1)]
+    columns = sample_costs(tables, [SHARD, SHARD], epoch, how(task, image, pixels=10**12))
+    assert columns.shard.tolist() == [0] * 40 + [1] * 40
+    for place, row in enumerate(pa.concat_tables(tables).to_pylist()):
+
+        def tokens(number: int, row: dict = row) -> int:
+            height, width = image_size(row["widths"][number], row["heights"][number], image, 32)
+            return height * width // 32**2
+
+        chosen = choice_of(len(row["text_tokens"]), 3, epoch, row["key"], f"{task} alternative")
+        seen = sum(tokens(number) for number in row["context"][chosen])
+        made = tokens(row["target"][chosen]) if row["target"][chosen] >= 0 else 0
+        assert columns.alternative[place] == chosen
+        assert columns.seen[place] == seen
+        assert columns.tokens[place] == row["text_tokens"][chosen] + seen + made
+        assert columns.sizes[:, place].tolist() == [columns.tokens[place], (seen + made) * 1024]
+
+
+def test_real_shards_measure_the_same(tmp_path: Path) -> None:
+    folder = write_shards(tmp_path, every_task(5))
+    table = read_columns(str(folder), "shard-000000.tar", "it2i")
+    columns = sample_costs([table], [SHARD], 0, how("it2i", ImageConfig(side=64)))
+    assert len(columns) == 5
+    assert columns.seen.tolist() == [4] * 5
+    assert (columns.tokens > 8).all() and (columns.cost > columns.tokens).all()
+
+
+def test_images_of_an_understanding_sample_shrink_to_what_its_text_leaves_them() -> None:
+    table = pa.Table.from_pylist(
+        [
+            {"key": "fits", "text_tokens": [100], "context": [[0]], "widths": [640], "heights": [640]},
+            {
+                "key": "long",
+                "text_tokens": [1000],
+                "context": [[0, 1]],
+                "widths": [3200, 3200],
+                "heights": [3200, 3200],
+            },
+            {"key": "text", "text_tokens": [3000], "context": [[]], "widths": [], "heights": []},
+            {"key": "full", "text_tokens": [1990], "context": [[0]], "widths": [640], "heights": [640]},
+        ]
+    )
+    for name, value in (("task", "i2t"), ("offset", 0), ("size", 1), ("crc32", 0), ("target", [-1])):
+        table = table.append_column(name, pa.array([value] * 4))
+    table = table.cast(pa.schema([COLUMNS.field(name) for name in table.column_names]))
+    native = ImageConfig(mode="native", max_tokens=4096)
+    columns = sample_costs([table], [SHARD], 0, how("i2t", native, tokens=2000))
+    assert columns.shrunk.tolist() == [0, 500, 0, 0]
+    assert columns.tokens.tolist() == [500, 2000, 3000, 2390]
+    assert columns.refused.tolist() == [False, False, True, True]
+    square = sample_costs([table], [SHARD], 0, how("i2t", ImageConfig(side=1024), tokens=2000))
+    assert square.refused.tolist() == [False, True, True, True]
+
+
+def test_cost_is_work_in_tokens_of_the_decoder() -> None:
+    """Text alone costs its tokens and their attention; an image costs what 413 M parameters do four times a token."""
+
+    def columns(task: str, text: int, shown: int) -> SampleCosts:
+        row = {"text_tokens": [text], "context": [[0] * shown], "widths": [512], "heights": [512], "target": [-1]}
+        table = pa.Table.from_pylist([{**row, "key": "a", "task": task, "offset": 0, "size": 1, "crc32": 0}])
+        table = table.cast(pa.schema([COLUMNS.field(name) for name in table.column_names]))
+        return sample_costs([table], [SHARD], 0, how(task, ImageConfig(side=512)))
+
+    decoder = DecoderConfig()
+    per_token = decoder.num_layers * 2560 * (2 * 4096 + 2 * 1024 + 3 * 9728)
+    assert columns("i2t", 1000, 0).cost[0] == pytest.approx(1000 + 500_000 * 36 * 8192 / per_token)
+    image = columns("i2t", 1000, 1).cost[0] - 1256 - (1256**2 // 2) * 36 * 8192 / per_token
+    assert image == pytest.approx((1024 * 27 * 1152 * (4 * 1152 + 2 * 4304) + 1024**2 * 27 * 2304) / per_token)
+    assert 0.4 * 256 < image < 0.6 * 256

@@ -1,0 +1,215 @@
+"""Index and manifest: every record can be found by offset alone, and a folder that is not what it says is refused."""
+
+import json
+import shutil
+import tarfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import webdataset
+
+from data_pipelines.shards.build_index import index_folder
+from data_pipelines.shards.check import check_folder
+from data_pipelines.shards.images import image_parts
+from data_pipelines.shards.index import index_path, read_manifest
+from data_pipelines.shards.tar import groups, read_group
+from emma_train.errors import UserError
+from tests.helpers import ASSETS, tokenizer
+from tests.shards import damage, edit, every_task, prompt, question, write_shards
+
+EMOJI = ASSETS / "emoji"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Twelve records in three shards."""
+    return write_shards(tmp_path / "set", every_task(4), per_shard=4)
+
+
+def by_tarfile(tar: Path) -> dict[str, dict[str, bytes]]:
+    """Members by key and part, as Python's own tar reader sees them."""
+    found: dict[str, dict[str, bytes]] = {}
+    with tarfile.open(tar) as archive:
+        for member in archive:
+            key, _, part = member.name.partition(".")
+            stream = archive.extractfile(member)
+            assert stream is not None
+            found.setdefault(key, {})[part] = stream.read()
+    return found
+
+
+@pytest.mark.parametrize("split", ["train", "heldout_drawings", "heldout_concepts"])
+def test_every_indexed_record_read_by_its_offset_is_what_tarfile_sees(split: str) -> None:
+    num_rows = 0
+    for shard in read_manifest(EMOJI / split)["shards"]:
+        tar = EMOJI / split / shard["name"]
+        data, expected = tar.read_bytes(), by_tarfile(tar)
+        rows = pq.read_table(index_path(tar)).to_pylist()
+        assert {row["key"] for row in rows} == expected.keys()
+        for row in rows:
+            record = data[row["offset"] : row["offset"] + row["size"]]
+            assert zlib.crc32(record) == row["crc32"]
+            assert read_group(record) == expected[row["key"]]
+        num_rows += len(rows)
+    assert num_rows == sum(read_manifest(EMOJI / split)["samples"].values()) > 200
+
+
+def test_webdataset_sees_the_same_samples_as_we_do() -> None:
+    for tar in sorted((EMOJI / "heldout_concepts").glob("*.tar")):
+        with open(tar, "rb") as file:
+            ours = {group.key: group.members for group in groups(file)}
+        theirs = {}
+        for sample in webdataset.WebDataset(str(tar), shardshuffle=False, empty_check=False):
+            theirs[sample["__key__"]] = {k: v for k, v in sample.items() if not k.startswith("__")}
+        assert theirs == ours
+        assert list(theirs) == list(ours)
+
+
+def test_energon_sees_the_same_samples_as_we_do(tmp_path: Path) -> None:
+    energon = pytest.importorskip("megatron.energon", reason="pip install megatron-energon")
+    from megatron.energon.flavors import BaseWebdatasetFactory
+
+    shutil.copytree(EMOJI / "heldout_concepts", tmp_path / "set")
+    tars = sorted(path.name for path in (tmp_path / "set").glob("*.tar"))
+    BaseWebdatasetFactory.prepare_dataset(tmp_path / "set", tars, split_parts_ratio=[("train", 1.0)], workers=1)
+    meta = "__module__: megatron.energon\n__class__: CrudeWebdataset\n"
+    (tmp_path / "set" / ".nv-meta" / "dataset.yaml").write_text(meta)
+
+    def keep(sample: dict[str, Any]) -> dict[str, Any]:
+        return dict(sample)
+
+    class AsTheyAre(energon.DefaultTaskEncoder):  # type: ignore[misc]
+        decoder = None
+        cookers = [energon.Cooker(energon.stateless(keep))]
+
+        def batch(self, samples: list[Any]) -> list[Any]:
+            return samples
+
+    dataset = energon.get_train_dataset(
+        tmp_path / "set",
+        worker_config=energon.WorkerConfig(rank=0, world_size=1, num_workers=0),
+        batch_size=1,
+        shuffle_buffer_size=None,
+        max_samples_per_sequence=None,
+        repeat=False,
+        task_encoder=AsTheyAre(),
+    )
+    theirs = {}
+    for (sample,) in energon.get_loader(dataset):
+        theirs[sample["__key__"]] = {k: v for k, v in sample.items() if not k.startswith("__")}
+    ours = {}
+    for tar in tars:
+        with open(tmp_path / "set" / tar, "rb") as file:
+            ours |= {group.key: group.members for group in groups(file)}
+    assert theirs == ours
+
+
+def test_an_index_row_counts_what_the_layout_lays_out(folder: Path) -> None:
+    _, record, _ = edit("e000")
+    rows = pq.read_table(index_path(folder / "shard-000000.tar")).to_pylist()
+    row = next(r for r in rows if r["key"] == "e000")
+    for number, alternative in enumerate(record["it2i"]):
+        # user turn, image marks, instruction, assistant turn: counted with the tokenizer alone
+        words = f"<|im_start|>user\n<|vision_start|><|vision_end|>{alternative['text']}<|im_end|>"
+        ids = tokenizer().encode(words) + tokenizer().encode("\n<|im_start|>assistant\n<|vision_start|>")
+        assert row["text_tokens"][number] == len(ids)
+    assert row["supervised_tokens"] == [0, 0]
+    assert (row["context"], row["target"]) == ([[0], [1]], [1, 0])
+    assert (row["widths"], row["heights"]) == ([32, 32], [32, 32])
+    answer = next(r for r in rows if r["key"] == "q000")
+    assert answer["supervised_tokens"] == [len(tokenizer().encode("a cat")) + 1]  # and <|im_end|>
+
+
+def test_the_manifest_counts_rows_and_indexing_again_changes_nothing(folder: Path) -> None:
+    before = (folder / "manifest.json").read_text()
+    assert json.loads(before)["samples"] == {"i2t": 4, "t2i": 4, "it2i": 4}
+    assert [sum(s["rows"].values()) for s in json.loads(before)["shards"]] == [4, 4, 4]
+    index_folder(folder, ASSETS / "tokenizer")
+    assert (folder / "manifest.json").read_text() == before
+
+
+def test_an_image_number_is_the_place_of_its_name() -> None:
+    names = ("json", "img1.webp", "img0.webp", "note.txt")
+    assert image_parts(dict.fromkeys(names, b"")) == ["img0.webp", "img1.webp"]
+
+
+def test_a_missing_manifest_says_how_to_make_one(folder: Path) -> None:
+    (folder / "manifest.json").unlink()
+    with pytest.raises(UserError, match=r"manifest\.json: cannot read .*emma-data index"):
+        read_manifest(folder)
+
+
+def test_a_torn_manifest_is_named(folder: Path) -> None:
+    (folder / "manifest.json").write_text('{"schema": 1, "sha')
+    with pytest.raises(UserError, match=r"manifest\.json: not valid JSON"):
+        read_manifest(folder)
+
+
+def test_a_manifest_of_another_schema_is_refused(folder: Path) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "schema": 99}))
+    with pytest.raises(UserError, match="schema 99, this version reads 2"):
+        read_manifest(folder)
+
+
+@pytest.mark.parametrize("name", ["shard-000001.tar", "shard-000001.idx.parquet"])
+def test_a_missing_shard_or_index_is_named(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    with pytest.raises(UserError, match=rf"{name}: missing, but .*manifest\.json lists it"):
+        read_manifest(folder)
+
+
+def test_a_shard_of_another_size_is_named_with_both_sizes(folder: Path) -> None:
+    tar = folder / "shard-000002.tar"
+    size = tar.stat().st_size
+    tar.write_bytes(tar.read_bytes()[:-512])
+    with pytest.raises(UserError, match=rf"shard-000002\.tar: has {size - 512} bytes, the manifest says {size}"):
+        read_manifest(folder)
+
+
+def test_check_finds_each_kind_of_damage_and_nothing_in_a_whole_folder(folder: Path) -> None:
+    assert check_folder(folder) == []
+    damage(folder / "shard-000000.tar", "q000.img0.png")
+    problems = check_folder(folder)
+    assert len(problems) == 2
+    assert "record q000 differs from its crc32" in problems[0]
+    assert "differs from its sha256" in problems[1]
+    shutil.copy(index_path(folder / "shard-000001.tar"), index_path(folder / "shard-000002.tar"))
+    assert any("shard-000002.idx.parquet: content differs" in problem for problem in check_folder(folder))
+
+
+def test_processes_find_the_same_problems_in_the_same_order(folder: Path) -> None:
+    damage(folder / "shard-000000.tar", "q000.img0.png")
+    (folder / "shard-000001.tar").write_bytes(bytes((folder / "shard-000001.tar").stat().st_size))
+    tar = folder / "shard-000002.tar"
+    tar.write_bytes(tar.read_bytes()[:4000].ljust(tar.stat().st_size, b"\xff"))
+    alone = check_folder(folder)
+    assert check_folder(folder, workers=3) == alone
+    text = "\n".join(alone)
+    assert "shard-000001.tar: record p001 of the index is not in it" in text
+    assert "shard-000002.tar: broken tar, it" in text
+
+
+def test_a_key_that_occurs_twice_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"shard-000001\.tar: key p000 occurs twice"):
+        write_shards(tmp_path, [prompt("p000"), prompt("p001"), prompt("p000")], per_shard=2)
+
+
+def test_a_folder_of_which_no_record_can_be_used_is_refused_with_a_reason(tmp_path: Path) -> None:
+    key, record, _ = question("q000")
+    with pytest.raises(UserError, match=r"no record can be indexed; record q000: KeyError: 'img0'"):
+        write_shards(tmp_path, [(key, record, {})])
+
+
+def test_a_file_that_is_no_tar_is_named(tmp_path: Path) -> None:
+    (tmp_path / "shard-000000.tar").write_bytes(b"not a tar" * 100)
+    with pytest.raises(UserError, match=r"shard-000000\.tar: broken tar"):
+        index_folder(tmp_path, ASSETS / "tokenizer")
+
+
+def test_a_folder_without_tars_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"holds no \*\.tar"):
+        index_folder(tmp_path, ASSETS / "tokenizer")

@@ -1,0 +1,97 @@
+"""Cached latents are those that were written, near or far; whatever is wrong with a file, its images are encoded."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from data_pipelines.shards import latents
+from data_pipelines.shards.latents import cached_latent, latents_of, metadata_of
+from emma_train.storage.local_cache import Cache
+from emma_train.storage.object_store import Storage
+from tests.servers import serving
+
+MARK, SHARD = "0123456789abcdef", "f" * 64
+NUM = 3000
+"""Whose header is longer than the first read."""
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rng = np.random.default_rng(0)
+    values = {f"p{i:05d}/img0": rng.standard_normal((1 + i % 3, 4), dtype=np.float32) for i in range(NUM)}
+    path = Path(latents_of(tmp_path_factory.mktemp("latents") / "shard-000000.tar", "square-64"))
+    save_file(values, path, metadata_of(MARK, SHARD, values))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> None:
+    latents._table.cache_clear()
+
+
+def copy_of(file: Path, folder: Path) -> Path:
+    path = folder / file.name
+    path.write_bytes(file.read_bytes())
+    return path
+
+
+@pytest.mark.parametrize("far", [False, True])
+@pytest.mark.parametrize("cached", [False, True])
+def test_every_latent_is_the_one_that_was_written(file: Path, tmp_path: Path, far: bool, cached: bool) -> None:
+    pytest.importorskip("aiohttp", reason="pip install 'emma-train[http]'")
+    storage = Storage(cache=Cache(tmp_path / "cache", 2**24) if cached else None)
+    assert file.stat().st_size > latents.FIRST_READ
+    with serving(file.parent) as server:
+        url = f"{server.url}/{file.name}?token=secret" if far else str(file)
+        for name, value in list(load_file(file).items())[:: 100 if far else 1]:
+            found = cached_latent(url, name, MARK, SHARD, storage)
+            assert found is not None
+            np.testing.assert_array_equal(found, value)
+        assert cached_latent(url, "p99999/img0", MARK, SHARD, storage) is None
+    whole = sum(path.stat().st_size for path in (tmp_path / "cache").glob("*.safetensors"))
+    assert whole == (file.stat().st_size if far and cached else 0)
+
+
+def test_the_name_beside_a_shard_keeps_the_query_of_its_url() -> None:
+    assert latents_of("https://host/a/s.tar?t=1", "square-64") == "https://host/a/s.square-64.latents.safetensors?t=1"
+    assert latents_of("s3://b/s.tar", "square-64") == "s3://b/s.square-64.latents.safetensors"
+
+
+@pytest.mark.parametrize(("mark", "shard"), [("other", SHARD), (MARK, "0" * 64)])
+def test_latents_of_something_else_are_not_taken(file: Path, mark: str, shard: str) -> None:
+    assert cached_latent(str(file), "p00000/img0", mark, shard, Storage()) is None
+
+
+def test_latents_without_checksums_are_not_taken(file: Path, tmp_path: Path) -> None:
+    save_file(load_file(file), path := tmp_path / "old.safetensors", {"autoencoder": MARK, "shard_sha256": SHARD})
+    assert cached_latent(str(path), "p00000/img0", MARK, SHARD, Storage()) is None
+
+
+def test_a_flipped_byte_costs_one_latent_and_is_told(
+    file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, name, other = copy_of(file, tmp_path), "p00000/img0", "p00001/img0"
+    data = bytearray(path.read_bytes())
+    at = data.rindex(load_file(file)[name].tobytes())
+    data[at + 3] ^= 1
+    path.write_bytes(data)
+    assert cached_latent(str(path), name, MARK, SHARD, Storage()) is None
+    assert f"{path}: the latent of {name} is damaged; encoded anew" in caplog.text
+    assert cached_latent(str(path), other, MARK, SHARD, Storage()) is not None
+
+
+@pytest.mark.parametrize("size", [0, 5, 1000, 400_000])
+def test_a_file_that_is_cut_off_is_told_and_not_taken(
+    file: Path, tmp_path: Path, size: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = copy_of(file, tmp_path)
+    path.write_bytes(path.read_bytes()[:size])
+    assert cached_latent(str(path), max(load_file(file)), MARK, SHARD, Storage(retries=0)) is None
+    assert str(path) in caplog.text
+
+
+def test_a_missing_file_is_nothing_to_tell(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert cached_latent(str(tmp_path / "none.safetensors"), "p/img0", MARK, SHARD, Storage()) is None
+    assert not caplog.text

@@ -1,0 +1,161 @@
+"""Copies of remote shards: each is fetched once per machine, appears whole, and all of them stay within the limit."""
+
+import errno
+import multiprocessing
+import os
+import random
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+from filelock import FileLock
+
+from emma_train.errors import RunError, UserError
+from emma_train.storage.local_cache import Cache, Source
+from emma_train.storage.object_store import Storage, StorageError
+
+
+def content(name: str, size: int = 1000) -> bytes:
+    return random.Random(name).randbytes(size)
+
+
+def source(name: str, size: int = 1000, fetched: Callable[[], None] = lambda: None) -> Source:
+    def open_it() -> tuple[int, Iterator[bytes]]:
+        fetched()
+        data = content(name, size)
+        return size, iter((data[: size // 2], data[size // 2 :]))
+
+    return open_it
+
+
+def copies(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir() if path.suffix != ".lock"}
+
+
+def test_a_copy_is_made_once_and_read_from_then_on(tmp_path: Path) -> None:
+    cache, made = Cache(tmp_path, 10_000), []
+    for offset, size in ((0, 10), (990, 10), (500, 1)):
+        found = cache.read("a", offset, size, source("a", fetched=lambda: made.append(1)))
+        assert found == content("a")[offset : offset + size]
+    assert made == [1]
+    assert copies(tmp_path) == {"a"}
+
+
+def test_a_read_past_the_end_gives_what_there_is(tmp_path: Path) -> None:
+    assert Cache(tmp_path, 10_000).read("a", 990, 50, source("a")) == content("a")[990:]
+
+
+def test_the_copies_read_longest_ago_go_where_the_limit_would_be_passed(tmp_path: Path) -> None:
+    cache = Cache(tmp_path, 3000)
+    for name in "abc":
+        cache.read(name, 0, 1, source(name))
+    cache.read("a", 0, 1, source("a"))  # b is now the oldest
+    cache.read("d", 0, 1, source("d"))
+    assert copies(tmp_path) == {"a", "c", "d"}
+    cache.read("large", 0, 1, source("large", 2500))
+    assert copies(tmp_path) == {"large"}
+
+
+def test_a_copy_may_go_while_another_process_reads_it(tmp_path: Path) -> None:
+    cache = Cache(tmp_path, 1000)
+    for number in range(20):
+        name = f"{number % 3}"
+        assert cache.read(name, 5, 10, source(name)) == content(name)[5:15]
+        assert len(copies(tmp_path)) == 1
+
+
+def test_a_limit_below_one_shard_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.cache_gib=.* holds less than one shard of 0\.00 GiB; raise it"):
+        Cache(tmp_path, 999).read("a", 0, 1, source("a"))
+    assert copies(tmp_path) == set()
+
+
+def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"data\.cache_dir .*file/cache: cannot be made"):
+        Cache(tmp_path / "file" / "cache", 1000)
+
+
+def test_a_disk_that_is_full_is_told_as_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*words: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(RunError, match=r"data\.cache_dir .*: cannot be written \(No space left on device\)"):
+        Cache(tmp_path, 10_000).read("a", 0, 1, source("a"))
+    assert copies(tmp_path) == set()
+
+
+def test_a_fetch_that_fails_leaves_nothing_and_may_be_tried_again(tmp_path: Path) -> None:
+    def breaks() -> tuple[int, Iterator[bytes]]:
+        def pieces() -> Iterator[bytes]:
+            yield content("a")[:500]
+            raise StorageError("gone")
+
+        return 1000, pieces()
+
+    cache = Cache(tmp_path, 10_000)
+    with pytest.raises(StorageError, match="gone"):
+        cache.read("a", 0, 1, breaks)
+    assert copies(tmp_path) == set()
+    assert cache.read("a", 0, 1000, source("a")) == content("a")
+
+
+def test_what_a_killed_process_left_is_neither_read_nor_kept_for_ever(tmp_path: Path) -> None:
+    (tmp_path / "a.part").write_bytes(bytes(1000))
+    (tmp_path / "b.part").write_bytes(bytes(1000))
+    old = time.time() - 3600
+    os.utime(tmp_path / "b.part", (old, old))
+    cache = Cache(tmp_path, 2000)
+    assert cache.read("a", 0, 1000, source("a")) == content("a")
+    cache.read("c", 0, 1, source("c"))
+    assert copies(tmp_path) == {"a", "c"}
+
+
+def _reader(folder: Path, limit: int, seed: int, log: Path) -> None:
+    cache, rng = Cache(folder, limit), random.Random(seed)
+    for _ in range(60):
+        name = f"{rng.randrange(6)}"
+
+        def fetched(name: str = name) -> None:
+            with open(log, "a") as file:
+                file.write(name)
+            time.sleep(0.002)
+
+        offset = rng.randrange(900)
+        assert cache.read(name, offset, 100, source(name, fetched=fetched)) == content(name)[offset : offset + 100]
+        with FileLock(folder / "room.lock"):  # nobody takes or makes room; a part may still become a copy
+            assert 1000 * len({name.removesuffix(".part") for name in copies(folder)}) <= limit
+
+
+@pytest.mark.parametrize(("limit", "most"), [(100_000, 6), (3000, 4 * 60)])
+def test_processes_of_a_machine_share_copies_within_the_limit(tmp_path: Path, limit: int, most: int) -> None:
+    """Four readers of six files: with room each file is fetched once, without it the limit still holds."""
+    log, folder = tmp_path / "log", tmp_path / "cache"
+    context = multiprocessing.get_context("fork")
+    readers = [context.Process(target=_reader, args=(folder, limit, seed, log)) for seed in range(4)]
+    for process in readers:
+        process.start()
+    for process in readers:
+        process.join(60)
+    assert [process.exitcode for process in readers] == [0] * 4
+    assert 6 <= len(log.read_text()) <= most
+
+
+def test_a_remote_file_is_known_by_its_version(tmp_path: Path) -> None:
+    """Written anew under the same name, it is another file: no copy is out of date."""
+    memory, url = fsspec.filesystem("memory"), "memory://cache-test/shard.tar"
+    storage = Storage(cache=Cache(tmp_path, 10_000))
+    memory.pipe_file("/cache-test/shard.tar", content("one"))
+    assert storage.read(url, 0, 1000, "1" * 64) == content("one")
+    memory.pipe_file("/cache-test/shard.tar", content("two"))
+    assert storage.read(url, 0, 1000, "1" * 64) == content("one")
+    assert storage.read(url, 0, 1000, "2" * 64) == content("two")
+    assert copies(tmp_path) == {"1" * 16 + "-shard.tar", "2" * 16 + "-shard.tar"}
+    storage.forget(url, "1" * 64)
+    assert copies(tmp_path) == {"2" * 16 + "-shard.tar"}
+    with pytest.raises(StorageError, match=r"shard\.tar ends within the record: 10 of 50 bytes"):
+        storage.read(url, 990, 50, "2" * 64)
+    assert storage.read(url, 0, 5) == content("two")[:5]  # without a version there is no copy
