@@ -38,7 +38,8 @@ from emma_train.training.build import TrainingParts
 from emma_train.training.forward import micro_loss
 from emma_train.training.health import GarbageCollection, SpikeWatch
 from emma_train.training.preemption import EXIT_PREEMPTED, StopRequest
-from emma_train.training.run_folder import RunFolder, contradictions
+from emma_train.training.resume_rule import contradictions
+from emma_train.training.run_folder import RunFolder
 from emma_train.training.schedule import learning_rate
 
 log = logging.getLogger(__name__)

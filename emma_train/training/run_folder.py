@@ -2,58 +2,21 @@
 
 import json
 import logging
-import os
-import platform
-import socket
-import subprocess
-import sys
-import time
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from emma_train.checkpoint import folder as folders
 from emma_train.config import config_hash, to_yaml
-from emma_train.config.load import as_dict
-from emma_train.config.renamed import with_current_names
 from emma_train.config.schema import Recipe
 from emma_train.engine.world import World
 from emma_train.errors import RunError, UserError
 from emma_train.sequence.step_batches import UnreadableSample
 from emma_train.storage import paths as places
 from emma_train.storage.files import write_atomic
+from emma_train.training.environment import environment
 
 log = logging.getLogger(__name__)
-PACKAGES = (
-    "torch",
-    "transformers",
-    "diffusers",
-    "deepspeed",
-    "flash-attn",
-    "webdataset",
-    "safetensors",
-    "numpy",
-    "wandb",
-)
-CHANGEABLE = (
-    "run.",
-    "train.",
-    "tracker.",
-    "engine.",
-    "attention.",
-    "init.",
-    "ema.device",
-    "resume.",
-    "data.workers",
-    "data.prefetch",
-    "data.max_bad_samples",
-    "data.cache_",
-    "data.read_",
-)
-"""What may differ when a run is resumed: it does not change what is learnt from which data."""
 
 
 class RunFolder:
@@ -142,70 +105,3 @@ class RunFolder:
         """Add a rank's samples of a step whose gradient was not finite to skipped_steps.jsonl."""
         with open(self.skipped_steps, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "rank": rank, "grad_norm": str(norm), "keys": keys}) + "\n")
-
-
-def environment(world: World) -> dict[str, Any]:
-    """Where and with what a run was made."""
-    cuda = torch.cuda.is_available()
-    return {
-        "command": " ".join(sys.argv),
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "commit": commit(),
-        "host": socket.gethostname(),
-        "world_size": world.size,
-        "device": torch.cuda.get_device_name() if cuda else _cpu_name(),
-        "cpu_count": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "cuda": torch.version.cuda,
-        "versions": {name: v for name in PACKAGES if (v := _version(name))},
-    }
-
-
-def contradictions(recipe: Recipe, stored: dict[str, Any]) -> list[str]:
-    """Recipe fields that differ from a checkpoint's config and matter to what is learnt, with both values."""
-    mine, theirs = _flat(as_dict(recipe)), _flat(with_current_names(stored))
-    found = []
-    for key in sorted(mine.keys() | theirs.keys()):
-        allowed = key.startswith(CHANGEABLE) or any(key == a or key.startswith(f"{a}.") for a in recipe.resume.allow)
-        if not allowed and mine.get(key) != theirs.get(key):
-            found.append(f"{key} is {mine.get(key)!r} in the recipe and {theirs.get(key)!r} in the checkpoint")
-    return found
-
-
-def commit() -> str | None:
-    """Git commit of the code, with + where it was changed; None outside a checkout."""
-    here = Path(__file__).parent
-    try:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10)
-        dirty = subprocess.run(
-            ["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True, timeout=10
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return head.stdout.strip()[:12] + "+" * bool(dirty.stdout.strip()) if head.returncode == 0 else None
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return f"{platform.machine()} CPU"
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None

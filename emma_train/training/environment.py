@@ -1,0 +1,73 @@
+"""What environment.json says: where, when and with what a run was made."""
+
+import os
+import platform
+import socket
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from emma_train.engine.world import World
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "diffusers",
+    "deepspeed",
+    "flash-attn",
+    "webdataset",
+    "safetensors",
+    "numpy",
+    "wandb",
+)
+
+
+def environment(world: World) -> dict[str, Any]:
+    """Where and with what a run was made."""
+    cuda = torch.cuda.is_available()
+    return {
+        "command": " ".join(sys.argv),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "commit": commit(),
+        "host": socket.gethostname(),
+        "world_size": world.size,
+        "device": torch.cuda.get_device_name() if cuda else _cpu_name(),
+        "cpu_count": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "cuda": torch.version.cuda,
+        "versions": {name: v for name in PACKAGES if (v := _version(name))},
+    }
+
+
+def commit() -> str | None:
+    """Git commit of the code, with + where it was changed; None outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10)
+        dirty = subprocess.run(
+            ["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return head.stdout.strip()[:12] + "+" * bool(dirty.stdout.strip()) if head.returncode == 0 else None
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return f"{platform.machine()} CPU"
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
