@@ -45,7 +45,7 @@ class Slot:
     """One pack and what went wrong while it was read."""
 
     batch: PackedBatch
-    bad: list[UnreadableSample]
+    unreadable: list[UnreadableSample]
     replaced: int
 
 
@@ -109,16 +109,17 @@ class Stream:
             plan = plans.popleft() if plans else None
             self.planner.forget(step - 1)
             yield StepBatches(
-                step,
-                [slot.batch for slot in got] if failure is None else [],
-                plan.digest if plan else "",
-                plan.straggler if plan else math.nan,
-                [b for slot in got for b in slot.bad],
-                time.perf_counter() - started,
-                plan.filled if plan else 0.0,
-                plan.refused if plan else 0,
-                sum(slot.replaced for slot in got),
-                failure,
+                step=step,
+                packs=[slot.batch for slot in got] if failure is None else [],
+                digest=plan.digest if plan else "",
+                straggler=plan.straggler if plan else math.nan,
+                unreadable=[sample for slot in got for sample in slot.unreadable],
+                wait_s=time.perf_counter() - started,
+                filled=plan.filled if plan else 0.0,
+                too_long=plan.too_long if plan else 0,
+                replaced=sum(slot.replaced for slot in got),
+                epoch=plan.epoch if plan else 0.0,
+                failure=failure,
             )
             if failure is not None:
                 return
@@ -177,7 +178,7 @@ class _Slots(Dataset["PackBuffer | UserError | RunError"]):
             slot = self.read(item)
         except (UserError, RunError) as error:
             return error
-        return PackBuffer.of(slot.batch, (slot.bad, slot.replaced), shared=True)
+        return PackBuffer.of(slot.batch, (slot.unreadable, slot.replaced), shared=True)
 
     def read(self, item: Item) -> Slot:
         """The pack of one slot. Raises RunError where nothing of it can be read."""

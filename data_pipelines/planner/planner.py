@@ -39,8 +39,10 @@ class StepPlan:
     """Cost of the heaviest slot over the mean."""
     filled: float
     """LLM tokens over the room for them."""
-    refused: int
+    too_long: int
     """Samples that were too long for any pack; others stand in for them."""
+    epoch: float
+    """Epochs that the run has read of its most read pool of samples; in a phase's own sources."""
     offers: list["Candidates"] = field(compare=False, repr=False)
     places: Slots = field(compare=False, repr=False)
     """(offers, place among them) of the samples of each slot."""
@@ -144,13 +146,6 @@ class Planner:
             for old in [s for s in self._states if s < step]:
                 del self._states[old]
 
-    def epochs(self, step: int) -> dict[str, float]:
-        """How many epochs of the current phase's samples have passed for each of its tasks after `step` steps."""
-        phase, state = self._phase(max(1, step)), self.state(step)
-        return {
-            task: blend.epochs(state[task]["next"] - len(state[task]["left"])) for task, blend in phase.blends.items()
-        }
-
     def spare(self, planned: SampleRef, attempt: int) -> SampleRef | None:
         """Another sample of the same task that is no longer, to stand in for one that cannot be read: a pure function
         of its arguments. None where there is none."""
@@ -195,19 +190,20 @@ class Planner:
         lines = [iter(own.lines(places)) for own, places in zip(offers, taken, strict=True)]
         text = "\n".join(next(lines[number]) for slot in slots for number, _ in slot)
         costs, sizes = sums(queues, slots)
+        after = dict(before)
+        for own, queue, places in zip(offers, queues, taken, strict=True):
+            tokens = before[own.task].tokens + sum(queue.sizes[0][place] for place in places)
+            after[own.task] = _advanced(before[own.task], own.positions, places, tokens)
         plan = StepPlan(
             step=step,
             digest=hashlib.blake2b(text.encode(), digest_size=8).hexdigest(),
             straggler=max(costs) * len(costs) / sum(costs),
             filled=sum(size[0] for size in sizes) / (self.data.slots * self.data.pack_tokens),
-            refused=sum(int(own.refused[places].sum()) for own, places in zip(offers, taken, strict=True)),
+            too_long=sum(int(own.refused[places].sum()) for own, places in zip(offers, taken, strict=True)),
+            epoch=max(phase.blends[task].epochs(after[task].next - len(after[task].left)) for task in phase.shares),
             offers=offers,
             places=slots,
         )
-        after = dict(before)
-        for own, queue, places in zip(offers, queues, taken, strict=True):
-            tokens = before[own.task].tokens + sum(queue.sizes[0][place] for place in places)
-            after[own.task] = _advanced(before[own.task], own.positions, places, tokens)
         return plan, after
 
     def _fixed_count(

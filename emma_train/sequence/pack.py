@@ -95,7 +95,7 @@ class PackedBatch:
     """Task (t2i or it2i) of each target."""
     stem: torch.Tensor
     """int64 [understanding images]: 1 STEM, 0 general, -1 unknown."""
-    num_skipped: int = 0
+    num_dropped: int = 0
     """Samples of the plan that could not be read."""
 
     @property
@@ -125,7 +125,7 @@ class PackedBatch:
         return replace(self, **moved)
 
 
-def pack(samples: Sequence[Sample], num_skipped: int = 0) -> PackedBatch:
+def pack(samples: Sequence[Sample], num_dropped: int = 0) -> PackedBatch:
     """Join samples to one pack. Order within each group of the stream follows `samples`."""
     starts: dict[int, list[np.ndarray]] = {group: [] for group in range(4)}
     tables: dict[str, dict[int, list[np.ndarray]]] = {
@@ -193,7 +193,7 @@ def pack(samples: Sequence[Sample], num_skipped: int = 0) -> PackedBatch:
         ),
         target_tasks=[s.task for s in owners],
         stem=torch.tensor([p.stem for p in images[Role.UND]], dtype=torch.int64),
-        num_skipped=num_skipped,
+        num_dropped=num_dropped,
     )
 
 

@@ -14,7 +14,7 @@ class UnreadableSample:
     shard: str
     reason: str
     replaced_by: str | None = None
-    """Key of the spare that was read instead; None where none could be."""
+    """Key of the substitute that was read instead; None where there was none."""
 
 
 @dataclass(frozen=True)
@@ -27,20 +27,22 @@ class StepBatches:
     """Of the samples of all ranks."""
     straggler: float
     """Planned cost of the heaviest slot over the mean."""
-    bad: list[UnreadableSample]
-    """Samples that could not be read for this rank's packs, spares too."""
+    unreadable: list[UnreadableSample]
+    """Samples that could not be read for this rank's packs, failed substitutes too."""
     wait_s: float
     """Time that the trainer waited for the packs."""
     filled: float = 0.0
     """Planned LLM tokens of all slots over the room for them."""
-    refused: int = 0
-    """Samples of all slots that were too long for any pack; others stand in for them."""
+    too_long: int = 0
+    """Samples of all slots that were too long for any pack; each was replaced by another of its window."""
     replaced: int = 0
-    """Planned samples of this rank in whose place a spare was read; others that are bad are left out."""
+    """Planned samples of this rank that a substitute replaces because they could not be read."""
+    epoch: float = 0.0
+    """Epochs that the run has read of its most read pool of samples; in a phase's own sources."""
     failure: Exception | None = field(default=None, compare=False)
     """Why this rank has no packs and cannot go on. The loop tells all ranks, so that they stop together."""
 
     @property
-    def left_out(self) -> int:
-        """Planned samples of this rank for which nothing could be read."""
-        return sum(batch.num_skipped for batch in self.packs)
+    def dropped(self) -> int:
+        """Planned samples of this rank that are missing from its packs: neither they nor a substitute could be read."""
+        return sum(batch.num_dropped for batch in self.packs)

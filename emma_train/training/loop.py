@@ -193,7 +193,7 @@ class Trainer:
         mine = count(data.packs, self.stage.loss)
         seen = [sum(b.tasks.count(task) for b in data.packs) for task in TASKS]
         tokens = sum(b.num_tokens for b in data.packs)
-        trouble = [len(data.bad), data.replaced, data.left_out, data.failure is not None]
+        trouble = [len(data.unreadable), data.replaced, data.dropped, data.failure is not None]
         facts = [mine.i2t, mine.t2i, mine.it2i, *seen, tokens, float(stop_asked), *trouble, *self.saver.local_status()]
         shared = self.world.sum(facts)
         shared[:7] = self.world.of_packs(shared[:7])
@@ -220,7 +220,7 @@ class Trainer:
             self._skip(data, norm)
         self.done.step = data.step
         self._graphs = num_graphs() if self._graphs is None else self._graphs
-        self.done.refused_samples += data.refused
+        self.done.refused_samples += data.too_long
         for task, number in zip(TASKS, shared[3:6], strict=True):
             self.done.seen[task] += int(number)
         if not log_now:
@@ -321,7 +321,7 @@ class Trainer:
         self.done.left_out_samples += left_out
         found: list[UnreadableSample] = []
         if bad:
-            mine = data.bad if self.world.rank % self.world.sp_size == 0 else []
+            mine = data.unreadable if self.world.rank % self.world.sp_size == 0 else []
             found = [item for of_rank in self.world.gather(mine) for item in of_rank]
             if self.world.is_main:
                 self.run.append_bad(data.step, found)

@@ -161,7 +161,7 @@ def ours_raw(folder: Path) -> Iterator[int]:
 
 def ours_decoded(folder: Path) -> Iterator[int]:
     for step in Stream(recipe_of(folder), 0, 1, None).steps(1, 10_000):
-        assert not step.bad
+        assert not step.unreadable
         for batch in step.packs:
             assert batch.patches.dtype == torch.uint8
             yield len(batch.keys)

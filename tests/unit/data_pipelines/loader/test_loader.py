@@ -47,7 +47,7 @@ def steps_of(recipe: Recipe, first: int, last: int, rank: int = 0, size: int = 1
 
 
 def assert_same_steps(one: list[StepBatches], other: list[StepBatches]) -> None:
-    tables = [[(s.step, s.digest, s.straggler, s.bad) for s in steps] for steps in (one, other)]
+    tables = [[(s.step, s.digest, s.straggler, s.unreadable) for s in steps] for steps in (one, other)]
     assert tables[0] == tables[1]
     for a, b in zip(one, other, strict=True):
         for pack, other_pack in zip(a.packs, b.packs, strict=True):
@@ -60,7 +60,7 @@ def test_a_step_holds_its_slots_and_every_sample_of_the_plan(small: Path) -> Non
     for data in stream.steps(1, 4):
         plan = stream.planner.plan(data.step)
         assert [batch.keys for batch in data.packs] == [[s.key for s in slot] for slot in plan.slots]
-        assert (data.digest, data.straggler, data.bad) == (plan.digest, plan.straggler, [])
+        assert (data.digest, data.straggler, data.unreadable) == (plan.digest, plan.straggler, [])
 
 
 def test_two_worker_processes_give_the_packs_of_none_bit_for_bit(small: Path) -> None:
@@ -108,12 +108,12 @@ def test_a_bad_sample_is_replaced_by_its_first_spare_that_can_be_read(tmp_path: 
     for key in ("p001", spares[0]):
         damage(folder / ("shard-000000.tar" if int(key[1:]) < 3 else "shard-000001.tar"), f"{key}.img0.png")
     found = steps_of(recipe, 1, 1)[0]
-    mine = [bad for bad in found.bad if bad.replaced_by == spares[1]]
+    mine = [bad for bad in found.unreadable if bad.replaced_by == spares[1]]
     assert [(bad.key, bad.task) for bad in mine][0] == ("p001", "t2i")
     assert {bad.key for bad in mine} == {"p001", spares[0]}
-    assert all("crc32" in bad.reason and bad.shard.startswith("shard-00000") for bad in found.bad)
+    assert all("crc32" in bad.reason and bad.shard.startswith("shard-00000") for bad in found.unreadable)
     # The broken spare is a sample of the step too, and has spares of its own.
-    assert (found.left_out, found.replaced) == (0, 2)
+    assert (found.dropped, found.replaced) == (0, 2)
     for before, after in zip(good.packs, found.packs, strict=True):
         broken = {"p001", spares[0]} & set(before.keys)
         assert len(after.keys) == len(before.keys)
@@ -246,13 +246,13 @@ def test_each_kind_of_bad_sample_is_replaced_and_told(
         monkeypatch.setattr(images, "MAX_PIXELS", 1024)
     mix = {"i2t": 0, "t2i": 1, "it2i": 0}
     (found,) = steps_of(recipe_of(folder, mix=mix, data__samples_per_step=12), 1, 1)
-    (bad,) = found.bad
+    (bad,) = found.unreadable
     assert (bad.key, bad.task, bad.shard) == ("p005", "t2i", "shard-000000.tar")
     assert re.search(reason, bad.reason)
     keys = [key for batch in found.packs for key in batch.keys]
     assert "p005" not in keys and len(keys) == 12
     assert keys.count(str(bad.replaced_by)) == 2
-    assert (found.replaced, found.left_out) == (1, 0)
+    assert (found.replaced, found.dropped) == (1, 0)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -261,11 +261,11 @@ def test_a_sample_without_a_readable_spare_is_left_out(tmp_path: Path, workers: 
     for number in range(6):
         damage(folder / "shard-000000.tar", f"p{number:03d}.img0.png")
     found = steps_of(recipe_of(folder, data__workers=workers), 1, 1)[0]
-    assert (found.left_out, found.replaced) == (6, 0)
-    assert all("t2i" not in batch.tasks and batch.num_skipped == 1 for batch in found.packs)
-    assert all(bad.replaced_by is None for bad in found.bad)
+    assert (found.dropped, found.replaced) == (6, 0)
+    assert all("t2i" not in batch.tasks and batch.num_dropped == 1 for batch in found.packs)
+    assert all(bad.replaced_by is None for bad in found.unreadable)
     # Each tried its spares, at most eight: no sample is asked for in vain for ever.
-    assert 6 * 2 <= len(found.bad) <= 6 * (1 + SPARES)
+    assert 6 * 2 <= len(found.unreadable) <= 6 * (1 + SPARES)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -44,7 +44,7 @@ def steps_of(recipe: Recipe) -> list[StepBatches]:
 
 
 def assert_same(one: list[StepBatches], other: list[StepBatches]) -> None:
-    assert [(s.digest, s.bad) for s in one] == [(s.digest, s.bad) for s in other]
+    assert [(s.digest, s.unreadable) for s in one] == [(s.digest, s.unreadable) for s in other]
     for a, b in zip((p for s in one for p in s.packs), (p for s in other for p in s.packs), strict=True):
         assert_same_pack(a, b)
 
@@ -131,15 +131,17 @@ def test_a_shard_that_disappears_is_replaced_by_spares_of_others(
     cache = {"data__cache_dir": str(tmp_path / "cache"), "data__cache_gib": 0.1} if cached else {}
     server.fault = lambda number, path: "404" if path.endswith("shard-000002.tar") else ""
     found = steps_of(recipe_of(server.url, **cache))
-    lost = {bad.key for step in found for bad in step.bad}
+    lost = {bad.key for step in found for bad in step.unreadable}
     assert lost == {f"{letter}{number:03d}" for letter in "qpe" for number in (4, 5)}
-    assert {bad.shard for step in found for bad in step.bad} == {"shard-000002.tar"}
-    assert all("no such file" in bad.reason for step in found for bad in step.bad)
-    assert sum(step.left_out for step in found) == 0
+    assert {bad.shard for step in found for bad in step.unreadable} == {"shard-000002.tar"}
+    assert all("no such file" in bad.reason for step in found for bad in step.unreadable)
+    assert sum(step.dropped for step in found) == 0
     assert sum(len(batch.keys) for step in found for batch in step.packs) == 18 * STEPS
     # It is asked for each time, once, and once where a window is fetched ahead: no time is lost with tries in vain.
     windows = 3 * (STEPS * 6 // 12 + 1) if cached else 0
-    assert sum("shard-000002.tar" in get for get in server.gets) <= sum(len(step.bad) for step in found) + windows
+    assert (
+        sum("shard-000002.tar" in get for get in server.gets) <= sum(len(step.unreadable) for step in found) + windows
+    )
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -171,7 +173,7 @@ def test_many_reads_are_under_way_at_once(server: FileServer) -> None:
 
     server.answer = counted  # type: ignore[method-assign]
     (found,) = stream.steps(1, 1)
-    assert (len(found.packs[0].keys), found.bad) == (18, [])
+    assert (len(found.packs[0].keys), found.unreadable) == (18, [])
     assert most[0] >= 8
 
 
@@ -180,7 +182,7 @@ def test_a_local_shard_that_disappears_while_the_run_goes_on_is_replaced(tmp_pat
     stream = Stream(recipe_of(folder), 0, 1, None)
     os.unlink(folder / "shard-000002.tar")
     found = list(stream.steps(1, STEPS))
-    assert {bad.key for step in found for bad in step.bad} == {f"{a}{n:03d}" for a in "qpe" for n in (4, 5)}
+    assert {bad.key for step in found for bad in step.unreadable} == {f"{a}{n:03d}" for a in "qpe" for n in (4, 5)}
     assert sum(len(batch.keys) for step in found for batch in step.packs) == 18 * STEPS
 
 
@@ -191,9 +193,9 @@ def test_a_truncated_local_shard_loses_what_is_beyond_its_end_only(tmp_path: Pat
     keep = tar.stat().st_size // 2
     os.truncate(tar, keep)
     found = list(stream.steps(1, STEPS))
-    lost = {bad.key for step in found for bad in step.bad}
+    lost = {bad.key for step in found for bad in step.unreadable}
     assert 12 <= len(lost) <= 24
-    assert all("ends within the record" in bad.reason for step in found for bad in step.bad)
+    assert all("ends within the record" in bad.reason for step in found for bad in step.unreadable)
     assert {key for step in found for batch in step.packs for key in batch.keys}.isdisjoint(lost)
 
 
