@@ -127,7 +127,7 @@ def _train_in(run: "RunFolder", path: Path, recipe: "Recipe", world: "World", st
     from data_pipelines.loader.loader import Stream, dead_worker
     from data_pipelines.loader.requests import read_requests
     from emma_train.checkpoint import verify
-    from emma_train.config.check import phases
+    from emma_train.config.mix import phases
     from emma_train.generate.generator import Generator
     from emma_train.generate.samples import write_samples
     from emma_train.generate.settings import FlowSettings, TextSettings

@@ -18,7 +18,7 @@ from data_pipelines.planner.costs import CostModel
 from data_pipelines.planner.packing import EVEN, Queue, Slots, deal, evenness, fill, look_ahead, spread, sums
 from data_pipelines.planner.shuffle import WeightedInterleave
 from data_pipelines.planner.sources import Sources
-from emma_train.config.check import TASKS, phases, samples_per_task
+from emma_train.config.mix import TASK_NAMES, phases, samples_per_task
 from emma_train.config.schema import MixConfig, Recipe
 from emma_train.errors import UserError
 from emma_train.sequence.seeds import seed_of
@@ -94,7 +94,7 @@ class Planner:
         self.caps = {name: cap for name, cap in caps.items() if cap}
         self._lock, sources = threading.Lock(), Sources(self.data, tokenizer)
         self._phases: list[_Phase] = []
-        start, taken = 0, dict.fromkeys(TASKS, 0)
+        start, taken = 0, dict.fromkeys(TASK_NAMES, 0)
         for number, phase in enumerate(phases(recipe)):
             counts = samples_per_task(phase.mix, self.data.samples_per_step) if self.data.samples_per_step else {}
             shares = _shares(phase.mix)
@@ -108,7 +108,7 @@ class Planner:
             for task, count in counts.items():
                 taken[task] += phase.steps * count
         self.fingerprint = sources.fingerprint
-        self._states: dict[int, dict[str, TaskCursor]] = {0: {task: TaskCursor() for task in TASKS}}
+        self._states: dict[int, dict[str, TaskCursor]] = {0: {task: TaskCursor() for task in TASK_NAMES}}
         self._last: StepPlan | None = None
         self._depth: dict[int, int] = {}
         """Units that a step of each phase looks at."""
@@ -138,7 +138,7 @@ class Planner:
         tasks = {
             task: TaskCursor(values["next"], tuple(values["left"]), values["tokens"]) for task, values in state.items()
         }
-        self._states, self._last = {step: {**{task: TaskCursor() for task in TASKS}, **tasks}}, None
+        self._states, self._last = {step: {**{task: TaskCursor() for task in TASK_NAMES}, **tasks}}, None
 
     def forget(self, step: int) -> None:
         """States before that of `step` will not be asked for again."""
@@ -274,7 +274,7 @@ class Planner:
 
 def _shares(mix: MixConfig) -> dict[str, int]:
     """The task ratio in its lowest terms."""
-    shares = {task: getattr(mix, task) for task in TASKS if getattr(mix, task)}
+    shares = {task: getattr(mix, task) for task in TASK_NAMES if getattr(mix, task)}
     divisor = math.gcd(*shares.values())
     return {task: share // divisor for task, share in shares.items()}
 

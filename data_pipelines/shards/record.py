@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from data_pipelines.shards.images import image_name, image_parts
-from emma_train.config.check import TASKS
+from emma_train.config.mix import TASK_NAMES
 from emma_train.sequence import layout
 from emma_train.sequence.tokens import TextTokenizer
 
@@ -22,7 +22,7 @@ def read_record(members: Mapping[str, bytes | memoryview]) -> dict[str, Any]:
     record = json.loads(bytes(members["json"])) if "json" in members else {}
     if not isinstance(record, dict):
         raise ValueError("its JSON is no object")
-    named = [task for task in TASKS if task in record]
+    named = [task for task in TASK_NAMES if task in record]
     for task in named:
         if not isinstance(record[task], list) or not all(isinstance(item, dict) for item in record[task]):
             raise ValueError(f"its {task} is no list of objects")

@@ -12,7 +12,7 @@ from rich import box
 from rich.table import Table
 
 from data_pipelines.shards.index import read_columns, read_manifest
-from emma_train.config.check import TASKS
+from emma_train.config.mix import TASK_NAMES
 from emma_train.storage.object_store import Storage
 
 PERCENTILES = (5, 50, 95, 99, 100)
@@ -53,8 +53,10 @@ def folder_stats(folder: str | Path, storage: Storage | None = None) -> FolderSt
     """Reads manifest and indexes. Raises UserError."""
     storage, manifest = storage or Storage(), read_manifest(folder, storage)
     records = stem = 0
-    tasks = {task: TaskStats() for task in TASKS}
-    lengths: dict[str, list[np.ndarray]] = {f"{task} {what}": [] for task in TASKS for what in ("text", "supervised")}
+    tasks = {task: TaskStats() for task in TASK_NAMES}
+    lengths: dict[str, list[np.ndarray]] = {
+        f"{task} {what}": [] for task in TASK_NAMES for what in ("text", "supervised")
+    }
     sizes: dict[str, list[np.ndarray]] = {"widths": [], "heights": []}
     columns = ["key", "text_tokens", "supervised_tokens", "context", "target", "widths", "heights", "tags"]
     for shard in manifest["shards"]:
@@ -82,7 +84,7 @@ def folder_stats(folder: str | Path, storage: Storage | None = None) -> FolderSt
 def overview(title: str, folders: dict[str, FolderStats]) -> Table:
     """A line a folder: records, and how many of them each task can use."""
     table = _table(f"{title}: records, and how many of them each task can use",
-                   "split", "shards", "kB", "records", *TASKS, "stem", "left out")  # fmt: skip
+                   "split", "shards", "kB", "records", *TASK_NAMES, "stem", "left out")  # fmt: skip
     for name, stats in folders.items():
         shards = stats.manifest["shards"]
         size, left_out = sum(shard["bytes"] for shard in shards) // 1000, sum(shard["left_out"] for shard in shards)

@@ -3,11 +3,11 @@
 import logging
 from typing import Any
 
-from emma_train.config.schema import EngineConfig, MixConfig, PhaseConfig, Recipe
+from emma_train.config.mix import TASK_NAMES, phases, samples_per_task, task_shares
+from emma_train.config.schema import EngineConfig, PhaseConfig, Recipe
 from emma_train.errors import UserError
 
 log = logging.getLogger(__name__)
-TASKS = ("i2t", "t2i", "it2i")
 SHAREABLE = ("q_proj", "k_proj", "v_proj", "o_proj", "mlp", "input_norm", "mlp_norm", "norm")
 CHOICES = {
     "schedule.kind": ("constant", "cosine"),
@@ -19,7 +19,7 @@ CHOICES = {
     "ema.device": ("auto", "cpu"),
     "attention.backend": ("auto", "flash", "flex", "sdpa"),
     "tracker.kind": ("jsonl", "wandb"),
-    "train.keep_best": ("", "loss", "loss/i2t", "loss/t2i", "loss/it2i"),
+    "train.keep_best": ("", "loss", *(f"loss/{task}" for task in TASK_NAMES)),
     "data.und.mode": ("square", "native", "buckets"),
     "data.gen.mode": ("square", "native", "buckets"),
     "data.mix_by": ("samples", "tokens"),
@@ -84,19 +84,6 @@ def check_recipe(recipe: Recipe, where: str) -> None:
         )
 
 
-def phases(recipe: Recipe) -> list[PhaseConfig]:
-    """The recipe's phases; a stage without any is one phase over all its steps."""
-    if recipe.data.phases:
-        return [PhaseConfig(p.name, p.steps, p.mix, p.sources or recipe.data.sources) for p in recipe.data.phases]
-    return [PhaseConfig(recipe.stage.name, recipe.train.steps, recipe.mix, recipe.data.sources)]
-
-
-def samples_per_task(mix: MixConfig, samples_per_step: int) -> dict[str, int]:
-    """Samples of each task in one optimizer step; exact, so samples_per_step is a multiple of the shares' sum."""
-    total = mix.i2t + mix.t2i + mix.it2i
-    return {task: getattr(mix, task) * samples_per_step // total for task in TASKS if getattr(mix, task)}
-
-
 def get(recipe: Recipe, key: str) -> Any:
     """The value at a dotted key."""
     value: Any = recipe
@@ -141,9 +128,9 @@ def _check_engine(engine: EngineConfig, where: str) -> None:
 
 
 def _check_mix(recipe: Recipe, phase: PhaseConfig, where: str) -> None:
-    mix, total = phase.mix, phase.mix.i2t + phase.mix.t2i + phase.mix.it2i
-    name = f"mix of phase {phase.name}"
-    if min(mix.i2t, mix.t2i, mix.it2i) < 0 or total == 0:
+    shares, name = task_shares(phase.mix), f"mix of phase {phase.name}"
+    total = sum(shares.values())
+    if any(share < 0 for share in shares.values()) or total == 0:
         raise UserError(f"{where}: {name} needs shares of 0 or more, and at least one above 0 (mix.i2t=1)")
     if recipe.data.samples_per_step and recipe.data.mix_by == "tokens":
         raise UserError(f"{where}: data.mix_by=tokens takes what the packs hold; leave out data.samples_per_step")
@@ -151,9 +138,9 @@ def _check_mix(recipe: Recipe, phase: PhaseConfig, where: str) -> None:
         fits = recipe.data.samples_per_step // total * total or total
         raise UserError(
             f"{where}: data.samples_per_step is {recipe.data.samples_per_step}, which the {name} "
-            f"({mix.i2t}:{mix.t2i}:{mix.it2i}) cannot divide exactly; {fits} would do"
+            f"({', '.join(f'{task}={share}' for task, share in shares.items())}) cannot divide exactly; {fits} would do"
         )
-    for task, count in samples_per_task(mix, recipe.data.samples_per_step).items():
+    for task, count in samples_per_task(phase.mix, recipe.data.samples_per_step).items():
         if 0 < count < recipe.data.slots:
             raise UserError(
                 f"{where}: {count} {task} samples per step cannot reach each of {recipe.data.slots} slots "

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emma_train.config.check import phases
+from emma_train.config.mix import phases
 from emma_train.config.schema import Recipe
 from emma_train.engine.activation_checkpointing import checkpointed_layers
 from emma_train.errors import UserError

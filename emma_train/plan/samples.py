@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from emma_train.config.check import samples_per_task
+from emma_train.config.mix import samples_per_task
 from emma_train.config.schema import ImageConfig, PhaseConfig, Recipe, SourceConfig
 from emma_train.errors import UserError
 from emma_train.sequence.geometry import image_size

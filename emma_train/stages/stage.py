@@ -3,7 +3,7 @@
 import difflib
 from dataclasses import dataclass
 
-from emma_train.config.check import TASKS, phases
+from emma_train.config.mix import TASK_NAMES, phases
 from emma_train.config.schema import Recipe
 from emma_train.errors import UserError
 
@@ -40,9 +40,9 @@ STAGES = {
     stage.name: stage
     for stage in (
         Stage("stage0", "alignment", ("und_adapter",), ("i2t",), ("",)),
-        Stage("stage1", "pre-training", ALL_BUT_AUTOENCODER, TASKS, ("stage0", "")),
-        Stage("stage2", "supervised fine-tuning", ALL_BUT_AUTOENCODER, TASKS, ("stage1",)),
-        Stage("stage3", "quality tuning", ALL_BUT_AUTOENCODER, TASKS, ("stage2",)),
+        Stage("stage1", "pre-training", ALL_BUT_AUTOENCODER, TASK_NAMES, ("stage0", "")),
+        Stage("stage2", "supervised fine-tuning", ALL_BUT_AUTOENCODER, TASK_NAMES, ("stage1",)),
+        Stage("stage3", "quality tuning", ALL_BUT_AUTOENCODER, TASK_NAMES, ("stage2",)),
         Stage("stage4_expert", "STEM expert tuning", ("stem_expert",), ("i2t",), ("stage3",), stem_expert=True),
         Stage(
             "stage4_router",
@@ -67,7 +67,7 @@ def stage_of(recipe: Recipe, where: str = "recipe") -> Stage:
         raise UserError(f"{where}: stage.name is {name!r}; {advice}")
     stage = STAGES[name]
     for phase in phases(recipe):
-        for task in TASKS:
+        for task in TASK_NAMES:
             if getattr(phase.mix, task) and task not in stage.tasks:
                 raise UserError(
                     f"{where}: mix.{task} is {getattr(phase.mix, task)}, but {name} trains "

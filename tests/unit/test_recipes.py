@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from emma_train.config.check import phases, samples_per_task
 from emma_train.config.load import is_pipeline, load_pipeline, load_recipe, load_yaml
+from emma_train.config.mix import phases, samples_per_task
 from emma_train.config.schema import Recipe
 from emma_train.plan import Plan
 from emma_train.stages.stage import STAGES, check_order, stage_of

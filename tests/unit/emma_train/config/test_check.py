@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from emma_train.config.check import CHOICES, POSITIVE, check_recipe, check_world, phases, samples_per_task
+from emma_train.config.check import CHOICES, POSITIVE, check_recipe, check_world
+from emma_train.config.mix import phases, samples_per_task
 from emma_train.config.schema import MixConfig
 from emma_train.errors import UserError
 from tests.helpers import tiny_recipe
@@ -25,7 +26,7 @@ WRONG: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"data__sources": []}, ("data.sources is empty",)),
     (
         {"data__phases": [{"name": "b", "steps": 1, "mix": {"i2t": 5}}]},
-        ("mix of phase b", "5:0:0", "10 would do"),
+        ("mix of phase b", "(i2t=5)", "10 would do"),
     ),
     ({"model__autoencoder__pixels": 16}, ("model.autoencoder.pixels is 16", "32")),
     ({"model__decoder__num_shared_layers": 5}, ("model.decoder.num_shared_layers is 5", "num_layers (4)")),
