@@ -20,7 +20,7 @@ WRONG: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"model__vision__stem_threshold": 7.0}, ("stem_threshold",)),
     ({"mix": {}}, ("at least one above 0",)),
     ({"mix": {"i2t": 2, "t2i": -1}}, ("shares of 0 or more",)),
-    ({"data__samples_per_step": 13}, ("data.samples_per_step is 13", "1:1:1", "12 would do")),
+    ({"data__samples_per_step": 13}, ("data.samples_per_step is 13", "i2t=1, t2i=1, it2i=1", "12 would do")),
     ({"data__samples_per_step": 2, "data__slots": 1}, ("cannot divide exactly", "3 would do")),
     ({"data__samples_per_step": 9}, ("3 i2t samples", "4 slots", "data.slots")),
     ({"data__sources": []}, ("data.sources is empty",)),
