@@ -62,6 +62,31 @@ def load_pipeline(path: Path, overrides: list[str] | None = None) -> tuple[Pipel
     return pipeline, stages
 
 
+def load_stages(path: Path, overrides: list[str] | None = None) -> list[tuple[Path, Recipe]]:
+    """The recipes to train in order, each with its file: the stages of a pipeline, or the one recipe of another file.
+
+    A pipeline's stages have their run folders inside that of the pipeline, and each starts from the one before.
+    Raises UserError.
+    """
+    if not is_pipeline(path):
+        return [(path, load_recipe(path, overrides))]
+    pipeline, stage_overrides = load_pipeline(path, overrides)
+    root = Path(pipeline.run.root) / pipeline.run.name
+    stages: list[tuple[Path, Recipe]] = []
+    previous = ""
+    for name in pipeline.pipeline:
+        file = path.parent / name
+        values = {"run.root": str(root), "run.name": file.stem} | ({"init.from": previous} if previous else {})
+        from_pipeline = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in values.items()]
+        recipe = load_recipe(file, [*stage_overrides, *from_pipeline])
+        previous = str(root / file.stem)
+        if recipe.train.checkpoints:
+            recipe.train.checkpoints = f"{recipe.train.checkpoints.rstrip('/')}/{pipeline.run.name}"
+            previous = f"{recipe.train.checkpoints}/{file.stem}"
+        stages.append((file, recipe))
+    return stages
+
+
 def to_yaml(recipe: Recipe) -> str:
     """The resolved recipe as it may be written in a file and loaded again."""
     return yaml.safe_dump(as_dict(recipe), sort_keys=False, allow_unicode=True)

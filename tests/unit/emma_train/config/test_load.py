@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from emma_train.config import UserError, config_hash, load_recipe, to_yaml
-from emma_train.config.load import as_dict, from_dict, is_pipeline, load_pipeline, load_yaml
+from emma_train.config.load import as_dict, from_dict, is_pipeline, load_pipeline, load_stages, load_yaml
 from tests.helpers import ROOT, recipe_values, tiny_recipe, write_recipe
 
 
@@ -199,3 +199,17 @@ def test_a_pipeline_is_told_from_a_stage_and_passes_overrides_on(tmp_path: Path)
 def test_every_shipped_stage_recipe_has_only_known_keys(path: Path) -> None:
     assert load_yaml(path)
     load_recipe(path, ["model.autoencoder.path=x", "data.tokenizer=x", "data.sources=[{path: x}]"])
+
+
+def test_stages_of_a_pipeline_follow_each_other_inside_its_run_folder(tmp_path: Path) -> None:
+    for name in ("01.yaml", "02.yaml"):  # as YAML values, these names would be numbers
+        (tmp_path / name).write_text(f"extends: {ROOT}/recipes/tiny/stage1.yaml\n")
+    (tmp_path / "both.yaml").write_text("run: {root: runs, name: both}\npipeline: [01.yaml, 02.yaml]\n")
+    stages = load_stages(tmp_path / "both.yaml", [f"run.root={tmp_path}/a b", "train.steps=7"])
+    assert [file.name for file, _ in stages] == ["01.yaml", "02.yaml"]
+    assert [(recipe.run.root, recipe.run.name) for _, recipe in stages] == [
+        (f"{tmp_path}/a b/both", "01"),
+        (f"{tmp_path}/a b/both", "02"),
+    ]
+    assert stages[1][1].init.source == f"{tmp_path}/a b/both/01"
+    assert [recipe.train.steps for _, recipe in stages] == [7, 7]

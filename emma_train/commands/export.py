@@ -1,0 +1,39 @@
+"""Write a checkpoint as safetensors, config and tokenizer, loadable without torch.distributed."""
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="run folder or checkpoint, or a URL of one")
+    parser.add_argument("out", metavar="OUT", help="folder to write")
+    parser.add_argument("--no-ema", action="store_true", help="export the weights, not their average")
+    parser.add_argument(
+        "--as",
+        dest="format",
+        choices=("emma", "qwen3"),
+        default="emma",
+        help="emma: the whole model, for generate and init.from; qwen3: what understands, as transformers loads it "
+        "(%(default)s)",
+    )
+
+
+def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    """Print the folder written."""
+    from emma_train.export import export as exports
+    from emma_train.export.qwen3 import write_qwen3
+    from emma_train.export.stored_model import StoredModel
+    from emma_train.generate.settings import read_settings, write_settings
+    from emma_train.sequence.tokens import TextTokenizer
+    from emma_train.storage import paths as places
+
+    model, out = StoredModel(arguments.checkpoint, use_ema=not arguments.no_ema), Path(arguments.out)
+    settings = read_settings(places.of(arguments.checkpoint), model.recipe)
+    if arguments.format == "qwen3":
+        write_qwen3(out, model)
+    else:
+        tokenizer = TextTokenizer(model.recipe.data.tokenizer).path
+        exports.write(out, model.specs, model.read, model.recipe, model.meta, tokenizer)
+        write_settings(out, *settings)
+    print(out)
+    return 0

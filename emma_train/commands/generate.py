@@ -1,0 +1,125 @@
+"""Answer a question about images, or make or edit an image."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from emma_train.commands.model_arguments import add_model_arguments
+from emma_train.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from emma_train.config.schema import ImageConfig
+    from emma_train.generate.generator import Generator
+    from emma_train.generate.settings import FlowSettings
+    from emma_train.sequence.request import Request
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
+    parser.add_argument("--task", choices=("i2t", "t2i", "it2i"), required=True)
+    parser.add_argument("--prompt", nargs="+", required=True, help="questions, prompts or instructions")
+    parser.add_argument("--image", nargs="+", default=[], help="images to ask about or to edit")
+    parser.add_argument("--out", default="generated", help="folder for images (%(default)s)")
+    parser.add_argument("--num", type=int, default=1, help="answers or images per prompt (%(default)s)")
+    parser.add_argument("--size", type=int, nargs=2, metavar=("WIDTH", "HEIGHT"), help="of the image in pixels")
+    settings = parser.add_argument_group(
+        "how to generate", "not given: as the export says, else the recipe's shift and our defaults"
+    )
+    settings.add_argument("--steps", type=int, help="flow steps")
+    settings.add_argument("--solver", choices=("euler", "heun"), help="of the flow")
+    settings.add_argument("--shift", type=float, help="of the flow's time; larger images need more")
+    settings.add_argument("--text-guidance", type=float, help="strength of the prompt")
+    settings.add_argument("--image-guidance", type=float, help="strength of the reference")
+    settings.add_argument("--temperature", type=float, help="0 takes the likeliest token")
+    settings.add_argument("--max-tokens", type=int, help="longest answer")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch", type=int, default=16, help="images at once (%(default)s)")
+
+
+def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    """Print the answers, or write the images and print their paths."""
+    from emma_train.generate.load import load_generator
+    from emma_train.generate.settings import changed, read_settings
+    from emma_train.storage import paths as places
+
+    if arguments.task != "t2i" and not arguments.image:
+        raise UserError(f"--task {arguments.task} needs an image: --image FILE")
+    if arguments.task == "t2i" and arguments.image:
+        raise UserError("--task t2i takes no --image; --task it2i edits an image")
+    generator, recipe, _ = load_generator(arguments.model, arguments.device, not arguments.no_ema)
+    flow, text = read_settings(places.of(arguments.model), recipe)
+    flow = changed(flow, _given(arguments, flow), "--")
+    text = changed(text, _given(arguments, text), "--")
+    image_config = recipe.data.und if arguments.task == "i2t" else recipe.data.gen
+    multiple = recipe.model.autoencoder.pixels
+    images = [_load_image(file, image_config, multiple) for file in arguments.image]
+    size = _image_size(arguments.size, images, recipe.data.gen.side, multiple)
+    requests = _requests(arguments, images, size)
+    if arguments.task == "i2t":
+        for answer in generator.generate_text(requests, text):
+            print(answer)
+    else:
+        _write_images(generator, requests, flow, Path(arguments.out), arguments.batch)
+    return 0
+
+
+def _given(arguments: argparse.Namespace, settings: Any) -> dict[str, Any]:
+    """Values of the options that are named as fields of `settings` and were given."""
+    return {k: v for k in vars(settings) if (v := getattr(arguments, k, None)) is not None}
+
+
+def _load_image(file: str, image_config: "ImageConfig", multiple: int) -> "np.ndarray":
+    """uint8 [H, W, 3], resized as in training; both sides are multiples of `multiple`. Raises UserError."""
+    from PIL import Image
+
+    from data_pipelines.shards.images import load_image
+    from emma_train.sequence.geometry import image_size
+
+    try:
+        with Image.open(file) as image:
+            return load_image(image, *image_size(*image.size, image_config, multiple)).copy()
+    except OSError as error:
+        raise UserError(f"--image {file}: cannot be read ({error})") from None
+
+
+def _image_size(
+    wanted: list[int] | None, images: "list[np.ndarray]", default_side: int, multiple: int
+) -> tuple[int, int]:
+    """(height, width) in pixels: those of --size, else of the first image, else a square. Raises UserError."""
+    if wanted:
+        width, height = wanted
+        if width % multiple or height % multiple or min(width, height) <= 0:
+            raise UserError(f"--size {width} {height}: both must be multiples of {multiple}")
+        return height, width
+    if images:
+        return images[0].shape[0], images[0].shape[1]
+    return default_side, default_side
+
+
+def _requests(arguments: argparse.Namespace, images: "list[np.ndarray]", size: tuple[int, int]) -> "list[Request]":
+    """--num requests a prompt; the seed depends on the number within the prompt only."""
+    from emma_train.sequence.request import Request
+    from emma_train.sequence.seeds import seed_of
+
+    return [
+        Request(str(n), arguments.task, prompt, images, size, seed_of(arguments.seed, 0, str(n), "generate"))
+        for prompt in arguments.prompt
+        for n in range(arguments.num)
+    ]
+
+
+def _write_images(
+    generator: "Generator", requests: "list[Request]", flow: "FlowSettings", out: Path, batch_size: int
+) -> None:
+    """Write TASK-NUMBER.png for each request and print its path, `batch_size` images at a time."""
+    from PIL import Image
+
+    out.mkdir(parents=True, exist_ok=True)
+    for start in range(0, len(requests), batch_size):
+        batch = requests[start : start + batch_size]
+        for number, pixels in enumerate(generator.generate_images(batch, flow), start):
+            path = out / f"{batch[0].task}-{number:04d}.png"
+            Image.fromarray(pixels).save(path)
+            print(path)

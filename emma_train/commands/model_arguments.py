@@ -1,0 +1,9 @@
+"""Options of the commands that run a model (generate, evaluate)."""
+
+import argparse
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="run folder, checkpoint (or a URL of one) or export")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--no-ema", action="store_true", help="use the weights, not their average")

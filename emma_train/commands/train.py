@@ -1,0 +1,146 @@
+"""Train a stage or a pipeline; resumes where its run folder has a checkpoint."""
+
+import argparse
+import logging
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from emma_train.config.schema import Recipe
+    from emma_train.engine.world import World
+    from emma_train.generate.generator import Generator
+    from emma_train.sequence.request import Request
+    from emma_train.stages.stage import Stage
+    from emma_train.training.preemption import StopRequest
+    from emma_train.training.run_folder import RunFolder
+
+log = logging.getLogger(__name__)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", help="recipe file; key=value overrides may follow")
+
+
+def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    """Train every stage that is not complete yet, one after the other, in one group of processes."""
+    from emma_train.config.load import load_stages
+    from emma_train.engine.world import join, share_packs
+    from emma_train.stages.stage import stage_of
+    from emma_train.training.preemption import EXIT_PREEMPTED, StopRequest
+
+    stages = load_stages(Path(arguments.recipe), overrides)
+    for file, recipe in stages:
+        stage_of(recipe, str(file))
+    first, last = stages[0][1], stages[-1][1]
+    # One process group for all stages: gloo cannot be destroyed and initialised again within a process.
+    traces = Path(first.run.root) / first.run.name / "logs" / "nccl-rank-"
+    with join(first.engine.device, first.engine.timeout_s, traces) as world, StopRequest() as stop:
+        if not world.is_main:
+            logging.getLogger().setLevel(logging.ERROR)
+        for file, recipe in stages:
+            if world.sum([float(stop.asked)])[0]:
+                return EXIT_PREEMPTED
+            if code := _train_stage(file, recipe, share_packs(world, recipe.engine.sequence_parallel), stop):
+                return code
+        if world.is_main and len(stages) > 1:
+            _try_report(Path(last.run.root))
+    return 0
+
+
+def _train_stage(file: Path, recipe: "Recipe", world: "World", stop: "StopRequest") -> int:
+    """Train one stage under the lock of its run folder, unless it is complete. Returns the exit code."""
+    from emma_train.checkpoint import folder as folders
+    from emma_train.training.run_folder import RunFolder
+    from emma_train.training.run_lock import RunLock
+
+    run_folder = RunFolder(recipe)
+    run_folder.check_checkpoints(world)
+    newest = world.on_main(lambda: folders.newest(run_folder.checkpoints))
+    if newest is not None and (folders.read_meta(newest) or {})["step"] >= recipe.train.steps:
+        log.info("%s is complete: nothing to do", run_folder.path)
+        return 0
+    with ExitStack() as locks:
+
+        def lock() -> None:
+            locks.enter_context(RunLock(run_folder.path))
+
+        world.on_main(lock)
+        return _train_locked(run_folder, file, recipe, world, stop)
+
+
+def _train_locked(run_folder: "RunFolder", file: Path, recipe: "Recipe", world: "World", stop: "StopRequest") -> int:
+    """Build the data stream, model, engine and loop of one stage, and train it. Returns the exit code."""
+    from data_pipelines.loader.loader import Stream, dead_worker
+    from emma_train.checkpoint import verify
+    from emma_train.generate.generator import Generator
+    from emma_train.model.autoencoder import Autoencoder
+    from emma_train.sequence.tokens import TextTokenizer
+    from emma_train.stages.stage import stage_of
+    from emma_train.training.build import build
+    from emma_train.training.loop import Trainer
+
+    stage = stage_of(recipe, str(file))
+    checkpoint = verify.to_resume(run_folder.checkpoints, world)
+    autoencoder = Autoencoder(recipe.model.autoencoder, world.device)
+    stream = Stream(recipe, world.dp_rank, world.dp_size, autoencoder.fingerprint, pin=world.device.type == "cuda")
+    if checkpoint is None:
+        world.on_main(run_folder.check_new)
+        stream.planner.check()
+    requests = _sample_requests(recipe, stage)
+    parts = build(recipe, stage, world, resuming=checkpoint is not None)
+    if parts.handoff is not None:
+        log.info("from %s: %s", recipe.init.source, "; ".join(parts.handoff.lines()))
+    vision, tokenizer = recipe.model.vision, TextTokenizer(recipe.data.tokenizer)
+    generator = Generator(parts.engine.model, autoencoder, tokenizer, vision.patch, vision.shuffle)
+    generate_samples = _sample_writer(generator, requests, recipe, run_folder, world.is_main) if requests else None
+    trainer = Trainer(recipe, stage, world, parts, autoencoder, stream, generate_samples)
+    if checkpoint is not None:
+        trainer.resume(checkpoint)
+    world.on_main(lambda: run_folder.prepare(recipe, world))
+    try:
+        code = trainer.train(stop)
+    except (RuntimeError, ConnectionError) as error:  # torch raises it wherever the trainer is when a worker dies
+        raise dead_worker(error) from None
+    parts.engine.close()
+    if world.is_main and code == 0:
+        _try_report(run_folder.path)
+    return code
+
+
+def _sample_requests(recipe: "Recipe", stage: "Stage") -> "list[Request]":
+    """Requests for the sample images and answers of a run: train.num_samples of each task in the stage's mix."""
+    from data_pipelines.loader.requests import read_requests
+    from emma_train.config.mix import phases
+
+    if not recipe.train.sample_from or stage.loss != "tokens":
+        return []
+    folder, pixels = recipe.train.sample_from, recipe.model.autoencoder.pixels
+    tasks = [task for task in stage.tasks if any(getattr(phase.mix, task) for phase in phases(recipe))]
+    return [
+        request
+        for task in tasks
+        for request in read_requests(folder, task, recipe.data, pixels, recipe.train.num_samples)
+    ]
+
+
+def _sample_writer(
+    generator: "Generator", requests: "list[Request]", recipe: "Recipe", run_folder: "RunFolder", write: bool
+) -> Callable[[int], list[Path]]:
+    """A function of the step that answers the requests and writes the samples of that step."""
+    from emma_train.generate.samples import write_samples
+    from emma_train.generate.settings import FlowSettings, TextSettings
+
+    flow, text = FlowSettings(shift=recipe.flow.shift), TextSettings(max_tokens=8, fixed_length=True)
+    return lambda step: write_samples(generator, requests, run_folder.samples(step), flow, text, write=write)
+
+
+def _try_report(run_folder: Path) -> None:
+    """Write the report of a finished run; where that fails, the training still counts as done."""
+    from emma_train.report.report import write_report
+
+    try:
+        log.info("report: %s", write_report(run_folder))
+    except Exception as error:
+        log.warning("no report of %s: %s", run_folder, error)
