@@ -6,10 +6,10 @@ STAMP := $(VENV)/.installed
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 WORKERS ?= 2
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --durations=15
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-all lint format bench clean
+.PHONY: help setup demo test test-fast test-slow test-all lint format docs bench clean
 
 help: ## print this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -49,21 +49,29 @@ demo: setup ## train every stage on real images with two processes and write run
 	@echo "demo: done; open $(DEMO)/report.html in a browser"
 
 test: setup ## the tests that need no GPU and little time
-	$(PYTEST) -m "not slow and not gpu"
+	$(PYTEST) --dist loadfile -m "not slow and not gpu"
+
+test-fast: setup ## the unit tests alone, for the inner loop
+	$(PYTEST) --dist worksteal -m "not slow and not gpu and not seconds" tests/unit
 
 test-slow: setup ## the tests that take longer; those that need a GPU skip themselves without one
-	$(PYTEST) -m "slow or gpu"
+	$(PYTEST) --dist loadfile -m "slow or gpu"
 
 test-all: test test-slow ## every test
 
-lint: setup ## ruff and mypy
+lint: setup ## ruff, mypy and import-linter
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: setup ## let ruff put the code in order
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(STAMP) ## the documentation as a web site in site/
+	@$(BIN)/python -c 'import material, mkdocstrings' 2>/dev/null || $(PIP) install -c constraints.txt -e ".[docs]"
+	$(BIN)/mkdocs build --strict
 
 bench: setup ## every benchmark in tests/bench
 	@for bench in $(sort $(wildcard tests/bench/[a-z]*.py)); do \
@@ -71,5 +79,5 @@ bench: setup ## every benchmark in tests/bench
 	done
 
 clean: ## remove caches and build leftovers; runs/ and .venv stay
-	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
