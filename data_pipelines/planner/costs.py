@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from emma_train.config.schema import ImageConfig, ModelConfig
+from emma_train.flops.formulas import decoder_layer_macs, vision_layer_macs
 from emma_train.sequence.geometry import image_size
 from emma_train.sequence.seeds import choice_of
 
@@ -128,13 +129,12 @@ def cost(
     model: ModelConfig, tokens: np.ndarray, pairs: np.ndarray, seen: np.ndarray, patch_pairs: np.ndarray
 ) -> np.ndarray:
     """Forward work of samples in LLM tokens of the decoder. DC-AE's goes with the visual tokens and is left out."""
-    decoder, vision = model.decoder, model.vision
-    width, narrow = decoder.heads * decoder.head_dim, decoder.kv_heads * decoder.head_dim
-    per_token = decoder.num_layers * decoder.hidden * (2 * width + 2 * narrow + 3 * decoder.intermediate_size)
-    per_pair = decoder.num_layers * 2 * width
-    per_patch = vision.num_layers * vision.hidden * (4 * vision.hidden + 2 * vision.intermediate_size)
-    per_patch_pair = vision.num_layers * 2 * vision.hidden
-    patches = seen * vision.shuffle**2
+    d, v = model.decoder, model.vision
+    decoder = decoder_layer_macs(d.hidden, d.heads, d.kv_heads, d.head_dim, d.intermediate_size)
+    encoder = vision_layer_macs(v.hidden, v.intermediate_size)
+    per_token, per_pair = d.num_layers * decoder.per_token, d.num_layers * decoder.per_pair
+    per_patch, per_patch_pair = v.num_layers * encoder.per_token, v.num_layers * encoder.per_pair
+    patches = seen * v.shuffle**2
     return tokens + (pairs * per_pair + patches * per_patch + patch_pairs * per_patch_pair) / per_token
 
 
@@ -145,8 +145,12 @@ def _shrunk(room: int, images: int) -> int:
 
 
 def _pairs(task: str, text: np.ndarray, seen: np.ndarray, made: np.ndarray) -> np.ndarray:
-    """Pairs of tokens that attention computes: understanding is a triangle; in generation each image is a square
-    beside what came before it (an upper bound)."""
+    """(query, key) pairs that attention computes: understanding is a triangle; in generation each image is a square
+    beside what came before it.
+
+    An upper bound in whole numbers. `pack_work` in emma_train/flops/work.py counts the pairs of a pack exactly. Here,
+    exact numbers would put other samples into a pack than earlier versions did, and change the digests of a run.
+    """
     if task == "i2t":
         return (text + seen) ** 2 // 2
     return text**2 // 2 + (text + seen) * seen + (text + seen + made) * made

@@ -7,6 +7,7 @@ softmax are left out, as is usual, and so is what activation checkpointing compu
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 # Dense bf16 tensor-core peaks in FLOP/s. Vendors' headline figures with structured sparsity are twice these.
 PEAK_DENSE_BF16: dict[str, float] = {
@@ -20,6 +21,33 @@ PEAK_DENSE_BF16: dict[str, float] = {
     "RTX 4090": 165.2e12,
     "MI300X": 1307.4e12,
 }
+
+
+@dataclass(frozen=True)
+class LayerMacs:
+    """Multiply-accumulates of one attention layer in its forward pass."""
+
+    into_attention: int
+    """For a token: the projections to queries, keys and values."""
+    after_attention: int
+    """For a token: the output projection and the MLP."""
+    per_pair: int
+    """For a (query, key) pair: scores and values."""
+
+    @property
+    def per_token(self) -> int:
+        return self.into_attention + self.after_attention
+
+
+def decoder_layer_macs(hidden: int, heads: int, kv_heads: int, head_dim: int, mlp: int) -> LayerMacs:
+    """One branch of a decoder layer: grouped-query attention and SwiGLU."""
+    query, key_value = heads * head_dim, kv_heads * head_dim
+    return LayerMacs(hidden * (query + 2 * key_value), query * hidden + 3 * hidden * mlp, 2 * query)
+
+
+def vision_layer_macs(hidden: int, mlp: int) -> LayerMacs:
+    """A layer of the vision encoder; its tokens are patches."""
+    return LayerMacs(3 * hidden * hidden, hidden * hidden + 2 * hidden * mlp, 2 * hidden)
 
 
 def linear_flops(in_features: int, out_features: int, num_tokens: int, trainable: bool, needs_input_grad: bool) -> int:
@@ -47,13 +75,9 @@ def decoder_flops(
     branch's queries, per layer. num_logit_tokens: positions whose logits are computed. needs_input_grad: something
     before the decoder trains (an adapter, the vision encoder, the embeddings). The two branches are two calls.
     """
-    query, key_value = heads * head_dim, kv_heads * head_dim
-    into_attention = hidden * (query + 2 * key_value) * num_tokens
-    rest = (query * hidden + 3 * hidden * mlp) * num_tokens
-    mixing = 2 * query * attention_pairs
-    return _stack(into_attention, rest, mixing, layers, trainable, needs_input_grad) + _passes(
-        hidden * vocab * num_logit_tokens, trainable, trainable or needs_input_grad
-    )
+    layer = decoder_layer_macs(hidden, heads, kv_heads, head_dim, mlp)
+    stack = _stack(layer, layers, num_tokens, attention_pairs, trainable, needs_input_grad)
+    return stack + _passes(hidden * vocab * num_logit_tokens, trainable, trainable or needs_input_grad)
 
 
 def vision_flops(
@@ -71,10 +95,9 @@ def vision_flops(
     attention_pairs: the sum over images of patches². A part of the encoder (shared layers, one expert) is one call.
     """
     embedding = _passes(patch_features * hidden * num_patches, trainable, False)
-    into_attention = 3 * hidden * hidden * num_patches
-    rest = (hidden * hidden + 2 * hidden * mlp) * num_patches
-    below = needs_input_grad or (trainable and patch_features > 0)
-    return embedding + _stack(into_attention, rest, 2 * hidden * attention_pairs, layers, trainable, below)
+    input_grad = needs_input_grad or (trainable and patch_features > 0)
+    layer = vision_layer_macs(hidden, mlp)
+    return embedding + _stack(layer, layers, num_patches, attention_pairs, trainable, input_grad)
 
 
 def adapter_flops(
@@ -153,16 +176,20 @@ def _passes(macs: int, trainable: bool, needs_input_grad: bool) -> int:
     return 2 * macs * (1 + int(needs_input_grad) + int(trainable))
 
 
-def _stack(into_attention: int, rest: int, mixing: int, layers: int, trainable: bool, needs_input_grad: bool) -> int:
-    """FLOPs of `layers` equal attention layers from MACs per layer; `mixing` (scores and values) has no weights."""
-    if layers == 0:
+def _stack(
+    layer: LayerMacs, num_layers: int, num_tokens: int, pairs: int, trainable: bool, needs_input_grad: bool
+) -> int:
+    """FLOPs of `num_layers` equal attention layers over tokens and (query, key) pairs."""
+    if num_layers == 0:
         return 0
     flows = trainable or needs_input_grad
-    # Backward through attention is two products for each one of the forward pass, as both operands are activations.
-    layer = _passes(into_attention + rest, trainable, flows) + _passes(mixing, flows, flows)
-    # Nothing before the first layer wants the gradient of its input.
-    spared = 2 * into_attention if flows and not needs_input_grad else 0
-    return layers * layer - spared
+    products = _passes(layer.per_token * num_tokens, trainable, flows)
+    # Scores and values have no weights. Backward is two products for each one of the forward pass, as both operands
+    # are activations.
+    mixing = _passes(layer.per_pair * pairs, flows, flows)
+    # The gradient of the first layer's input is not needed if nothing before it trains.
+    not_needed = 2 * layer.into_attention * num_tokens if flows and not needs_input_grad else 0
+    return num_layers * (products + mixing) - not_needed
 
 
 def _efficient_vit_macs(channels: int, head_dim: int, kernels: Sequence[int]) -> int:

@@ -17,9 +17,9 @@ from emma_train.config.schema import Recipe
 from emma_train.engine.activation_checkpointing import checkpointed_layers
 from emma_train.errors import UserError
 from emma_train.flops.formulas import PEAK_DENSE_BF16, autoencoder_flops
+from emma_train.flops.work import Work, module_flops
 from emma_train.model.cross_entropy import ROWS
 from emma_train.model.emma import Emma
-from emma_train.monitor.usage import Work, module_flops
 from emma_train.plan.samples import Load, load_of
 from emma_train.plan.state import Sizes, state_memory
 from emma_train.stages.freeze import freeze, group_of
@@ -200,7 +200,7 @@ class Plan:
 
     def flops(self, load: Load) -> dict[str, int]:
         """Useful FLOPs of one optimizer step over all GPUs by module."""
-        return module_flops(self.recipe, self.stage, self._work(load))
+        return module_flops(self.recipe.model, self.stage.trainable, self._work(load), self.stage.loss == "router")
 
     def repeated_flops(self, load: Load) -> float:
         """FLOPs of one step that backward computes a second time, over all GPUs: checkpointed layers and logits."""
@@ -208,13 +208,18 @@ class Plan:
             return 0
         v, d, mode = self.recipe.model.vision, self.recipe.model.decoder, self.recipe.engine.activation_checkpointing
         work = self._work(load)
-        forward = module_flops(self.recipe, replace(self.stage, trainable=()), replace(work, logits=0))
+        forward = module_flops(self.recipe.model, (), replace(work, logits=0))
         of_decoder, of_encoder = forward["Und branch"] + forward["Gen branch"], forward["vision encoder"]
         again = of_decoder * len(checkpointed_layers(d.num_layers, mode)) / d.num_layers
         again += of_encoder * len(checkpointed_layers(self.encoder_layers, mode)) / v.num_layers
         return again + 2 * work.logits * d.vocab * d.hidden
 
     def _work(self, load: Load) -> Work:
+        """Work of one step from its mean samples: what `pack_work` counts in the packs of such samples.
+
+        Means stand for the samples: pairs, which are quadratic in a sample's length, come out too low where lengths
+        differ.
+        """
         shuffle = self.recipe.model.vision.shuffle
         gen = load.total(lambda s: s.seen + s.made, "t2i", "it2i")
         # Causal rows see half their sample; an instruction sees its reference, a target all that is before it.

@@ -25,10 +25,11 @@ from emma_train.engine.compiled import num_graphs, uncompiled
 from emma_train.engine.timeouts import Timeouts
 from emma_train.engine.world import World
 from emma_train.errors import RunError, UserError
+from emma_train.flops.work import step_mfu
 from emma_train.model.autoencoder import Autoencoder
 from emma_train.monitor.progress import Progress
 from emma_train.monitor.trackers import Trackers, make_trackers
-from emma_train.monitor.usage import memory_gib, step_mfu
+from emma_train.monitor.usage import memory_gib
 from emma_train.objectives.loss import Counts, LossAccumulator, count, losses
 from emma_train.sequence.step_batches import StepBatches, UnreadableSample
 from emma_train.stages.freeze import changed, fingerprints
@@ -257,7 +258,15 @@ class Trainer:
             values["vision/stem_share"] = stem / seen_images
         if self.recipe.engine.compile:
             values["compile/recompiles"] = num_graphs() - self._graphs
-        share = step_mfu(self.recipe, self.stage, data.packs, step_s, self.world.device, self.world.sp_size)
+        share = step_mfu(
+            self.recipe.model,
+            self.stage.trainable,
+            data.packs,
+            step_s,
+            self.world.device,
+            num_cards=self.world.sp_size,
+            encoder_only=self.stage.loss == "router",
+        )
         return shared[7] > 0, values if share is None else {**values, "mfu": share}
 
     def save(self, wait: bool) -> None:
