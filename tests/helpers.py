@@ -134,10 +134,10 @@ def recipe_values(stage: str = "stage1", **dotted: Any) -> dict[str, Any]:
     }
     for key, value in dotted.items():
         *sections, leaf = key.split("__")
-        place = values
+        section_values = values
         for section in sections:
-            place = place.setdefault(section, {})
-        place[leaf] = value
+            section_values = section_values.setdefault(section, {})
+        section_values[leaf] = value
     return values
 
 

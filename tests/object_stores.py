@@ -55,8 +55,8 @@ class FolderStore(AbstractFileSystem):
     def ls(self, path: str, detail: bool = True, **options: Any) -> list[Any]:
         path = self._strip_protocol(path)
         self.request("list", path)
-        found = [_info(entry.path) for entry in os.scandir(path)] if os.path.isdir(path) else [_info(path)]
-        return found if detail else [info["name"] for info in found]
+        entries = [_info(entry.path) for entry in os.scandir(path)] if os.path.isdir(path) else [_info(path)]
+        return entries if detail else [info["name"] for info in entries]
 
     def mkdir(self, path: str, create_parents: bool = True, **options: Any) -> None:
         pass

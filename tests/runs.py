@@ -52,13 +52,13 @@ def checkpoint(run: Path, step: int) -> Path:
 def stored(folder: StoragePath) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint, whole, by name."""
     state: dict[str, Any] = {}
-    for place in store.places(folder):
-        entries = store.Reader(place).read_metadata().state_dict_metadata
-        here: dict[str, Any] = {n: torch.empty(e.size, dtype=e.properties.dtype) for n, e in entries.items()}
+    for part_folder in store.places(folder):
+        entries = store.Reader(part_folder).read_metadata().state_dict_metadata
+        tensors: dict[str, Any] = {n: torch.empty(e.size, dtype=e.properties.dtype) for n, e in entries.items()}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it says that one process is one process
-            dcp.load(here, storage_reader=store.Reader(place), no_dist=True)
-        state |= here
+            dcp.load(tensors, storage_reader=store.Reader(part_folder), no_dist=True)
+        state |= tensors
     return state
 
 

@@ -45,12 +45,12 @@ def main() -> None:
     print(f"| stage | against {REFERENCE.name} | losses | gradient norm | weights | averages | moments |")
     print("|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
-        for stage, way, found in measure(Path(folder), arguments.steps, arguments.stages):
+        for stage, way, difference in measure(Path(folder), arguments.steps, arguments.stages):
             print(
-                f"| {stage} | {way} | " + " | ".join(f"{value:.1e}" for value in vars(found).values()) + " |",
+                f"| {stage} | {way} | " + " | ".join(f"{value:.1e}" for value in vars(difference).values()) + " |",
                 flush=True,
             )
-            flat |= {f"{stage}/{way}/{name}": value for name, value in vars(found).items()}
+            flat |= {f"{stage}/{way}/{name}": value for name, value in vars(difference).items()}
     if arguments.json:
         print(json.dumps({"steps": arguments.steps, **flat}))
 

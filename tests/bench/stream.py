@@ -110,7 +110,7 @@ def read(folder: Path, num: int, repeats: int) -> dict[str, Any]:
 
 def best(readers: dict[str, Callable[[], Iterator[int]]], num: int, repeats: int) -> dict[str, float]:
     """Samples a second of each reader over `num` samples; the first tenth, while processes start, does not count."""
-    found = dict.fromkeys(readers, 0.0)
+    rates = dict.fromkeys(readers, 0.0)
     for _ in range(repeats):
         for name, reader in readers.items():
             batches, warm, done = reader(), 0, 0
@@ -119,9 +119,9 @@ def best(readers: dict[str, Callable[[], Iterator[int]]], num: int, repeats: int
             started = time.perf_counter()
             while done < num:
                 done += next(batches)
-            found[name] = max(found[name], done / (time.perf_counter() - started))
+            rates[name] = max(rates[name], done / (time.perf_counter() - started))
             batches.close()  # type: ignore[attr-defined]
-    return found
+    return rates
 
 
 def recipe_of(folder: Path) -> Recipe:
@@ -307,8 +307,8 @@ def resume(folder: Path, repeats: int) -> dict[str, Any]:
 
 def plan() -> dict[str, Any]:
     command = [sys.executable, __file__, "--only-plan"]
-    told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return json.loads(told.splitlines()[-1])
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return json.loads(output.splitlines()[-1])
 
 
 def only_plan(seconds: float = 10.0) -> dict[str, Any]:

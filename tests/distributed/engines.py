@@ -73,16 +73,16 @@ def distance(run: Path, reference: Path, steps: int) -> Distance:
         pairs = [(a[key], b[key]) for a, b in zip(one, other, strict=True) for key in keys if key in a]
         return max(abs(a - b) / abs(a) for a, b in pairs)
 
-    here, there = (stored(checkpoint(folder, steps)) for folder in (run, reference))
-    assert here.keys() == there.keys()
+    state, expected = (stored(checkpoint(folder, steps)) for folder in (run, reference))
+    assert state.keys() == expected.keys()
 
-    trained = [name.removeprefix("ema.") for name in there if name.startswith("ema.")]
+    trained = [name.removeprefix("ema.") for name in expected if name.startswith("ema.")]
 
     def apart(prefix: str, suffix: str = "") -> float:
         names = [f"{prefix}{name}{suffix}" for name in trained]
-        difference = sum(float((here[n].double() - there[n].double()).square().sum()) for n in names)
-        return (difference / sum(float(there[n].double().square().sum()) for n in names)) ** 0.5
+        difference = sum(float((state[n].double() - expected[n].double()).square().sum()) for n in names)
+        return (difference / sum(float(expected[n].double().square().sum()) for n in names)) ** 0.5
 
-    assert all(torch.equal(here[n], there[n]) for n in there if n.endswith(".step"))
+    assert all(torch.equal(state[n], expected[n]) for n in expected if n.endswith(".step"))
     moments = max(apart("optimizer.", f".{moment}") for moment in MOMENTS)
     return Distance(worst(LOSSES), worst(("grad_norm",)), apart("model."), apart("ema."), moments)

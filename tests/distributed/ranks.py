@@ -62,8 +62,8 @@ def stopped_command(argv: list[str], step: int) -> int:
     take = Trainer._step
 
     def asked_to_stop(self: Trainer, data: StepBatches, stop_asked: bool, log_now: bool) -> Any:
-        mine = data.step == step and self.world.rank == self.world.size - 1
-        return take(self, data, stop_asked or mine, log_now)
+        stop_here = data.step == step and self.world.rank == self.world.size - 1
+        return take(self, data, stop_asked or stop_here, log_now)
 
     Trainer._step = asked_to_stop  # type: ignore[method-assign]
     return main(argv)
@@ -79,17 +79,17 @@ def loaded(recipe: Recipe) -> dict[str, Any]:
     """Whole weights after the start of a stage, and how many values this rank read and holds."""
     count, read = 0, Tensors.read
 
-    def counted(self: Tensors, name: str, place: tuple[slice, ...] = ()) -> Tensor:
+    def counted(self: Tensors, name: str, slices: tuple[slice, ...] = ()) -> Tensor:
         nonlocal count
-        part = read(self, name, place)
+        part = read(self, name, slices)
         count += part.numel()
         return part
 
     Tensors.read = counted  # type: ignore[method-assign]
     with join("cpu", 60) as world:
-        own = build(recipe, stage_of(recipe), world, resuming=False).engine.weights
-        weights = {name: whole(weight) for name, weight in own.items()}
-    return {"weights": weights, "read": count, "held": sum(local(weight).numel() for weight in own.values())}
+        sharded = build(recipe, stage_of(recipe), world, resuming=False).engine.weights
+        weights = {name: full_tensor(weight) for name, weight in sharded.items()}
+    return {"weights": weights, "read": count, "held": sum(local(weight).numel() for weight in sharded.values())}
 
 
 def write_checkpoint(run: Path, recipe: Recipe) -> int:
@@ -154,8 +154,8 @@ def one_step(recipe: Recipe, kinds: list[str], seeded: bool = False) -> dict[str
             set_initial(built.engine.weights, recipe.model, list(built.engine.weights))
             built.engine.sync_compute_weights()
         _wake_up(built)
-        mine = [make_pack(recipe, kind) for kind in kinds[world.rank :: world.size]]
-        return step_of(recipe, world, built, mine)
+        packs = [make_pack(recipe, kind) for kind in kinds[world.rank :: world.size]]
+        return step_of(recipe, world, built, packs)
 
 
 def step_of(
@@ -163,15 +163,15 @@ def step_of(
 ) -> dict[str, Any]:
     """What the loop does in a step; a rate of 0 leaves the weights alone. `factor` is for this rank's loss."""
     stage, engine = stage_of(recipe), built.engine
-    mine = count(packs, stage.loss)
-    counts = Counts(*(int(n) for n in world.sum([mine.i2t, mine.t2i, mine.it2i])))
+    num_local = count(packs, stage.loss)
+    counts = Counts(*(int(n) for n in world.sum([num_local.i2t, num_local.t2i, num_local.it2i])))
     accumulator = LossAccumulator(recipe.loss, counts, world.device)
     for index, batch in enumerate(packs):
         loss = micro_loss(
             engine.model, _autoencoder(recipe.model.autoencoder.path), batch, recipe.flow, stage, accumulator
         )
         engine.accumulate(loss * factor, last=index == len(packs) - 1)
-    gradients = {name: whole(p.grad) for name, p in engine.weights.items() if p.grad is not None}
+    gradients = {name: full_tensor(p.grad) for name, p in engine.weights.items() if p.grad is not None}
     norm = engine.step(lr)
     return {**losses(world.sum(accumulator.sums.tolist()), counts, recipe.loss), "norm": norm, "gradients": gradients}
 
@@ -204,14 +204,14 @@ def _wake_up(built: TrainingParts) -> None:
     built.engine.sync_compute_weights()
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """A tensor from all ranks' parts of it."""
-    found = torch.zeros(tensor.shape, dtype=tensor.dtype)
+    result = torch.zeros(tensor.shape, dtype=tensor.dtype)
     parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, [(place, own.detach().cpu()) for place, own in local_chunks(tensor)])
-    for place, own in (piece for part in parts for piece in part):
-        found[place] = own
-    return found
+    dist.all_gather_object(parts, [(index, values.detach().cpu()) for index, values in local_chunks(tensor)])
+    for index, values in (piece for part in parts for piece in part):
+        result[index] = values
+    return result
 
 
 def stream_steps(recipe: Recipe, rank: int, size: int, last: int) -> list[Any]:
@@ -228,15 +228,15 @@ def stream_memory(recipe: Recipe, steps: list[int]) -> list[dict[str, int]]:
     ahead has arrived."""
     from data_pipelines.loader.loader import Stream
 
-    found = []
+    sizes = []
     for data in Stream(recipe, 0, 1, None).steps(1, steps[-1] + 20):
         if data.step in steps:
             time.sleep(3)
-            mine = [("trainer", os.getpid()), *((w.name, w.pid) for w in multiprocessing.active_children())]
-            found.append({name: _resident(pid) for name, pid in mine if pid is not None})
+            processes = [("trainer", os.getpid()), *((w.name, w.pid) for w in multiprocessing.active_children())]
+            sizes.append({name: _resident(pid) for name, pid in processes if pid is not None})
         if data.step == steps[-1]:
             break
-    return found
+    return sizes
 
 
 def _resident(pid: int) -> int:
@@ -261,7 +261,7 @@ def steps_with_poison(recipe: Recipe, kinds: list[str], poisoned: int | None) ->
             after = [local(t) for part in engine.state().values() for t in part.values()]
             if step == poisoned:
                 moved = not all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-        return {"norms": norms, "moved": moved, "weights": {n: whole(w) for n, w in engine.weights.items()}}
+        return {"norms": norms, "moved": moved, "weights": {n: full_tensor(w) for n, w in engine.weights.items()}}
 
 
 def live_tensors(recipe: Recipe, kinds: list[str], steps: int) -> list[int]:
@@ -313,12 +313,12 @@ def gathered_gen(recipe: Recipe) -> dict[str, set[bool]]:
         micro_loss(
             built.engine.model, _autoencoder(recipe.model.autoencoder.path), batch, recipe.flow, stage, accumulator
         )
-        found: dict[str, set[bool]] = {"und": set(), "gen": set()}
+        gathered: dict[str, set[bool]] = {"und": set(), "gen": set()}
         for name, parameter in built.engine.model.named_parameters():
-            for branch, whole_ones in found.items():
+            for branch, whole_ones in gathered.items():
                 if name.startswith("decoder.layers.") and f".{branch}." in name:
                     whole_ones.add(not isinstance(parameter, DTensor))
-        return found
+        return gathered
 
 
 def norm_over_meshes() -> tuple[float, float]:
@@ -342,14 +342,14 @@ def spread(recipe: Recipe) -> dict[str, float]:
     """By parameter group, and for the decoder's layers: the share of the values that this rank holds."""
     with join("cpu", 60) as world:
         weights = build(recipe, stage_of(recipe), world, resuming=True).engine.weights
-        own: dict[str, int] = defaultdict(int)
-        all_: dict[str, int] = defaultdict(int)
+        num_local: dict[str, int] = defaultdict(int)
+        num_total: dict[str, int] = defaultdict(int)
         for name, weight in weights.items():
             groups = [group_of(name), *(["layers"] if name.startswith("decoder.layers.") else [])]
             for group in groups:
-                own[group] += local(weight).numel()
-                all_[group] += weight.numel()
-        return {group: own[group] / all_[group] for group in all_}
+                num_local[group] += local(weight).numel()
+                num_total[group] += weight.numel()
+        return {group: num_local[group] / num_total[group] for group in num_total}
 
 
 def end_in_step(argv: list[str], victim: int, step: int, how: str) -> None:
@@ -420,12 +420,12 @@ def out_of_step(recipe: Recipe, victim: int) -> str:
 def limits_in_turn() -> list[float]:
     """Time-outs of the default group, in seconds: at first, after a step, while unhurried, then, and at the end."""
     with join("cpu", 50) as world:
-        found: list[float] = []
+        seconds: list[float] = []
 
         def note() -> None:
             group = dist.distributed_c10d._get_default_group()
             for each in (group, world.host_group):
-                found.append(each._get_backend(torch.device("cpu")).options._timeout.total_seconds())
+                seconds.append(each._get_backend(torch.device("cpu")).options._timeout.total_seconds())
 
         limits = Timeouts(world, [], long_s=50, step_s=5)
         note()
@@ -436,4 +436,4 @@ def limits_in_turn() -> list[float]:
         note()
         limits.restore()
         note()
-        return found
+        return seconds

@@ -59,8 +59,8 @@ class Job:
             if p.requires_grad
             for key, value in adam_state(self.optimizer, p).items()
         }
-        held = {"model": {name: p.detach() for name, p in parameters.items()}, "optimizer": moments}
-        return state_of(SimpleNamespace(state=lambda: held), self.averages)
+        tensors = {"model": {name: p.detach() for name, p in parameters.items()}, "optimizer": moments}
+        return state_of(SimpleNamespace(state=lambda: tensors), self.averages)
 
     def go(self, steps: int = 1) -> None:
         """Steps with gradients that are a function of the step and of the place in the whole tensor."""
@@ -70,8 +70,10 @@ class Job:
             self.saver.wait_for_staging()
             for name, p in self.model.named_parameters():
                 if p.requires_grad:
-                    whole = torch.randn(p.shape, generator=torch.Generator().manual_seed(self.step * 100 + len(name)))
-                    p.grad = dist.tensor.distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None)
+                    gradient = torch.randn(
+                        p.shape, generator=torch.Generator().manual_seed(self.step * 100 + len(name))
+                    )
+                    p.grad = dist.tensor.distribute_tensor(gradient, p.device_mesh, p.placements, src_data_rank=None)
             self.optimizer.step()
             for name, average in self.averages.items():
                 average.lerp_(dict(self.model.named_parameters())[name].detach(), 0.5)
@@ -119,13 +121,13 @@ def slow_staging(root: Path) -> tuple[bool, bool]:
         job, go_on, copied = Job(world, root), threading.Event(), threading.Event()
         copy = Staging.copy
 
-        def held(self: Staging, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        def wait_and_copy(self: Staging, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             go_on.wait(20)
             staged = copy(self, tensors)
             copied.set()
             return staged
 
-        Staging.copy = held  # type: ignore[method-assign]
+        Staging.copy = wait_and_copy  # type: ignore[method-assign]
         job.go()
         job.save()
         before = copied.is_set()
@@ -307,8 +309,8 @@ def chosen(root: StoragePath) -> tuple[str | None, str | None]:
     """The checkpoint that a resume takes, and the error where it takes none."""
     with join("cpu", 60) as world:
         try:
-            found = verify.to_resume(root, world)
-            return found and found.name, None
+            checkpoint = verify.to_resume(root, world)
+            return checkpoint and checkpoint.name, None
         except UserError as error:
             return None, str(error)
 
@@ -335,12 +337,12 @@ def _ended(job: Job) -> None:
 
 
 def _break(owner: Any, name: str, when: Callable[[], bool]) -> None:
-    whole = getattr(owner, name)
+    original = getattr(owner, name)
 
     def broken(*arguments: Any, **more: Any) -> Any:
         if when():
             raise OSError(28, "No space left on device", "somewhere")
-        return whole(*arguments, **more)
+        return original(*arguments, **more)
 
     setattr(owner, name, broken)
 

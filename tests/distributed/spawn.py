@@ -64,7 +64,7 @@ def run_ranks(
         if late or any(process.exitcode for process in processes):
             codes = [process.exitcode for process in processes]
             problem = f"no end after {timeout_s} s" if late else f"exit codes {codes}"
-            raise AssertionError(f"{function.__name__} on {size} ranks: {problem}\n" + _told(outcomes))
+            raise AssertionError(f"{function.__name__} on {size} ranks: {problem}\n" + _transcript(outcomes))
         return outcomes
 
 
@@ -81,7 +81,7 @@ def run_command(
         raise AssertionError(f"{' '.join(argv)}: no end after {timeout_s} s\n{out}\n{err}") from None
     outcome = Outcome(command.returncode, out, err)
     if code is not None and outcome.value != code:
-        raise AssertionError(f"{' '.join(argv)}: exit code {outcome.value}, not {code}\n" + _told([outcome]))
+        raise AssertionError(f"{' '.join(argv)}: exit code {outcome.value}, not {code}\n" + _transcript([outcome]))
     return outcome
 
 
@@ -121,7 +121,7 @@ def family(pid: int) -> list[int]:
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     except OSError:
         return []
-    return [pid, *(found for child in children for found in family(int(child)))]
+    return [pid, *(descendant for child in children for descendant in family(int(child)))]
 
 
 def free_port() -> int:
@@ -172,7 +172,7 @@ def _outcome(folder: Path) -> Outcome:
     return Outcome(pickle.loads(value.read_bytes()) if value.exists() else None, *texts)
 
 
-def _told(outcomes: list[Outcome]) -> str:
+def _transcript(outcomes: list[Outcome]) -> str:
     return "\n".join(
         f"--- {rank}, stdout\n{o.out[-4000:]}\n--- {rank}, stderr\n{o.err[-4000:]}" for rank, o in enumerate(outcomes)
     )

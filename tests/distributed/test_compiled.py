@@ -27,8 +27,8 @@ def test_compiled_layers_train_the_same(tmp_path: Path, settings: tuple[str, ...
     recipe = stage_recipe(tmp_path, "stage1", None, STEPS)
     reference = run(recipe, REFERENCE, "reference")
     compiled = run(recipe, Way("", 2), "compiled", "engine.compile=true", *settings, timeout_s=800)
-    found = distance(compiled, reference, STEPS)
-    assert found.loss <= 1e-5
-    assert found.weights <= 1e-5
+    difference = distance(compiled, reference, STEPS)
+    assert difference.loss <= 1e-5
+    assert difference.weights <= 1e-5
     again = [line["compile/recompiles"] for line in metrics(compiled)]
     assert again[-1] == again[-2]

@@ -16,13 +16,13 @@ ZERO = "engine.kind=deepspeed"
 CLOSE = 1e-5
 
 
-def assert_close(found: Distance) -> None:
-    assert found.loss <= CLOSE
+def assert_close(difference: Distance) -> None:
+    assert difference.loss <= CLOSE
     # A norm adds up squares of every gradient of the model in float32.
-    assert found.norm <= 1e-4
-    assert found.weights <= CLOSE
-    assert found.averages <= CLOSE
-    assert found.moments <= CLOSE
+    assert difference.norm <= 1e-4
+    assert difference.weights <= CLOSE
+    assert difference.averages <= CLOSE
+    assert difference.moments <= CLOSE
 
 
 @pytest.fixture(scope="module")

@@ -28,13 +28,13 @@ def test_a_step_that_is_not_finite_on_one_rank_moves_nothing_on_any(engine: str,
     """And the step after it is the one that would have come anyway."""
     recipe = tiny_recipe(engine__precision=precision, **ENGINES[engine])
     for outcome in run_ranks(2, steps_with_poison, recipe, KINDS, 1):
-        found = outcome.value
-        assert found["moved"] is False
-        assert [norm for norm in found["norms"] if not torch.isfinite(torch.tensor(norm))] == [found["norms"][1]]
+        steps = outcome.value
+        assert steps["moved"] is False
+        assert [norm for norm in steps["norms"] if not torch.isfinite(torch.tensor(norm))] == [steps["norms"][1]]
     healthy = run_ranks(2, steps_with_poison, recipe, KINDS, None)[0].value
-    assert found["norms"][0] == healthy["norms"][0]
+    assert steps["norms"][0] == healthy["norms"][0]
     # A healthy run has taken a third step by then: the norm of its second is what tells.
-    assert found["norms"][2] == healthy["norms"][1]
+    assert steps["norms"][2] == healthy["norms"][1]
 
 
 @pytest.mark.parametrize("engine", ["fsdp", pytest.param("zero3", marks=pytest.mark.slow), *SLOW])
@@ -52,9 +52,9 @@ def test_a_run_whose_every_step_is_not_finite_stops_and_names_the_samples(tmp_pa
     recipe = write_recipe(tmp_path / "nan.yaml", recipe_values("stage1", train__max_skipped_steps=3, **settings))
     with pytest.raises(AssertionError) as failure:
         train(recipe, processes=2)
-    told = str(failure.value)
-    assert "3 steps in a row had a gradient that is not finite (train.max_skipped_steps)" in told
-    assert "skipped_steps.jsonl lists their samples" in told
+    message = str(failure.value)
+    assert "3 steps in a row had a gradient that is not finite (train.max_skipped_steps)" in message
+    assert "skipped_steps.jsonl lists their samples" in message
     lines = [json.loads(line) for line in (tmp_path / "nan" / "skipped_steps.jsonl").read_text().splitlines()]
     assert sorted((line["step"], line["rank"]) for line in lines) == [(s, r) for s in (1, 2, 3) for r in (0, 1)]
     # 12 samples a step, 6 on each rank.

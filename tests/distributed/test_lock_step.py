@@ -29,13 +29,13 @@ def test_asymmetric_packs_end_with_the_gradients_of_one_process(kinds: list[str]
     (alone,) = run_ranks(1, one_step, recipe, kinds, timeout_s=TIME_LIMIT_S)
     together = run_ranks(2, one_step, recipe, kinds, timeout_s=TIME_LIMIT_S)
     for outcome in together:
-        found = outcome.value
-        assert math.isfinite(found["norm"])
-        assert found["norm"] > 0
-        assert found["loss"] == pytest.approx(alone.value["loss"], rel=1e-6)
-        assert found["norm"] == pytest.approx(alone.value["norm"], rel=1e-5)
-        assert found["gradients"].keys() == alone.value["gradients"].keys()
-        for name, gradient in found["gradients"].items():
+        step = outcome.value
+        assert math.isfinite(step["norm"])
+        assert step["norm"] > 0
+        assert step["loss"] == pytest.approx(alone.value["loss"], rel=1e-6)
+        assert step["norm"] == pytest.approx(alone.value["norm"], rel=1e-5)
+        assert step["gradients"].keys() == alone.value["gradients"].keys()
+        for name, gradient in step["gradients"].items():
             assert torch.isfinite(gradient).all(), name
             expected = alone.value["gradients"][name]
             torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()) + 1e-9)

@@ -31,12 +31,12 @@ def test_the_others_end_and_name_the_rank(tmp_path: Path, how: str, victim: int,
     started = time.monotonic()
     with pytest.raises(AssertionError) as failure:
         run_ranks(3, end_in_step, ["train", str(recipe)], victim, 3, how, timeout_s=90, grace_s=25)
-    told = str(failure.value)
-    assert f"exit codes {codes}" in told
-    assert told.count(said) == (2 if victim == 0 else 1), told
+    message = str(failure.value)
+    assert f"exit codes {codes}" in message
+    assert message.count(said) == (2 if victim == 0 else 1), message
     if how == "hangs":
         # Its own stack, written by itself when its step took too long.
-        assert "Timeout (0:00:06)!" in told and "in ending" in told
+        assert "Timeout (0:00:06)!" in message and "in ending" in message
         assert time.monotonic() - started >= STEP_TIMEOUT_S
 
 

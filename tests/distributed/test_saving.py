@@ -147,14 +147,14 @@ def test_a_flipped_bit_in_any_file_is_found_by_all_ranks_before_anything_is_load
     files = [p for p in newest.rglob("*") if p.is_file()]
     assert len(files) == 7  # meta.json, and two parts of a .metadata and two files of shards
     for number, path in enumerate(files):
-        whole = path.read_bytes()
+        content = path.read_bytes()
         flip(path)
         outcomes = run_ranks(ranks, saving.chosen, tmp_path / "a")
         assert [o.value for o in outcomes] == [("step-00000003", None)] * ranks, path
         said = "meta.json is missing or torn" if path.name == "meta.json" else f"{path.name} is damaged"
         assert f"step-00000004 cannot be used: {said}" in outcomes[0].err.replace(f"{path.parent.name}/", ""), number
         newest.with_name("step-00000004.damaged").rename(newest)
-        path.write_bytes(whole)
+        path.write_bytes(content)
     assert run_ranks(1, saving.chosen, tmp_path / "a")[0].value == ("step-00000004", None)
 
 
@@ -165,8 +165,8 @@ def test_damaged_frozen_weights_leave_nothing_to_resume_and_that_is_said(tmp_pat
     flip(frozen / "__1_0.distcp")
     outcomes = run_ranks(2, saving.chosen, tmp_path)
     for outcome in outcomes:
-        found, error = outcome.value
-        assert found is None
+        checkpoint, error = outcome.value
+        assert checkpoint is None
         assert "none of its 1 checkpoints can be used" in error
         assert f"{frozen.name}/__1_0.distcp is damaged" in error
     assert (tmp_path / "step-00000003").is_dir()

@@ -24,12 +24,12 @@ def root(tmp_path: Path) -> places.StoragePath:
 def test_a_store_holds_what_a_folder_would(
     root: places.StoragePath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for place in (root, tmp_path / "folder"):
-        outcomes = run_ranks(2, saving.saved, place, 3)
-        newest = place / "step-00000003"
+    for folder in (root, tmp_path / "folder"):
+        outcomes = run_ranks(2, saving.saved, folder, 3)
+        newest = folder / "step-00000003"
         assert verify.fault(newest) is None
         assert differences(stored(newest), outcomes[0].value) == []
-    files = [(folders.read_meta(place / "step-00000003") or {})["files"] for place in (root, tmp_path / "folder")]
+    files = [(folders.read_meta(folder / "step-00000003") or {})["files"] for folder in (root, tmp_path / "folder")]
     shards = [{name: entry for name, entry in listed.items() if ".distcp" in name} for listed in files]
     assert shards[0] == shards[1] and len(shards[0]) == 4
     assert names(tmp_path / "bucket" / "run") == ["frozen", "latest", "step-00000003"]
@@ -62,13 +62,13 @@ def test_a_flipped_bit_in_any_file_of_a_store_is_found(root: places.StoragePath,
     files = [path for path in newest.rglob("*") if path.is_file()]
     assert len(files) == 7  # meta.json, and two parts of a .metadata and two files of shards
     for path in files:
-        whole = path.read_bytes()
+        content = path.read_bytes()
         flip(path)
         outcomes = run_ranks(2, saving.chosen, root)
         assert [o.value for o in outcomes] == [("step-00000003", None)] * 2, path
         assert "step-00000004: set aside as meta.json.damaged" in outcomes[0].err
         path = path.with_name("meta.json.damaged") if path.name == "meta.json" else path
-        path.write_bytes(whole)
+        path.write_bytes(content)
         (newest / "meta.json.damaged").rename(newest / "meta.json")
     assert run_ranks(1, saving.chosen, root)[0].value == ("step-00000004", None)
 
@@ -79,9 +79,9 @@ def test_a_store_that_fails_in_a_save_is_told_without_its_words_and_tried_again(
 ) -> None:
     outcomes = run_ranks(2, saving.refused, root, kind, rank, [8], 12)
     for outcome in outcomes:
-        begun, there, stopped = outcome.value
+        begun, saved_steps, stopped = outcome.value
         assert begun == [4, 8, 9, 12] and stopped is None
-        assert there == [folders.step_name(step) for step in (4, 9, 12)]
+        assert saved_steps == [folders.step_name(step) for step in (4, 9, 12)]
     (line,) = [line for line in outcomes[0].err.splitlines() if "the checkpoint of step 8 failed" in line]
     assert "step-00000008" in line and "the store fails (ConnectionError)" in line and "secret" not in outcomes[0].err
     assert all(verify.fault(folder) is None for folder in folders.steps(root))
@@ -89,8 +89,8 @@ def test_a_store_that_fails_in_a_save_is_told_without_its_words_and_tried_again(
 
 def test_a_store_that_goes_on_failing_stops_the_run(root: places.StoragePath) -> None:
     for outcome in run_ranks(2, saving.refused, root, "put", 1, list(range(8, 99)), 99):
-        begun, there, stopped = outcome.value
-        assert begun == [4, 8, 9, 10, 11, 12] and there == ["step-00000004"]
+        begun, saved_steps, stopped = outcome.value
+        assert begun == [4, 8, 9, 10, 11, 12] and saved_steps == ["step-00000004"]
         assert "no checkpoint could be written since step 8" in stopped and "it goes on from step 4" in stopped
 
 

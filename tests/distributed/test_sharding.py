@@ -20,8 +20,8 @@ def test_a_stage_that_makes_no_images_never_gathers_the_gen_branch(stage: str, g
 def test_one_norm_of_gradients_on_three_meshes() -> None:
     """1-D, replicas x shards, and whole on every rank: the norm that one process computes."""
     for outcome in run_ranks(4, norm_over_meshes):
-        found, expected = outcome.value
-        assert found == pytest.approx(expected, rel=1e-6)
+        norm, expected = outcome.value
+        assert norm == pytest.approx(expected, rel=1e-6)
 
 
 def test_replicas_and_frozen_units() -> None:

@@ -20,7 +20,7 @@ def test_packs_are_pinned_and_arrive_unchanged(tmp_path: Path, workers: int) -> 
     pinned = [p for step in Stream(recipe, 0, 1, None, pin=True).steps(1, 3) for p in step.packs]
     for one, other in zip(plain, pinned, strict=True):
         assert other.patches.is_pinned() and other.text_ids.is_pinned()
-        there = other.to(torch.device("cuda"))
+        on_device = other.to(torch.device("cuda"))
         torch.cuda.synchronize()
-        assert torch.equal(there.patches.cpu(), one.patches)
-        assert torch.equal(there.labels.cpu(), one.labels)
+        assert torch.equal(on_device.patches.cpu(), one.patches)
+        assert torch.equal(on_device.labels.cpu(), one.labels)

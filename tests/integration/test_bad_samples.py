@@ -45,16 +45,16 @@ def test_bad_samples_are_replaced_counted_and_written_out(recipe: Path, processe
     assert [line["data/replaced"] for line in lines] == [3, 6, 9]
     assert [line["data/skipped"] for line in lines] == [0, 0, 0]
     assert [[line[f"samples/{task}"] for task in ("i2t", "t2i", "it2i")] for line in lines] == [[12, 12, 12]] * 3
-    found = written(run)
+    listed = written(run)
     # A spare that is broken too is a line of its own.
-    assert {(bad["step"], bad["key"]) for bad in found} == {(s, k) for s in (1, 2, 3) for k in BROKEN}
-    assert {bad["key"]: bad["task"] for bad in found} == {"q003": "i2t", "p005": "t2i", "e007": "it2i"}
-    assert {bad["key"]: bad["shard"] for bad in found}["e007"] == "shard-000001.tar"
-    assert all(bad["replaced_by"][0] == bad["key"][0] and bad["replaced_by"] not in BROKEN for bad in found)
-    assert "truncated" in next(bad["reason"] for bad in found if bad["key"] == "p005")
+    assert {(bad["step"], bad["key"]) for bad in listed} == {(s, k) for s in (1, 2, 3) for k in BROKEN}
+    assert {bad["key"]: bad["task"] for bad in listed} == {"q003": "i2t", "p005": "t2i", "e007": "it2i"}
+    assert {bad["key"]: bad["shard"] for bad in listed}["e007"] == "shard-000001.tar"
+    assert all(bad["replaced_by"][0] == bad["key"][0] and bad["replaced_by"] not in BROKEN for bad in listed)
+    assert "truncated" in next(bad["reason"] for bad in listed if bad["key"] == "p005")
     assert "Traceback" not in outcome.err
     summary = json.loads((run / "summary.json").read_text())
-    assert (summary["bad_samples"], summary["replaced_samples"], summary["left_out_samples"]) == (len(found), 9, 0)
+    assert (summary["bad_samples"], summary["replaced_samples"], summary["left_out_samples"]) == (len(listed), 9, 0)
 
 
 def test_ranks_and_workers_do_not_change_what_is_learnt(recipe: Path) -> None:

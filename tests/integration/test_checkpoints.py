@@ -167,8 +167,8 @@ def test_the_last_few_every_nth_and_the_best_are_kept(recipe: Path) -> None:
     train(recipe, "run.name=kept", *settings)
     losses = {line["step"]: line["loss"] for line in metrics(recipe.parent / "kept")}
     best = min(losses, key=lambda step: losses[step])
-    there = {path.name for path in folders.steps(recipe.parent / "kept" / "checkpoints")}
-    assert there == {folders.step_name(step) for step in (3, 6, STEPS, best)}
+    kept = {path.name for path in folders.steps(recipe.parent / "kept" / "checkpoints")}
+    assert kept == {folders.step_name(step) for step in (3, 6, STEPS, best)}
 
 
 @pytest.mark.parametrize(

@@ -25,13 +25,13 @@ CASES += [(engine, "stage1") for engine in ENGINES if engine not in ("fsdp", "ze
 @pytest.fixture(scope="module")
 def parents(make_recipe: MakeRecipe, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A run of one step for each stage to start from, by the stage."""
-    root, found = tmp_path_factory.mktemp("parents"), {}
+    root, run_before = tmp_path_factory.mktemp("parents"), {}
     names = list(STAGES)
     for before, name in zip(names, names[1:], strict=False):
-        init = {"init": {"from": str(found[before])}} if before in found else {}
+        init = {"init": {"from": str(run_before[before])}} if before in run_before else {}
         train(make_recipe(root, before, train={"steps": 1}, data=data_of(before), **init), f"run.name={before}")
-        found[name] = root / before
-    return found
+        run_before[name] = root / before
+    return run_before
 
 
 def data_of(stage: str) -> dict[str, Any]:

@@ -128,12 +128,12 @@ def test_generate_follows_the_settings_of_an_export_unless_told_otherwise(
     plain = drawn(tmp_path, exported)
     assert plain == drawn(tmp_path, run)
     other = ["--steps", "3", "--text-guidance", "9.0", "--shift", "1.0", "--solver", "heun"]
-    told = drawn(tmp_path, exported, *other)
+    changed = drawn(tmp_path, exported, *other)
     values = json.loads(text)
     values["flow"] |= {"steps": 3, "text_guidance": 9, "shift": 1.0, "solver": "heun"}
     try:
         (exported / "generation.json").write_text(json.dumps(values))
-        assert drawn(tmp_path, exported) == told != plain
+        assert drawn(tmp_path, exported) == changed != plain
         back = ["--steps", "30", "--text-guidance", "2.5", "--shift", "3.0", "--solver", "euler"]
         assert drawn(tmp_path, exported, *back) == plain
         assert json.loads((exported_to(tmp_path / "again", exported) / "generation.json").read_text()) == values
@@ -168,8 +168,8 @@ def text_logits(folder: Path) -> tuple[Tensor, Tensor]:
 
 
 def as_transformers_loads_it(folder: Path) -> Any:
-    model, told = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-    wrong = {key: value for key, value in told.items() if value}
+    model, loading_info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    wrong = {key: value for key, value in loading_info.items() if value}
     assert wrong == {} and type(model).__name__ == "Qwen3ForCausalLM"
     return model.eval()
 
@@ -200,8 +200,8 @@ def test_the_und_part_is_a_qwen3_that_answers_alike(tmp_path: Path, tied: bool, 
 def test_a_trained_checkpoint_becomes_a_qwen3_in_one_file_or_in_many(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = exported_to(tmp_path / "whole", run, "--as", "qwen3")
-    assert sorted(p.name for p in whole.iterdir()) == [
+    single = exported_to(tmp_path / "whole", run, "--as", "qwen3")
+    assert sorted(p.name for p in single.iterdir()) == [
         "config.json",
         "generation_config.json",
         "model.safetensors",
@@ -214,7 +214,7 @@ def test_a_trained_checkpoint_becomes_a_qwen3_in_one_file_or_in_many(
     files = sorted((tmp_path / "many").glob("model-*.safetensors"))
     assert len(files) >= 3 and {p.name for p in files} == set(index["weight_map"].values())
     assert all(re.fullmatch(rf"model-0000\d-of-0000{len(files)}\.safetensors", p.name) for p in files)
-    one, many = Tensors(whole), Tensors(tmp_path / "many")
+    one, many = Tensors(single), Tensors(tmp_path / "many")
     assert one.specs == many.specs and all(torch.equal(one.read(name), many.read(name)) for name in one.specs)
     assert index["metadata"]["total_size"] == sum(spec.num_bytes for spec in one.specs.values())
     averages, loaded = weights_of(run, "ema"), as_transformers_loads_it(tmp_path / "many").state_dict()

@@ -69,8 +69,8 @@ def test_the_first_stages_start_from_an_import(
     assert f"loaded {len(before)} tensors" in outcome.err and "from the seed" not in outcome.err
     moved = {name for name, value in before.items() if not torch.equal(value, weights[f"model.{name}"])}
     assert any(name.startswith("und_adapter.") for name in moved)
-    (told,) = run_ranks(1, command, ["inspect", str(tmp_path / stage)])
-    assert "(imported," in told.out
+    (outcome,) = run_ranks(1, command, ["inspect", str(tmp_path / stage)])
+    assert "(imported," in outcome.out
     if stage == "stage0":
         assert all(name.startswith("und_adapter.") for name in moved)
 

@@ -99,8 +99,8 @@ def test_a_store_s_url_stands_wherever_a_checkpoint_may(
 
     for name, model in (("remote", remote), ("local", str(straight))):
         ask("export", model, str(tmp_path / name))
-    here, there = (Tensors(tmp_path / name) for name in ("local", "remote"))
-    assert here.specs == there.specs and all(torch.equal(here.read(name), there.read(name)) for name in here.specs)
+    one, other = (Tensors(tmp_path / name) for name in ("local", "remote"))
+    assert one.specs == other.specs and all(torch.equal(one.read(name), other.read(name)) for name in one.specs)
 
     answers = [ask("generate", m, "--task", "t2i", "--prompt", "a cat", "--steps", "1", "--out", str(tmp_path / name))
                for name, m in (("a", remote), ("b", str(straight)))]  # fmt: skip

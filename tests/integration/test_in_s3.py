@@ -45,8 +45,8 @@ def test_a_run_that_goes_on_from_s3_is_the_one_that_never_stopped(
     assert verify.fault(newest) is None
     assert differences(stored(newest), stored(straight)) == []
     assert learnt(tmp_path / "remote") == learnt(tmp_path / "straight")
-    there = sorted(path.rpartition("/")[2] for path in bucket.ls("bucket/runs/remote", detail=False))
-    assert there == ["frozen", "latest", "step-00000004", "step-00000006"]
+    names = sorted(path.rpartition("/")[2] for path in bucket.ls("bucket/runs/remote", detail=False))
+    assert names == ["frozen", "latest", "step-00000004", "step-00000006"]
     assert "step-00000006/weights/__7_0.distcp" not in " ".join(bucket.find("bucket/runs/remote"))
 
     out = str(tmp_path / "alone")

@@ -41,9 +41,9 @@ def recipes(make_recipe: MakeRecipe, tmp_path_factory: pytest.TempPathFactory) -
 
 
 def meta(run: Path) -> dict[str, Any]:
-    found = folders.whole(checkpoint(run, STEPS))
-    assert found is not None
-    return found
+    values = folders.whole(checkpoint(run, STEPS))
+    assert values is not None
+    return values
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -66,14 +66,14 @@ def test_two_interruptions_change_not_a_bit(recipes: dict[str, Path], name: str)
 @pytest.mark.parametrize("name", ["stage0", "stage4_expert", "stage4_router"])
 def test_a_stage_that_trains_little_saves_little(recipes: dict[str, Path], name: str) -> None:
     run, full = recipes[name].parent / name, recipes["stage1"].parent / "stage1"
-    own = tuple(prefix for group in STAGES[name].trainable for prefix in GROUPS[group])
+    prefixes = tuple(prefix for group in STAGES[name].trainable for prefix in GROUPS[group])
     (frozen,) = (run / "checkpoints" / "frozen").iterdir()
     for step in (4, STEPS):
-        found = folders.whole(checkpoint(run, step))
-        assert found is not None and found["frozen"] == frozen.name
+        values = folders.whole(checkpoint(run, step))
+        assert values is not None and values["frozen"] == frozen.name
         names = store.names(checkpoint(run, step) / "weights")
         groups = {n.removeprefix("model.").removeprefix("ema.") for n in names}
-        assert groups == {n for n in groups if n.startswith(own)}
+        assert groups == {n for n in groups if n.startswith(prefixes)}
     assert not (full / "checkpoints" / "frozen").exists()
     assert sum(e["bytes"] for e in meta(run)["files"].values()) < sum(e["bytes"] for e in meta(full)["files"].values())
 

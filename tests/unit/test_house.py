@@ -49,11 +49,7 @@ NOT_YET: tuple[str, ...] = (
     "launchers",
     "tests/bench",
     "tests/distributed",
-    "tests/gpu",
-    "tests/helpers",
     "tests/integration",
-    "tests/object_stores",
-    "tests/runs",
     "tests/servers",
     "tests/shards",
     "tests/unit/data_pipelines",
@@ -61,7 +57,6 @@ NOT_YET: tuple[str, ...] = (
     "tests/unit/launchers",
     "tests/unit/test_recipes",
     "tests/synthetic",
-    "tests/public",
 )
 """Folders and files that are still to be mended."""
 
