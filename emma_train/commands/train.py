@@ -5,7 +5,7 @@ import logging
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from emma_train.config.schema import Recipe
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from emma_train.generate.generator import Generator
     from emma_train.sequence.request import Request
     from emma_train.stages.stage import Stage
+    from emma_train.storage.paths import StoragePath
     from emma_train.training.preemption import StopRequest
     from emma_train.training.run_folder import RunFolder
 
@@ -81,8 +82,9 @@ def _train_locked(run_folder: "RunFolder", file: Path, recipe: "Recipe", world: 
     from emma_train.training.build import build
     from emma_train.training.loop import Trainer
 
-    stage = stage_of(recipe, str(file))
     checkpoint = verify.to_resume(run_folder.checkpoints, world)
+    recipe = _with_stored_values(recipe, checkpoint, world)
+    stage = stage_of(recipe, str(file))
     autoencoder = Autoencoder(recipe.model.autoencoder, world.device)
     stream = Stream(recipe, world.dp_rank, world.dp_size, autoencoder.fingerprint, pin=world.device.type == "cuda")
     if checkpoint is None:
@@ -107,6 +109,30 @@ def _train_locked(run_folder: "RunFolder", file: Path, recipe: "Recipe", world: 
     if world.is_main and code == 0:
         _try_report(run_folder.path)
     return code
+
+
+def _with_stored_values(recipe: "Recipe", checkpoint: "StoragePath | None", world: "World") -> "Recipe":
+    """The recipe with the stored value where it leaves a field unset and the field must stay as it was.
+
+    The stored values are those of the checkpoint to resume, or else of what init.from names.
+    """
+    from emma_train.checkpoint import folder as folders
+    from emma_train.export import export
+    from emma_train.stages.handoff import recipe_to_start
+    from emma_train.storage import paths as places
+    from emma_train.training.build import stored_config
+    from emma_train.training.resume_rule import recipe_to_resume
+
+    if checkpoint is not None:
+        return recipe_to_resume(recipe, stored_config(checkpoint), str(checkpoint))
+    if not recipe.init.source:
+        return recipe
+    given = places.of(recipe.init.source)
+
+    def read() -> dict[str, Any]:
+        return stored_config(given if export.is_export(given) else folders.resolve(given, "init.from"))
+
+    return recipe_to_start(recipe, world.on_main(read))
 
 
 def _sample_requests(recipe: "Recipe", stage: "Stage") -> "list[Request]":

@@ -1,95 +1,62 @@
-"""Checks that join several fields of a recipe. Each failure names the fields, their values and a way out."""
+"""Checks of a recipe: each field against its facts (config/setting.py), then the rules that join several fields.
+
+Each failure names the fields, their values and a way out.
+"""
 
 import logging
 from typing import Any
 
-from emma_train.config.mix import TASK_NAMES, phases, samples_per_task, task_shares
+from emma_train.config.mix import phases, samples_per_task, task_shares
 from emma_train.config.schema import EngineConfig, PhaseConfig, Recipe
+from emma_train.config.setting import Facts, settings_of
 from emma_train.errors import UserError
 
 log = logging.getLogger(__name__)
 SHAREABLE = ("q_proj", "k_proj", "v_proj", "o_proj", "mlp", "input_norm", "mlp_norm", "norm")
-CHOICES = {
-    "schedule.kind": ("constant", "cosine"),
-    "engine.kind": ("fsdp", "deepspeed"),
-    "engine.precision": ("bf16", "fp32"),
-    "engine.frozen": ("sharded", "replicated"),
-    "engine.activation_checkpointing": ("none", "full", "selective"),
-    "engine.device": ("auto", "cpu", "cuda"),
-    "ema.device": ("auto", "cpu"),
-    "attention.backend": ("auto", "flash", "flex", "sdpa"),
-    "tracker.kind": ("jsonl", "wandb"),
-    "train.keep_best": ("", "loss", *(f"loss/{task}" for task in TASK_NAMES)),
-    "data.und.mode": ("square", "native", "buckets"),
-    "data.gen.mode": ("square", "native", "buckets"),
-    "data.mix_by": ("samples", "tokens"),
-}
-POSITIVE = (
-    "train.steps",
-    "train.log_every",
-    "train.save_every",
-    "train.keep",
-    "train.stop_within_s",
-    "data.slots",
-    "data.shuffle_window",
-    "data.pack_tokens",
-    "data.und.side",
-    "data.gen.side",
-    "data.cache_gib",
-    "data.read_timeout_s",
-    "optimizer.lr",
-    "engine.replicate",
-    "engine.timeout_s",
-    "engine.step_timeout_s",
-    "engine.sequence_parallel",
-)
-NOT_NEGATIVE = (
-    "data.samples_per_step",
-    "data.pack_pairs",
-    "data.pack_patches",
-    "data.pack_pixels",
-    "data.workers",
-    "data.max_bad_samples",
-    "data.read_retries",
-    "data.read_wait_s",
-)
-BETWEEN_0_AND_1 = ("data.text_dropout", "data.reference_dropout", "ema.decay", "model.vision.stem_threshold")
 
 
-def check_recipe(recipe: Recipe, where: str) -> None:
+def check_recipe(recipe: Recipe, source: str) -> None:
     """Raise UserError on the first contradiction in a recipe."""
-    for key, allowed in CHOICES.items():
-        if (value := get(recipe, key)) not in allowed:
-            raise UserError(f"{where}: {key} is {value!r}; it is one of {', '.join(allowed)}")
-    for key in POSITIVE:
-        if (value := get(recipe, key)) <= 0:
-            raise UserError(f"{where}: {key} is {value}; it must be more than 0")
-    for key in NOT_NEGATIVE:
-        if (value := get(recipe, key)) < 0:
-            raise UserError(f"{where}: {key} is {value}; it must not be negative")
-    for key in BETWEEN_0_AND_1:
-        if not 0 <= (value := get(recipe, key)) <= 1:
-            raise UserError(f"{where}: {key} is {value}; it lies between 0 and 1")
-    check_model(recipe, where)
-    _check_engine(recipe.engine, where)
-    _check_sequence(recipe, where)
+    _check_values(recipe, source)
+    check_model(recipe, source)
+    _check_engine(recipe.engine, source)
+    _check_sequence(recipe, source)
     for phase in phases(recipe):
-        _check_mix(recipe, phase, where)
-    _check_keeping(recipe, where)
+        _check_mix(recipe, phase, source)
+    _check_keeping(recipe, source)
     before_last = sum(phase.steps for phase in recipe.data.phases[:-1])
     if recipe.data.phases and before_last >= recipe.train.steps:
         last = recipe.data.phases[-1].name
         log.warning(
-            "%s: train.steps=%d ends before phase %s, which begins at %d", where, recipe.train.steps, last, before_last
+            "%s: train.steps=%d ends before phase %s, which begins at %d", source, recipe.train.steps, last, before_last
         )
 
 
-def get(recipe: Recipe, key: str) -> Any:
-    """The value at a dotted key."""
-    value: Any = recipe
-    for part in key.split("."):
-        value = getattr(value, part)
-    return value
+def _check_values(section: Any, source: str, prefix: str = "") -> None:
+    """Raise UserError on the first value that the facts of its field do not allow."""
+    for field in settings_of(type(section)):
+        key, value = f"{prefix}{field.key}", getattr(section, field.name)
+        if field.section is not None:
+            _check_values(value, source, f"{key}.")
+        elif field.element is not None:
+            for index, entry in enumerate(value):
+                _check_values(entry, source, f"{key}[{index}].")
+        elif problem := _problem(value, field.facts):
+            raise UserError(f"{source}: {key} is {problem}")
+
+
+def _problem(value: Any, facts: Facts) -> str:
+    """What is wrong with a value, or an empty text."""
+    if facts.choices and value not in facts.choices:
+        return f"{value!r}; it is one of {', '.join(map(str, facts.choices))}"
+    if facts.more_than is not None and value <= facts.more_than:
+        return f"{value}; it must be more than {facts.more_than:g}"
+    too_low = facts.at_least is not None and value < facts.at_least
+    if facts.at_most is not None and (too_low or value > facts.at_most):
+        return f"{value}; it lies between {facts.at_least:g} and {facts.at_most:g}"
+    if too_low:
+        return f"{value}; it must be at least {facts.at_least:g}"
+    return ""
 
 
 def check_world(slots: int, world: int) -> None:
@@ -99,51 +66,49 @@ def check_world(slots: int, world: int) -> None:
         raise UserError(f"data.slots is {slots}, which {world} processes cannot share evenly; it fits {fits} processes")
 
 
-def _check_sequence(recipe: Recipe, where: str) -> None:
+def _check_sequence(recipe: Recipe, source: str) -> None:
     ranks, decoder = recipe.engine.sequence_parallel, recipe.model.decoder
     if decoder.heads % ranks or (decoder.kv_heads % ranks and ranks % decoder.kv_heads):
         raise UserError(
-            f"{where}: engine.sequence_parallel is {ranks}; it must divide model.decoder.heads ({decoder.heads}), and "
+            f"{source}: engine.sequence_parallel is {ranks}; it must divide model.decoder.heads ({decoder.heads}), and "
             f"divide kv_heads ({decoder.kv_heads}) or be a multiple of them"
         )
     if ranks > 1 and recipe.engine.compile:
-        raise UserError(f"{where}: engine.compile cannot see through engine.sequence_parallel; set one of them")
+        raise UserError(f"{source}: engine.compile cannot see through engine.sequence_parallel; set one of them")
 
 
-def _check_engine(engine: EngineConfig, where: str) -> None:
-    if engine.zero_stage not in (1, 2, 3):
-        raise UserError(f"{where}: engine.zero_stage is {engine.zero_stage}; it is one of 1, 2, 3")
+def _check_engine(engine: EngineConfig, source: str) -> None:
     if engine.debug_lockstep and engine.compile:
-        raise UserError(f"{where}: engine.debug_lockstep watches modules one by one; set engine.compile=false")
+        raise UserError(f"{source}: engine.debug_lockstep watches modules one by one; set engine.compile=false")
     if engine.kind == "fsdp":
         return
     for key, usual in (("replicate", 1), ("frozen", "sharded")):
         if (value := getattr(engine, key)) != usual:
-            raise UserError(f"{where}: engine.{key} is {value}, which engine.kind=deepspeed does not know; drop it")
+            raise UserError(f"{source}: engine.{key} is {value}, which engine.kind=deepspeed does not know; drop it")
     if engine.compile and engine.zero_stage == 3:
         raise UserError(
-            f"{where}: engine.compile cannot see through ZeRO-3, which gathers weights inside of a layer; "
+            f"{source}: engine.compile cannot see through ZeRO-3, which gathers weights inside of a layer; "
             f"set engine.zero_stage=2 or engine.kind=fsdp"
         )
 
 
-def _check_mix(recipe: Recipe, phase: PhaseConfig, where: str) -> None:
+def _check_mix(recipe: Recipe, phase: PhaseConfig, source: str) -> None:
     shares, name = task_shares(phase.mix), f"mix of phase {phase.name}"
     total = sum(shares.values())
     if any(share < 0 for share in shares.values()) or total == 0:
-        raise UserError(f"{where}: {name} needs shares of 0 or more, and at least one above 0 (mix.i2t=1)")
+        raise UserError(f"{source}: {name} needs shares of 0 or more, and at least one above 0 (mix.i2t=1)")
     if recipe.data.samples_per_step and recipe.data.mix_by == "tokens":
-        raise UserError(f"{where}: data.mix_by=tokens takes what the packs hold; leave out data.samples_per_step")
+        raise UserError(f"{source}: data.mix_by=tokens takes what the packs hold; leave out data.samples_per_step")
     if recipe.data.samples_per_step % total:
         fits = recipe.data.samples_per_step // total * total or total
         raise UserError(
-            f"{where}: data.samples_per_step is {recipe.data.samples_per_step}, which the {name} "
+            f"{source}: data.samples_per_step is {recipe.data.samples_per_step}, which the {name} "
             f"({', '.join(f'{task}={share}' for task, share in shares.items())}) cannot divide exactly; {fits} would do"
         )
     for task, count in samples_per_task(phase.mix, recipe.data.samples_per_step).items():
         if 0 < count < recipe.data.slots:
             raise UserError(
-                f"{where}: {count} {task} samples per step cannot reach each of {recipe.data.slots} slots "
+                f"{source}: {count} {task} samples per step cannot reach each of {recipe.data.slots} slots "
                 f"(data.slots); "
                 f"raise data.samples_per_step or lower data.slots"
             )
@@ -152,57 +117,59 @@ def _check_mix(recipe: Recipe, phase: PhaseConfig, where: str) -> None:
         weight is not None and weight > 0 for weight in weights
     ):
         raise UserError(
-            f"{where}: the sources of phase {phase.name} have weights {weights}; give each one above 0, or none"
+            f"{source}: the sources of phase {phase.name} have weights {weights}; give each one above 0, or none"
         )
     if not phase.sources:
-        raise UserError(f"{where}: data.sources is empty; name a folder of shards ({{path: FOLDER}})")
+        raise UserError(f"{source}: data.sources is empty; name a folder of shards ({{path: FOLDER}})")
 
 
-def _check_keeping(recipe: Recipe, where: str) -> None:
+def _check_keeping(recipe: Recipe, source: str) -> None:
     train, task = recipe.train, recipe.train.keep_best.removeprefix("loss").removeprefix("/")
     if train.keep_every % train.save_every:
         raise UserError(
-            f"{where}: train.keep_every is {train.keep_every}, no multiple of train.save_every ({train.save_every}); "
+            f"{source}: train.keep_every is {train.keep_every}, no multiple of train.save_every ({train.save_every}); "
             "there is no such checkpoint to keep"
         )
     if task and not any(getattr(phase.mix, task) for phase in phases(recipe)):
-        raise UserError(f"{where}: train.keep_best is {train.keep_best}, but {task} is not in the mix")
+        raise UserError(f"{source}: train.keep_best is {train.keep_best}, but {task} is not in the mix")
     if train.keep_best and train.log_every > train.save_every:
         raise UserError(
-            f"{where}: train.keep_best needs a logged loss for each checkpoint; lower train.log_every "
+            f"{source}: train.keep_best needs a logged loss for each checkpoint; lower train.log_every "
             f"({train.log_every}) to train.save_every ({train.save_every})"
         )
 
 
-def check_model(recipe: Recipe, where: str) -> None:
+def check_model(recipe: Recipe, source: str) -> None:
     """Raise UserError on the first contradiction in the model section."""
     vision, decoder = recipe.model.vision, recipe.model.decoder
     if recipe.model.autoencoder.pixels != vision.patch * vision.shuffle:
         raise UserError(
-            f"{where}: model.autoencoder.pixels is {recipe.model.autoencoder.pixels}, but vision.patch * "
+            f"{source}: model.autoencoder.pixels is {recipe.model.autoencoder.pixels}, but vision.patch * "
             f"vision.shuffle is "
             f"{vision.patch * vision.shuffle}; both grids must agree to be fused channel by channel"
         )
     if not 0 <= decoder.num_shared_layers <= decoder.num_layers:
         raise UserError(
-            f"{where}: model.decoder.num_shared_layers is {decoder.num_shared_layers}; it lies between 0 and "
+            f"{source}: model.decoder.num_shared_layers is {decoder.num_shared_layers}; it lies between 0 and "
             f"num_layers ({decoder.num_layers})"
         )
     if unknown := [name for name in decoder.shared if name not in SHAREABLE]:
-        raise UserError(f"{where}: model.decoder.shared names {unknown[0]!r}; it may name {', '.join(SHAREABLE)}")
+        raise UserError(f"{source}: model.decoder.shared names {unknown[0]!r}; it may name {', '.join(SHAREABLE)}")
     if decoder.heads % decoder.kv_heads:
         raise UserError(
-            f"{where}: model.decoder.heads ({decoder.heads}) is no multiple of kv_heads ({decoder.kv_heads})"
+            f"{source}: model.decoder.heads ({decoder.heads}) is no multiple of kv_heads ({decoder.kv_heads})"
         )
     if decoder.head_dim % 2:
-        raise UserError(f"{where}: model.decoder.head_dim is {decoder.head_dim}; rotary embedding needs an even number")
+        raise UserError(
+            f"{source}: model.decoder.head_dim is {decoder.head_dim}; rotary embedding needs an even number"
+        )
     if not 0 < vision.expert_layers < vision.num_layers:
         raise UserError(
-            f"{where}: model.vision.expert_layers is {vision.expert_layers}; it lies between 1 and num_layers - 1"
+            f"{source}: model.vision.expert_layers is {vision.expert_layers}; it lies between 1 and num_layers - 1"
         )
     if vision.hidden % vision.heads:
-        raise UserError(f"{where}: model.vision.hidden ({vision.hidden}) is no multiple of heads ({vision.heads})")
+        raise UserError(f"{source}: model.vision.hidden ({vision.hidden}) is no multiple of heads ({vision.heads})")
     pixels = recipe.model.autoencoder.pixels
     for key, image in (("und", recipe.data.und), ("gen", recipe.data.gen)):
         if image.side % pixels:
-            raise UserError(f"{where}: data.{key}.side is {image.side}; it must be a multiple of {pixels}")
+            raise UserError(f"{source}: data.{key}.side is {image.side}; it must be a multiple of {pixels}")

@@ -5,26 +5,36 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import logging
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from emma_train.config.check import check_recipe
-from emma_train.config.renamed import with_current_names
+from emma_train.config.renamed import RENAMED, current_key, old_keys, with_current_names
 from emma_train.config.schema import Pipeline, Recipe
+from emma_train.config.setting import all_settings, settings_of
 from emma_train.errors import UserError
 
+log = logging.getLogger(__name__)
 Schema = TypeVar("Schema", Recipe, Pipeline)
 
 
-def load_yaml(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Read a recipe and what it extends; the file's own values win. Raises UserError."""
-    path = Path(path)
-    if path.resolve() in _seen:
-        raise UserError(f"{path}: extends itself through {' -> '.join(p.name for p in _seen)}")
+def load_yaml(path: Path) -> dict[str, Any]:
+    """Read a recipe and what it extends, with the current names of keys; the file's own values win.
+
+    Raises UserError.
+    """
+    return _read(Path(path))[0]
+
+
+def _read(path: Path, children: tuple[Path, ...] = ()) -> tuple[dict[str, Any], list[str]]:
+    """The values of a file and of what it extends, and the old names of keys that they use."""
+    if path.resolve() in children:
+        raise UserError(f"{path}: extends itself through {' -> '.join(p.name for p in children)}")
     try:
         values = yaml.safe_load(path.read_text())
     except OSError as error:
@@ -33,11 +43,13 @@ def load_yaml(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: a recipe is a mapping of sections, found {type(values).__name__}")
-    base = values.pop("extends", None)
+    base, used = values.pop("extends", None), old_keys(values)
+    values = with_current_names(values, str(path))
     if base is None:
-        return values
-    parent = load_yaml(path.parent / str(base), (*_seen, path.resolve()))
-    return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.merge(parent, values)))
+        return values, used
+    inherited, used_there = _read(path.parent / str(base), (*children, path.resolve()))
+    merged = OmegaConf.to_container(OmegaConf.merge(inherited, values))
+    return cast(dict[str, Any], merged), [*used_there, *used]
 
 
 def is_pipeline(path: Path) -> bool:
@@ -54,9 +66,9 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
 
 def load_pipeline(path: Path, overrides: list[str] | None = None) -> tuple[Pipeline, list[str]]:
     """A pipeline, and the overrides that are meant for each of its stages. Raises UserError."""
-    own = [o for o in overrides or [] if o.startswith("run.")]
+    for_pipeline = [o for o in overrides or [] if o.startswith("run.")]
     stages = [o for o in overrides or [] if not o.startswith("run.")]
-    pipeline = _build(Pipeline, path, own)
+    pipeline = _build(Pipeline, path, for_pipeline)
     if not pipeline.pipeline:
         raise UserError(f"{path}: pipeline lists no stage")
     return pipeline, stages
@@ -94,14 +106,21 @@ def to_yaml(recipe: Recipe) -> str:
 
 def as_dict(recipe: Recipe) -> dict[str, Any]:
     """Plain values, with the names that recipes use."""
-    values = dataclasses.asdict(recipe)
-    values["init"] = {"from": values["init"]["source"], **{k: v for k, v in values["init"].items() if k != "source"}}
-    return values
+    return cast(dict[str, Any], plain(recipe))
 
 
-def from_dict(values: dict[str, Any], where: str, overrides: list[str] | None = None) -> Recipe:
-    """A recipe from the plain values that a checkpoint keeps; `where` names it in errors. Raises UserError."""
-    return _from_values(Recipe, values, where, overrides or [])
+def plain(value: Any) -> Any:
+    """A config value as lists, dicts and scalars, with the names that recipes use."""
+    if dataclasses.is_dataclass(value):
+        return {field.key: plain(getattr(value, field.name)) for field in settings_of(type(value))}
+    if isinstance(value, list):
+        return [plain(entry) for entry in value]
+    return dict(value) if isinstance(value, dict) else value
+
+
+def from_dict(values: dict[str, Any], source: str, overrides: list[str] | None = None) -> Recipe:
+    """A recipe from plain values, unchecked; `source` names them in errors. Raises UserError."""
+    return _from_values(Recipe, values, source, overrides or [])
 
 
 def config_hash(recipe: Recipe) -> str:
@@ -110,44 +129,49 @@ def config_hash(recipe: Recipe) -> str:
 
 
 def _build(schema: type[Schema], path: Path, overrides: list[str]) -> Schema:
-    return _from_values(schema, load_yaml(path), str(path), overrides)
+    values, used = _read(Path(path))
+    used += [key for override in overrides if (key := override.partition("=")[0]) in RENAMED]
+    if used:
+        renamed = ", ".join(f"{key} is now {current_key(key)}" for key in dict.fromkeys(used))
+        log.warning("%s: keys were renamed, the old names still work: %s", path, renamed)
+    return _from_values(schema, values, str(path), overrides)
 
 
-def _from_values(schema: type[Schema], values: dict[str, Any], path: str, overrides: list[str]) -> Schema:
-    known = _known_keys(schema)
-    values = with_current_names(values)
-    _check_keys(values, schema, path, known)
-    merged = OmegaConf.merge(OmegaConf.structured(schema), {})
-    assert isinstance(merged, DictConfig)
-    OmegaConf.set_struct(merged, True)
-    try:
-        merged.merge_with(_rename_from(values))
-    except OmegaConfBaseException as error:
-        raise UserError(f"{path}: {_plain(error)}") from None
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals:
-            raise UserError(f"override {override!r}: expected key=value, such as train.steps=100")
+def _from_values(schema: type[Schema], values: dict[str, Any], source: str, overrides: list[str]) -> Schema:
+    merged = OmegaConf.structured(schema)
+    set_keys: set[str] = set()
+    for layer, layer_source in [(values, source), *(_parse_override(override) for override in overrides)]:
+        layer = with_current_names(layer, layer_source)
+        _check_keys(layer, schema, layer_source)
+        set_keys |= _set_keys(layer, schema)
         try:
-            value = yaml.safe_load(text) if text else ""
-        except yaml.YAMLError:
-            raise UserError(f"override {override!r}: {text!r} is not a YAML value") from None
-        nested: Any = value
-        for part in reversed(key.split(".")):
-            nested = {part: nested}
-        nested = with_current_names(nested)
-        _check_keys(nested, schema, f"override {override!r}", known)
-        try:
-            merged.merge_with(_rename_from(nested))
+            merged.merge_with(_with_field_names(layer, schema))
         except OmegaConfBaseException as error:
-            raise UserError(f"override {override!r}: {_plain(error)}") from None
+            raise UserError(f"{layer_source}: {_plain(error)}") from None
     missing = sorted(OmegaConf.missing_keys(merged))
     if missing:
-        raise UserError(f"{path}: no value for {', '.join(missing)}; set it in the recipe or as {missing[0]}=VALUE")
+        raise UserError(f"{source}: no value for {', '.join(missing)}; set it in the recipe or as {missing[0]}=VALUE")
     try:
-        return cast(Schema, OmegaConf.to_object(merged))
+        built = cast(Schema, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
-        raise UserError(f"{path}: {_plain(error)}") from None
+        raise UserError(f"{source}: {_plain(error)}") from None
+    if isinstance(built, Recipe):
+        built.set_keys = frozenset(set_keys)
+    return built
+
+
+def _parse_override(override: str) -> tuple[dict[str, Any], str]:
+    """The nested values of `key=value`, and how errors name it."""
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise UserError(f"override {override!r}: expected key=value, such as train.steps=100")
+    try:
+        value: Any = yaml.safe_load(text) if text else ""
+    except yaml.YAMLError:
+        raise UserError(f"override {override!r}: {text!r} is not a YAML value") from None
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value, f"override {override!r}"
 
 
 def _plain(error: OmegaConfBaseException) -> str:
@@ -156,39 +180,66 @@ def _plain(error: OmegaConfBaseException) -> str:
     return f"{key}: {lines[0]}" if key else lines[0]
 
 
-def _rename_from(values: dict[str, Any]) -> dict[str, Any]:
-    # `from` is a keyword in Python, so the dataclass field cannot have the name that recipes use.
-    init = values.get("init")
-    if not isinstance(init, dict) or "from" not in init:
+def _with_field_names(values: Any, schema: type) -> Any:
+    """The same values under the names of the dataclass fields: a recipe's `from` is a keyword in Python."""
+    if not isinstance(values, dict):
         return values
-    return {**values, "init": {("source" if k == "from" else k): v for k, v in init.items()}}
+    fields = {field.key: field for field in settings_of(schema)}
+    renamed: dict[str, Any] = {}
+    for key, value in values.items():
+        inner = fields[key].section if key in fields else None
+        renamed[fields[key].name if key in fields else key] = _with_field_names(value, inner) if inner else value
+    return renamed
+
+
+def _set_keys(values: Any, schema: type, prefix: str = "") -> set[str]:
+    """Dotted keys of the fields that `values` sets; entries of a list as in data.sources[0].path."""
+    keys: set[str] = set()
+    for field in settings_of(schema) if isinstance(values, dict) else []:
+        if field.key not in values:
+            continue
+        key, value = f"{prefix}{field.key}", values[field.key]
+        if field.section is None:
+            keys.add(key)
+            if field.element is not None and isinstance(value, list):
+                for index, entry in enumerate(value):
+                    keys |= _set_keys(entry, field.element, f"{key}[{index}].")
+        elif field.facts.set_together:
+            keys |= {inner for inner, _ in all_settings(field.section, f"{key}.")}
+        else:
+            keys |= _set_keys(value, field.section, f"{key}.")
+    return keys
+
+
+def _check_keys(values: Any, schema: type, source: str, prefix: str = "", root: type | None = None) -> None:
+    """Raise UserError on the first key that the schema does not have, naming the nearest known one."""
+    if not isinstance(values, dict):
+        return
+    root, fields = root or schema, {field.key: field for field in settings_of(schema)}
+    for key, value in values.items():
+        full = f"{prefix}{key}"
+        if key not in fields:
+            raise UserError(f"{source}: unknown key {full}; {_advice(str(key), prefix, list(fields), root)}")
+        inner = fields[key].section
+        if inner is not None:
+            if value is not None and not isinstance(value, dict):
+                raise UserError(f"{source}: {full} is a section, found {value!r}")
+            _check_keys(value, inner, source, f"{full}.", root)
+
+
+def _advice(key: str, prefix: str, siblings: list[str], root: type) -> str:
+    """The known key that an unknown one probably means."""
+    known = _known_keys(root)
+    same_leaf = [name for name in known if name.rsplit(".", 1)[-1] == key]
+    near_siblings = [prefix + name for name in difflib.get_close_matches(key, siblings, n=1, cutoff=0.5)]
+    near = same_leaf or near_siblings or difflib.get_close_matches(f"{prefix}{key}", known, n=1, cutoff=0.5)
+    return f"did you mean {near[0]}?" if near else f"known here: {', '.join(siblings)}"
 
 
 def _known_keys(schema: type, prefix: str = "") -> list[str]:
     keys: list[str] = []
-    for f in dataclasses.fields(schema):
-        name = "from" if prefix == "init." and f.name == "source" else f.name
-        keys.append(prefix + name)
-        if dataclasses.is_dataclass(f.type):
-            keys += _known_keys(cast(type, f.type), f"{prefix}{name}.")
+    for field in settings_of(schema):
+        keys.append(f"{prefix}{field.key}")
+        if field.section is not None:
+            keys += _known_keys(field.section, f"{prefix}{field.key}.")
     return keys
-
-
-def _check_keys(values: Any, schema: type, where: str, known: list[str], prefix: str = "") -> None:
-    """Raise on the first key that the schema does not have, naming its nearest known one."""
-    if not isinstance(values, dict):
-        return
-    fields = {("from" if prefix == "init." and f.name == "source" else f.name): f for f in dataclasses.fields(schema)}
-    for key, value in values.items():
-        full = f"{prefix}{key}"
-        if key not in fields:
-            same_leaf = [k for k in known if k.rsplit(".", 1)[-1] == str(key)]
-            siblings = [prefix + name for name in difflib.get_close_matches(str(key), list(fields), n=1, cutoff=0.5)]
-            near = same_leaf or siblings or difflib.get_close_matches(full, known, n=1, cutoff=0.5)
-            advice = f"did you mean {near[0]}?" if near else f"known here: {', '.join(fields)}"
-            raise UserError(f"{where}: unknown key {full}; {advice}")
-        kind = fields[key].type
-        if dataclasses.is_dataclass(kind):
-            if value is not None and not isinstance(value, dict):
-                raise UserError(f"{where}: {full} is a section, found {value!r}")
-            _check_keys(value, cast(type, kind), where, known, f"{full}.")

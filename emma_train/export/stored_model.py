@@ -7,7 +7,8 @@ from emma_train.checkpoint import dcp as store
 from emma_train.checkpoint import folder as folders
 from emma_train.checkpoint import verify
 from emma_train.checkpoint.dcp_reader import Shards
-from emma_train.config.load import from_dict, load_yaml
+from emma_train.config.load import load_yaml
+from emma_train.config.stored import from_stored
 from emma_train.errors import UserError
 from emma_train.export import export
 from emma_train.model.emma import Emma
@@ -25,7 +26,7 @@ class StoredModel:
         self._exported = export.is_export(self.folder)
         self._tensors: Tensors | Shards
         if export.is_export(self.folder):
-            self.recipe = from_dict(load_yaml(self.folder / export.RECIPE), str(self.folder))
+            self.recipe = from_stored(load_yaml(self.folder / export.RECIPE), str(self.folder))
             self.meta = export.read_meta(self.folder)
             self.recipe.model.autoencoder.path = str(self.folder / self.recipe.model.autoencoder.path)
             self.recipe.data.tokenizer = str(self.folder / self.recipe.data.tokenizer)
@@ -33,7 +34,7 @@ class StoredModel:
         else:
             self.folder = verify.resolve(newest_stage(self.folder), "MODEL")
             self.meta = folders.read_meta(self.folder) or {}
-            self.recipe = from_dict(self.meta["config"], str(self.folder))
+            self.recipe = from_stored(self.meta["config"], str(self.folder))
             self._tensors = Shards(store.places(self.folder))
         with torch.device("meta"):
             names = [name for name, _ in Emma(self.recipe.model).named_parameters()]

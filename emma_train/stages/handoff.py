@@ -1,30 +1,20 @@
 """What one stage hands to the next: a pure plan of what is loaded, new and dropped (contract 5)."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from emma_train.config.schema import ModelConfig, VisionConfig
+from emma_train.config.load import as_dict
+from emma_train.config.schema import ModelConfig, Recipe, VisionConfig
+from emma_train.config.setting import all_settings
+from emma_train.config.stored import complete, keep_stored
 from emma_train.errors import UserError
 from emma_train.model.initial import cloned_from
 from emma_train.stages.freeze import group_of
 
+log = logging.getLogger(__name__)
 Shapes = Mapping[str, tuple[int, ...]]
-SETTINGS = {
-    "decoder": (
-        "num_layers",
-        "num_shared_layers",
-        "shared",
-        "heads",
-        "kv_heads",
-        "head_dim",
-        "rope_theta",
-        "eps",
-        "tied",
-    ),
-    "vision": ("num_layers", "heads", "patch", "shuffle", "eps"),
-}
-"""What both models must agree on though shapes may not tell: a difference changes what the weights compute."""
 
 
 @dataclass(frozen=True)
@@ -79,16 +69,35 @@ def plan_handoff(model: Shapes, stored: Shapes, vision: VisionConfig, use_ema: b
     return HandOff(loaded, cloned, initial, sorted(dropped))
 
 
-def check_settings(stored: Mapping[str, Any], model: ModelConfig, source: str) -> None:
-    """Raise UserError where the model section that the weights were made with differs in one of SETTINGS."""
-    for section, keys in SETTINGS.items():
-        for key in keys:
-            there, here = stored[section][key], getattr(getattr(model, section), key)
-            if there != here and not (key == "shared" and set(there) == set(here)):
-                raise UserError(
-                    f"init.from {source}: model.{section}.{key} is {there} there and {here} in this recipe; "
-                    f"set model.{section}.{key}={there}"
-                )
+def recipe_to_start(recipe: Recipe, stored: Mapping[str, Any]) -> Recipe:
+    """The recipe to start a stage with from weights whose config is `stored`.
+
+    A model setting that must be equal (config/model_schema.py) and that the recipe leaves unset keeps the stored
+    value, with one log line.
+    """
+    source = f"init.from {recipe.init.source}"
+    kept, lines = keep_stored(recipe, stored, source, lambda key, field: field.facts.handoff == "equal")
+    for line in lines:
+        log.info("%s: %s", source, line)
+    return kept
+
+
+def check_settings(stored: Mapping[str, Any], recipe: Recipe) -> None:
+    """Raise UserError where a setting that must be equal differs from that of the stored config.
+
+    Shapes do not tell such a difference, though it changes what the weights compute. The order of a list is free.
+    """
+    source = f"init.from {recipe.init.source}"
+    model, previous = as_dict(recipe)["model"], complete(stored, source)["model"]
+    for key, field in all_settings(ModelConfig):
+        if field.facts.handoff != "equal":
+            continue
+        section, _, name = key.partition(".")
+        value, required = model[section][name], previous[section][name]
+        if value != required and not (isinstance(value, list) and set(value) == set(required)):
+            raise UserError(
+                f"{source}: model.{key} is {required} there and {value} in this recipe; set model.{key}={required}"
+            )
 
 
 def _group(name: str) -> str:

@@ -15,7 +15,6 @@ from emma_train.checkpoint import dcp as store
 from emma_train.checkpoint import folder as folders
 from emma_train.checkpoint import verify
 from emma_train.config.load import load_yaml
-from emma_train.config.renamed import with_current_names
 from emma_train.config.schema import ModelConfig, Recipe
 from emma_train.engine.activation_checkpointing import checkpoint_activations
 from emma_train.engine.compiled import compile_layers
@@ -110,16 +109,21 @@ def find_source(recipe: Recipe, world: World) -> tuple[StoragePath | None, dict[
     return source, {"path": str(source), "stage": meta["stage"], "step": meta["step"]}
 
 
+def stored_config(source: StoragePath) -> dict[str, Any]:
+    """The config that a checkpoint or an export keeps, as it was written."""
+    if export.is_export(source):
+        return load_yaml(source / export.RECIPE)
+    config: dict[str, Any] = (folders.read_meta(source) or {})["config"]
+    return config
+
+
 def load_previous_stage(own: Mapping[str, Tensor], recipe: Recipe, source: StoragePath) -> HandOff:
     """Fill the weights from the previous stage; new modules are cloned or start from the seed."""
     weights = export if export.is_export(source) else store
-    if export.is_export(source):
-        stored, made_by = export.shapes(source), load_yaml(source / export.RECIPE)
-    else:
-        stored, made_by = store.tensors(source), (folders.read_meta(source) or {})["config"]
+    stored = export.shapes(source) if export.is_export(source) else store.tensors(source)
     shapes = {name: tuple(weight.shape) for name, weight in own.items()}
     plan = plan_handoff(shapes, stored, recipe.model.vision, recipe.init.ema, str(recipe.init.source))
-    check_settings(with_current_names(made_by)["model"], recipe.model, str(recipe.init.source))
+    check_settings(stored_config(source), recipe)
     weights.load_weights(source, plan.loaded, own)
     # A clone is read once more: its parts need not lie on the ranks that have those of the original.
     weights.load_weights(source, {name: plan.loaded[origin] for name, origin in plan.cloned.items()}, own)

@@ -24,7 +24,7 @@ from emma_train.config.schema import Recipe
 from emma_train.engine.compiled import num_graphs, uncompiled
 from emma_train.engine.timeouts import Timeouts
 from emma_train.engine.world import World
-from emma_train.errors import RunError, UserError
+from emma_train.errors import RunError
 from emma_train.flops.work import step_mfu
 from emma_train.model.autoencoder import Autoencoder
 from emma_train.monitor.progress import Progress
@@ -39,7 +39,7 @@ from emma_train.training.build import TrainingParts
 from emma_train.training.forward import micro_loss
 from emma_train.training.health import GarbageCollection, SpikeWatch
 from emma_train.training.preemption import EXIT_PREEMPTED, StopRequest
-from emma_train.training.resume_rule import contradictions
+from emma_train.training.resume_rule import check_resume
 from emma_train.training.run_folder import RunFolder
 from emma_train.training.schedule import learning_rate
 
@@ -106,13 +106,7 @@ class Trainer:
         """Go on after `checkpoint`. Raises UserError where recipe and checkpoint contradict each other."""
         meta = folders.read_meta(checkpoint)
         assert meta is not None
-        if found := contradictions(self.recipe, meta["config"]):
-            field_name = found[0].split(" ")[0]
-            raise UserError(
-                f"{checkpoint}: {found[0]}"
-                + (f" (and {len(found) - 1} more)" if found[1:] else "")
-                + f"; put it back, start another run.name, or accept with resume.allow=[{field_name}]"
-            )
+        check_resume(self.recipe, meta["config"], str(checkpoint))
         self.stream.resume(meta["data"])
         state = self._state()
         store.load_training(checkpoint, state)

@@ -1,45 +1,73 @@
-"""The resume rule: which recipe fields may differ from a checkpoint's when a run goes on."""
+"""The resume rule: a resumed run keeps the settings that decide what is learned from which data (contract 4).
 
+Which settings those are stands in the metadata of the config fields: `resume` is fixed or free (config/schema.py).
+"""
+
+import logging
+from collections.abc import Mapping
 from typing import Any
 
 from emma_train.config.load import as_dict
-from emma_train.config.renamed import with_current_names
+from emma_train.config.renamed import current_key
 from emma_train.config.schema import Recipe
+from emma_train.config.setting import Rule, settings_of
+from emma_train.config.stored import complete, keep_stored
+from emma_train.errors import UserError
 
-CHANGEABLE = (
-    "run.",
-    "train.",
-    "tracker.",
-    "engine.",
-    "attention.",
-    "init.",
-    "ema.device",
-    "resume.",
-    "data.workers",
-    "data.prefetch",
-    "data.max_bad_samples",
-    "data.cache_",
-    "data.read_",
-)
-"""What may differ when a run is resumed: it does not change what is learnt from which data."""
+log = logging.getLogger(__name__)
 
 
-def contradictions(recipe: Recipe, stored: dict[str, Any]) -> list[str]:
-    """Recipe fields that differ from a checkpoint's config and matter to what is learnt, with both values."""
-    mine, theirs = _flat(as_dict(recipe)), _flat(with_current_names(stored))
-    found = []
-    for key in sorted(mine.keys() | theirs.keys()):
-        allowed = key.startswith(CHANGEABLE) or any(key == a or key.startswith(f"{a}.") for a in recipe.resume.allow)
-        if not allowed and mine.get(key) != theirs.get(key):
-            found.append(f"{key} is {mine.get(key)!r} in the recipe and {theirs.get(key)!r} in the checkpoint")
-    return found
+def recipe_to_resume(recipe: Recipe, stored: Mapping[str, Any], source: str) -> Recipe:
+    """The recipe to go on with after a checkpoint whose config is `stored`; `source` names it.
+
+    A fixed field that the recipe leaves unset keeps the checkpoint's value, with one log line.
+    Raises UserError where the recipe contradicts the checkpoint.
+    """
+    kept, lines = keep_stored(
+        recipe, stored, source, lambda key, field: field.rule == "fixed" and not is_allowed(recipe, key)
+    )
+    for line in lines:
+        log.info("%s: %s", source, line)
+    check_resume(kept, stored, source)
+    return kept
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def check_resume(recipe: Recipe, stored: Mapping[str, Any], source: str) -> None:
+    """Raise UserError where the recipe contradicts the config of a checkpoint."""
+    if differences := contradictions(recipe, stored):
+        key, more = differences[0].split(" ")[0], len(differences) - 1
+        raise UserError(
+            f"{source}: {differences[0]}"
+            + f" (and {more} more)" * (more > 0)
+            + "; put it back, start another run.name, "
+            f"or accept with resume.allow=[{key}]"
+        )
+
+
+def contradictions(recipe: Recipe, stored: Mapping[str, Any]) -> list[str]:
+    """Fixed fields that differ from a checkpoint's config and that resume.allow does not name, with both values."""
+    ours, theirs = _fixed_values(as_dict(recipe), Recipe), _fixed_values(complete(stored, "checkpoint"), Recipe)
+    return [
+        f"{key} is {ours.get(key)!r} in the recipe and {theirs.get(key)!r} in the checkpoint"
+        for key in sorted(ours.keys() | theirs.keys())
+        if ours.get(key) != theirs.get(key) and not is_allowed(recipe, key)
+    ]
+
+
+def is_allowed(recipe: Recipe, key: str) -> bool:
+    """Whether resume.allow names the key, or a section or list that it belongs to; old names count too."""
+    allowed = [current_key(name) for name in recipe.resume.allow]
+    return any(key == name or key.startswith((f"{name}.", f"{name}[")) for name in allowed)
+
+
+def _fixed_values(values: Mapping[str, Any], schema: type, prefix: str = "", rule: Rule = "fixed") -> dict[str, Any]:
+    """Dotted key -> value of all that a resumed run keeps. An unknown key follows the rule of its section."""
+    fields = {field.key: field for field in settings_of(schema, rule)}
+    fixed: dict[str, Any] = {}
     for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
+        field = fields.get(key)
+        if field is not None and field.section is not None:
+            fixed |= _fixed_values(value, field.section, f"{prefix}{key}.", field.rule)
+        elif (field.rule if field is not None else rule) == "fixed":
+            fixed[f"{prefix}{key}"] = value
+    return fixed

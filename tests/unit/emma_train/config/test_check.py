@@ -4,16 +4,30 @@ from typing import Any
 
 import pytest
 
-from emma_train.config.check import CHOICES, POSITIVE, check_recipe, check_world
+from emma_train.config.check import check_recipe, check_world
 from emma_train.config.mix import phases, samples_per_task
-from emma_train.config.schema import MixConfig
+from emma_train.config.schema import MixConfig, Recipe
+from emma_train.config.setting import all_settings
 from emma_train.errors import UserError
 from tests.helpers import tiny_recipe
 
 DEEPSPEED = {"engine__kind": "deepspeed"}
 WRONG: list[tuple[dict[str, Any], tuple[str, ...]]] = [
-    *[({key.replace(".", "__"): "odd"}, (key, "'odd'", allowed[0])) for key, allowed in CHOICES.items()],
-    *[({key.replace(".", "__"): 0}, (key, "more than 0")) for key in POSITIVE],
+    *[
+        ({key.replace(".", "__"): "odd"}, (key, "'odd'", field.facts.choices[-1]))
+        for key, field in all_settings(Recipe)
+        if field.kind is str and field.facts.choices
+    ],
+    *[
+        ({key.replace(".", "__"): 0}, (f"{key} is 0", "more than 0"))
+        for key, field in all_settings(Recipe)
+        if field.facts.more_than == 0
+    ],
+    *[
+        ({key.replace(".", "__"): -1}, (f"{key} is -1", "at least 0"))
+        for key, field in all_settings(Recipe)
+        if field.facts.at_least == 0 and field.facts.at_most is None
+    ],
     ({"data__text_dropout": 1.5}, ("data.text_dropout", "1.5")),
     ({"data__reference_dropout": -0.1}, ("data.reference_dropout", "-0.1")),
     ({"ema__decay": 2.0}, ("ema.decay", "2.0")),

@@ -1,15 +1,16 @@
 """What one stage hands to the next: loaded, cloned, new and dropped, each parameter once."""
 
-import dataclasses
+import logging
 
 import pytest
 import torch
 
+from emma_train.config.load import as_dict
 from emma_train.config.schema import ModelConfig
 from emma_train.errors import UserError
 from emma_train.model.emma import Emma
-from emma_train.stages.handoff import check_settings, plan_handoff
-from tests.helpers import tiny_model
+from emma_train.stages.handoff import check_settings, plan_handoff, recipe_to_start
+from tests.helpers import tiny_model, tiny_recipe
 
 PLAIN = tiny_model()
 EXPERT = tiny_model(vision={"stem_expert": True})
@@ -95,14 +96,28 @@ def test_a_shape_that_differs_is_an_error_that_names_both() -> None:
     ],
 )
 def test_what_shapes_do_not_tell_must_agree(section: str, key: str, other: object) -> None:
-    there = dataclasses.asdict(PLAIN)
-    check_settings(there, EXPERT, "a")
-    there[section][key] = other
+    stored = as_dict(tiny_recipe())
+    check_settings(stored, tiny_recipe("stage4_expert", init={"from": "a"}))
+    stored["model"][section][key] = other
     with pytest.raises(UserError, match=rf"init.from a: model.{section}.{key} is .* set model.{section}.{key}="):
-        check_settings(there, PLAIN, "a")
+        check_settings(stored, tiny_recipe(init={"from": "a"}))
 
 
 def test_the_order_of_what_is_shared_does_not_matter() -> None:
-    there = dataclasses.asdict(PLAIN)
-    there["decoder"]["shared"].reverse()
-    check_settings(there, PLAIN, "a")
+    stored = as_dict(tiny_recipe())
+    stored["model"]["decoder"]["shared"].reverse()
+    check_settings(stored, tiny_recipe())
+
+
+def test_an_unset_setting_keeps_the_value_of_the_weights(caplog: pytest.LogCaptureFixture) -> None:
+    stored = as_dict(tiny_recipe(model__decoder__eps=1e-5, data__seed=9))
+    with caplog.at_level(logging.INFO):
+        recipe = recipe_to_start(tiny_recipe(init={"from": "a"}), stored)
+    assert recipe.model.decoder.eps == 1e-5 and recipe.data.seed == 0
+    (line,) = caplog.messages
+    assert line == "init.from a: model.decoder.eps stays 1e-05; the recipe does not set it, and its default is 1e-06"
+    check_settings(stored, recipe)
+    set_by_recipe = tiny_recipe(init={"from": "a"}, model__decoder__eps=1e-6)
+    assert recipe_to_start(set_by_recipe, stored) == set_by_recipe
+    with pytest.raises(UserError, match="model.decoder.eps is 1e-05 there and 1e-06 in this recipe"):
+        check_settings(stored, set_by_recipe)

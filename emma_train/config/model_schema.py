@@ -1,0 +1,98 @@
+"""The model section of a recipe: sizes of the vision encoder, the decoder and the autoencoder.
+
+Defaults are Qwen3-4B, SigLIP2-so400m-patch16-512 and DC-AE f32c32, as in the paper (arXiv 2512.04810, §3).
+"""
+
+from dataclasses import dataclass
+
+from omegaconf import MISSING
+
+from emma_train.config.setting import section, setting
+
+
+@dataclass
+class VisionConfig:
+    hidden: int = setting(1152)
+    """Width of the SigLIP2 encoder."""
+    num_layers: int = setting(27, handoff="equal")
+    """Encoder layers on the way of every image (shared and versatile together)."""
+    heads: int = setting(16, handoff="equal")
+    """Attention heads."""
+    intermediate_size: int = setting(4304)
+    """Width of the MLP."""
+    patch: int = setting(16, handoff="equal")
+    """Side of a patch in pixels."""
+    position_grid: int = setting(32)
+    """Side of the learned position table in patches (32 for patch16-512)."""
+    shuffle: int = setting(2, handoff="equal")
+    """Side of the pixel-shuffle block: patch * shuffle pixels make one visual token."""
+    eps: float = setting(1e-6, handoff="equal")
+    """LayerNorm epsilon."""
+    expert_layers: int = setting(3)
+    """Last layers that exist once per expert."""
+    router_hidden: int = setting(1152)
+    """Hidden width of the router MLP."""
+    stem_expert: bool = setting(False)
+    """Whether the STEM expert exists; it is created by the hand-off to stage4_expert."""
+    router: bool = setting(False)
+    """Whether the router exists; it is created by the hand-off to stage4_router."""
+    stem_threshold: float = setting(0.5, at_least=0, at_most=1)
+    """An image goes to the STEM expert when the router's probability exceeds this."""
+
+
+@dataclass
+class DecoderConfig:
+    hidden: int = setting(2560)
+    """Width of the residual stream."""
+    num_layers: int = setting(36, handoff="equal")
+    """Shallow and deep layers together."""
+    num_shared_layers: int = setting(18, handoff="equal")
+    """N: the first layers, in which both branches share the modules named in `shared`."""
+    shared: list[str] = setting(["q_proj", "k_proj"], handoff="equal")
+    """What shallow layers share: of q_proj, k_proj, v_proj, o_proj, mlp, input_norm, mlp_norm; `norm` shares the
+    final norm."""
+    heads: int = setting(32, handoff="equal")
+    """Query heads."""
+    kv_heads: int = setting(8, handoff="equal")
+    """Key and value heads."""
+    head_dim: int = setting(128, handoff="equal")
+    """Channels of one head; heads * head_dim need not equal hidden."""
+    intermediate_size: int = setting(9728)
+    """Width of the SwiGLU MLP."""
+    vocab: int = setting(151936)
+    """Rows of the token embedding."""
+    rope_theta: float = setting(1e6, handoff="equal")
+    """Base of the rotary embedding."""
+    eps: float = setting(1e-6, handoff="equal")
+    """RMSNorm epsilon."""
+    tied: bool = setting(True, handoff="equal")
+    """Whether the LM head is the token embedding."""
+
+
+@dataclass
+class AutoencoderConfig:
+    path: str = setting(MISSING)
+    """Folder of a diffusers AutoencoderDC (config.json and safetensors)."""
+    channels: int = setting(32)
+    """Latent channels."""
+    pixels: int = setting(32)
+    """Pixels per latent on a side; equals vision.patch * vision.shuffle."""
+    chunk: int = setting(32)
+    """Images encoded or decoded at once."""
+
+
+@dataclass
+class ModelConfig:
+    vision: VisionConfig = section(VisionConfig)
+    """Understanding encoder."""
+    decoder: DecoderConfig = section(DecoderConfig)
+    """Shared-and-decoupled language model."""
+    autoencoder: AutoencoderConfig = section(AutoencoderConfig)
+    """Generation encoder, frozen in every stage."""
+    position_scale: float = setting(0.3)
+    """Amplitude of the fixed 2D position that is added to visual tokens; 1 would drown what the adapter says of
+    them."""
+    time_features: int = setting(256)
+    """Sinusoidal features of the flow time."""
+    seed: int = setting(0)
+    """Seed of the initial weights of what no checkpoint provides."""

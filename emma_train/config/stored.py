@@ -1,0 +1,75 @@
+"""Configs that a checkpoint or an export keeps: read under today's schema, whatever version wrote them.
+
+A renamed key counts under its current name. A key that is not there counts as the value of the old behaviour
+(config/setting.py). So a new field, or a new default, shuts no older checkpoint out.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from emma_train.config.load import as_dict, from_dict, plain
+from emma_train.config.renamed import with_current_names
+from emma_train.config.schema import Recipe
+from emma_train.config.setting import Rule, Setting, settings_of
+
+
+def complete(stored: Mapping[str, Any], source: str, schema: type = Recipe) -> dict[str, Any]:
+    """The plain values of a stored config under current names, with a value for each key that it lacks.
+
+    Keys that this version does not know are kept as they are.
+    """
+    return _with_old_values(with_current_names(dict(stored), source), schema)
+
+
+def from_stored(stored: Mapping[str, Any], source: str) -> Recipe:
+    """The recipe of a checkpoint or export, unchecked; `source` names it in errors. Raises UserError."""
+    return from_dict(complete(stored, source), source)
+
+
+def keep_stored(
+    recipe: Recipe, stored: Mapping[str, Any], source: str, applies: Callable[[str, Setting], bool]
+) -> tuple[Recipe, list[str]]:
+    """The recipe with the stored value of each field to which the rule `applies` and which the recipe leaves unset.
+
+    So a changed default does not change a run that began with the old one. Also returns a line for each such field.
+    """
+    values, lines = as_dict(recipe), []
+    for key, field, section, stored_value in list(_differences(values, complete(stored, source), Recipe)):
+        default = plain(field.default)
+        if key not in recipe.set_keys and section[field.key] == default and applies(key, field):
+            section[field.key] = stored_value
+            lines.append(f"{key} stays {stored_value!r}; the recipe does not set it, and its default is {default!r}")
+    if not lines:
+        return recipe, []
+    kept = from_dict(values, source)
+    kept.set_keys = recipe.set_keys
+    return kept, lines
+
+
+def _with_old_values(values: dict[str, Any], schema: type) -> dict[str, Any]:
+    filled = dict(values)
+    for field in settings_of(schema):
+        if field.section is not None:
+            filled[field.key] = _with_old_values(values.get(field.key) or {}, field.section)
+        elif field.element is not None and field.key in values:
+            filled[field.key] = [_with_old_values(entry, field.element) for entry in values[field.key]]
+        elif field.key not in values and not field.required:
+            filled[field.key] = plain(field.old_value)
+    return filled
+
+
+def _differences(
+    values: dict[str, Any], stored: Mapping[str, Any], schema: type, prefix: str = "", resume: Rule = "fixed"
+) -> Iterator[tuple[str, Setting, dict[str, Any], Any]]:
+    """(dotted key, field, section of `values` that holds it, stored value) of each field whose values differ."""
+    for field in settings_of(schema, resume):
+        if field.key not in stored:
+            continue
+        key, value, stored_value = f"{prefix}{field.key}", values[field.key], stored[field.key]
+        if field.section is not None:
+            yield from _differences(value, stored_value, field.section, f"{key}.", field.rule)
+        elif field.element is not None and len(value) == len(stored_value) > 0:
+            for index, (entry, stored_entry) in enumerate(zip(value, stored_value, strict=True)):
+                yield from _differences(entry, stored_entry, field.element, f"{key}[{index}].", field.rule)
+        elif value != stored_value:
+            yield key, field, values, stored_value

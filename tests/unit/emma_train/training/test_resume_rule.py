@@ -1,0 +1,105 @@
+"""The resume rule: what is fixed, what is free, what an older checkpoint means, and resume.allow."""
+
+import logging
+from typing import Any
+
+import pytest
+
+from emma_train.config.load import as_dict
+from emma_train.config.schema import Recipe
+from emma_train.config.setting import all_settings
+from emma_train.errors import UserError
+from emma_train.training.resume_rule import check_resume, contradictions, recipe_to_resume
+from tests.helpers import tiny_recipe
+
+FREE_OF_E0297DE = (
+    "run.",
+    "train.",
+    "tracker.",
+    "engine.",
+    "attention.",
+    "init.",
+    "ema.device",
+    "resume.",
+    "data.workers",
+    "data.prefetch",
+    "data.max_bad_samples",
+    "data.cache_",
+    "data.read_",
+)
+
+
+def test_what_is_free_is_what_has_been_free() -> None:
+    for key, field in all_settings(Recipe):
+        assert (field.rule == "free") == key.startswith(FREE_OF_E0297DE), key
+
+
+def stored(**dotted: Any) -> dict[str, Any]:
+    return as_dict(tiny_recipe(**dotted))
+
+
+def test_free_fields_may_differ_and_fixed_ones_may_not() -> None:
+    assert contradictions(tiny_recipe(), stored(engine__kind="deepspeed", train__steps=9, data__workers=3)) == []
+    assert contradictions(tiny_recipe(), stored(optimizer__lr=2e-3, data__seed=1)) == [
+        "data.seed is 0 in the recipe and 1 in the checkpoint",
+        "optimizer.lr is 0.001 in the recipe and 0.002 in the checkpoint",
+    ]
+
+
+def test_the_error_names_the_field_and_the_ways_out() -> None:
+    with pytest.raises(UserError) as caught:
+        check_resume(tiny_recipe(), stored(optimizer__lr=2e-3, data__seed=1), "step-3")
+    assert str(caught.value) == (
+        "step-3: data.seed is 0 in the recipe and 1 in the checkpoint (and 1 more); put it back, start another "
+        "run.name, or accept with resume.allow=[data.seed]"
+    )
+
+
+@pytest.mark.parametrize("allow", ["optimizer.max_grad_norm", "optimizer.clip", "optimizer"])
+def test_an_allowed_field_takes_the_recipes_value(allow: str) -> None:
+    theirs = stored(optimizer__max_grad_norm=0.5)
+    set_by_recipe = tiny_recipe(optimizer__max_grad_norm=1.0)
+    assert contradictions(set_by_recipe, theirs)
+    for recipe in (set_by_recipe, tiny_recipe()):
+        recipe.resume.allow = [allow]
+        assert recipe_to_resume(recipe, theirs, "step-3").optimizer.max_grad_norm == 1.0
+
+
+def test_a_renamed_key_of_a_checkpoint_is_compared_and_named_by_its_current_name() -> None:
+    theirs = stored()
+    theirs["optimizer"]["clip"] = theirs["optimizer"].pop("max_grad_norm")
+    assert contradictions(tiny_recipe(), theirs) == []
+    theirs["optimizer"]["clip"] = 0.5
+    assert contradictions(tiny_recipe(), theirs) == [
+        "optimizer.max_grad_norm is 1.0 in the recipe and 0.5 in the checkpoint"
+    ]
+
+
+def test_a_key_that_an_old_checkpoint_lacks_is_no_contradiction() -> None:
+    theirs = stored()
+    del theirs["data"]["shuffle_window"], theirs["data"]["gen"]["max_tokens"], theirs["flow"]
+    del theirs["data"]["sources"][0]["weight"]
+    assert contradictions(tiny_recipe(), theirs) == []
+    assert contradictions(tiny_recipe(data__shuffle_window=5), theirs) == [
+        "data.shuffle_window is 5 in the recipe and 262144 in the checkpoint"
+    ]
+
+
+def test_a_key_that_this_version_does_not_know_follows_its_section() -> None:
+    theirs = stored()
+    theirs["engine"]["gone"] = 1
+    assert contradictions(tiny_recipe(), theirs) == []
+    theirs["data"]["gone"] = 1
+    assert contradictions(tiny_recipe(), theirs) == ["data.gone is None in the recipe and 1 in the checkpoint"]
+
+
+def test_an_unset_field_keeps_the_checkpoints_value_with_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    theirs = stored(data__text_dropout=0.2, engine__prefetch=4)
+    with caplog.at_level(logging.INFO):
+        kept = recipe_to_resume(tiny_recipe(), theirs, "step-3")
+    assert (kept.data.text_dropout, kept.engine.prefetch) == (0.2, 1)
+    assert caplog.messages == [
+        "step-3: data.text_dropout stays 0.2; the recipe does not set it, and its default is 0.1"
+    ]
+    with pytest.raises(UserError, match=r"data.text_dropout is 0.1 in the recipe and 0.2 in the checkpoint"):
+        recipe_to_resume(tiny_recipe(data__text_dropout=0.1), theirs, "step-3")
