@@ -67,7 +67,7 @@ class Sources:
         for index, source in enumerate(sources):
             for entry in self._manifest(source.path)["shards"]:
                 tags = entry["tags"].get(how.task, {})
-                num_rows = sum(num for names, num in tags.items() if _wanted(source, names.split("|")))
+                num_rows = sum(num for names, num in tags.items() if has_wanted_tags(source, names.split("|")))
                 self._hash.update(f"{entry['sha256']} {how.task} {number} {num_rows}".encode())
                 if num_rows:
                     hashes = entry["sha256"], entry["index_sha256"]
@@ -99,7 +99,7 @@ def _load(
         source = sources[shard.source]
         table = read_columns(shard.folder, shard.name, how.task, PLANNED, storage, shard.index_sha256)
         if source.require_tags or source.exclude_tags:
-            table = table.filter(pa.array([_wanted(source, tags) for tags in table.column("tags").to_pylist()]))
+            table = table.filter(pa.array([has_wanted_tags(source, tags) for tags in table.column("tags").to_pylist()]))
         if len(table) != shard.num_rows:
             raise UserError(
                 f"{shown(shard.folder)}: the index of {shard.name} has {len(table)} {how.task} rows, the manifest says "
@@ -111,5 +111,6 @@ def _load(
     return sample_costs(tables, files, epoch, how)
 
 
-def _wanted(source: SourceConfig, tags: Sequence[str]) -> bool:
+def has_wanted_tags(source: SourceConfig, tags: Sequence[str]) -> bool:
+    """Whether a sample with these tags has all of the source's require_tags and none of its exclude_tags."""
     return set(source.require_tags) <= set(tags) and not set(source.exclude_tags) & set(tags)

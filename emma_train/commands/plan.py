@@ -2,6 +2,14 @@
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from emma_train.config.schema import SourceConfig
+
+NUM_INDEX_SHARDS = 8
+"""Shards of a source whose index is read: enough for means."""
+INDEX_COLUMNS = ("text_tokens", "supervised_tokens", "context", "target", "widths", "heights", "tags")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,4 +24,16 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from emma_train.plan import print_plan
 
     stages = load_stages(Path(arguments.recipe), overrides)
-    return max(print_plan(recipe, str(file), arguments.gpus, arguments.gpu) for file, recipe in stages)
+    return max(print_plan(recipe, str(file), arguments.gpus, arguments.gpu, read_index_rows) for file, recipe in stages)
+
+
+def read_index_rows(source: "SourceConfig", task: str) -> list[dict[str, Any]] | None:
+    """Rows with the source's tags of its first shards' indexes; None where the source is not on disk."""
+    from data_pipelines.planner.sources import has_wanted_tags
+    from data_pipelines.shards.index import MANIFEST, read_columns, read_manifest
+
+    if not (Path(source.path) / MANIFEST).is_file():
+        return None
+    shards = read_manifest(source.path)["shards"][:NUM_INDEX_SHARDS]
+    tables = [read_columns(source.path, shard["name"], task, INDEX_COLUMNS) for shard in shards]
+    return [row for table in tables for row in table.to_pylist() if has_wanted_tags(source, row["tags"])]

@@ -1,94 +1,33 @@
-"""Parameters, memory, FLOPs and time of a recipe on N GPUs of a kind.
+"""Memory, FLOPs and time of a recipe on N GPUs of a kind.
 
-The model is built on the meta device and never allocated. Memory is what the code takes today.
+The model is built on the meta device and never allocated. Memory is what the code uses today.
 """
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from emma_train.config.mix import phases
 from emma_train.config.schema import Recipe
 from emma_train.engine.activation_checkpointing import checkpointed_layers
 from emma_train.errors import UserError
-from emma_train.flops.formulas import PEAK_DENSE_BF16, autoencoder_flops
+from emma_train.flops.formulas import autoencoder_flops
 from emma_train.flops.work import Work, module_flops
 from emma_train.model.cross_entropy import ROWS
 from emma_train.model.emma import Emma
-from emma_train.plan.samples import Load, load_of
-from emma_train.plan.state import Sizes, state_memory
-from emma_train.stages.freeze import freeze, group_of
-from emma_train.stages.stage import Stage, makes_images, stage_of
+from emma_train.plan.autoencoder import autoencoder_of
+from emma_train.plan.cards import CARDS, GIB, usable_bytes
+from emma_train.plan.parts import parts_of, sizes_of
+from emma_train.plan.samples import ReadIndexRows, StepLoad, step_load
+from emma_train.plan.state import state_memory
+from emma_train.stages.stage import makes_images, stage_of
 
-GIB = 2**30
-CARDS: dict[str, tuple[float, float]] = {
-    "a100-40g": (39.6, PEAK_DENSE_BF16["A100"]),
-    "a100-80g": (79.3, PEAK_DENSE_BF16["A100"]),
-    "b200-192g": (178.4, PEAK_DENSE_BF16["B200"]),
-    "h100-80g": (79.2, PEAK_DENSE_BF16["H100 SXM"]),
-    "h100-nvl-94g": (93.1, PEAK_DENSE_BF16["H100 NVL"]),
-    "h100-pcie-80g": (79.2, PEAK_DENSE_BF16["H100 PCIe"]),
-    "h200-141g": (139.8, PEAK_DENSE_BF16["H200"]),
-    "l40s-48g": (44.5, PEAK_DENSE_BF16["L40S"]),
-    "mi300x-192g": (191.5, PEAK_DENSE_BF16["MI300X"]),
-    "rtx4090-24g": (23.6, PEAK_DENSE_BF16["RTX 4090"]),
-}
-"""Kinds of GPU: GiB that a process can use, and dense bf16 FLOP/s."""
 MFU = 0.40
 """Assumed share of the dense bf16 peak."""
-RESERVE = 0.10
-"""Share of the card left to the CUDA context, NCCL and fragmentation."""
 TF32_COST = 2.0
 """The autoencoder's convolutions run in TF32, at half the bf16 peak."""
-DC_AE_F32C32: dict[str, Any] = {
-    "encoder_block_out_channels": [128, 256, 512, 512, 1024, 1024],
-    "encoder_layers_per_block": [2, 2, 2, 3, 3, 3],
-    "encoder_block_types": ["ResBlock"] * 3 + ["EfficientViTBlock"] * 3,
-    "encoder_qkv_multiscales": [[], [], [], [5], [5], [5]],
-    "attention_head_dim": 32,
-    "downsample_block_type": "Conv",
-}
-DC_AE_PARAMETERS = 312_250_275
-"""dc-ae-f32c32-sana-1.0, taken where the recipe's folder is not there."""
-
-
-PARTS = {
-    "embedding and LM head": (True, False, False, False),
-    "decoder, shared": (True, True, True, True),
-    "decoder, Und branch": (True, True, False, False),
-    "decoder, Gen branch": (False, False, True, True),
-    "vision encoder": (False, True, True, False),
-    "STEM expert": (False, False, False, False),
-    "router": (False, True, True, False),
-    "Und adapter": (False, True, False, False),
-    "Gen adapter": (False, False, True, True),
-    "velocity head": (False, False, False, True),
-}
-"""Parts of the network, and whether a token of text, of an understood, a reference and a target image passes through
-them. An image that takes the STEM expert leaves out as many layers of the encoder."""
-OWNERS = ("shared", "und", "gen", "vision", "stem_expert", "router", "und_adapter", "gen_adapter", "velocity_head")
-"""The same parts from the second on: owners of the decoder's modules, then parameter groups."""
 TRANSIENT = ("decoder's activations", "encoder's activations", "one layer's backward", "logits")
-"""Memory that is free while the autoencoder runs."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """Parameters that live and learn together."""
-
-    name: str
-    stored: int
-    trained: int
-
-    @property
-    def active(self) -> tuple[int, ...]:
-        """Parameters that work for one token of text, of an understood, a reference and a target image."""
-        return tuple(self.stored * passes for passes in PARTS[self.name])
+"""Memory that is not in use while the autoencoder runs."""
 
 
 @dataclass(frozen=True)
@@ -96,9 +35,9 @@ class Memory:
     """Bytes on one GPU."""
 
     kept: dict[str, float]
-    """Held at the same time in the backward pass."""
+    """In use at the same time during the backward pass, by name."""
     encoding: float
-    """Working set of the autoencoder, before the forward pass and so not beside activations."""
+    """Working set of the autoencoder. It runs before the forward pass, so never at the same time as TRANSIENT."""
 
     @property
     def peak(self) -> float:
@@ -109,14 +48,23 @@ class Memory:
 class Plan:
     """A recipe on `num_gpus` GPUs of a kind, which reach the share `mfu` of their peak."""
 
-    def __init__(self, recipe: Recipe, where: str, num_gpus: int, gpu_name: str, mfu: float = MFU) -> None:
-        """Raises UserError on an unknown kind of GPU or a recipe that is no stage."""
+    def __init__(
+        self,
+        recipe: Recipe,
+        recipe_path: str,
+        num_gpus: int,
+        gpu_name: str,
+        mfu: float = MFU,
+        read_index_rows: ReadIndexRows | None = None,
+    ) -> None:
+        """Without `read_index_rows`, sizes of samples are assumed. Raises UserError on an unknown kind of GPU, a recipe
+        that is no stage or an index that cannot be read."""
         if num_gpus < 1:
             raise UserError(f"--gpus {num_gpus}: at least one GPU is needed")
         if gpu_name not in CARDS:
             raise UserError(f"--gpu {gpu_name}: not a known kind of GPU; known are {', '.join(CARDS)}")
         self.recipe, self.num_gpus, self.gpu_name, self.mfu = recipe, num_gpus, gpu_name, mfu
-        self.stage = stage_of(recipe, where)
+        self.stage = stage_of(recipe, recipe_path)
         with torch.device("meta"):
             model = Emma(recipe.model)
         self.parts = parts_of(model, self.stage)
@@ -124,16 +72,16 @@ class Plan:
         self.sizes = sizes_of(model, self.stage, makes_images(recipe))
         self.units = self.sizes.units
         self.autoencoder, self.encoder_config, self.has_autoencoder = autoencoder_of(recipe)
-        self.loads = [load_of(recipe, phase) for phase in phases(recipe)]
+        self.loads = [step_load(recipe, phase, read_index_rows) for phase in phases(recipe)]
 
     @property
     def phase_steps(self) -> list[int]:
         """Steps of each phase; the last lasts until train.steps."""
-        left, lengths = self.recipe.train.steps, []
+        remaining, lengths = self.recipe.train.steps, []
         for load in self.loads[:-1]:
-            lengths.append(min(load.phase.steps, left))
-            left -= lengths[-1]
-        return [*lengths, left]
+            lengths.append(min(load.phase.steps, remaining))
+            remaining -= lengths[-1]
+        return [*lengths, remaining]
 
     @property
     def encoder_layers(self) -> int:
@@ -141,53 +89,54 @@ class Plan:
         v, trains = self.recipe.model.vision, self.stage.trainable
         return v.num_layers if "vision" in trains else v.expert_layers if "stem_expert" in trains else 0
 
-    def memory(self, load: Load, world: int, tokens: float) -> Memory:
+    def memory(self, load: StepLoad, world: int, tokens: float) -> Memory:
         """Bytes on one of `world` GPUs for a pack of `tokens` tokens with the mean composition of the phase.
 
-        What an engine keeps is told in plan/state.py. Activations are what autograd keeps with flash-like attention and
+        plan/state.py has what the engine keeps. Activations are what autograd keeps with flash-like attention and
         no padding, in bytes per layer and token:
 
             decoder  trained             8H + 4bH + (4+b)(Q+K) + 4bQ + 4bM + s
                      frozen, gradient    8H       +    4 (Q+K) + 4bQ + 3bM + s      s = 4 (2 + 2 heads + kv_heads)
-            encoder  trained             9bh + 2bm + 4 heads + 16;  0 below everything that trains
+            encoder  trained             9bh + 2bm + 4 heads + 16;  0 for layers below all that trains
 
         where b is the bytes of a value, H hidden, Q and K the widths of queries and keys, M the MLP (h, m: encoder).
-        Norms keep an fp32 copy; K and V are repeated to all query heads. Backward works on one layer at a time, in as
-        much again as that layer keeps. A layer that engine.activation_checkpointing has computed again keeps its input,
-        bH or bh, and the rest only in its turn. Logits are held for a few rows at a time, twice in fp32; the LM head's
-        gradient, summed in fp32, is no larger than the root's on their way later.
+        Norms keep an fp32 copy; K and V are repeated to all query heads. Backward of one layer at a time needs as much
+        again as that layer keeps. A layer that engine.activation_checkpointing recomputes keeps its input, bH or bh,
+        and the rest only during its own backward. Logits exist for a few rows at a time, twice in fp32. The gradient of
+        the LM head, summed in fp32, is no larger than the root's "gradients on their way" later.
         """
         recipe, trains = self.recipe, self.stage.trainable
         v, d = recipe.model.vision, recipe.model.decoder
         b = 2 if recipe.engine.precision == "bf16" else 4
-        share, own = tokens / load.tokens, tokens / recipe.engine.sequence_parallel
+        share, rank_tokens = tokens / load.tokens, tokens / recipe.engine.sequence_parallel
         patches = share * load.total(lambda s: s.seen) * v.shuffle**2
         supervised = share * load.total(lambda s: s.supervised)
         decodes, mode = self.stage.loss == "tokens", recipe.engine.activation_checkpointing
-        again = decodes and mode != "none"
+        recomputes = decodes and mode != "none"
         query, key = d.heads * d.head_dim, d.kv_heads * d.head_dim
         scalars = 4 * (2 + 2 * d.heads + d.kv_heads)
-        of_decoder = 8 * d.hidden + 4 * (query + key) + 4 * b * query + 3 * b * d.intermediate_size + scalars
+        decoder_layer = 8 * d.hidden + 4 * (query + key) + 4 * b * query + 3 * b * d.intermediate_size + scalars
         if "decoder" in trains:
-            of_decoder += b * (4 * d.hidden + query + key + d.intermediate_size)
-        of_encoder = 9 * b * v.hidden + 2 * b * v.intermediate_size + 4 * v.heads + 16
+            decoder_layer += b * (4 * d.hidden + query + key + d.intermediate_size)
+        encoder_layer = 9 * b * v.hidden + 2 * b * v.intermediate_size + 4 * v.heads + 16
 
-        def of_stack(layers: int, of_layer: int, hidden: int) -> int:
-            inputs = len(checkpointed_layers(layers, mode))
-            return (layers - inputs) * of_layer + inputs * b * hidden
+        def stack(num_layers: int, layer_bytes: int, hidden: int) -> int:
+            num_inputs = len(checkpointed_layers(num_layers, mode))
+            return (num_layers - num_inputs) * layer_bytes + num_inputs * b * hidden
 
+        one_layer = max(decodes * rank_tokens * decoder_layer, patches * encoder_layer)
         kept = {
             **state_memory(recipe, self.sizes, world),
             "autoencoder, fp32 copy": 4 * self.autoencoder,
-            "decoder's activations": decodes * own * of_stack(d.num_layers, of_decoder, d.hidden),
-            "encoder's activations": patches * of_stack(self.encoder_layers, of_encoder, v.hidden),
-            "one layer's backward": (1 + again) * max(decodes * own * of_decoder, patches * of_encoder),
+            "decoder's activations": decodes * rank_tokens * stack(d.num_layers, decoder_layer, d.hidden),
+            "encoder's activations": patches * stack(self.encoder_layers, encoder_layer, v.hidden),
+            "one layer's backward": (1 + recomputes) * one_layer,
             "logits": 8 * decodes * min(ROWS, supervised) * d.vocab,
         }
         return Memory(kept, self._encoding(load, share) if decodes else 0.0)
 
-    def _encoding(self, load: Load, share: float) -> float:
-        """Bytes of three of the autoencoder's largest feature maps, fp32, of as many images as it encodes at once."""
+    def _encoding(self, load: StepLoad, share: float) -> float:
+        """Bytes of three of the autoencoder's largest feature maps, in fp32, for the images that it encodes at once."""
         channels = self.encoder_config["encoder_block_out_channels"]
         full_size = self.encoder_config["encoder_layers_per_block"][0] > 0
         most = 0.0
@@ -198,23 +147,23 @@ class Plan:
         per_pixel = channels[0] if full_size else channels[1] / 4
         return 3 * 4 * per_pixel * most * self.recipe.model.autoencoder.pixels**2
 
-    def flops(self, load: Load) -> dict[str, int]:
-        """Useful FLOPs of one optimizer step over all GPUs by module."""
+    def flops(self, load: StepLoad) -> dict[str, int]:
+        """Useful FLOPs of one optimizer step over all GPUs, by module."""
         return module_flops(self.recipe.model, self.stage.trainable, self._work(load), self.stage.loss == "router")
 
-    def repeated_flops(self, load: Load) -> float:
-        """FLOPs of one step that backward computes a second time, over all GPUs: checkpointed layers and logits."""
+    def repeated_flops(self, load: StepLoad) -> float:
+        """FLOPs of one step that backward recomputes, over all GPUs: checkpointed layers and logits."""
         if self.stage.loss == "router":
             return 0
         v, d, mode = self.recipe.model.vision, self.recipe.model.decoder, self.recipe.engine.activation_checkpointing
         work = self._work(load)
         forward = module_flops(self.recipe.model, (), replace(work, logits=0))
-        of_decoder, of_encoder = forward["Und branch"] + forward["Gen branch"], forward["vision encoder"]
-        again = of_decoder * len(checkpointed_layers(d.num_layers, mode)) / d.num_layers
-        again += of_encoder * len(checkpointed_layers(self.encoder_layers, mode)) / v.num_layers
-        return again + 2 * work.logits * d.vocab * d.hidden
+        decoder, encoder = forward["Und branch"] + forward["Gen branch"], forward["vision encoder"]
+        layers = decoder * len(checkpointed_layers(d.num_layers, mode)) / d.num_layers
+        layers += encoder * len(checkpointed_layers(self.encoder_layers, mode)) / v.num_layers
+        return layers + 2 * work.logits * d.vocab * d.hidden
 
-    def _work(self, load: Load) -> Work:
+    def _work(self, load: StepLoad) -> Work:
         """Work of one step from its mean samples: what `pack_work` counts in the packs of such samples.
 
         Means stand for the samples: pairs, which are quadratic in a sample's length, come out too low where lengths
@@ -236,7 +185,7 @@ class Plan:
             logits=load.total(lambda s: s.supervised),
         )
 
-    def encoding_flops(self, load: Load) -> int:
+    def encoding_flops(self, load: StepLoad) -> int:
         """FLOPs of one step's DC-AE encodings, over all GPUs; router tuning needs none."""
         if self.stage.loss == "router":
             return 0
@@ -253,7 +202,7 @@ class Plan:
             pixel_unshuffle=config["downsample_block_type"] == "pixel_unshuffle",
         )
 
-    def seconds(self, load: Load) -> float:
+    def seconds(self, load: StepLoad) -> float:
         """Estimated time of one optimizer step."""
         work = sum(self.flops(load).values()) + self.repeated_flops(load) + TF32_COST * self.encoding_flops(load)
         return work / (self.num_gpus * CARDS[self.gpu_name][1] * self.mfu)
@@ -264,92 +213,50 @@ class Plan:
 
     def problems(self) -> list[str]:
         """Why the recipe cannot run on these GPUs, and what would; empty if it can."""
-        slots, cap, found = self.recipe.data.slots, self.recipe.data.pack_tokens, []
-        ranks, copies = self.recipe.engine.sequence_parallel, self.recipe.engine.replicate
-        shares = [n * ranks for n in range(1, slots + 1) if slots % n == 0 and n * ranks % copies == 0]
-        if self.num_gpus not in shares:
-            below, above = [n for n in shares if n < self.num_gpus], [n for n in shares if n > self.num_gpus]
-            fits = " or ".join(str(n) for n in (*below[-1:], *above[:1]))
-            how = f", {ranks} to a pack" * (ranks > 1) + f", in {copies} replicas" * (copies > 1)
-            found.append(f"{self.num_gpus} GPUs cannot share data.slots={slots} evenly{how}; {fits} can")
-        for load in self.loads:
-            if (mean := load.tokens / slots) > cap:
-                found.append(
-                    f"phase {load.phase.name} packs {mean:,.0f} tokens on average, more than data.pack_tokens={cap}; "
-                    "raise it or data.slots, or lower data.samples_per_step"
-                )
-        room, needed = usable(self.gpu_name), self.peak(self.num_gpus, cap)
-        if needed > room:
-            ways = [f"{n} GPUs" for n in shares if n > self.num_gpus and self.peak(n, cap) <= room][:1]
-            shorter = (cap * part // 16 for part in range(15, 0, -1))
-            ways += [
-                f"data.pack_tokens={n} (fewer samples a step, or more slots)"
-                for n in shorter
-                if self.peak(self.num_gpus, n) <= room
-            ][:1]
-            larger = sorted(usable(name) for name in CARDS if usable(name) >= needed)
-            ways += [f"{self.num_gpus} x {name}" for name in CARDS if usable(name) in larger[:1]][:1]
-            advice = ", or ".join(ways) or "only more GPUs, larger ones and shorter packs together"
-            found.append(
-                f"a full pack needs {needed / GIB:.1f} GiB, a {self.gpu_name} has {room / GIB:.1f}; "
-                f"what would fit: {advice}"
+        problems = [*self._sharing_problems(), *self._packing_problems()]
+        needed, available = self.peak(self.num_gpus, self.recipe.data.pack_tokens), usable_bytes(self.gpu_name)
+        if needed > available:
+            problems.append(
+                f"a full pack needs {needed / GIB:.1f} GiB, a {self.gpu_name} has {available / GIB:.1f}; "
+                f"what would fit: {self._ways_to_fit(needed, available)}"
             )
-        return found
+        return problems
 
+    def _gpu_counts(self) -> list[int]:
+        """Numbers of GPUs that can share the packs of a step evenly, in ascending order."""
+        slots, engine = self.recipe.data.slots, self.recipe.engine
+        counts = [n * engine.sequence_parallel for n in range(1, slots + 1) if slots % n == 0]
+        return [n for n in counts if n % engine.replicate == 0]
 
-def parts_of(model: Emma, stage: Stage) -> list[Part]:
-    """The model's parameters by part; the autoencoder is not among them."""
-    stored: dict[str, int] = {}
-    trained: dict[str, int] = {}
-    for name, parameter in model.named_parameters():
-        part = _part_of(name)
-        stored[part] = stored.get(part, 0) + parameter.numel()
-        trained[part] = trained.get(part, 0) + parameter.numel() * (group_of(name) in stage.trainable)
-    return [Part(name, stored[name], trained[name]) for name in PARTS if name in stored]
+    def _sharing_problems(self) -> list[str]:
+        counts, engine = self._gpu_counts(), self.recipe.engine
+        if self.num_gpus in counts:
+            return []
+        below, above = [n for n in counts if n < self.num_gpus], [n for n in counts if n > self.num_gpus]
+        fits = " or ".join(str(n) for n in (*below[-1:], *above[:1]))
+        how = f", {engine.sequence_parallel} to a pack" if engine.sequence_parallel > 1 else ""
+        how += f", in {engine.replicate} replicas" if engine.replicate > 1 else ""
+        return [f"{self.num_gpus} GPUs cannot share data.slots={self.recipe.data.slots} evenly{how}; {fits} can"]
 
+    def _packing_problems(self) -> list[str]:
+        slots, cap = self.recipe.data.slots, self.recipe.data.pack_tokens
+        return [
+            f"phase {load.phase.name} packs {load.tokens / slots:,.0f} tokens on average, more than "
+            f"data.pack_tokens={cap}; raise it or data.slots, or lower data.samples_per_step"
+            for load in self.loads
+            if load.tokens / slots > cap
+        ]
 
-def sizes_of(model: Emma, stage: Stage, generates: bool) -> Sizes:
-    """What engines divide; `generates`: whether the Gen branch ever runs."""
-    freeze(model, stage.trainable)
-    units = [dict(unit.named_parameters()) for unit in (model.vision, *model.decoder.layers)]
-    rests = [{n: p for n, p in unit.items() if n.startswith("gen.") and not generates} for unit in units]
-    frozen = [unit for unit in units if not any(p.requires_grad for p in unit.values())]
-    return Sizes(
-        stored=sum(p.numel() for p in model.parameters()),
-        trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        units=tuple(sorted(_count(unit) - _count(rest) for unit, rest in zip(units, rests, strict=True))),
-        frozen_units=sum(map(_count, frozen)),
-        resting=sum(map(_count, rests)),
-    )
-
-
-def autoencoder_of(recipe: Recipe) -> tuple[int, dict[str, Any], bool]:
-    """(parameters, diffusers config, whether its folder is there)."""
-    path = Path(recipe.model.autoencoder.path) / "config.json"
-    if not path.is_file():
-        return DC_AE_PARAMETERS, DC_AE_F32C32, False
-    from diffusers import AutoencoderDC
-
-    with torch.device("meta"):
-        model = AutoencoderDC.from_config(json.loads(path.read_text()))
-    return sum(p.numel() for p in model.parameters()), dict(model.config), True
-
-
-def _count(parameters: Mapping[str, Tensor]) -> int:
-    return sum(p.numel() for p in parameters.values())
-
-
-def usable(gpu_name: str) -> float:
-    """Bytes of a card that a plan may spend."""
-    return CARDS[gpu_name][0] * GIB * (1 - RESERVE)
-
-
-def _part_of(name: str) -> str:
-    words = name.split(".")
-    if words[0] == "decoder":
-        if words[1] in ("embed_tokens", "lm_head"):
-            return "embedding and LM head"
-        owner = words[3] if words[1] == "layers" else words[2]
-    else:
-        owner = group_of(name)
-    return list(PARTS)[1 + OWNERS.index(owner)]
+    def _ways_to_fit(self, needed: float, available: float) -> str:
+        """Advice: the next number of GPUs, length of packs or kind of GPU whose memory is enough."""
+        cap = self.recipe.data.pack_tokens
+        counts = [n for n in self._gpu_counts() if n > self.num_gpus]
+        ways = [f"{n} GPUs" for n in counts if self.peak(n, cap) <= available][:1]
+        ways += [
+            f"data.pack_tokens={n} (fewer samples a step, or more slots)"
+            for n in (cap * part // 16 for part in range(15, 0, -1))
+            if self.peak(self.num_gpus, n) <= available
+        ][:1]
+        larger = sorted(usable_bytes(name) for name in CARDS if usable_bytes(name) >= needed)
+        ways += [f"{self.num_gpus} x {name}" for name in CARDS if usable_bytes(name) in larger[:1]][:1]
+        return ", or ".join(ways) or "only more GPUs, larger ones and shorter packs together"

@@ -1,14 +1,11 @@
-"""How many tokens the mean sample of a task has: from the sources' indexes where they are on disk, else assumed."""
+"""Tokens of the mean sample of a task: measured on index rows of the sources where there are some, else assumed."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from emma_train.config.mix import samples_per_task
 from emma_train.config.schema import ImageConfig, PhaseConfig, Recipe, SourceConfig
-from emma_train.errors import UserError
 from emma_train.sequence.geometry import image_size
 
 ASSUMED_TEXT = {"i2t": (160, 128), "t2i": (96, 0), "it2i": (64, 0)}
@@ -16,9 +13,10 @@ ASSUMED_TEXT = {"i2t": (160, 128), "t2i": (96, 0), "it2i": (64, 0)}
 ASSUMED_NATIVE_TOKENS = 1024
 """Mean visual tokens of an image at native resolution (photographs some 300, scanned pages some 3,600)."""
 FILLED = 0.98
-"""Share of the token slots that are filled where a step takes what its packs hold."""
-INDEX_SHARDS = 8
-"""Shards of a source whose index is read."""
+"""Share of the packs' tokens that are filled, if data.samples_per_step is 0."""
+
+ReadIndexRows = Callable[[SourceConfig, str], list[dict[str, Any]] | None]
+"""Index rows of a source that have a task, as in data_pipelines/shards/index.py; None where no index is on disk."""
 
 
 @dataclass(frozen=True)
@@ -28,12 +26,13 @@ class MeanSample:
     text: float
     supervised: float
     seen: float
-    """Visual tokens of images that are understood or edited."""
+    """Visual tokens of images that the vision encoder sees: to understand, or as a reference."""
     images_seen: float
+    """Number of these images."""
     made: float
-    """Visual tokens of the target."""
+    """Visual tokens of the target image."""
     measured: bool
-    """From indexes, not assumed."""
+    """Measured on index rows, not assumed."""
 
     @property
     def tokens(self) -> float:
@@ -41,12 +40,12 @@ class MeanSample:
 
 
 @dataclass(frozen=True)
-class Load:
-    """What one step of a phase holds."""
+class StepLoad:
+    """Samples and tokens of one optimizer step of a phase."""
 
     phase: PhaseConfig
     samples: dict[str, int]
-    """Samples a step by task."""
+    """Samples a step, by task."""
     means: dict[str, MeanSample]
 
     def total(self, value: Callable[[MeanSample], float], *tasks: str) -> float:
@@ -58,32 +57,37 @@ class Load:
         return self.total(lambda s: s.tokens)
 
 
-def load_of(recipe: Recipe, phase: PhaseConfig) -> Load:
-    """Samples and tokens of one step of a phase."""
+def step_load(recipe: Recipe, phase: PhaseConfig, read_index_rows: ReadIndexRows | None = None) -> StepLoad:
+    """The load of a step of a phase; without `read_index_rows`, sizes of samples are assumed."""
     total = phase.mix.i2t + phase.mix.t2i + phase.mix.it2i
     shares = samples_per_task(phase.mix, total)
-    means = {task: mean_sample(recipe, phase.sources, task) for task in shares}
+    means = {task: mean_sample(recipe, phase.sources, task, read_index_rows) for task in shares}
     if recipe.data.samples_per_step:
-        return Load(phase, samples_per_task(phase.mix, recipe.data.samples_per_step), means)
-    # Packs that are filled: by samples a unit of the mix weighs its tokens, by tokens each task has its share of them.
+        return StepLoad(phase, samples_per_task(phase.mix, recipe.data.samples_per_step), means)
+    # Packs are filled. mix_by samples: a unit of the mix counts its tokens; mix_by tokens: each task has its share.
     room = FILLED * recipe.data.slots * recipe.data.pack_tokens
     unit = sum(share * means[task].tokens for task, share in shares.items())
     if recipe.data.mix_by == "tokens":
-        return Load(phase, {t: round(room * share / total / means[t].tokens) for t, share in shares.items()}, means)
-    return Load(phase, {task: share * int(room // unit) for task, share in shares.items()}, means)
+        return StepLoad(phase, {t: round(room * share / total / means[t].tokens) for t, share in shares.items()}, means)
+    return StepLoad(phase, {task: share * int(room // unit) for task, share in shares.items()}, means)
 
 
-def mean_sample(recipe: Recipe, sources: list[SourceConfig], task: str) -> MeanSample:
-    """Mean sample of a task: measured on the sources' indexes if all of them are on disk, else assumed."""
+def mean_sample(
+    recipe: Recipe, sources: list[SourceConfig], task: str, read_index_rows: ReadIndexRows | None = None
+) -> MeanSample:
+    """Mean sample of a task: measured if all sources that have the task can be read, else assumed."""
     image_config = recipe.data.und if task == "i2t" else recipe.data.gen
     pixels = recipe.model.autoencoder.pixels
-    sources = [s for s in sources if not s.tasks or task in s.tasks]
-    if sources and all((Path(s.path) / "manifest.json").is_file() for s in sources):
-        rows = [row for source in sources for row in _index_rows(source, task)]
-        if rows:
-            columns = zip(*(_measure(row, image_config, pixels) for row in rows), strict=True)
-            text, supervised, seen, images, made = (sum(column) / len(rows) for column in columns)
-            return MeanSample(text, supervised, seen, images, made, measured=True)
+    rows = [
+        read_index_rows(source, task) if read_index_rows else None
+        for source in sources
+        if not source.tasks or task in source.tasks
+    ]
+    measured = [row for source_rows in rows for row in source_rows or ()]
+    if measured and None not in rows:
+        columns = zip(*(_row_means(row, image_config, pixels) for row in measured), strict=True)
+        text, supervised, seen, images, made = (sum(column) / len(measured) for column in columns)
+        return MeanSample(text, supervised, seen, images, made, measured=True)
     text, supervised = ASSUMED_TEXT[task]
     image, sees, makes = image_tokens(image_config, pixels), float(task != "t2i"), float(task != "i2t")
     return MeanSample(text, supervised, sees * image, sees, makes * image, measured=False)
@@ -97,7 +101,7 @@ def image_tokens(image_config: ImageConfig, pixels: int) -> float:
 
 
 def tokenwise(side: float) -> tuple[int, int, int]:
-    """(VAE tokens, least and most ViT tokens) of an image where the encoders' tokens stand side by side, as in BAGEL.
+    """(VAE tokens, least and most ViT tokens) of an image in a model that has the tokens of both encoders, as BAGEL.
 
     The VAE makes one token of 16 x 16 pixels. The ViT sees up to 512 pixels a side in patches of 16, 518 in
     patches of 14.
@@ -105,21 +109,8 @@ def tokenwise(side: float) -> tuple[int, int, int]:
     return round((side / 16) ** 2), int(min(side, 512) // 16) ** 2, int(min(side, 518) // 14) ** 2
 
 
-def _index_rows(source: SourceConfig, task: str) -> list[dict[str, Any]]:
-    import pyarrow.parquet as pq
-
-    folder = Path(source.path)
-    try:
-        shards = json.loads((folder / "manifest.json").read_text())["shards"][:INDEX_SHARDS]
-        indexes = [(folder / shard["name"]).with_suffix(".idx.parquet") for shard in shards]
-        tables = [pq.read_table(index, filters=[("task", "=", task)]) for index in indexes]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder}: cannot read manifest or index ({error}); `emma-data index` makes them") from None
-    return [row for table in tables for row in table.to_pylist() if set(source.require_tags) <= set(row["tags"])]
-
-
-def _measure(row: dict[str, Any], image_config: ImageConfig, pixels: int) -> tuple[float, ...]:
-    """(text, supervised, seen, images seen, made) of a record, as means over its alternatives."""
+def _row_means(row: dict[str, Any], image_config: ImageConfig, pixels: int) -> tuple[float, ...]:
+    """(text, supervised, seen, images_seen, made) of an index row, as means over its alternatives."""
 
     def tokens(number: int) -> int:
         height, width = image_size(row["widths"][number], row["heights"][number], image_config, pixels)

@@ -1,4 +1,4 @@
-"""Bytes of weights, gradients and optimizer state on one rank, as each engine divides them."""
+"""Bytes of weights, gradients and optimizer state on one rank, as each engine divides them among ranks."""
 
 from dataclasses import dataclass
 
@@ -8,43 +8,44 @@ from emma_train.engine.deepspeed import BUCKET
 
 @dataclass(frozen=True)
 class Sizes:
-    """Parameters of a model and how FSDP cuts it."""
+    """Numbers of parameters: of the whole model, and of the units that FSDP gathers one at a time."""
 
     stored: int
     trained: int
     units: tuple[int, ...]
-    """Of the vision encoder and every decoder layer, without what rests, smallest first."""
+    """The vision encoder and every decoder layer, without their unused part; smallest first."""
     frozen_units: int
-    """Of those units that do not train at all, in sum."""
-    resting: int
-    """Of the Gen branch's part of the layers, where it never runs."""
+    """Sum over the units of which no parameter trains."""
+    unused: int
+    """The Gen branch's part of the decoder layers, in a stage that never runs it."""
 
     @property
     def root(self) -> int:
-        return self.stored - self.resting - sum(self.units)
+        """Parameters outside the units: embedding, adapters, heads."""
+        return self.stored - self.unused - sum(self.units)
 
 
 def state_memory(recipe: Recipe, sizes: Sizes, world: int) -> dict[str, float]:
-    """What one of `world` ranks keeps on its device whatever its packs hold, by name."""
+    """Bytes that one of `world` ranks keeps on its device, by name; the same for every pack."""
     return (_fsdp if recipe.engine.kind == "fsdp" else _deepspeed)(recipe, sizes, world)
 
 
 def _fsdp(recipe: Recipe, sizes: Sizes, world: int) -> dict[str, float]:
-    """fp32 weights, gradients, both Adam moments and the average in shards, or in host memory.
+    """fp32 weights, gradients, both Adam moments and the EMA as shards, on the device or in host memory.
 
-    Gathered at once are the root (embedding, adapters, head) and two units; all of them without
-    engine.reshard_after_forward. A unit's gradients leave it in compute precision and are summed in fp32. Gradients
-    that are held whole until the last micro-batch then give way to their shards.
+    Gathered at the same time are the root (embedding, adapters, head) and two units; without
+    engine.reshard_after_forward, all units. A unit's gradients leave it in compute precision and are summed in fp32.
+    Gradients that stay unsharded until the last micro-batch then give way to their shards.
     """
     engine, shards = recipe.engine, world / recipe.engine.replicate
     b = 2 if engine.precision == "bf16" else 4
     on_device = 0 if engine.offload_optimizer else 1
-    whole = recipe.data.slots * engine.sequence_parallel > world and not engine.reduce_every_micro_step
+    unsharded = recipe.data.slots * engine.sequence_parallel > world and not engine.reduce_every_micro_step
     replicated = sizes.frozen_units if engine.frozen == "replicated" else 0
-    gathered = sizes.root + sum(sizes.units[-2:]) if engine.reshard_after_forward else sizes.stored - sizes.resting
+    gathered = sizes.root + sum(sizes.units[-2:]) if engine.reshard_after_forward else sizes.stored - sizes.unused
     averages = 4 * sizes.trained / shards if recipe.ema.decay and recipe.ema.device == "auto" else 0.0
     gradients = {"gradients, fp32 whole": 4.0 * sizes.trained}
-    if not whole:
+    if not unsharded:
         gradients = {"gradients, fp32 shard": on_device * 4 * sizes.trained / shards}
     return {
         "weights, fp32 shard": on_device * (4 * (sizes.stored - replicated) / shards + 4 * replicated),
@@ -57,12 +58,12 @@ def _fsdp(recipe: Recipe, sizes: Sizes, world: int) -> dict[str, float]:
 
 
 def _deepspeed(recipe: Recipe, sizes: Sizes, world: int) -> dict[str, float]:
-    """Weights in compute precision, whole or (ZeRO-3) in parts, of which all may be gathered; fp32 values of what
-    trains, both Adam moments and the average in parts, or in host memory.
+    """Weights in compute precision: all of them, or (ZeRO-3) a part, of which all may be gathered. Of what trains, fp32
+    values, both Adam moments and the EMA in parts, on the device or in host memory.
 
-    Gradients are whole (ZeRO-1) or in parts, in fp32, once more as one flat tensor in the step, and on their way in
-    buckets, of which some is held twice while ranks exchange it. Measured on a CPU, the sum is within a tenth of what
-    one, two and four processes take.
+    Gradients are in fp32: all of them (ZeRO-1) or a part; once more as one flat tensor in the step; and in buckets on
+    their way, of which some exist twice while ranks exchange them. Measured on a CPU, the sum is within a tenth of what
+    one, two and four processes use.
     """
     engine, trained = recipe.engine, sizes.trained
     b = 2 if engine.precision == "bf16" else 4
@@ -77,15 +78,17 @@ def _deepspeed(recipe: Recipe, sizes: Sizes, world: int) -> dict[str, float]:
         "average (EMA), fp32 part": on_device * averages,
     }
     if partitioned:
-        kept["gathered weights"] = b * (sizes.stored - sizes.resting)
+        kept["gathered weights"] = b * (sizes.stored - sizes.unused)
     if engine.zero_stage == 1 and b == 2 and on_device:
-        # DeepSpeed's own optimizer for this case reduces all of the gradient at once.
+        # In this case DeepSpeed uses another optimizer, which reduces all gradients at once.
         return {**kept, "gradients, bf16 and fp32 whole": 6 * trained, "gradients on their way": 4 * trained}
-    whole, exchanged = engine.zero_stage == 1, bucket * (world > 1)
-    filled = 0 if whole else bucket * (b + 4 * (b == 2))
+    partitions_gradients, exchanged = engine.zero_stage > 1, bucket * (world > 1)
+    filled = bucket * (b + 4 * (b == 2)) if partitions_gradients else 0
     return {
         **kept,
-        "gradients, fp32 " + ("whole" if whole else "part"): 4 * trained / (1 if whole else world),
+        "gradients, fp32 " + ("part" if partitions_gradients else "whole"): 4
+        * trained
+        / (world if partitions_gradients else 1),
         "gradients, fp32 flat": on_device * 4 * trained / world,
         "gradients on their way": filled + exchanged * (2 if engine.zero_stage == 2 else 4),
     }

@@ -1,4 +1,4 @@
-"""A plan for people: a few tables of 100 columns."""
+"""A plan as text: a few tables, 100 columns wide."""
 
 import math
 
@@ -6,13 +6,20 @@ from rich.console import Console
 from rich.table import Table
 
 from emma_train.config.schema import Recipe
-from emma_train.plan.arithmetic import CARDS, GIB, MFU, RESERVE, Plan, usable
-from emma_train.plan.samples import tokenwise
+from emma_train.plan.arithmetic import Plan
+from emma_train.plan.cards import CARDS, GIB, RESERVE, usable_bytes
+from emma_train.plan.samples import ReadIndexRows, tokenwise
 
 
-def print_plan(recipe: Recipe, recipe_path: str, num_gpus: int, gpu_name: str, mfu: float = MFU) -> int:
-    """Print the plan. Returns 0, or 1 where the recipe cannot run on these GPUs. Raises UserError on unknown kinds."""
-    plan = Plan(recipe, recipe_path, num_gpus, gpu_name, mfu)
+def print_plan(
+    recipe: Recipe,
+    recipe_path: str,
+    num_gpus: int,
+    gpu_name: str,
+    read_index_rows: ReadIndexRows | None = None,
+) -> int:
+    """Print the plan. Returns 0, or 1 if the recipe cannot run on these GPUs. Raises UserError as `Plan` does."""
+    plan = Plan(recipe, recipe_path, num_gpus, gpu_name, read_index_rows=read_index_rows)
     console = Console(width=100, highlight=False, soft_wrap=False)
     console.print(f"[bold]{recipe_path}[/bold]: {plan.stage.name}, {plan.stage.title}, on {num_gpus} x {gpu_name}\n")
     console.print(_parameter_table(plan))
@@ -50,7 +57,7 @@ def _parameter_table(plan: Plan) -> Table:
 
 
 def _token_table(plan: Plan) -> Table:
-    """Each kind of sample once. Token-wise, VAE and ViT tokens stand apart; understanding takes the ViT's alone."""
+    """One row per kind of sample. "Token-wise" models have VAE tokens beside ViT tokens; for i2t, ViT tokens only."""
     columns = ("task, images", "text", "seen", "target", "EMMA", "token-wise at 16x", "ratio", "from")
     table = _table("Tokens of a mean sample", *columns)
     pixels = plan.recipe.model.autoencoder.pixels
@@ -114,7 +121,7 @@ def _memory_table(plan: Plan) -> Table:
     table.add_row("autoencoder at work (before activations)", _gib(mean.encoding), _gib(full.encoding))
     table.add_section()
     table.add_row("peak", _gib(mean.peak), _gib(full.peak), style="bold")
-    room = _gib(usable(plan.gpu_name))
+    room = _gib(usable_bytes(plan.gpu_name))
     table.add_row(f"{plan.gpu_name}: {CARDS[plan.gpu_name][0]:.1f} GiB less {RESERVE:.0%} reserve", room, room)
     return table
 

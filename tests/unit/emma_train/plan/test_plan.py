@@ -3,15 +3,15 @@
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
 
 from emma_train.config.load import load_recipe
-from emma_train.config.schema import ImageConfig, Recipe
+from emma_train.config.schema import ImageConfig, Recipe, SourceConfig
 from emma_train.engine.activation_checkpointing import checkpoint_layers
 from emma_train.errors import UserError
 from emma_train.flops.work import module_flops, pack_work
@@ -19,8 +19,9 @@ from emma_train.model import attention, vision
 from emma_train.model.decoder import Decoder
 from emma_train.model.vision import VisionEncoder
 from emma_train.plan import Plan, print_plan
-from emma_train.plan.arithmetic import DC_AE_F32C32, DC_AE_PARAMETERS, GIB, autoencoder_of
-from emma_train.plan.samples import image_tokens, tokenwise
+from emma_train.plan.autoencoder import DC_AE_F32C32, DC_AE_PARAMETERS, autoencoder_of
+from emma_train.plan.cards import GIB
+from emma_train.plan.samples import MeanSample, image_tokens, tokenwise
 from emma_train.sequence.layout import ImageSegment, Role, TextSegment
 from emma_train.sequence.pack import ImageTokens, Sample, pack
 from tests.distributed.ranks import command_memory
@@ -151,20 +152,20 @@ def test_memory_of_a_toy_in_closed_form() -> None:
     load, n = planned.loads[0], planned.stored
     kept = planned.memory(load, 4, 1000).kept
     decoder = planned.recipe.model.decoder
-    own = 3 * 192 * 512 + 2 * 192 * 192 + 2 * 192 * 64 + 2 * 192 + 2 * 32
-    vision_unit = planned.units[-1] if planned.units[-1] != 2 * own else planned.units[0]
-    assert planned.units.count(2 * own) == decoder.num_layers - decoder.num_shared_layers
+    branch = 3 * 192 * 512 + 2 * 192 * 192 + 2 * 192 * 64 + 2 * 192 + 2 * 32
+    vision_unit = planned.units[-1] if planned.units[-1] != 2 * branch else planned.units[0]
+    assert planned.units.count(2 * branch) == decoder.num_layers - decoder.num_shared_layers
     root = n - sum(planned.units)
     assert kept["weights, fp32 shard"] == kept["gradients, fp32 shard"] == kept["average (EMA), fp32 shard"] == n
     assert kept["Adam moments, fp32 shards"] == 2 * n
-    assert kept["gathered weights"] == 2 * (root + sum(sorted([vision_unit, 2 * own, 2 * own])[1:]))
-    assert kept["gradients on their way"] == 6 * max(root, vision_unit, 2 * own)
+    assert kept["gathered weights"] == 2 * (root + sum(sorted([vision_unit, 2 * branch, 2 * branch])[1:]))
+    assert kept["gradients on their way"] == 6 * max(root, vision_unit, 2 * branch)
     assert kept["autoencoder, fp32 copy"] == 4 * DC_AE_PARAMETERS
     supervised = 1000 / load.tokens * 144 * 128  # 144 of 288 samples are I2T with 128 supervised tokens
     assert supervised > 256 and kept["logits"] == 256 * 1024 * 8
     assert planned.memory(load, 8, 1000).kept["Adam moments, fp32 shards"] == n
-    whole = toy("stage1", "engine.reduce_every_micro_step=false").memory(load, 4, 1000).kept
-    assert whole["gradients, fp32 whole"] == 4 * n
+    unsharded = toy("stage1", "engine.reduce_every_micro_step=false").memory(load, 4, 1000).kept
+    assert unsharded["gradients, fp32 whole"] == 4 * n
 
 
 def test_what_is_frozen_has_no_optimizer_state() -> None:
@@ -225,16 +226,17 @@ def test_router_tuning_runs_the_shared_encoder_layers_alone() -> None:
     assert planned.encoding_flops(planned.loads[0]) == 0
 
 
-def test_samples_are_measured_where_their_index_is_on_disk() -> None:
-    folder = TINY / "assets" / "emoji" / "train"
-    if not (folder / "manifest.json").is_file():
-        pytest.skip("the prebuilt set is not here")
-    planned = plan(TINY / "stage1.yaml", f"data.sources=[{{path: {folder}}}]", "model.autoencoder.path=nowhere", gpus=2)
-    mean = planned.loads[0].means["t2i"]
-    indexes = [pq.read_table(index, filters=[("task", "=", "t2i")]) for index in folder.glob("*.parquet")]
-    rows = [row for index in indexes for row in index.to_pylist()]
-    assert mean.measured and (mean.seen, mean.made) == (0, 16)
-    assert mean.text == pytest.approx(sum(np.mean(row["text_tokens"]) for row in rows) / len(rows))
+def test_samples_are_measured_where_index_rows_are_at_hand() -> None:
+    row = {"text_tokens": [10, 20], "supervised_tokens": [0, 0], "context": [[], []], "target": [0, 0]}
+    rows = [{**row, "widths": [64], "heights": [64]}, {**row, "text_tokens": [30], "context": [[]], "target": [-1]}]
+    recipe = load_recipe(TINY / "stage1.yaml", ["data.sources=[{path: a}, {path: b, tasks: [i2t]}]"])
+
+    def read(source: SourceConfig, task: str) -> list[dict[str, Any]] | None:
+        return rows if source.path == "a" else None
+
+    means = Plan(recipe, "stage1.yaml", 2, "h100-80g", read_index_rows=read).loads[0].means
+    assert means["t2i"] == MeanSample(text=22.5, supervised=0, seen=0, images_seen=0, made=8, measured=True)
+    assert not means["i2t"].measured, "one of its sources has no index"
 
 
 def test_autoencoder_is_counted_from_its_folder() -> None:
@@ -242,8 +244,8 @@ def test_autoencoder_is_counted_from_its_folder() -> None:
     recipe.model.autoencoder.path = str(TINY / "assets" / "autoencoder")
     if not (TINY / "assets" / "autoencoder" / "config.json").is_file():
         pytest.skip("the tiny autoencoder is not here")
-    count, _, there = autoencoder_of(recipe)
-    assert there and 0 < count <= 4_000_000
+    count, _, exists = autoencoder_of(recipe)
+    assert exists and 0 < count <= 4_000_000
 
 
 def test_stage1_fits_64_h100_and_says_so_quickly(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""What each engine keeps of a toy, in closed form."""
+"""Memory that each engine keeps for a toy model, in closed form."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import pytest
 from emma_train.plan.state import Sizes, state_memory
 from tests.helpers import tiny_recipe
 
-SIZES = Sizes(stored=1000, trained=400, units=(100, 200, 250), frozen_units=100, resting=50)
+SIZES = Sizes(stored=1000, trained=400, units=(100, 200, 250), frozen_units=100, unused=50)
 """The root has 400."""
 
 
@@ -32,9 +32,9 @@ def test_gathered_are_the_root_and_two_units_or_all_that_runs() -> None:
 
 
 def test_whole_gradients_give_way_to_shards() -> None:
-    held = kept(2, engine__reduce_every_micro_step=False)
-    assert held["gradients, fp32 whole"] == 4 * 400
-    assert "gradients, fp32 shard" not in held
+    memory = kept(2, engine__reduce_every_micro_step=False)
+    assert memory["gradients, fp32 whole"] == 4 * 400
+    assert "gradients, fp32 shard" not in memory
     # Four slots on four ranks: there is one micro-batch, and nothing to hold back.
     assert kept(4, engine__reduce_every_micro_step=False)["gradients, fp32 shard"] == 4 * 400 / 4
 
@@ -54,8 +54,8 @@ def test_averages_may_be_in_host_memory() -> None:
 
 @pytest.mark.parametrize(("stage", "weights", "gradients"), [(1, 4000, 1600), (2, 4000, 400), (3, 1000, 400)])
 def test_zero_divides_more_with_every_stage(stage: int, weights: int, gradients: int) -> None:
-    found = kept(4, engine__kind="deepspeed", engine__zero_stage=stage)
-    assert found["weights to compute with"] == weights
-    assert found["gradients, fp32 " + ("whole" if stage == 1 else "part")] == gradients
-    assert found["Adam moments, fp32 parts"] == 800
-    assert ("gathered weights" in found) == (stage == 3)
+    memory = kept(4, engine__kind="deepspeed", engine__zero_stage=stage)
+    assert memory["weights to compute with"] == weights
+    assert memory["gradients, fp32 " + ("whole" if stage == 1 else "part")] == gradients
+    assert memory["Adam moments, fp32 parts"] == 800
+    assert ("gathered weights" in memory) == (stage == 3)

@@ -1,0 +1,25 @@
+"""Kinds of GPU that a plan knows: memory and peak speed."""
+
+from emma_train.flops.formulas import PEAK_DENSE_BF16
+
+GIB = 2**30
+CARDS: dict[str, tuple[float, float]] = {
+    "a100-40g": (39.6, PEAK_DENSE_BF16["A100"]),
+    "a100-80g": (79.3, PEAK_DENSE_BF16["A100"]),
+    "b200-192g": (178.4, PEAK_DENSE_BF16["B200"]),
+    "h100-80g": (79.2, PEAK_DENSE_BF16["H100 SXM"]),
+    "h100-nvl-94g": (93.1, PEAK_DENSE_BF16["H100 NVL"]),
+    "h100-pcie-80g": (79.2, PEAK_DENSE_BF16["H100 PCIe"]),
+    "h200-141g": (139.8, PEAK_DENSE_BF16["H200"]),
+    "l40s-48g": (44.5, PEAK_DENSE_BF16["L40S"]),
+    "mi300x-192g": (191.5, PEAK_DENSE_BF16["MI300X"]),
+    "rtx4090-24g": (23.6, PEAK_DENSE_BF16["RTX 4090"]),
+}
+"""Kinds of GPU: GiB that a process can use, and dense bf16 FLOP/s."""
+RESERVE = 0.10
+"""Share of the card left to the CUDA context, NCCL and fragmentation."""
+
+
+def usable_bytes(gpu_name: str) -> float:
+    """Bytes of a card that a plan may use."""
+    return CARDS[gpu_name][0] * GIB * (1 - RESERVE)

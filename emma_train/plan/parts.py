@@ -1,0 +1,85 @@
+"""Parameters of the model by part of the network, and in the units that engines divide among ranks."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from emma_train.model.emma import Emma
+from emma_train.plan.state import Sizes
+from emma_train.stages.freeze import freeze, group_of
+from emma_train.stages.stage import Stage
+
+NETWORK_PARTS = {
+    "embedding and LM head": (True, False, False, False),
+    "decoder, shared": (True, True, True, True),
+    "decoder, Und branch": (True, True, False, False),
+    "decoder, Gen branch": (False, False, True, True),
+    "vision encoder": (False, True, True, False),
+    "STEM expert": (False, False, False, False),
+    "router": (False, True, True, False),
+    "Und adapter": (False, True, False, False),
+    "Gen adapter": (False, False, True, True),
+    "velocity head": (False, False, False, True),
+}
+"""Parts of the network, and whether each of four kinds of tokens passes through them: text, a token of an image to
+understand, of a reference image, and of a target image. An image that takes the STEM expert skips as many layers of the
+vision encoder."""
+OWNERS = ("shared", "und", "gen", "vision", "stem_expert", "router", "und_adapter", "gen_adapter", "velocity_head")
+"""Owners of the parameters of those parts, from the second part on: branches of a decoder layer, then parameter
+groups."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Parameters of one part of the network."""
+
+    name: str
+    stored: int
+    trained: int
+
+    @property
+    def active(self) -> tuple[int, ...]:
+        """Parameters used for one token of each kind of NETWORK_PARTS."""
+        return tuple(self.stored * passes for passes in NETWORK_PARTS[self.name])
+
+
+def parts_of(model: Emma, stage: Stage) -> list[Part]:
+    """The model's parameters by part; the autoencoder is not among them."""
+    stored: dict[str, int] = {}
+    trained: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        part = _part_of(name)
+        stored[part] = stored.get(part, 0) + parameter.numel()
+        trained[part] = trained.get(part, 0) + parameter.numel() * (group_of(name) in stage.trainable)
+    return [Part(name, stored[name], trained[name]) for name in NETWORK_PARTS if name in stored]
+
+
+def sizes_of(model: Emma, stage: Stage, generates: bool) -> Sizes:
+    """What engines divide among ranks; `generates`: whether the stage runs the Gen branch at all."""
+    freeze(model, stage.trainable)
+    units = [dict(unit.named_parameters()) for unit in (model.vision, *model.decoder.layers)]
+    unused = [{n: p for n, p in unit.items() if n.startswith("gen.") and not generates} for unit in units]
+    frozen = [unit for unit in units if not any(p.requires_grad for p in unit.values())]
+    return Sizes(
+        stored=sum(p.numel() for p in model.parameters()),
+        trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        units=tuple(sorted(_count(unit) - _count(part) for unit, part in zip(units, unused, strict=True))),
+        frozen_units=sum(map(_count, frozen)),
+        unused=sum(map(_count, unused)),
+    )
+
+
+def _count(parameters: Mapping[str, Tensor]) -> int:
+    return sum(p.numel() for p in parameters.values())
+
+
+def _part_of(name: str) -> str:
+    words = name.split(".")
+    if words[0] == "decoder":
+        if words[1] in ("embed_tokens", "lm_head"):
+            return "embedding and LM head"
+        owner = words[3] if words[1] == "layers" else words[2]
+    else:
+        owner = group_of(name)
+    return list(NETWORK_PARTS)[1 + OWNERS.index(owner)]
