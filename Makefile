@@ -71,7 +71,7 @@ format: setup ## let ruff put the code in order
 
 docs: $(STAMP) ## the documentation as a web site in site/
 	@$(BIN)/python -c 'import material, mkdocstrings' 2>/dev/null || $(PIP) install -c constraints.txt -e ".[docs]"
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: setup ## every benchmark in tests/bench
 	@for bench in $(sort $(wildcard tests/bench/[a-z]*.py)); do \

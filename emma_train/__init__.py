@@ -1,3 +1,3 @@
 """emma_train: trains EMMA, one model that understands, makes and edits images (arXiv 2512.04810)."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
