@@ -6,7 +6,19 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from emma_train.commands import doctor, evaluate, export, generate, import_, inspect, launch, plan, report, train
+from emma_train.commands import (
+    config,
+    doctor,
+    evaluate,
+    export,
+    generate,
+    import_,
+    inspect,
+    launch,
+    plan,
+    report,
+    train,
+)
 from emma_train.errors import RankFailure, RunError, UserError
 
 COMMANDS = {
@@ -18,6 +30,7 @@ COMMANDS = {
     "generate": generate,
     "evaluate": evaluate,
     "report": report,
+    "config": config,
     "doctor": doctor,
     "launch": launch,
 }

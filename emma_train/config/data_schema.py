@@ -22,14 +22,14 @@ class SourceConfig:
     path: str = setting(MISSING)
     """Folder of shards with a manifest.json: a path, or a URL that fsspec opens (s3://, https://, ...)."""
     tasks: list[str] = setting([])
-    """Tasks to take from it; empty takes all that it has."""
+    """Tasks to take from this source; empty takes all that it has."""
     require_tags: list[str] = setting([])
     """Only samples that carry all of these tags."""
     exclude_tags: list[str] = setting([])
     """Only samples that carry none of these tags."""
     weight: float | None = setting(None)
-    """Share of a task's samples that come from here, against the weights of the task's other sources; all of them have
-    one or none has, and then each sample comes once an epoch."""
+    """Weight of this source against the other sources of a task. Set it for all sources of a phase or for none; without
+    weights each sample comes once an epoch."""
 
 
 @dataclass
@@ -37,9 +37,9 @@ class MixConfig:
     i2t: int = setting(0)
     """Share of understanding samples in every optimizer step."""
     t2i: int = setting(0)
-    """Share of generation samples."""
+    """Share of generation samples in every optimizer step."""
     it2i: int = setting(0)
-    """Share of editing samples."""
+    """Share of editing samples in every optimizer step."""
 
 
 @dataclass
@@ -57,31 +57,31 @@ class PhaseConfig:
 @dataclass
 class DataConfig:
     sources: list[SourceConfig] = setting([])
-    """Shard folders; a task draws evenly from the samples of all of them, or by their weights."""
+    """Shard folders. A task draws evenly from the samples of all of them, or by their weights."""
     phases: list[PhaseConfig] = setting([])
-    """Curriculum; empty means one phase with `mix`."""
+    """Curriculum; empty means one phase with the recipe's mix."""
     tokenizer: str = setting(MISSING)
     """tokenizer.json, or a folder that holds it."""
     seed: int = setting(0)
     """Seed of order, choices, noise and dropout (contract 1)."""
     slots: int = setting(12, more_than=0)
-    """Packs per optimizer step; world size must divide it (contract 2)."""
+    """Packs (micro-batches) per optimizer step, over all ranks; the number of ranks must divide it (contract 2)."""
     samples_per_step: int = setting(0, at_least=0)
     """Samples per optimizer step, over all tasks and ranks; 0 takes as many as the packs hold."""
     mix_by: str = setting("samples", choices=("samples", "tokens"))
-    """Whether the task ratio counts samples, exact in every step, or tokens, exact over the steps."""
+    """What the task ratio counts: samples, exact in every step, or tokens, exact over many steps."""
     shuffle_window: int = setting(262144, more_than=0)
-    """Samples that are shuffled together, at least; an epoch also shuffles all shards."""
+    """Fewest samples that are shuffled together; an epoch also shuffles the order of all shards."""
     pack_tokens: int = setting(8192, more_than=0)
-    """Cap of LLM tokens in one pack."""
+    """Most LLM tokens in one pack."""
     pack_pairs: int = setting(0, at_least=0)
-    """Cap of token pairs that attention computes in one pack; 0 sets none."""
+    """Most token pairs that attention computes in one pack; 0 sets no limit."""
     pack_patches: int = setting(0, at_least=0)
-    """Cap of patches that the vision encoder sees in one pack; 0 sets none."""
+    """Most patches that the vision encoder sees in one pack; 0 sets no limit."""
     pack_pixels: int = setting(0, at_least=0)
-    """Cap of pixels that the autoencoder encodes in one pack; 0 sets none."""
+    """Most pixels that the autoencoder encodes in one pack; 0 sets no limit."""
     und: ImageConfig = section(ImageConfig)
-    """Images to be understood."""
+    """Images to understand."""
     gen: ImageConfig = section(ImageConfig)
     """Reference and target images."""
     text_dropout: float = setting(0.1, at_least=0, at_most=1)
@@ -91,16 +91,18 @@ class DataConfig:
     workers: int = setting(0, at_least=0, resume="free")
     """Loader processes per rank; 0 reads in a background thread of the trainer."""
     prefetch: int = setting(8, resume="free")
-    """Packs read ahead per worker."""
+    """Packs that each worker reads ahead."""
     max_bad_samples: int = setting(100, at_least=0, resume="free")
-    """Stop once more samples than this could not be read, replaced or not, over all ranks."""
+    """Stop after more unreadable samples than this, replaced or not, over all ranks."""
     cache_dir: str = setting("", resume="free")
-    """Folder on a local disk for copies of remote shards, shared by the ranks of a machine; empty reads ranges."""
+    """Folder on a local disk for copies of remote shards, shared by the ranks of a machine; empty reads byte ranges of
+    the remote files instead."""
     cache_gib: float = setting(100.0, more_than=0, resume="free")
-    """Room for these copies; the ones read longest ago go first."""
+    """Size limit of data.cache_dir in GiB; the shards that were read longest ago are removed first."""
     read_retries: int = setting(5, at_least=0, resume="free")
-    """Further tries of a read whose failure may pass: no answer in time, a server's 5xx, a body cut short."""
+    """How often a read is tried again after a failure that may pass: no answer in time, a server error (5xx), a body
+    cut short."""
     read_wait_s: float = setting(0.5, at_least=0, resume="free")
-    """Wait before the first of them; it doubles from try to try, up to half a minute."""
+    """Seconds before a read is tried again for the first time; doubles with each further try, up to half a minute."""
     read_timeout_s: float = setting(30.0, more_than=0, resume="free")
-    """Longest time that one answer of a remote store may take."""
+    """Longest time in seconds that one answer of a remote store may take."""

@@ -12,24 +12,24 @@ from emma_train.config.setting import section, setting
 
 @dataclass
 class VisionConfig:
-    hidden: int = setting(1152)
+    hidden: int = setting(1152, handoff="equal")
     """Width of the SigLIP2 encoder."""
     num_layers: int = setting(27, handoff="equal")
-    """Encoder layers on the way of every image (shared and versatile together)."""
+    """Encoder layers that every image passes: the shared ones and those of one expert."""
     heads: int = setting(16, handoff="equal")
     """Attention heads."""
-    intermediate_size: int = setting(4304)
+    intermediate_size: int = setting(4304, handoff="equal")
     """Width of the MLP."""
     patch: int = setting(16, handoff="equal")
     """Side of a patch in pixels."""
-    position_grid: int = setting(32)
+    position_grid: int = setting(32, handoff="equal")
     """Side of the learned position table in patches (32 for patch16-512)."""
     shuffle: int = setting(2, handoff="equal")
     """Side of the pixel-shuffle block: patch * shuffle pixels make one visual token."""
     eps: float = setting(1e-6, handoff="equal")
     """LayerNorm epsilon."""
     expert_layers: int = setting(3)
-    """Last layers that exist once per expert."""
+    """Number of last layers of which each expert has its own."""
     router_hidden: int = setting(1152)
     """Hidden width of the router MLP."""
     stem_expert: bool = setting(False)
@@ -42,7 +42,7 @@ class VisionConfig:
 
 @dataclass
 class DecoderConfig:
-    hidden: int = setting(2560)
+    hidden: int = setting(2560, handoff="equal")
     """Width of the residual stream."""
     num_layers: int = setting(36, handoff="equal")
     """Shallow and deep layers together."""
@@ -57,9 +57,9 @@ class DecoderConfig:
     """Key and value heads."""
     head_dim: int = setting(128, handoff="equal")
     """Channels of one head; heads * head_dim need not equal hidden."""
-    intermediate_size: int = setting(9728)
+    intermediate_size: int = setting(9728, handoff="equal")
     """Width of the SwiGLU MLP."""
-    vocab: int = setting(151936)
+    vocab: int = setting(151936, handoff="equal")
     """Rows of the token embedding."""
     rope_theta: float = setting(1e6, handoff="equal")
     """Base of the rotary embedding."""
@@ -73,9 +73,9 @@ class DecoderConfig:
 class AutoencoderConfig:
     path: str = setting(MISSING)
     """Folder of a diffusers AutoencoderDC (config.json and safetensors)."""
-    channels: int = setting(32)
+    channels: int = setting(32, handoff="equal")
     """Latent channels."""
-    pixels: int = setting(32)
+    pixels: int = setting(32, handoff="equal")
     """Pixels per latent on a side; equals vision.patch * vision.shuffle."""
     chunk: int = setting(32)
     """Images encoded or decoded at once."""
@@ -90,9 +90,8 @@ class ModelConfig:
     autoencoder: AutoencoderConfig = section(AutoencoderConfig)
     """Generation encoder, frozen in every stage."""
     position_scale: float = setting(0.3)
-    """Amplitude of the fixed 2D position that is added to visual tokens; 1 would drown what the adapter says of
-    them."""
-    time_features: int = setting(256)
-    """Sinusoidal features of the flow time."""
+    """Factor of the fixed 2D position that is added to visual tokens. At 1 it would dominate the adapter's output."""
+    time_features: int = setting(256, handoff="equal")
+    """Number of sinusoidal features of the flow time."""
     seed: int = setting(0)
-    """Seed of the initial weights of what no checkpoint provides."""
+    """Seed of the initial weights that no checkpoint provides."""

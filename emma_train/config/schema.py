@@ -69,7 +69,7 @@ class FlowConfig:
     logit_std: float = setting(1.0)
     """Standard deviation of the logit-normal flow time."""
     shift: float = setting(1.0)
-    """s in s*t / (1 + (s-1)*t); 1 at 512 pixels, 4 at 1K."""
+    """s in s*t / (1 + (s-1)*t), the shift of the flow time: 1 at 512 pixels, 4 at 1K."""
 
 
 @dataclass
@@ -83,17 +83,17 @@ class OptimizerConfig:
     weight_decay: float = setting(0.0)
     """Decoupled weight decay, on matrices only."""
     max_grad_norm: float = setting(1.0)
-    """Global gradient norm is clipped to this; 0 turns it off."""
+    """Gradients are scaled down to this global norm; 0 turns clipping off."""
 
 
 @dataclass
 class ScheduleConfig:
     kind: str = setting("constant", choices=("constant", "cosine"))
-    """cosine or constant."""
+    """Learning rate after the warm-up: constant, or a cosine down to min_ratio of the peak."""
     warmup_steps: int = setting(0)
     """Steps of linear warm-up."""
     min_ratio: float = setting(0.0)
-    """Cosine ends at this share of the peak."""
+    """Share of the peak learning rate at which the cosine ends."""
 
 
 @dataclass
@@ -101,7 +101,8 @@ class EmaConfig:
     decay: float = setting(0.0, at_least=0, at_most=1)
     """Decay of the averaged weights; 0 keeps none."""
     device: str = setting("auto", choices=("auto", "cpu"), resume="free")
-    """auto keeps them beside the weights; cpu in host memory, where every step copies the weights."""
+    """Where the averages are: auto keeps them beside the weights; cpu in host memory, to which every step copies the
+    weights."""
 
 
 @dataclass
@@ -111,94 +112,98 @@ class TrainConfig:
     log_every: int = setting(10, more_than=0)
     """Steps between lines of metrics.jsonl."""
     checkpoints: str = setting("")
-    """Folder or URL (s3://, gs://, ...: what fsspec writes to) for checkpoints, those of a run below its name; empty
+    """Folder or URL (s3://, gs://, ...: what fsspec writes to) for checkpoints, in a folder for each run name; empty
     keeps them in the run folder."""
     save_every: int = setting(1000, more_than=0)
     """Steps between checkpoints; the last step is always saved."""
     save_async: bool = setting(True)
-    """Write checkpoints while training goes on; takes host memory for one copy of what is saved."""
+    """Write checkpoints while training goes on; needs host memory for one copy of what is saved."""
     keep: int = setting(2, more_than=0)
-    """Newest checkpoints that are kept."""
+    """Number of newest checkpoints to keep."""
     keep_every: int = setting(0)
-    """Checkpoints of steps that this divides are kept for good; 0 keeps none."""
+    """Keep checkpoints of steps that are multiples of this for good; 0 keeps none."""
     keep_best: str = setting("", choices=("", *LOSS_METRICS))
-    """Loss by which the best checkpoint is kept too (its mean since the checkpoint before): loss, loss/i2t, ..."""
+    """Also keep the checkpoint with the lowest mean of this loss since the checkpoint before; empty keeps none."""
     stop_within_s: int = setting(240, more_than=0)
-    """Seconds that a run which is asked to stop may take to finish its step and save; then it ends as it is."""
+    """Seconds that a run may take to finish its step and save after it was asked to stop; then the process ends."""
     sample_every: int = setting(0)
     """Steps between sample images; 0 makes them only at the end."""
     sample_from: str = setting("")
-    """Shard folder whose records are drawn and answered as samples, best a held-out one; empty draws none."""
+    """Shard folder, best a held-out one, whose records are the prompts of samples; empty makes no samples."""
     num_samples: int = setting(4)
     """Samples per task."""
     max_skipped_steps: int = setting(10)
     """Stop after this many non-finite steps in a row."""
     gc_every: int = setting(100)
-    """Steps between garbage collections, on all ranks at once; 0 leaves them to Python."""
+    """Steps between garbage collections, which all ranks run at once; 0 leaves them to Python."""
 
 
 @dataclass
 class EngineConfig:
     kind: str = setting("fsdp", choices=("fsdp", "deepspeed"))
-    """fsdp or deepspeed."""
+    """Engine that shards the model: FSDP2 or DeepSpeed ZeRO."""
     precision: str = setting("bf16", choices=("bf16", "fp32"))
     """bf16 (bf16 compute, fp32 master weights and reduction) or fp32."""
     device: str = setting("auto", choices=("auto", "cpu", "cuda"))
-    """auto, cpu or cuda."""
+    """Device to train on; auto takes CUDA if there is a GPU."""
     zero_stage: int = setting(2, choices=(1, 2, 3))
-    """deepspeed divides among the ranks: 1 optimizer state, 2 gradients too, 3 weights too."""
+    """What deepspeed divides among the ranks: 1 optimizer state, 2 gradients too, 3 weights too."""
     offload_optimizer: bool = setting(False)
     """Keep fp32 weights and optimizer state in host memory and update them there."""
     replicate: int = setting(1, more_than=0)
-    """fsdp keeps so many copies of the shards, each over its share of the ranks (HSDP); best the number of nodes."""
+    """Copies of the sharded model that fsdp keeps, each over an equal part of the ranks (HSDP); best the number of
+    nodes."""
     frozen: str = setting("sharded", choices=("sharded", "replicated"))
-    """fsdp keeps units that do not train sharded, or replicated: whole on every rank, never gathered."""
+    """How fsdp keeps units that do not train: sharded, or replicated (complete on every rank, never gathered)."""
     sequence_parallel: int = setting(1, more_than=0)
     """Ranks that share the tokens of one pack (Ulysses), for packs too long for one GPU; divides the heads."""
     prefetch: int = setting(1)
-    """Decoder layers that fsdp gathers ahead of their turn, forward and backward; 0 leaves it to torch."""
+    """Decoder layers that fsdp gathers ahead, in forward and in backward; 0 leaves it to torch."""
     reshard_after_forward: bool = setting(True)
     """Free gathered weights between forward and backward; false is faster where memory allows."""
     reduce_every_micro_step: bool = setting(True)
-    """fsdp reduces gradients after every micro-batch; false keeps whole ones until the last: faster, more memory."""
+    """Whether fsdp reduces gradients after every micro-batch; false reduces them after the last one only: faster, more
+    memory."""
     activation_checkpointing: str = setting("none", choices=("none", "full", "selective"))
     """Layers whose activations backward computes again: none, full (all layers of decoder and vision encoder) or
     selective (every second one)."""
     compile: bool = setting(False)
     """torch.compile for every layer; the first steps then take minutes."""
     timeout_s: int = setting(1800, more_than=0)
-    """Longest wait for other ranks until the first step is done, and while checkpoints and samples are written."""
+    """Longest wait in seconds for other ranks until the first step is done, and while checkpoints and samples are
+    written."""
     step_timeout_s: int = setting(600, more_than=0)
-    """The same from step to step; a rank whose step takes longer also writes its stack to stderr."""
+    """Longest wait in seconds for other ranks from step to step; a rank whose step takes longer also writes its stack
+    to stderr."""
     debug_lockstep: bool = setting(False)
-    """Have ranks compare which module they run before each of them, and stop where they differ; slow."""
+    """Compare before every module that all ranks run the same one, and stop where they differ; slow."""
 
 
 @dataclass
 class AttentionConfig:
     backend: str = setting("auto", choices=("auto", "flash", "flex", "sdpa"))
-    """auto, flash, flex or sdpa; sdpa is the dense reference."""
+    """Attention kernel; auto chooses by device, sdpa is the dense reference."""
 
 
 @dataclass
 class InitConfig:
     source: str | None = setting(None, key="from")
-    """Written `from` in recipes: run folder, checkpoint or export whose weights the stage starts from; empty starts
-    at random."""
+    """Run folder, checkpoint or export whose weights the stage starts from; null starts from random weights. Called
+    `from` in recipes."""
     ema: bool = setting(True)
-    """Start from the averaged weights where the source has them."""
+    """Start from the averaged weights if the source has them."""
 
 
 @dataclass
 class ResumeConfig:
     allow: list[str] = setting([])
-    """Recipe fields that may differ from the checkpoint when a run is resumed."""
+    """Keys that may differ from the checkpoint's config when a run is resumed."""
 
 
 @dataclass
 class TrackerConfig:
     kind: str = setting("jsonl", choices=("jsonl", "wandb"))
-    """jsonl, or wandb (beside jsonl; offline unless its usual variables say otherwise)."""
+    """jsonl, or wandb beside it (offline unless its usual variables say otherwise)."""
     project: str = setting("emma")
     """W&B project."""
 
@@ -208,7 +213,7 @@ class Recipe:
     """One stage of training."""
 
     run: RunConfig = section(RunConfig, resume="free")
-    """Where the run is kept."""
+    """Name and folder of the run."""
     stage: StageConfig = section(StageConfig)
     """Which stage it is."""
     model: ModelConfig = section(ModelConfig)
@@ -228,17 +233,17 @@ class Recipe:
     ema: EmaConfig = section(EmaConfig)
     """Averaged weights."""
     train: TrainConfig = section(TrainConfig, resume="free")
-    """Length and cadence."""
+    """Length of the stage; how often to log, save and sample."""
     engine: EngineConfig = section(EngineConfig, resume="free")
-    """Sharding and precision."""
+    """Sharding, precision and memory."""
     attention: AttentionConfig = section(AttentionConfig, resume="free")
     """Attention kernel."""
     init: InitConfig = section(InitConfig, resume="free")
-    """Hand-off from the previous stage."""
+    """Weights to start from."""
     resume: ResumeConfig = section(ResumeConfig, resume="free")
-    """The escape hatch of the resume rule."""
+    """Exceptions from the resume rule."""
     tracker: TrackerConfig = section(TrackerConfig, resume="free")
-    """Where metrics go."""
+    """Where metrics go, beside metrics.jsonl."""
     set_keys: frozenset[str] = field(
         default=frozenset(), repr=False, compare=False, metadata={"omegaconf_ignore": True}
     )

@@ -28,7 +28,7 @@ class Facts:
     resume: Rule | None = None
     """Whether a resumed run must keep the value; None takes the section's rule, and a section without one is fixed."""
     handoff: Literal["equal"] | None = None
-    """equal: a stage must keep the value of the stage before, since shapes do not tell the difference."""
+    """equal: weights of one value mean nothing with another, so a stage keeps the value of the stage before."""
     absent: Any = UNKNOWN
     """What a stored config that lacks the key means: the value of the old behaviour."""
     set_together: bool = False

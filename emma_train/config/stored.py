@@ -7,6 +7,7 @@ A renamed key counts under its current name. A key that is not there counts as t
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from emma_train.config.check import check_recipe
 from emma_train.config.load import as_dict, from_dict, plain
 from emma_train.config.renamed import with_current_names
 from emma_train.config.schema import Recipe
@@ -32,6 +33,7 @@ def keep_stored(
     """The recipe with the stored value of each field to which the rule `applies` and which the recipe leaves unset.
 
     So a changed default does not change a run that began with the old one. Also returns a line for each such field.
+    Raises UserError where the stored values contradict the recipe's own.
     """
     values, lines = as_dict(recipe), []
     for key, field, section, stored_value in list(_differences(values, complete(stored, source), Recipe)):
@@ -43,6 +45,7 @@ def keep_stored(
         return recipe, []
     kept = from_dict(values, source)
     kept.set_keys = recipe.set_keys
+    check_recipe(kept, source)
     return kept, lines
 
 

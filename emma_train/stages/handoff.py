@@ -7,7 +7,7 @@ from typing import Any
 
 from emma_train.config.load import as_dict
 from emma_train.config.schema import ModelConfig, Recipe, VisionConfig
-from emma_train.config.setting import all_settings
+from emma_train.config.setting import settings_of
 from emma_train.config.stored import complete, keep_stored
 from emma_train.errors import UserError
 from emma_train.model.initial import cloned_from
@@ -88,16 +88,22 @@ def check_settings(stored: Mapping[str, Any], recipe: Recipe) -> None:
     Shapes do not tell such a difference, though it changes what the weights compute. The order of a list is free.
     """
     source = f"init.from {recipe.init.source}"
-    model, previous = as_dict(recipe)["model"], complete(stored, source)["model"]
-    for key, field in all_settings(ModelConfig):
-        if field.facts.handoff != "equal":
-            continue
-        section, _, name = key.partition(".")
-        value, required = model[section][name], previous[section][name]
-        if value != required and not (isinstance(value, list) and set(value) == set(required)):
-            raise UserError(
-                f"{source}: model.{key} is {required} there and {value} in this recipe; set model.{key}={required}"
-            )
+    _check_equal(as_dict(recipe)["model"], complete(stored, source)["model"], ModelConfig, source)
+
+
+def _check_equal(
+    values: Mapping[str, Any], stored: Mapping[str, Any], schema: type, source: str, prefix: str = "model."
+) -> None:
+    for field in settings_of(schema):
+        key, value, required = f"{prefix}{field.key}", values[field.key], stored[field.key]
+        if field.section is not None:
+            _check_equal(value, required, field.section, source, f"{key}.")
+        elif field.facts.handoff == "equal" and _comparable(value) != _comparable(required):
+            raise UserError(f"{source}: {key} is {required} there and {value} in this recipe; set {key}={required}")
+
+
+def _comparable(value: Any) -> Any:
+    return set(value) if isinstance(value, list) else value
 
 
 def _group(name: str) -> str:
