@@ -1,4 +1,4 @@
-"""Plan -> packed batches of this rank, read ahead by stateless workers: the trainer's process plans, they read."""
+"""Makes packed batches of one rank from the plan. The trainer's process plans; stateless workers read ahead."""
 
 import logging
 import math
@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data_pipelines.loader.pack_buffer import PackBuffer
-from data_pipelines.loader.reader import Reader
+from data_pipelines.loader.reader import SampleReader
 from data_pipelines.loader.sample_builder import SampleError
 from data_pipelines.planner.candidates import SampleRef
 from data_pipelines.planner.planner import Planner, StepPlan
@@ -30,31 +30,42 @@ from emma_train.sequence.tokens import TextTokenizer
 from emma_train.storage.object_store import is_local
 
 log = logging.getLogger(__name__)
-Item = tuple[int, int, tuple[SampleRef, ...]]
-"""Step, slot and the samples that it is made of."""
 STATE_SCHEMA = 2
-SPARES = 8
-"""How many spares are tried in the place of a sample that cannot be read, before it is left out."""
+MAX_SUBSTITUTES = 8
+"""Number of substitutes that are tried for a sample that cannot be read, before it is dropped."""
 READS_AT_ONCE = 16
-"""Requests to a store that a worker has under way."""
+"""Concurrent requests of one worker to an object store."""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 @dataclass(frozen=True)
-class Slot:
-    """One pack and what went wrong while it was read."""
+class PlannedSlot:
+    """What a worker is asked to read: the samples of one pack."""
+
+    step: int
+    number: int
+    """Index of the slot in the step."""
+    samples: tuple[SampleRef, ...]
+
+
+@dataclass(frozen=True)
+class LoadedSlot:
+    """One pack, and what went wrong while it was read."""
 
     batch: PackedBatch
     unreadable: list[UnreadableSample]
     replaced: int
+    """Samples of the pack that are substitutes."""
 
 
 class Stream:
     """Packed batches of one rank: slots rank, rank + size, ... of every step. Raises UserError on bad input."""
 
-    def __init__(self, recipe: Recipe, rank: int, size: int, latents: str | None, pin: bool = False) -> None:
-        """`latents` is the fingerprint of the autoencoder, to use cached latents where they fit. `pin` puts packs into
-        pinned memory, from which a GPU copies while it computes."""
+    def __init__(
+        self, recipe: Recipe, rank: int, size: int, autoencoder_fingerprint: str | None, pin: bool = False
+    ) -> None:
+        """Cached latents are used if they are of the autoencoder with this fingerprint; None uses none. `pin` puts
+        packs into pinned memory, from which a GPU copies while it computes."""
         check_world(recipe.data.slots, size)
         tokenizer = TextTokenizer(recipe.data.tokenizer)
         if tokenizer.vocab > recipe.model.decoder.vocab:
@@ -62,13 +73,17 @@ class Stream:
                 f"data.tokenizer {tokenizer.path} has {tokenizer.vocab} tokens, more than model.decoder.vocab="
                 f"{recipe.model.decoder.vocab}"
             )
-        self.recipe, self.rank, self.size, self.pin = recipe, rank, size, pin
+        self.recipe = recipe
+        self.rank = rank
+        self.size = size
+        self.pin = pin
         self.planner = Planner(recipe, tokenizer)
         vision = recipe.model.vision
-        self.dataset = _Slots(self.planner, Reader(recipe.data, tokenizer, vision.patch, vision.shuffle, latents))
+        reader = SampleReader(recipe.data, tokenizer, vision.patch, vision.shuffle, autoencoder_fingerprint)
+        self.dataset = SlotDataset(self.planner, reader)
 
     def state(self, step: int) -> dict[str, Any]:
-        """All that a checkpoint needs to go on after `step` consumed steps, on any number of ranks and workers."""
+        """What a checkpoint stores to continue after `step` steps, on any number of ranks and workers."""
         return {
             "schema": STATE_SCHEMA,
             "step": step,
@@ -78,7 +93,7 @@ class Stream:
         }
 
     def resume(self, state: dict[str, Any]) -> None:
-        """Go on where a checkpoint's state says. Raises UserError where it is of other data; the escape hatch is
+        """Continue from a checkpoint's state. Raises UserError if it is of other data, unless the recipe has
         resume.allow=[data.sources]."""
         if state.get("schema") != STATE_SCHEMA:
             raise UserError(
@@ -93,15 +108,15 @@ class Stream:
         self.planner.load(state["step"], state["tasks"])
 
     def steps(self, first: int, last: int) -> Iterator[StepBatches]:
-        """Steps first to last, both included; the last one given may be a failure, which has no packs."""
+        """Steps first to last, both included. If a step fails, it is yielded with its `failure` and is the last."""
         plans: deque[StepPlan] = deque()
-        slots = self._slots(self._items(first, last, plans))
+        slots = self._load(self._planned_slots(first, last, plans))
         for step in range(first, last + 1):
             started = time.perf_counter()
-            got: list[Slot] = []
+            loaded: list[LoadedSlot] = []
             failure: Exception | None = None
             try:
-                got = [next(slots) for _ in range(self.recipe.data.slots // self.size)]
+                loaded = [next(slots) for _ in range(self.recipe.data.slots // self.size)]
             except (UserError, RunError) as error:
                 failure = error
             except (RuntimeError, OSError, EOFError) as error:
@@ -110,147 +125,163 @@ class Stream:
             self.planner.forget(step - 1)
             yield StepBatches(
                 step=step,
-                packs=[slot.batch for slot in got] if failure is None else [],
+                packs=[slot.batch for slot in loaded] if failure is None else [],
                 digest=plan.digest if plan else "",
                 straggler=plan.straggler if plan else math.nan,
-                unreadable=[sample for slot in got for sample in slot.unreadable],
+                unreadable=[sample for slot in loaded for sample in slot.unreadable],
                 wait_s=time.perf_counter() - started,
                 filled=plan.filled if plan else 0.0,
                 too_long=plan.too_long if plan else 0,
-                replaced=sum(slot.replaced for slot in got),
+                replaced=sum(slot.replaced for slot in loaded),
                 epoch=plan.epoch if plan else 0.0,
                 failure=failure,
             )
             if failure is not None:
                 return
 
-    def _items(self, first: int, last: int, plans: "deque[StepPlan]") -> Iterator[Item]:
-        """What this rank reads, planned when it is asked for; the plans are put down for `steps`."""
+    def _planned_slots(self, first: int, last: int, plans: "deque[StepPlan]") -> Iterator[PlannedSlot]:
+        """This rank's slots of all steps. Plans each step when it is reached, and appends the plan to `plans`."""
         for step in range(first, last + 1):
             plan = self.planner.plan(step)
-            plans.append(replace(plan, offers=[], places=[]))
-            for slot in range(self.rank, self.recipe.data.slots, self.size):
-                yield step, slot, plan.slot(slot)
+            plans.append(replace(plan, candidates=[], slot_items=[]))  # what `steps` needs, without the arrays
+            for number in range(self.rank, self.recipe.data.slots, self.size):
+                yield PlannedSlot(step, number, plan.slot(number))
 
-    def _slots(self, items: Iterator[Item]) -> Iterator[Slot]:
+    def _load(self, slots: Iterator[PlannedSlot]) -> Iterator[LoadedSlot]:
         data = self.recipe.data
         if data.workers == 0:
-            return _read_ahead(self.dataset, items, data.prefetch, self.pin)
+            return _read_ahead(self.dataset, slots, data.prefetch, self.pin)
         loader = DataLoader(
             self.dataset,
             batch_size=None,
-            sampler=_Listed(items),
+            sampler=_IteratorSampler(slots),
             num_workers=data.workers,
             prefetch_factor=data.prefetch,
             pin_memory=self.pin,
             multiprocessing_context="fork",
             worker_init_fn=_start_worker,
         )
-        return _received(loader)
+        return _unpack_results(loader)
 
 
 def dead_worker(error: Exception) -> RunError:
-    """The one line about a loader worker that died, from what torch raises; other errors are raised again.
+    """A one-line error for a loader worker that died, from what torch raises; raises any other error again.
 
-    Bytes of a pack are fetched from the worker that made it, so its death is also a connection that breaks.
+    A worker's death also shows as a broken connection, because the pack's bytes are fetched from the worker.
     """
-    told = str(error).splitlines()[0].rstrip(". ") if str(error) else ""
+    message = str(error).splitlines()[0].rstrip(". ") if str(error) else ""
     if isinstance(error, (ConnectionError, EOFError)):
-        told = f"a DataLoader worker died ({type(error).__name__})"
-    elif "DataLoader worker (pid" not in told:
+        message = f"a DataLoader worker died ({type(error).__name__})"
+    elif "DataLoader worker (pid" not in message:
         raise error
     return RunError(
-        f"{told}. A kill is mostly the kernel's, for memory: lower data.workers or data.prefetch. "
+        f"{message}. A kill is mostly the kernel's, for memory: lower data.workers or data.prefetch. "
         f"The same command goes on from the last checkpoint"
     )
 
 
-class _Slots(Dataset["PackBuffer | UserError | RunError"]):
-    """Planned samples -> pack; the same in every process."""
+class SlotDataset(Dataset["PackBuffer | UserError | RunError"]):
+    """Reads the planned samples of a slot and packs them. The result does not depend on the process."""
 
-    def __init__(self, planner: Planner, reader: Reader) -> None:
-        """The planner is asked for spares alone."""
-        self.planner, self.reader = planner, reader
+    def __init__(self, planner: Planner, reader: SampleReader) -> None:
+        """The planner is only used for substitutes."""
+        self.planner = planner
+        self.reader = reader
 
-    def __getitem__(self, item: Item) -> "PackBuffer | UserError | RunError":
-        # Returned, not raised: torch would wrap what a worker raises in that worker's traceback.
+    def __getitem__(self, planned: PlannedSlot) -> "PackBuffer | UserError | RunError":
+        # Errors are returned: torch would replace an error that a worker raises by one with the worker's traceback.
         try:
-            slot = self.read(item)
+            slot = self.read(planned)
         except (UserError, RunError) as error:
             return error
         return PackBuffer.of(slot.batch, (slot.unreadable, slot.replaced), shared=True)
 
-    def read(self, item: Item) -> Slot:
-        """The pack of one slot. Raises RunError where nothing of it can be read."""
-        step, slot, planned = item
-        samples, bad, replaced = self._samples(planned, latents=True)
-        if not _alike(samples):
-            samples, bad, replaced = self._samples(planned, latents=False)
+    def read(self, planned: PlannedSlot) -> LoadedSlot:
+        """The pack of one slot. Raises RunError if none of its samples can be read."""
+        samples, unreadable, replaced = self._read_samples(planned.samples, use_cached=True)
+        if not _are_packable(samples):
+            samples, unreadable, replaced = self._read_samples(planned.samples, use_cached=False)
         if not samples:
-            raise RunError(f"step {step}: no sample of slot {slot} can be read, nor a spare; the last: {bad[-1]}")
-        return Slot(pack(samples, len(planned) - len(samples)), bad, replaced)
+            raise RunError(
+                f"step {planned.step}: no sample of slot {planned.number} can be read, nor a substitute; the last: "
+                f"{unreadable[-1]}"
+            )
+        return LoadedSlot(pack(samples, len(planned.samples) - len(samples)), unreadable, replaced)
 
-    def _samples(self, slot: Sequence[SampleRef], latents: bool) -> tuple[list[Sample], list[UnreadableSample], int]:
-        """What can be read of a slot, what cannot, and how many spares are among the former."""
+    def _read_samples(
+        self, planned: Sequence[SampleRef], use_cached: bool
+    ) -> tuple[list[Sample], list[UnreadableSample], int]:
+        """The samples that can be read, those that cannot, and how many of the former are substitutes.
+
+        `use_cached` False leaves cached latents alone.
+        """
         samples: list[Sample] = []
-        bad: list[UnreadableSample] = []
+        unreadable: list[UnreadableSample] = []
         replaced = 0
-        for sample, problems in self._each(slot, latents):
-            bad += problems
+        for sample, failed in self._read_each(planned, use_cached):
+            unreadable += failed
             if sample is not None:
                 samples.append(sample)
-                replaced += bool(problems)
-        return samples, bad, replaced
+                replaced += bool(failed)
+        return samples, unreadable, replaced
 
-    def _each(self, slot: Sequence[SampleRef], latents: bool) -> Iterator[tuple[Sample | None, list[UnreadableSample]]]:
-        """Each of a slot, in order; of remote shards many at once, since most of the time is waiting for answers."""
-        if all(is_local(planned.url) for planned in slot):
-            yield from (self._read_or_spare(planned, latents) for planned in slot)
+    def _read_each(
+        self, planned: Sequence[SampleRef], use_cached: bool
+    ) -> Iterator[tuple[Sample | None, list[UnreadableSample]]]:
+        """Results of `_read_or_substitute` in order. Reads remote samples concurrently, to wait for many at once."""
+        if all(is_local(sample.url) for sample in planned):
+            yield from (self._read_or_substitute(sample, use_cached) for sample in planned)
             return
         with ThreadPoolExecutor(READS_AT_ONCE) as pool:
-            yield from pool.map(lambda planned: self._read_or_spare(planned, latents), slot)
+            yield from pool.map(lambda sample: self._read_or_substitute(sample, use_cached), planned)
 
-    def _read_or_spare(self, planned: SampleRef, latents: bool) -> tuple[Sample | None, list[UnreadableSample]]:
-        """The sample, or the first of its spares that can be read, and what could not be. Raises RunError where the
-        store does not answer: to go through spares then would take hours, in which all ranks wait."""
-        bad: list[UnreadableSample] = []
-        unreachable = 0
-        wanted: SampleRef | None = planned
-        for attempt in range(SPARES + 1):
-            if wanted is None:
+    def _read_or_substitute(self, planned: SampleRef, use_cached: bool) -> tuple[Sample | None, list[UnreadableSample]]:
+        """The sample, or its first substitute that can be read, and what could not be read before it.
+
+        Raises RunError if the object store does not answer for two of them: to try all substitutes of all samples
+        would take hours, while all ranks wait.
+        """
+        unreadable: list[UnreadableSample] = []
+        num_unreachable = 0
+        attempted: SampleRef | None = planned
+        for attempt in range(MAX_SUBSTITUTES + 1):
+            if attempted is None:
                 break
             try:
-                sample = self.reader.read(wanted, latents)
+                sample = self.reader.read(attempted, use_cached)
             except SampleError as error:
-                bad.append(
-                    UnreadableSample(wanted.key, wanted.task, os.path.basename(urlsplit(wanted.url).path), str(error))
-                )
-                unreachable += error.unreachable
-                if unreachable == 2:
+                shard = os.path.basename(urlsplit(attempted.url).path)
+                unreadable.append(UnreadableSample(attempted.key, attempted.task, shard, str(error)))
+                num_unreachable += error.unreachable
+                if num_unreachable == 2:
                     raise RunError(f"{error}; nor could {planned.key} be read before it. Is the store up?") from None
-                wanted = self.planner.spare(planned, attempt)
+                attempted = self.planner.substitute(planned, attempt)
                 continue
-            return sample, [replace(b, replaced_by=wanted.key) for b in bad]
-        return None, bad
+            return sample, [replace(failed, replaced_by=attempted.key) for failed in unreadable]
+        return None, unreadable
 
 
-def _alike(samples: list[Sample]) -> bool:
-    """Whether a pack can be made: it takes the latents of all its images, or encodes all and needs their pixels."""
-    images = [p for sample in samples for p in sample.images.values()]
-    return all(p.latent is not None for p in images) or all(p.patches is not None for p in images)
+def _are_packable(samples: list[Sample]) -> bool:
+    """Whether all images have latents or all have patches: a pack cannot mix cached and online encoding."""
+    images = [image for sample in samples for image in sample.images.values()]
+    return all(image.latent is not None for image in images) or all(image.patches is not None for image in images)
 
 
-class _Listed(Sampler[Item]):
-    def __init__(self, items: Iterator[Item]) -> None:
-        self.items = items
+class _IteratorSampler(Sampler[PlannedSlot]):
+    """Gives DataLoader the items of an iterator, in order."""
 
-    def __iter__(self) -> Iterator[Item]:
-        return self.items
+    def __init__(self, slots: Iterator[PlannedSlot]) -> None:
+        self.slots = slots
+
+    def __iter__(self) -> Iterator[PlannedSlot]:
+        return self.slots
 
 
 def _start_worker(number: int) -> None:
-    """A request to stop goes to all processes of a job. The trainer acts on it, and needs its workers until then, so
-    they heed the trainer's own signal only."""
+    """Make a worker ignore stop signals unless the trainer sends them.
+
+    A scheduler signals all processes of a job at once, but the trainer needs its workers until it has stopped.
+    """
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     trainer = os.getppid()
 
@@ -262,19 +293,20 @@ def _start_worker(number: int) -> None:
     threading.Thread(target=watch, name="stop-signals", daemon=True).start()
 
 
-def _received(results: Iterable[PackBuffer | UserError | RunError]) -> Iterator[Slot]:
+def _unpack_results(results: Iterable[PackBuffer | UserError | RunError]) -> Iterator[LoadedSlot]:
+    """The slots that workers sent. Raises the errors among them."""
     for result in results:
         if isinstance(result, Exception):
             raise result
-        yield Slot(result.batch(), *result.other)
+        yield LoadedSlot(result.batch(), *result.extra)
 
 
-def _read_ahead(dataset: _Slots, items: Iterable[Item], depth: int, pin: bool) -> Iterator[Slot]:
-    """Read in one background thread, `depth` packs ahead; an error is raised where its pack would have come."""
-    ready: queue.Queue[Slot | BaseException | None] = queue.Queue(maxsize=max(1, depth))
+def _read_ahead(dataset: SlotDataset, slots: Iterable[PlannedSlot], depth: int, pin: bool) -> Iterator[LoadedSlot]:
+    """Read slots in one background thread, up to `depth` ahead. Raises an error at the slot that caused it."""
+    ready: queue.Queue[LoadedSlot | BaseException | None] = queue.Queue(maxsize=max(1, depth))
     stop = threading.Event()
 
-    def put(result: Slot | BaseException | None) -> None:
+    def put(result: LoadedSlot | BaseException | None) -> None:
         while not stop.is_set():
             try:
                 ready.put(result, timeout=0.2)
@@ -284,13 +316,13 @@ def _read_ahead(dataset: _Slots, items: Iterable[Item], depth: int, pin: bool) -
 
     def read() -> None:
         try:
-            for item in items:
-                slot = dataset.read(item)
+            for planned in slots:
+                slot = dataset.read(planned)
                 put(replace(slot, batch=PackBuffer.of(slot.batch).pin_memory().batch()) if pin else slot)
                 if stop.is_set():
                     return
             put(None)
-        except BaseException as error:  # handed over to the consumer's thread
+        except BaseException as error:  # raised again in the consumer's thread
             put(error)
 
     thread = threading.Thread(target=read, name="read-ahead", daemon=True)

@@ -1,7 +1,7 @@
-"""A pack as one run of bytes, for its way from a worker to the trainer: one file handle, one pinned buffer.
+"""Stores a pack in one block of memory, to send it from a worker to the trainer.
 
-torch would move every tensor of a pack through shared memory of its own, and a hundred packs read ahead would need
-more open files than most systems allow.
+torch sends every tensor through its own shared memory with its own file handle; a hundred packs read ahead would need
+more open files than most systems allow. One block needs one handle, and one pinned buffer.
 """
 
 import io
@@ -15,6 +15,7 @@ import torch
 from emma_train.sequence.pack import PackedBatch
 
 ALIGN = 64
+"""Each tensor starts at a multiple of this many bytes."""
 
 
 @dataclass
@@ -22,32 +23,32 @@ class PackBuffer:
     """A PackedBatch whose tensors lie one after the other in `buffer`."""
 
     buffer: torch.Tensor
-    """uint8."""
-    places: list[tuple[int, torch.dtype, tuple[int, ...]]]
-    """Offset, type and shape of each tensor."""
-    rest: bytes
-    """The pack, pickled, with the numbers of its tensors in their place."""
-    other: Any = None
-    """What goes along."""
+    """uint8 [bytes]."""
+    tensors: list[tuple[int, torch.dtype, tuple[int, ...]]]
+    """Offset, dtype and shape of each tensor."""
+    skeleton: bytes
+    """The pickled pack, with the index of a tensor instead of each tensor."""
+    extra: Any = None
+    """Any picklable value that is sent along."""
 
     @classmethod
-    def of(cls, batch: PackedBatch, other: Any = None, shared: bool = False) -> "PackBuffer":
-        """Flatten a pack; into memory that processes share, if it is to be sent."""
+    def of(cls, batch: PackedBatch, extra: Any = None, shared: bool = False) -> "PackBuffer":
+        """Copy a pack into one buffer. `shared` puts it into shared memory, for sending to another process."""
         pickler = _Pickler()
         pickler.dump(batch)
-        places, end = [], 0
+        tensors, end = [], 0
         for tensor in pickler.tensors:
-            places.append((end, tensor.dtype, tuple(tensor.shape)))
+            tensors.append((end, tensor.dtype, tuple(tensor.shape)))
             end += -(-tensor.nbytes // ALIGN) * ALIGN
-        # Made where it will stay; a tensor of ordinary memory would be copied once more when it is sent.
+        # Allocate the final memory at once: torch would copy a tensor of ordinary memory again when it is sent.
         storage = torch.UntypedStorage._new_shared(end) if shared else torch.UntypedStorage(end)
-        flat = cls(torch.empty(0, dtype=torch.uint8).set_(storage), places, pickler.file.getvalue(), other)
+        result = cls(torch.empty(0, dtype=torch.uint8).set_(storage), tensors, pickler.file.getvalue(), extra)
         for number, tensor in enumerate(pickler.tensors):
-            flat.view(number).copy_(tensor)
-        return flat
+            result.view(number).copy_(tensor)
+        return result
 
     def pin_memory(self) -> "PackBuffer":
-        """The same in pinned memory; torch's loader calls it where it pins."""
+        """A copy in pinned memory. DataLoader calls this method if it has pin_memory=True."""
         return replace(self, buffer=self.buffer.pin_memory())
 
     def batch(self) -> PackedBatch:
@@ -55,15 +56,18 @@ class PackBuffer:
         return _Unpickler(self).load()
 
     def view(self, number: int) -> torch.Tensor:
-        """One of the tensors."""
-        offset, dtype, shape = self.places[number]
+        """One of the tensors, as a view of the buffer."""
+        offset, dtype, shape = self.tensors[number]
         length = math.prod(shape) * dtype.itemsize
         return self.buffer[offset : offset + length].view(dtype).view(shape)
 
 
 class _Pickler(pickle.Pickler):
+    """Collects tensors in a list and writes their index."""
+
     def __init__(self) -> None:
-        self.file, self.tensors = io.BytesIO(), list[torch.Tensor]()
+        self.file = io.BytesIO()
+        self.tensors: list[torch.Tensor] = []
         super().__init__(self.file, pickle.HIGHEST_PROTOCOL)
 
     def persistent_id(self, value: Any) -> int | None:
@@ -74,9 +78,11 @@ class _Pickler(pickle.Pickler):
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, flat: PackBuffer) -> None:
-        super().__init__(io.BytesIO(flat.rest))
-        self.flat = flat
+    """Replaces each index by a view of the buffer."""
+
+    def __init__(self, pack_buffer: PackBuffer) -> None:
+        super().__init__(io.BytesIO(pack_buffer.skeleton))
+        self.pack_buffer = pack_buffer
 
     def persistent_load(self, number: int) -> torch.Tensor:
-        return self.flat.view(number)
+        return self.pack_buffer.view(number)

@@ -1,10 +1,10 @@
-"""From a planned sample to its bytes, verified, and on to the sample. Stateless, so any process may read any sample."""
+"""Reads and verifies the bytes of a planned sample and builds the sample. Stateless: any process reads any sample."""
 
 import numpy as np
 
 from data_pipelines.loader.sample_builder import SampleBuilder, SampleError
 from data_pipelines.planner.candidates import SampleRef
-from data_pipelines.shards.latents import cached_latent, latents_of, transform_name
+from data_pipelines.shards.latents import cached_latent, latents_path, transform_name
 from data_pipelines.shards.tar import crc32, read_group
 from emma_train.config.schema import DataConfig, ImageConfig
 from emma_train.errors import RunError, UserError
@@ -13,33 +13,39 @@ from emma_train.sequence.tokens import TextTokenizer
 from emma_train.storage.object_store import Storage, StorageError, shown
 
 
-class Reader:
+class SampleReader:
     """Reads planned samples."""
 
     def __init__(
-        self, data: DataConfig, tokenizer: TextTokenizer, patch: int, shuffle: int, latents: str | None
+        self,
+        data: DataConfig,
+        tokenizer: TextTokenizer,
+        patch: int,
+        shuffle: int,
+        autoencoder_fingerprint: str | None,
     ) -> None:
-        """`latents` is the fingerprint of the autoencoder whose cached latents may be used; None uses none."""
-        self.sampler, self.latents = SampleBuilder(data, tokenizer, patch, shuffle), latents
+        """Cached latents are used if they are of the autoencoder with this fingerprint; None uses none."""
+        self.builder = SampleBuilder(data, tokenizer, patch, shuffle)
+        self.autoencoder_fingerprint = autoencoder_fingerprint
         self.storage = Storage.of(data)
 
-    def read(self, planned: SampleRef, latents: bool = True) -> Sample:
-        """The sample as the plan wants it; `latents` False leaves cached ones alone. Raises BadSample."""
+    def read(self, planned: SampleRef, use_cached: bool = True) -> Sample:
+        """The planned sample; `use_cached` False leaves cached latents alone. Raises SampleError, and RunError or
+        UserError if the local cache fails."""
         try:
             members = self.members(planned)
-            return self.sampler.sample(
-                planned, members, lambda name, image: self._latent(planned, name, image) if latents else None
+            return self.builder.sample(
+                planned, members, lambda name, image: self._latent(planned, name, image) if use_cached else None
             )
         except (SampleError, UserError, RunError):
             raise
-        except Exception as error:  # whatever a stranger's data raises, the run goes on without this sample
+        except Exception as error:  # foreign data can raise anything; the run continues without this sample
             raise SampleError(f"{type(error).__name__}: {error}") from error
 
     def members(self, planned: SampleRef) -> dict[str, memoryview]:
-        """The record's parts by name, as the index saw them. Raises BadSample.
+        """The record's members by name. Raises SampleError if the bytes differ from the index.
 
-        Bytes that differ from the index are read again: if the way here was at fault they come right, and if the shard
-        is, they do not.
+        Wrong bytes are read a second time, because the error can be in the transfer and not in the shard.
         """
         for _ in range(2):
             try:
@@ -51,8 +57,8 @@ class Reader:
             self.storage.forget(planned.url, planned.shard)
         raise SampleError(f"{shown(planned.url)}: bytes differ from the index's crc32")
 
-    def _latent(self, planned: SampleRef, name: str, image: ImageConfig) -> np.ndarray | None:
-        if self.latents is None:
+    def _latent(self, planned: SampleRef, name: str, image_config: ImageConfig) -> np.ndarray | None:
+        if self.autoencoder_fingerprint is None:
             return None
-        url = latents_of(planned.url, transform_name(image))
-        return cached_latent(url, f"{planned.key}/{name}", self.latents, planned.shard, self.storage)
+        url = latents_path(planned.url, transform_name(image_config))
+        return cached_latent(url, f"{planned.key}/{name}", self.autoencoder_fingerprint, planned.shard, self.storage)

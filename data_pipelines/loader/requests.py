@@ -1,4 +1,4 @@
-"""Records of a shard folder as requests with known answers: for sample images and scores on held-out splits."""
+"""Reads records of a shard folder as requests with known answers, for sample images and for scores on held-out data."""
 
 from pathlib import Path
 from typing import Any
@@ -16,29 +16,30 @@ from emma_train.sequence.request import Request
 from emma_train.sequence.seeds import seed_of
 from emma_train.storage.object_store import Storage, StorageError, join
 
-COLUMNS = ["key", "offset", "size", "target"]
+REQUEST_COLUMNS = ["key", "offset", "size", "target"]
+"""Columns of the index that are read."""
 
 
 def read_requests(folder: str | Path, task: str, data: DataConfig, pixels: int, limit: int = 0) -> list[Request]:
-    """Requests of one task: every alternative of an i2t record, the first of others; in an order fixed by their keys.
+    """Requests of one task, in an order that depends on their keys alone.
 
-    `limit` takes the first so many (0: all); only these are read. Raises UserError where the folder is not a shard
-    folder, or a record cannot be read.
+    Takes every alternative of an i2t record, and the first alternative of others. `limit` reads only the first so many
+    (0: all). Raises UserError if the folder is not a shard folder or a record cannot be read.
     """
-    storage, found = Storage.of(data), []
+    storage, rows = Storage.of(data), []
     for shard in read_manifest(folder, storage)["shards"]:
-        rows = read_columns(folder, shard["name"], task, COLUMNS, storage, shard["index_sha256"]).to_pylist()
-        for row in rows:
-            for number in range(len(row["target"]) if task == "i2t" else 1):
-                found.append((seed_of(0, 0, f"{row['key']}/{number}", "request"), number, row, shard))
-    found.sort(key=lambda item: item[0])
+        table = read_columns(folder, shard["name"], task, REQUEST_COLUMNS, storage, shard["index_sha256"])
+        for row in table.to_pylist():
+            for alternative in range(len(row["target"]) if task == "i2t" else 1):
+                rows.append((seed_of(0, 0, f"{row['key']}/{alternative}", "request"), alternative, row, shard))
+    rows.sort(key=lambda item: item[0])
     return [
-        _request(folder, shard, row, task, number, data, pixels, storage)
-        for _, number, row, shard in (found[:limit] if limit else found)
+        _read_request(folder, shard, row, task, alternative, data, pixels, storage)
+        for _, alternative, row, shard in (rows[:limit] if limit else rows)
     ]
 
 
-def _request(
+def _read_request(
     folder: str | Path,
     shard: dict[str, Any],
     row: dict[str, Any],
@@ -48,18 +49,19 @@ def _request(
     pixels: int,
     storage: Storage,
 ) -> Request:
+    """One alternative (`number`) of a record as a request. Raises UserError."""
     try:
         members = read_group(storage.read(join(folder, shard["name"]), row["offset"], row["size"], shard["sha256"]))
         record, files = read_record(members), images_of(members)
         alternative = record[task][number]
         image_config = data.und if task == "i2t" else data.gen
-        target = _load(files[alternative["target"]], image_config, pixels) if "target" in alternative else None
+        target = _load_image(files[alternative["target"]], image_config, pixels) if "target" in alternative else None
         turns = alternative.get("turns", [])
         return Request(
             key=f"{row['key']}/{number}",
             task=task,
             text=turns[0]["text"] if turns else alternative["text"],
-            images=[_load(files[name], image_config, pixels) for name in alternative.get("images", [])],
+            images=[_load_image(files[name], image_config, pixels) for name in alternative.get("images", [])],
             size=(0, 0) if target is None else (target.shape[0], target.shape[1]),
             seed=seed_of(data.seed, 0, row["key"], "request noise"),
             truth=turns[1]["text"] if turns else None,
@@ -68,10 +70,10 @@ def _request(
             labels=record.get("labels", {}),
         )
     except (StorageError, OSError, KeyError, IndexError, ValueError) as error:
-        told = str(error) if isinstance(error, StorageError) else f"{type(error).__name__}: {error}"
-        raise UserError(f"{folder}: record {row['key']} of {shard['name']} cannot be read ({told})") from None
+        reason = str(error) if isinstance(error, StorageError) else f"{type(error).__name__}: {error}"
+        raise UserError(f"{folder}: record {row['key']} of {shard['name']} cannot be read ({reason})") from None
 
 
-def _load(data: memoryview, image_config: ImageConfig, pixels: int) -> np.ndarray:
+def _load_image(data: memoryview, image_config: ImageConfig, pixels: int) -> np.ndarray:
     with open_image(data) as image:
         return load_image(image, *image_size(*image.size, image_config, pixels)).copy()

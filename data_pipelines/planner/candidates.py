@@ -1,4 +1,4 @@
-"""The rows that one step may take of one task: measured all at once, made into samples only when taken."""
+"""Candidates: the samples of one task that a step may take. They are arrays; only taken ones become SampleRefs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,106 +16,123 @@ from emma_train.storage.object_store import shown
 
 @dataclass(frozen=True)
 class SampleRef:
-    """One sample of a plan: where it is, which alternative is drawn, and what it costs at most."""
+    """One sample of a plan: where its bytes are, which alternative is used, and what it costs at most."""
 
     key: str
     task: str
     url: str
-    """Of its shard."""
+    """URL or path of the shard."""
     shard: str
-    """sha256 of the tar in the manifest."""
+    """sha256 of the shard, from the manifest."""
     offset: int
+    """First byte of the record in the shard."""
     size: int
+    """Bytes of the record."""
     crc32: int
+    """Checksum of these bytes."""
     epoch: int
     alternative: int
+    """Index in the record's list of alternatives of the task."""
     num_tokens: int
     """LLM tokens before any condition dropout."""
     num_visual: int
     """Visual tokens that the vision encoder sees."""
     max_tokens: int = 0
-    """Cap of visual tokens per image that makes it fit a pack; 0 leaves it to the recipe."""
+    """Limit of visual tokens per image that makes the sample fit a pack; 0 uses the recipe's limit."""
     phase: int = 0
-    """Number of the phase that took it."""
+    """Index of the phase whose step takes the sample."""
     position: int = 0
-    """Where its task stood."""
+    """Position in the stream of its task."""
 
 
 class Candidates:
-    """Rows that a step may take of one task, in the order of their positions."""
+    """The samples at N positions of one task's stream, in the order of the positions."""
 
-    def __init__(self, task: str, phase: int, positions: np.ndarray, blend: WeightedInterleave, seed: int) -> None:
-        """Raises UserError where a whole window is too long for any pack."""
-        self.task, self.phase, self.positions = task, phase, positions
-        self.blocks: list[tuple[int, SampleCosts]] = []
-        self.block = np.zeros(len(positions), dtype=np.int64)
+    def __init__(self, task: str, phase: int, positions: np.ndarray, interleave: WeightedInterleave, seed: int) -> None:
+        """A sample that is too long for any pack is replaced by another of its shuffle window.
+
+        Raises UserError if all samples of a window are too long.
+        """
+        self.task = task
+        self.phase = phase
+        self.positions = positions
+        self.windows: list[tuple[int, SampleCosts]] = []
+        """Epoch and samples of every shuffle window that the positions fall into."""
+        self.window_index = np.zeros(len(positions), dtype=np.int64)
+        """For each candidate, its window in `windows`."""
         self.row = np.zeros(len(positions), dtype=np.int64)
-        self.refused = np.zeros(len(positions), dtype=bool)
-        for which, epoch, columns, rows in blend.rows(positions):
-            self.block[which], self.row[which] = len(self.blocks), rows
-            self.refused[which] = columns.refused[rows]
-            self.blocks.append((epoch, columns))
-        for place in np.flatnonzero(self.refused).tolist():
-            self.row[place] = self._stand_in(place, seed)
+        """For each candidate, its row in the window."""
+        self.too_long = np.zeros(len(positions), dtype=bool)
+        """Whether the sample at the position was too long, so that another one replaces it."""
+        for indices, epoch, costs, rows in interleave.rows(positions):
+            self.window_index[indices] = len(self.windows)
+            self.row[indices] = rows
+            self.too_long[indices] = costs.too_long[rows]
+            self.windows.append((epoch, costs))
+        for index in np.flatnonzero(self.too_long).tolist():
+            self.row[index] = self._replacement_row(index, seed)
 
-    def _gather(self, name: str) -> np.ndarray:
-        """A column of all rows; its last dimension is that of the rows."""
-        parts = [getattr(columns, name) for _, columns in self.blocks]
-        out = np.empty((*parts[0].shape[:-1], len(self.row)), dtype=parts[0].dtype)
-        for number, part in enumerate(parts):
-            mine = self.block == number
-            out[..., mine] = part[..., self.row[mine]]
-        return out
-
-    def lines(self, places: Sequence[int]) -> list[str]:
-        """Key, task, alternative and epoch of some rows, for the digest."""
-        lines, places_ = [""] * len(places), np.asarray(places, dtype=np.int64)
-        for number, (epoch, columns) in enumerate(self.blocks):
-            mine = np.flatnonzero(self.block[places_] == number)
-            rows = self.row[places_[mine]]
-            keys = columns.keys.take(pa.array(rows)).to_pylist()
-            for at, key, alternative in zip(mine.tolist(), keys, columns.alternative[rows].tolist(), strict=True):
-                lines[at] = f"{key} {self.task} {alternative} {epoch}"
+    def digest_lines(self, indices: Sequence[int]) -> list[str]:
+        """Key, task, alternative and epoch of some candidates, a line each; the step's digest hashes them."""
+        lines = [""] * len(indices)
+        chosen = np.asarray(indices, dtype=np.int64)
+        for number, (epoch, costs) in enumerate(self.windows):
+            in_window = np.flatnonzero(self.window_index[chosen] == number)
+            rows = self.row[chosen[in_window]]
+            keys = costs.keys.take(pa.array(rows)).to_pylist()
+            alternatives = costs.alternative[rows].tolist()
+            for line, key, alternative in zip(in_window.tolist(), keys, alternatives, strict=True):
+                lines[line] = f"{key} {self.task} {alternative} {epoch}"
         return lines
 
-    def planned(self, place: int) -> SampleRef:
-        """One row as the loader wants it."""
-        epoch, columns = self.blocks[self.block[place]]
-        return planned_row(columns, int(self.row[place]), self.task, self.phase, epoch, int(self.positions[place]))
+    def sample_ref(self, index: int) -> SampleRef:
+        """One candidate as the loader needs it."""
+        epoch, costs = self.windows[self.window_index[index]]
+        return make_sample_ref(costs, int(self.row[index]), self.task, self.phase, epoch, int(self.positions[index]))
 
     def queue(self) -> Queue:
-        """What packing needs of all rows."""
-        return Queue([0, len(self.row)], self._gather("sizes").tolist(), self._gather("cost").tolist())
+        """Sizes and costs of all candidates, for packing."""
+        return Queue([0, len(self.row)], self._column("sizes").tolist(), self._column("cost").tolist())
 
-    def _stand_in(self, place: int, seed: int) -> int:
-        epoch, columns = self.blocks[self.block[place]]
-        fit = np.flatnonzero(~columns.refused)
-        if not len(fit):
-            url, _ = columns.shards[columns.shard[self.row[place]]]
+    def _column(self, name: str) -> np.ndarray:
+        """A field of SampleCosts for all candidates: [N], or [caps, N] for sizes."""
+        columns = [getattr(costs, name) for _, costs in self.windows]
+        out = np.empty((*columns[0].shape[:-1], len(self.row)), dtype=columns[0].dtype)
+        for number, column in enumerate(columns):
+            in_window = self.window_index == number
+            out[..., in_window] = column[..., self.row[in_window]]
+        return out
+
+    def _replacement_row(self, index: int, seed: int) -> int:
+        """A row of the candidate's window that fits a pack. Raises UserError if there is none."""
+        epoch, costs = self.windows[self.window_index[index]]
+        fitting = np.flatnonzero(~costs.too_long)
+        if not len(fitting):
+            url, _ = costs.shards[costs.shard[self.row[index]]]
             raise UserError(
                 f"{shown(url)}: no {self.task} sample near it fits a pack; raise data.pack_tokens (or its other caps), "
                 "or lower the size of images"
             )
-        key = columns.keys[int(self.row[place])].as_py()
-        return int(fit[seed_of(seed, epoch, key, f"{self.task} stand-in") % len(fit)])
+        key = costs.keys[int(self.row[index])].as_py()
+        return int(fitting[seed_of(seed, epoch, key, f"{self.task} stand-in") % len(fitting)])
 
 
-def planned_row(columns: SampleCosts, row: int, task: str, phase: int, epoch: int, position: int) -> SampleRef:
-    """One row as the loader wants it."""
-    url, sha256 = columns.shards[columns.shard[row]]
+def make_sample_ref(costs: SampleCosts, row: int, task: str, phase: int, epoch: int, position: int) -> SampleRef:
+    """The reference to one row of `costs`."""
+    url, sha256 = costs.shards[costs.shard[row]]
     return SampleRef(
-        key=columns.keys[row].as_py(),
+        key=costs.keys[row].as_py(),
         task=task,
         url=url,
         shard=sha256,
-        offset=int(columns.offset[row]),
-        size=int(columns.size[row]),
-        crc32=int(columns.crc32[row]),
+        offset=int(costs.offset[row]),
+        size=int(costs.size[row]),
+        crc32=int(costs.crc32[row]),
         epoch=epoch,
-        alternative=int(columns.alternative[row]),
-        num_tokens=int(columns.tokens[row]),
-        num_visual=int(columns.seen[row]),
-        max_tokens=int(columns.shrunk[row]),
+        alternative=int(costs.alternative[row]),
+        num_tokens=int(costs.num_tokens[row]),
+        num_visual=int(costs.num_visual[row]),
+        max_tokens=int(costs.max_tokens[row]),
         phase=phase,
         position=position,
     )

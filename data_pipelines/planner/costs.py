@@ -1,7 +1,7 @@
-"""Rows of shard indexes as columns of numbers: what each sample would cost, for planning by the hundred thousand.
+"""What each sample costs, as arrays over many samples, computed from the rows of shard indexes.
 
-A sample that is too long for a pack shrinks its images to what the text leaves them, if it is one to be understood at
-native resolution; any other is refused, and the planner puts another in its place.
+A sample can be too long for a pack. If it is an understanding sample (i2t) at native resolution, its images are
+resized to the tokens that its text leaves free. Any other is marked too long, and the planner replaces it.
 """
 
 import math
@@ -16,148 +16,192 @@ from emma_train.flops.formulas import decoder_layer_macs, vision_layer_macs
 from emma_train.sequence.geometry import image_size
 from emma_train.sequence.seeds import choice_of
 
-LEAST_IMAGE_TOKENS = 16
-"""Visual tokens to which an image may be shrunk so that its sample fits a pack."""
+MIN_IMAGE_TOKENS = 16
+"""An image is not made smaller than this many visual tokens to let its sample fit a pack."""
 
 
 @dataclass
 class SampleCosts:
-    """N rows of one task, with the alternative that an epoch takes of each."""
+    """N samples of one task, with the alternative that an epoch uses of each. Arrays are [N] unless said otherwise."""
 
     keys: pa.Array
     shard: np.ndarray
-    """int32: index into the shards that were read."""
+    """int32: index into `shards`."""
     shards: list
-    """(URL, sha256) of each."""
+    """(URL, sha256) of each shard."""
     offset: np.ndarray
     size: np.ndarray
     crc32: np.ndarray
     alternative: np.ndarray
-    tokens: np.ndarray
+    num_tokens: np.ndarray
     """int64: LLM tokens before any condition dropout."""
-    seen: np.ndarray
+    num_visual: np.ndarray
     """int64: visual tokens that the vision encoder sees."""
     sizes: np.ndarray
     """int64 [caps, N]: what counts against each cap of a pack; LLM tokens first."""
     cost: np.ndarray
-    """float64: forward work in LLM tokens of the decoder."""
-    shrunk: np.ndarray
-    """int64: cap of visual tokens per image where the sample was too long otherwise; 0 elsewhere."""
-    refused: np.ndarray
-    """bool: too long for any pack."""
+    """float64: forward work, in units of one LLM token of the decoder."""
+    max_tokens: np.ndarray
+    """int64: limit of visual tokens per image that makes the sample fit a pack; 0 if it fits without."""
+    too_long: np.ndarray
+    """bool: fits no pack."""
 
     def __len__(self) -> int:
-        return len(self.tokens)
+        return len(self.num_tokens)
 
 
 @dataclass(frozen=True)
 class CostModel:
-    """How a task's rows are measured."""
+    """What the costs of one task's samples depend on."""
 
     task: str
     image_config: ImageConfig
-    """How its images are resized."""
+    """How the task's images are resized."""
     model: ModelConfig
     caps: dict[str, int]
-    """Caps of a pack by name: tokens, and any of pairs, patches and pixels."""
+    """Caps of a pack by name: tokens, and those that the recipe sets of pairs, patches and pixels."""
     seed: int
     """data.seed."""
 
 
 def sample_costs(
-    tables: Sequence[pa.Table], shards: Sequence[tuple[str, str]], epoch: int, how: CostModel
+    tables: Sequence[pa.Table], shards: Sequence[tuple[str, str]], epoch: int, cost_model: CostModel
 ) -> SampleCosts:
-    """Columns of the rows of some shards, one table each, one after another. Columns of a table as in index.COLUMNS."""
+    """Costs of all rows of some shards: one index table per shard, in order, with columns as in index.INDEX_COLUMNS."""
     table = pa.concat_tables(tables).combine_chunks()
-    shard = np.repeat(np.arange(len(tables), dtype=np.int32), [len(t) for t in tables])
     keys = _array(table, "key")
-    texts, num_texts = _lists(table, "text_tokens")
-    alternative = np.zeros(len(table), dtype=np.int64)
-    for row in np.flatnonzero(num_texts > 1).tolist():
-        key = keys[row].as_py()
-        alternative[row] = choice_of(int(num_texts[row]), how.seed, epoch, key, f"{how.task} alternative")
+    texts, num_texts = _flatten_lists(table, "text_tokens")
+    alternative = _alternatives(keys, num_texts, epoch, cost_model)
     chosen = np.cumsum(num_texts) - num_texts + alternative
-
-    widths, num_images = _lists(table, "widths")
-    visual = _visual_tokens(widths, _lists(table, "heights")[0], how.image_config, how.model.autoencoder.pixels)
-    first_image = np.cumsum(num_images) - num_images
-    target = _lists(table, "target")[0][chosen]
-    made = np.where(target >= 0, _at(visual, first_image + target), 0)
-
-    context = _array(table, "context").flatten()
-    numbers, lengths = np.asarray(context.flatten()), np.asarray(context.value_lengths())
-    shown, which = lengths[chosen], (np.cumsum(lengths) - lengths)[chosen]
-    row_of = np.repeat(np.arange(len(table)), shown)
-    nth = np.arange(len(row_of)) - np.repeat(np.cumsum(shown) - shown, shown)
-    image = visual[first_image[row_of] + numbers[which[row_of] + nth]]
-    seen = np.bincount(row_of, image, minlength=len(table)).astype(np.int64)
     text = texts[chosen].astype(np.int64)
-    vision = how.model.vision
-    patches = np.bincount(row_of, (image * vision.shuffle**2) ** 2, minlength=len(table)).astype(np.int64)
-    shrunk, tokens = np.zeros(len(table), dtype=np.int64), text + seen + made
-    for row in np.flatnonzero(tokens > how.caps["tokens"]).tolist() if how.task == "i2t" else ():
-        if how.image_config.mode == "native" and (cap := _shrunk(how.caps["tokens"] - int(text[row]), int(shown[row]))):
-            # Upper bounds: an image under the cap stays as it is.
-            shrunk[row], seen[row] = cap, cap * shown[row]
-            tokens[row], patches[row] = text[row] + seen[row], shown[row] * (cap * vision.shuffle**2) ** 2
-    pairs = _pairs(how.task, text, seen, made)
+    images = _count_visual(table, chosen, cost_model)
+    max_tokens = _shrink_images(text, images, cost_model)
+
+    model, num_visual = cost_model.model, images.num_visual
+    num_tokens = text + num_visual + images.num_target
+    pairs = _attention_pairs(cost_model.task, text, num_visual, images.num_target)
     counted = {
-        "tokens": tokens,
+        "tokens": num_tokens,
         "pairs": pairs,
-        "patches": seen * vision.shuffle**2,
-        "pixels": (seen + made) * how.model.autoencoder.pixels**2,
+        "patches": num_visual * model.vision.shuffle**2,
+        "pixels": (num_visual + images.num_target) * model.autoencoder.pixels**2,
     }
-    sizes = np.stack([counted[name] for name in how.caps])
+    sizes = np.stack([counted[name] for name in cost_model.caps])
     return SampleCosts(
         keys=keys,
-        shard=shard,
+        shard=np.repeat(np.arange(len(tables), dtype=np.int32), [len(t) for t in tables]),
         shards=list(shards),
         offset=np.asarray(_array(table, "offset")),
         size=np.asarray(_array(table, "size")),
         crc32=np.asarray(_array(table, "crc32")),
         alternative=alternative,
-        tokens=tokens,
-        seen=seen,
+        num_tokens=num_tokens,
+        num_visual=num_visual,
         sizes=sizes,
-        cost=cost(how.model, tokens, pairs, seen, patches),
-        shrunk=shrunk,
-        refused=np.any(sizes > np.asarray(list(how.caps.values()))[:, None], axis=0),
+        cost=forward_cost(model, num_tokens, pairs, num_visual, images.patch_pairs),
+        max_tokens=max_tokens,
+        too_long=np.any(sizes > np.asarray(list(cost_model.caps.values()))[:, None], axis=0),
     )
 
 
-def cost(
-    model: ModelConfig, tokens: np.ndarray, pairs: np.ndarray, seen: np.ndarray, patch_pairs: np.ndarray
+def forward_cost(
+    model: ModelConfig, num_tokens: np.ndarray, pairs: np.ndarray, num_visual: np.ndarray, patch_pairs: np.ndarray
 ) -> np.ndarray:
-    """Forward work of samples in LLM tokens of the decoder. DC-AE's goes with the visual tokens and is left out."""
+    """Forward work of samples, in units of one LLM token of the decoder.
+
+    The autoencoder's work is left out: it is proportional to the visual tokens.
+    """
     d, v = model.decoder, model.vision
     decoder = decoder_layer_macs(d.hidden, d.heads, d.kv_heads, d.head_dim, d.intermediate_size)
     encoder = vision_layer_macs(v.hidden, v.intermediate_size)
     per_token, per_pair = d.num_layers * decoder.per_token, d.num_layers * decoder.per_pair
     per_patch, per_patch_pair = v.num_layers * encoder.per_token, v.num_layers * encoder.per_pair
-    patches = seen * v.shuffle**2
-    return tokens + (pairs * per_pair + patches * per_patch + patch_pairs * per_patch_pair) / per_token
+    patches = num_visual * v.shuffle**2
+    return num_tokens + (pairs * per_pair + patches * per_patch + patch_pairs * per_patch_pair) / per_token
 
 
-def _shrunk(room: int, images: int) -> int:
-    """Visual tokens to which each of so many images shrinks so that all fit the room; 0 where that is too little."""
-    cap = room // images if images else 0
-    return cap if cap >= LEAST_IMAGE_TOKENS else 0
+@dataclass
+class _VisualCounts:
+    """Counts over the images of N samples; int64 [N] each."""
+
+    num_images: np.ndarray
+    """Images that the vision encoder sees."""
+    num_visual: np.ndarray
+    """Visual tokens of these images."""
+    num_target: np.ndarray
+    """Visual tokens of the target image; 0 for a sample without."""
+    patch_pairs: np.ndarray
+    """Pairs of patches in the vision encoder's attention."""
 
 
-def _pairs(task: str, text: np.ndarray, seen: np.ndarray, made: np.ndarray) -> np.ndarray:
-    """(query, key) pairs that attention computes: understanding is a triangle; in generation each image is a square
-    beside what came before it.
+def _alternatives(keys: pa.Array, num_texts: np.ndarray, epoch: int, cost_model: CostModel) -> np.ndarray:
+    """int64 [N]: the alternative that an epoch uses of each sample."""
+    alternative = np.zeros(len(keys), dtype=np.int64)
+    for row in np.flatnonzero(num_texts > 1).tolist():
+        choice = f"{cost_model.task} alternative"
+        alternative[row] = choice_of(int(num_texts[row]), cost_model.seed, epoch, keys[row].as_py(), choice)
+    return alternative
+
+
+def _count_visual(table: pa.Table, chosen: np.ndarray, cost_model: CostModel) -> _VisualCounts:
+    """Counts for the chosen alternative of each row; `chosen` numbers the alternatives of all rows in one sequence."""
+    model = cost_model.model
+    widths, images_per_row = _flatten_lists(table, "widths")
+    heights = _flatten_lists(table, "heights")[0]
+    visual = _visual_tokens(widths, heights, cost_model.image_config, model.autoencoder.pixels)
+    first_image = np.cumsum(images_per_row) - images_per_row
+    target = _flatten_lists(table, "target")[0][chosen]
+    num_target = np.where(target >= 0, _take(visual, first_image + target), 0)
+
+    # `context` is a list (alternatives) of lists (images) per row; `image` has an entry per image that is shown.
+    context = _array(table, "context").flatten()
+    numbers, lengths = np.asarray(context.flatten()), np.asarray(context.value_lengths())
+    num_images, starts = lengths[chosen], (np.cumsum(lengths) - lengths)[chosen]
+    row_of = np.repeat(np.arange(len(table)), num_images)
+    nth = np.arange(len(row_of)) - np.repeat(np.cumsum(num_images) - num_images, num_images)
+    image = visual[first_image[row_of] + numbers[starts[row_of] + nth]]
+    patches = image * model.vision.shuffle**2
+    return _VisualCounts(
+        num_images=num_images,
+        num_visual=np.bincount(row_of, image, minlength=len(table)).astype(np.int64),
+        num_target=num_target,
+        patch_pairs=np.bincount(row_of, patches**2, minlength=len(table)).astype(np.int64),
+    )
+
+
+def _shrink_images(text: np.ndarray, images: _VisualCounts, cost_model: CostModel) -> np.ndarray:
+    """int64 [N]: the limit of tokens per image of samples that need one, 0 for others. Changes their counts in place.
+
+    The changed counts are upper bounds: an image below the limit keeps its size.
+    """
+    limit = np.zeros(len(text), dtype=np.int64)
+    if cost_model.task != "i2t" or cost_model.image_config.mode != "native":
+        return limit
+    num_tokens, cap = text + images.num_visual + images.num_target, cost_model.caps["tokens"]
+    for row in np.flatnonzero(num_tokens > cap).tolist():
+        num_images = int(images.num_images[row])
+        per_image = (cap - int(text[row])) // num_images if num_images else 0
+        if per_image >= MIN_IMAGE_TOKENS:
+            limit[row] = per_image
+            images.num_visual[row] = per_image * num_images
+            images.patch_pairs[row] = num_images * (per_image * cost_model.model.vision.shuffle**2) ** 2
+    return limit
+
+
+def _attention_pairs(task: str, text: np.ndarray, num_visual: np.ndarray, num_target: np.ndarray) -> np.ndarray:
+    """(query, key) pairs that the decoder's attention computes: understanding is causal; in generation an image attends
+    to all of itself and to all tokens before it.
 
     An upper bound in whole numbers. `pack_work` in emma_train/flops/work.py counts the pairs of a pack exactly. Here,
     exact numbers would put other samples into a pack than earlier versions did, and change the digests of a run.
     """
     if task == "i2t":
-        return (text + seen) ** 2 // 2
-    return text**2 // 2 + (text + seen) * seen + (text + seen + made) * made
+        return (text + num_visual) ** 2 // 2
+    return text**2 // 2 + (text + num_visual) * num_visual + (text + num_visual + num_target) * num_target
 
 
 def _visual_tokens(widths: np.ndarray, heights: np.ndarray, image_config: ImageConfig, pixels: int) -> np.ndarray:
-    """int64 per image. The same few sizes come again and again; each is computed once."""
+    """int64 per image. Few sizes occur many times, so each is computed once."""
     sizes, inverse = np.unique(widths.astype(np.int64) << 32 | heights.astype(np.int64), return_inverse=True)
     areas = (image_size(size >> 32, size & 0xFFFFFFFF, image_config, pixels) for size in sizes.tolist())
     return np.asarray([math.prod(area) // pixels**2 for area in areas], dtype=np.int64)[inverse]
@@ -168,12 +212,12 @@ def _array(table: pa.Table, name: str) -> pa.Array:
     return column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks)
 
 
-def _lists(table: pa.Table, name: str) -> tuple[np.ndarray, np.ndarray]:
+def _flatten_lists(table: pa.Table, name: str) -> tuple[np.ndarray, np.ndarray]:
     """All values of a column of lists, and the length of each list."""
     array = _array(table, name)
     return np.asarray(array.flatten()), np.asarray(array.value_lengths())
 
 
-def _at(values: np.ndarray, index: np.ndarray) -> np.ndarray:
-    """values[index], and anything where the index leads nowhere."""
-    return values[np.clip(index, 0, len(values) - 1)] if len(values) else np.zeros_like(index)
+def _take(values: np.ndarray, indices: np.ndarray) -> np.ndarray:
+    """values[indices]; an index out of range gives an arbitrary value, which the caller must not use."""
+    return values[np.clip(indices, 0, len(values) - 1)] if len(values) else np.zeros_like(indices)

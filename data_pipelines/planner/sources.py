@@ -1,4 +1,4 @@
-"""A phase's sources as pools of rows: which shards, which of their rows, and how these are read and measured."""
+"""Turns the sources of a phase into streams of samples: which shards, which of their rows, and how to load them."""
 
 import hashlib
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ PLANNED = [
 
 
 class Sources:
-    """The manifests of a recipe's sources, each read once, and pools of their rows."""
+    """The manifests of a recipe's sources, each read once, and the streams made from them."""
 
     def __init__(self, data: DataConfig, tokenizer: TextTokenizer) -> None:
         self._data, self._tokenizer = data, tokenizer
@@ -40,41 +40,41 @@ class Sources:
 
     @property
     def fingerprint(self) -> str:
-        """Of the rows of all blends so far."""
+        """Hash of the shards and rows of all streams made so far."""
         return self._hash.hexdigest()[:16]
 
-    def blend(self, phase: PhaseConfig, how: CostModel) -> WeightedInterleave:
-        """The pools of a task: sources without a weight make one together, those with one a pool each.
+    def stream(self, phase: PhaseConfig, cost_model: CostModel) -> WeightedInterleave:
+        """The samples of one task. Sources without weights are shuffled together; with weights each is a pool.
 
-        Raises UserError where a source is missing, has another tokenizer or no such sample.
+        Raises UserError if a source is missing, was indexed with another tokenizer, or has no sample of the task.
         """
-        sources = [source for source in phase.sources if not source.tasks or how.task in source.tasks]
+        sources = [source for source in phase.sources if not source.tasks or cost_model.task in source.tasks]
         groups = [sources] if all(source.weight is None for source in sources) else [[source] for source in sources]
         pools = []
         for number, group in enumerate(groups):
-            pool = self._pool(group, number, how)
+            pool = self._pool(group, number, cost_model)
             if not pool.num_rows:
                 folders = ", ".join(shown(source.path) for source in group or phase.sources)
                 raise UserError(
-                    f"mix.{how.task} is above 0, but no sample of {folders} has that task"
+                    f"mix.{cost_model.task} is above 0, but no sample of {folders} has that task"
                     + " and the required tags" * any(s.require_tags or s.exclude_tags for s in group)
                 )
             pools.append(pool)
         return WeightedInterleave(pools, [group[0].weight or 1.0 for group in groups])
 
-    def _pool(self, sources: Sequence[SourceConfig], number: int, how: CostModel) -> ShuffledShards:
+    def _pool(self, sources: Sequence[SourceConfig], number: int, cost_model: CostModel) -> ShuffledShards:
         shards = []
         for index, source in enumerate(sources):
             for entry in self._manifest(source.path)["shards"]:
-                tags = entry["tags"].get(how.task, {})
+                tags = entry["tags"].get(cost_model.task, {})
                 num_rows = sum(num for names, num in tags.items() if has_wanted_tags(source, names.split("|")))
-                self._hash.update(f"{entry['sha256']} {how.task} {number} {num_rows}".encode())
+                self._hash.update(f"{entry['sha256']} {cost_model.task} {number} {num_rows}".encode())
                 if num_rows:
                     hashes = entry["sha256"], entry["index_sha256"]
                     shards.append(Shard(source.path, entry["name"], *hashes, num_rows, entry["bytes"], index))
-        name = how.task if number == 0 else f"{how.task} {number}"
-        load = partial(_load, sources=sources, how=how, storage=self._storage)
-        return ShuffledShards(shards, load, how.seed, name, self._data.shuffle_window)
+        name = cost_model.task if number == 0 else f"{cost_model.task} {number}"
+        load = partial(_load, sources=sources, cost_model=cost_model, storage=self._storage)
+        return ShuffledShards(shards, load, cost_model.seed, name, self._data.shuffle_window)
 
     def _manifest(self, folder: str) -> dict[str, Any]:
         if folder not in self._manifests:
@@ -90,25 +90,27 @@ class Sources:
 
 
 def _load(
-    shards: Sequence[Shard], epoch: int, sources: Sequence[SourceConfig], how: CostModel, storage: Storage
+    shards: Sequence[Shard], epoch: int, sources: Sequence[SourceConfig], cost_model: CostModel, storage: Storage
 ) -> SampleCosts:
-    """The wanted rows of some shards, which will soon be read. Raises UserError where an index holds others than its
-    manifest says."""
+    """Costs of the rows that the sources select, shard after shard. Starts to fetch the shards, which are read soon.
+
+    Raises UserError if an index has other rows than its manifest says.
+    """
     tables = []
     for shard in shards:
         source = sources[shard.source]
-        table = read_columns(shard.folder, shard.name, how.task, PLANNED, storage, shard.index_sha256)
+        table = read_columns(shard.folder, shard.name, cost_model.task, PLANNED, storage, shard.index_sha256)
         if source.require_tags or source.exclude_tags:
             table = table.filter(pa.array([has_wanted_tags(source, tags) for tags in table.column("tags").to_pylist()]))
         if len(table) != shard.num_rows:
             raise UserError(
-                f"{shown(shard.folder)}: the index of {shard.name} has {len(table)} {how.task} rows, the manifest says "
-                f"{shard.num_rows}; run `emma-data index` again"
+                f"{shown(shard.folder)}: the index of {shard.name} has {len(table)} {cost_model.task} rows, the "
+                f"manifest says {shard.num_rows}; run `emma-data index` again"
             )
         tables.append(table)
     files = [(join(shard.folder, shard.name), shard.sha256) for shard in shards]
     storage.fetch_ahead(files, sum(shard.num_bytes for shard in shards))
-    return sample_costs(tables, files, epoch, how)
+    return sample_costs(tables, files, epoch, cost_model)
 
 
 def has_wanted_tags(source: SourceConfig, tags: Sequence[str]) -> bool:

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_pipelines.shards.images import image_name, image_parts, open_image
-from data_pipelines.shards.index import COLUMNS, MANIFEST, SCHEMA_VERSION, index_path
+from data_pipelines.shards.index import INDEX_COLUMNS, MANIFEST, SCHEMA_VERSION, index_path
 from data_pipelines.shards.record import layouts, read_record, tags_of
 from data_pipelines.shards.tar import BrokenTar, Group, Readable, groups
 from emma_train.config.mix import TASK_NAMES
@@ -183,7 +183,7 @@ def _write_index(tar: Path, tokenizer: TextTokenizer) -> dict[str, Any]:
                     tags[task]["|".join(row["tags"])] += 1
                     rows[task].append(row)
                     if len(rows[task]) >= ROWS_AT_ONCE:
-                        tables[task].append(pa.Table.from_pylist(rows[task], COLUMNS))
+                        tables[task].append(pa.Table.from_pylist(rows[task], INDEX_COLUMNS))
                         rows[task] = []
             size, sha256 = file.finish()
     except BrokenTar as error:
@@ -191,7 +191,7 @@ def _write_index(tar: Path, tokenizer: TextTokenizer) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{tar}: cannot be read ({error.strerror})") from None
     for task, rest in rows.items():
-        tables[task].append(pa.Table.from_pylist(rest, COLUMNS))
+        tables[task].append(pa.Table.from_pylist(rest, INDEX_COLUMNS))
     joined = {task: pa.concat_tables(parts) for task, parts in tables.items()}
     entry = {
         "name": tar.name,
@@ -204,7 +204,9 @@ def _write_index(tar: Path, tokenizer: TextTokenizer) -> dict[str, Any]:
     }
     stamp = {"schema": SCHEMA_VERSION, "tokenizer_sha256": tokenizer.sha256, **entry}
     beside = index_path(tar).with_suffix(".tmp")
-    with pq.ParquetWriter(beside, COLUMNS.with_metadata({ENTRY: json.dumps(stamp)}), compression="zstd") as writer:
+    with pq.ParquetWriter(
+        beside, INDEX_COLUMNS.with_metadata({ENTRY: json.dumps(stamp)}), compression="zstd"
+    ) as writer:
         for table in joined.values():
             if len(table):
                 writer.write_table(table, row_group_size=1 << 16)

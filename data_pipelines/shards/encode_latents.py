@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from data_pipelines.shards.images import images_of, load_image, open_image
 from data_pipelines.shards.index import read_manifest
-from data_pipelines.shards.latents import fits, latents_of, metadata_of, transform_name
+from data_pipelines.shards.latents import fits, latents_path, metadata_of, transform_name
 from data_pipelines.shards.tar import groups
 from emma_train.config.schema import AutoencoderConfig, ImageConfig
 from emma_train.model.autoencoder import Autoencoder
@@ -46,7 +46,7 @@ def cache_latents(
     for shard in manifest["shards"][rank::size]:
         tar = folder / shard["name"]
         for image_config in {transform_name(i): i for i in image_configs}.values():
-            path = Path(latents_of(tar, transform_name(image_config)))
+            path = Path(latents_path(tar, transform_name(image_config)))
             if path.is_file() and fits(_metadata(path), encoder.fingerprint, shard["sha256"]):
                 continue
             latents: dict[str, np.ndarray] = {}

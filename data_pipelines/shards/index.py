@@ -22,7 +22,7 @@ MANIFEST = "manifest.json"
 SIZES_CHECKED = 1000
 """Of so many shards at most, spread over the folder, the size is looked at when a manifest is read: every rank does it,
 and a question takes a file server its time."""
-COLUMNS = pa.schema(
+INDEX_COLUMNS = pa.schema(
     [
         ("key", pa.string()),
         ("task", pa.string()),
@@ -75,9 +75,9 @@ def read_columns(
         source = pa.OSFile(url) if is_local(url) else pa.BufferReader(storage.read_all(url, version))
         # Rows of one task fill row groups of their own, so that the others are neither read nor decoded.
         file = pq.ParquetFile(source)
-        if set(columns or COLUMNS.names) - set(file.schema_arrow.names):
+        if set(columns or INDEX_COLUMNS.names) - set(file.schema_arrow.names):
             raise UserError(f"{shown(url)}: is of another version; index again")
-        return file.read_row_groups(_groups_of(file, task), list(columns or COLUMNS.names), use_threads=False)
+        return file.read_row_groups(_groups_of(file, task), list(columns or INDEX_COLUMNS.names), use_threads=False)
     except StorageError as error:
         raise (RunError if error.passing else UserError)(str(error)) from None
     except (OSError, pa.ArrowException) as error:

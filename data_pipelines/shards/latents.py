@@ -30,7 +30,7 @@ def transform_name(image_config: ImageConfig) -> str:
     )
 
 
-def latents_of(shard: str | Path, transform: str) -> str:
+def latents_path(shard: str | Path, transform: str) -> str:
     """Path or URL of the latents beside a shard, for one transform."""
     return beside(str(shard), ".tar", f".{transform}.latents.safetensors")
 

@@ -35,7 +35,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data import Sampler as IterableSampler
 
-from data_pipelines.loader.loader import Item, Stream
+from data_pipelines.loader.loader import PlannedSlot, Stream
 from data_pipelines.planner import sources
 from data_pipelines.planner.planner import Planner
 from data_pipelines.shards.build_index import index_folder
@@ -140,8 +140,8 @@ class Bytes(Dataset[int]):
     def __init__(self, stream: Stream) -> None:
         self.reader = stream.dataset.reader
 
-    def __getitem__(self, item: Item) -> int:
-        return sum(len(self.reader.members(planned)["jpg"]) > 0 for planned in item[2])
+    def __getitem__(self, planned: PlannedSlot) -> int:
+        return sum(len(self.reader.members(sample)["jpg"]) > 0 for sample in planned.samples)
 
 
 class Items(IterableSampler):
@@ -150,8 +150,8 @@ class Items(IterableSampler):
     def __init__(self, stream: Stream) -> None:
         self.stream = stream
 
-    def __iter__(self) -> Iterator[Item]:
-        return self.stream._items(1, 400, deque())
+    def __iter__(self) -> Iterator[PlannedSlot]:
+        return self.stream._planned_slots(1, 400, deque())
 
 
 def ours_raw(folder: Path) -> Iterator[int]:
@@ -295,7 +295,7 @@ def resume(folder: Path, repeats: int) -> dict[str, Any]:
             started = time.perf_counter()
             stream = Stream(recipe, 0, 1, None)
             stream.planner.load(1, {"t2i": state})
-            packs = stream._slots(stream._items(2, 3, deque()))
+            packs = stream._load(stream._planned_slots(2, 3, deque()))
             next(packs)
             seconds[position] = min(seconds[position], time.perf_counter() - started)
             packs.close()  # type: ignore[attr-defined]
@@ -318,7 +318,7 @@ def only_plan(seconds: float = 10.0) -> dict[str, Any]:
         started = time.perf_counter()
         while time.perf_counter() - started < seconds:
             step += 1
-            num += sum(len(slot) for slot in planner.plan(step).places)
+            num += sum(len(slot) for slot in planner.plan(step).slot_items)
             planner.forget(step)
         rate = num / (time.perf_counter() - started)
     gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from data_pipelines.loader.reader import Reader
+from data_pipelines.loader.reader import SampleReader
 from data_pipelines.planner.planner import Planner
 from emma_train.checkpoint.saver import Saver
 from emma_train.checkpoint.state import state_of
@@ -186,7 +186,7 @@ def make_pack(recipe: Recipe, kind: str) -> PackedBatch:
     if kind == "text":
         return pack([Sample("text", "i2t", [TextSegment((5, 6, 7)), TextSegment((8, 9), supervised=True)], {})])
     tokenizer, vision = TextTokenizer(recipe.data.tokenizer), recipe.model.vision
-    reader = Reader(recipe.data, tokenizer, vision.patch, vision.shuffle, None)
+    reader = SampleReader(recipe.data, tokenizer, vision.patch, vision.shuffle, None)
     wanted = ("i2t", "t2i", "it2i") if kind == "mixed" else ("i2t",) if kind == "silent" else (kind,)
     planned = [sample for slot in Planner(recipe, tokenizer).plan(1).slots for sample in slot]
     samples = [reader.read(p) for task in wanted for p in [p for p in planned if p.task == task][:2]]

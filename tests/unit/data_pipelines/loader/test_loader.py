@@ -19,7 +19,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipelines.loader.loader import SPARES, StepBatches, Stream, dead_worker
+from data_pipelines.loader.loader import MAX_SUBSTITUTES, StepBatches, Stream, dead_worker
 from data_pipelines.shards import images as images
 from data_pipelines.shards import latents
 from data_pipelines.shards.encode_latents import cache_latents
@@ -96,33 +96,35 @@ def test_leaving_a_stream_early_ends_its_thread(small: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_bad_sample_is_replaced_by_its_first_spare_that_can_be_read(tmp_path: Path, workers: int) -> None:
-    """Both the sample and its first spare are broken: the second spare stands in its place, all else is unmoved."""
+def test_a_bad_sample_is_replaced_by_its_first_substitute_that_can_be_read(tmp_path: Path, workers: int) -> None:
+    """The sample and its first substitute are broken: the second substitute replaces it, and nothing else moves."""
     folder = write_shards(tmp_path, every_task(6), per_shard=9)
     recipe = recipe_of(folder, data__workers=workers)
     good = steps_of(recipe_of(folder), 1, 1)[0]
     planner = Stream(recipe, 0, 1, None).planner
     planned = next(s for slot in planner.plan(1).slots for s in slot if s.key == "p001")
-    spares = list(dict.fromkeys(spare.key for i in range(8) if (spare := planner.spare(planned, i))))
-    assert len(spares) > 1
-    for key in ("p001", spares[0]):
+    substitutes = list(
+        dict.fromkeys(substitute.key for i in range(8) if (substitute := planner.substitute(planned, i)))
+    )
+    assert len(substitutes) > 1
+    for key in ("p001", substitutes[0]):
         damage(folder / ("shard-000000.tar" if int(key[1:]) < 3 else "shard-000001.tar"), f"{key}.img0.png")
-    found = steps_of(recipe, 1, 1)[0]
-    mine = [bad for bad in found.unreadable if bad.replaced_by == spares[1]]
-    assert [(bad.key, bad.task) for bad in mine][0] == ("p001", "t2i")
-    assert {bad.key for bad in mine} == {"p001", spares[0]}
-    assert all("crc32" in bad.reason and bad.shard.startswith("shard-00000") for bad in found.unreadable)
-    # The broken spare is a sample of the step too, and has spares of its own.
-    assert (found.dropped, found.replaced) == (0, 2)
-    for before, after in zip(good.packs, found.packs, strict=True):
-        broken = {"p001", spares[0]} & set(before.keys)
+    loaded = steps_of(recipe, 1, 1)[0]
+    with_same_substitute = [failed for failed in loaded.unreadable if failed.replaced_by == substitutes[1]]
+    assert [(failed.key, failed.task) for failed in with_same_substitute][0] == ("p001", "t2i")
+    assert {failed.key for failed in with_same_substitute} == {"p001", substitutes[0]}
+    assert all("crc32" in failed.reason and failed.shard.startswith("shard-00000") for failed in loaded.unreadable)
+    # The broken substitute is a sample of the step too, and has substitutes of its own.
+    assert (loaded.dropped, loaded.replaced) == (0, 2)
+    for before, after in zip(good.packs, loaded.packs, strict=True):
+        broken = {"p001", substitutes[0]} & set(before.keys)
         assert len(after.keys) == len(before.keys)
         assert after.num_tokens <= before.num_tokens
         if not broken:
             assert_same_pack(before, after)
         elif "p001" in broken:
-            assert after.keys[before.keys.index("p001")] == spares[1]
-    assert found.digest == good.digest
+            assert after.keys[before.keys.index("p001")] == substitutes[1]
+    assert loaded.digest == good.digest
 
 
 RESUMED = [(1, 0), (1, 4), (2, 1), (4, 2), (3, 3), (6, 0)]
@@ -144,7 +146,9 @@ def ranks_of(
         states.append(json.loads(json.dumps(stream.state(last))))
     assert all(other == states[0] for other in states)
     packs = [[step[n % size].packs[n // size] for n in range(12)] for step in zip(*together, strict=True)]
-    return [dataclasses.replace(one, packs=own) for one, own in zip(together[0], packs, strict=True)], states[0]
+    return [
+        dataclasses.replace(one, packs=packs_of_step) for one, packs_of_step in zip(together[0], packs, strict=True)
+    ], states[0]
 
 
 def elastic(folder: Path, workers: int) -> Recipe:
@@ -221,7 +225,7 @@ def broken(kind: str, content: Content) -> Content:
     if kind == "half an image":
         parts = {**parts, "img0.png": parts["img0.png"][:1500]}
     if kind == "empty text":
-        record = {"t2i": [{"target": "img0", "text": " \n" * 20}]}  # a spare is no longer than what it replaces
+        record = {"t2i": [{"target": "img0", "text": " \n" * 20}]}  # a substitute is no longer than what it replaces
     return key, record, parts
 
 
@@ -245,14 +249,14 @@ def test_each_kind_of_bad_sample_is_replaced_and_told(
     if kind == "a bomb":  # indexed while it was allowed
         monkeypatch.setattr(images, "MAX_PIXELS", 1024)
     mix = {"i2t": 0, "t2i": 1, "it2i": 0}
-    (found,) = steps_of(recipe_of(folder, mix=mix, data__samples_per_step=12), 1, 1)
-    (bad,) = found.unreadable
-    assert (bad.key, bad.task, bad.shard) == ("p005", "t2i", "shard-000000.tar")
-    assert re.search(reason, bad.reason)
-    keys = [key for batch in found.packs for key in batch.keys]
+    (loaded,) = steps_of(recipe_of(folder, mix=mix, data__samples_per_step=12), 1, 1)
+    (failed,) = loaded.unreadable
+    assert (failed.key, failed.task, failed.shard) == ("p005", "t2i", "shard-000000.tar")
+    assert re.search(reason, failed.reason)
+    keys = [key for batch in loaded.packs for key in batch.keys]
     assert "p005" not in keys and len(keys) == 12
-    assert keys.count(str(bad.replaced_by)) == 2
-    assert (found.replaced, found.dropped) == (1, 0)
+    assert keys.count(str(failed.replaced_by)) == 2
+    assert (loaded.replaced, loaded.dropped) == (1, 0)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -260,12 +264,12 @@ def test_a_sample_without_a_readable_spare_is_left_out(tmp_path: Path, workers: 
     folder = write_shards(tmp_path, every_task(6))
     for number in range(6):
         damage(folder / "shard-000000.tar", f"p{number:03d}.img0.png")
-    found = steps_of(recipe_of(folder, data__workers=workers), 1, 1)[0]
-    assert (found.dropped, found.replaced) == (6, 0)
-    assert all("t2i" not in batch.tasks and batch.num_dropped == 1 for batch in found.packs)
-    assert all(bad.replaced_by is None for bad in found.unreadable)
-    # Each tried its spares, at most eight: no sample is asked for in vain for ever.
-    assert 6 * 2 <= len(found.unreadable) <= 6 * (1 + SPARES)
+    loaded = steps_of(recipe_of(folder, data__workers=workers), 1, 1)[0]
+    assert (loaded.dropped, loaded.replaced) == (6, 0)
+    assert all("t2i" not in batch.tasks and batch.num_dropped == 1 for batch in loaded.packs)
+    assert all(failed.replaced_by is None for failed in loaded.unreadable)
+    # Each tried its substitutes, at most eight: no sample is asked for in vain for ever.
+    assert 6 * 2 <= len(loaded.unreadable) <= 6 * (1 + MAX_SUBSTITUTES)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -274,21 +278,23 @@ def test_a_slot_of_which_nothing_can_be_read_is_a_failure_of_that_step(tmp_path:
     for member in ("q000.img0.png", "p000.img0.png", "e000.img0.png"):
         damage(folder / "shard-000000.tar", member)
     recipe = recipe_of(folder, data__slots=1, data__samples_per_step=3, data__workers=workers)
-    (found,) = steps_of(recipe, 1, 5)
-    assert (found.step, found.packs) == (1, [])
-    assert isinstance(found.failure, RunError)
-    assert re.match(r"^step 1: no sample of slot 0 can be read, nor a spare; the last: [^\n]*$", str(found.failure))
+    (loaded,) = steps_of(recipe, 1, 5)
+    assert (loaded.step, loaded.packs) == (1, [])
+    assert isinstance(loaded.failure, RunError)
+    assert re.match(
+        r"^step 1: no sample of slot 0 can be read, nor a substitute; the last: [^\n]*$", str(loaded.failure)
+    )
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_plan_that_does_not_fit_is_one_clear_line(small: Path, workers: int) -> None:
     """A new run is told before its model is built; a later phase's first step, which that cannot see, ends the run."""
     stream = Stream(recipe_of(small, data__pack_tokens=50, data__workers=workers), 0, 1, None)
-    told = r"^step 1 packs \d+ tokens into one slot[^\n]*$"
-    with pytest.raises(UserError, match=told):
+    message = r"^step 1 packs \d+ tokens into one slot[^\n]*$"
+    with pytest.raises(UserError, match=message):
         stream.planner.check()
-    (found,) = stream.steps(1, 3)
-    assert isinstance(found.failure, UserError) and re.match(told, str(found.failure))
+    (loaded,) = stream.steps(1, 3)
+    assert isinstance(loaded.failure, UserError) and re.match(message, str(loaded.failure))
 
 
 def test_a_worker_that_is_killed_is_a_failure_and_no_hang(small: Path) -> None:
@@ -299,8 +305,8 @@ def test_a_worker_that_is_killed_is_a_failure_and_no_hang(small: Path) -> None:
     os.kill(children[0].pid, signal.SIGKILL)  # type: ignore[arg-type]
     started = time.monotonic()
     try:
-        found = next(data for data in steps if data.failure)
-        error = found.failure
+        loaded = next(data for data in steps if data.failure)
+        error = loaded.failure
     except RuntimeError as raised:  # torch raises from a signal handler, so it may come between two steps
         error = dead_worker(raised)
     assert time.monotonic() - started < 20

@@ -15,11 +15,11 @@ from tests.helpers import assert_same_pack, i2t_sample, mixed_samples, t2i_sampl
 @pytest.mark.parametrize("samples", [mixed_samples(), [i2t_sample()], [t2i_sample()], [i2t_sample(grids=())]], ids=len)
 def test_a_pack_comes_back_as_it_was(samples: list[Any], shared: bool) -> None:
     batch = pack(samples, 3)
-    flat = PackBuffer.of(batch, "along", shared)
-    assert flat.buffer.is_shared() == shared
-    assert_same_pack(flat.batch(), batch)
-    assert flat.other == "along"
-    assert all(offset % 64 == 0 for offset, *_ in flat.places)
+    pack_buffer = PackBuffer.of(batch, "along", shared)
+    assert pack_buffer.buffer.is_shared() == shared
+    assert_same_pack(pack_buffer.batch(), batch)
+    assert pack_buffer.extra == "along"
+    assert all(offset % 64 == 0 for offset, *_ in pack_buffer.tensors)
 
 
 def test_a_pack_from_another_process_holds_one_open_file() -> None:
@@ -37,9 +37,9 @@ def test_a_pack_from_another_process_holds_one_open_file() -> None:
     process.start()
     packs = [queue.get(timeout=30) for _ in range(10)]
     opened = len(os.listdir("/proc/self/fd")) - before
-    for number, flat in enumerate(packs):
-        assert flat.other == number
-        assert_same_pack(flat.batch(), pack(mixed_samples(number)))
+    for number, pack_buffer in enumerate(packs):
+        assert pack_buffer.extra == number
+        assert_same_pack(pack_buffer.batch(), pack(mixed_samples(number)))
     done.set()
     process.join(30)
     assert process.exitcode == 0
@@ -51,6 +51,6 @@ def test_pinning_moves_the_one_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
     pinned: list[int] = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: (pinned.append(tensor.nbytes), tensor.clone())[1])
     batch = pack(mixed_samples())
-    flat = PackBuffer.of(batch)
-    assert_same_pack(flat.pin_memory().batch(), batch)
-    assert pinned == [flat.buffer.nbytes]
+    pack_buffer = PackBuffer.of(batch)
+    assert_same_pack(pack_buffer.pin_memory().batch(), batch)
+    assert pinned == [pack_buffer.buffer.nbytes]

@@ -11,13 +11,13 @@ import torch
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from data_pipelines.loader.reader import Reader
+from data_pipelines.loader.reader import SampleReader
 from data_pipelines.loader.sample_builder import SampleError
 from data_pipelines.planner.candidates import SampleRef
 from data_pipelines.planner.planner import Planner
 from data_pipelines.shards.encode_latents import cache_latents
 from data_pipelines.shards.images import load_image
-from data_pipelines.shards.latents import latents_of, metadata_of, transform_name
+from data_pipelines.shards.latents import latents_path, metadata_of, transform_name
 from emma_train.config.schema import ImageConfig, Recipe
 from emma_train.model.autoencoder import Autoencoder
 from emma_train.sequence.layout import Role, TextSegment
@@ -34,8 +34,8 @@ def recipe_of(folder: Path, **dotted: Any) -> Recipe:
     return tiny_recipe(data__sources=[{"path": str(folder)}], data__pack_tokens=10**6, **dotted)
 
 
-def reader_of(recipe: Recipe, latents: str | None = None) -> Reader:
-    return Reader(recipe.data, tokenizer(), PATCH, SHUFFLE, latents)
+def reader_of(recipe: Recipe, autoencoder_fingerprint: str | None = None) -> SampleReader:
+    return SampleReader(recipe.data, tokenizer(), PATCH, SHUFFLE, autoencoder_fingerprint)
 
 
 def planned_of(recipe: Recipe, num: int) -> Iterator[SampleRef]:
@@ -135,12 +135,12 @@ def test_condition_dropout_follows_its_rates_and_is_reproducible(tmp_path: Path)
         drops.append((not has_text, not has_reference))
     num = len(drops)
     assert num == 4000
-    for found, rate in (
+    for loaded, rate in (
         (sum(text for text, _ in drops), 0.1),
         (sum(reference for _, reference in drops), 0.3),
         (sum(text and reference for text, reference in drops), 0.03),
     ):
-        assert abs(found - num * rate) < 4 * (num * rate * (1 - rate)) ** 0.5
+        assert abs(loaded - num * rate) < 4 * (num * rate * (1 - rate)) ** 0.5
     assert text_of(reader_of(recipe).read(plans.plan(3).slots[0][7])) == text_of(reader.read(plans.plan(3).slots[0][7]))
 
 
@@ -232,11 +232,11 @@ def test_cached_latents_are_those_of_online_encoding(cached: Path, autoencoder: 
 def test_a_cache_of_another_autoencoder_or_of_other_images_is_ignored(cached: Path, autoencoder: Autoencoder) -> None:
     recipe = recipe_of(cached)
     planned = next(p for p in planned_of(recipe, 2) if p.task == "t2i")
-    own = reader_of(recipe, autoencoder.fingerprint)
-    assert own.read(planned).images["img0"].latent is not None
+    same_autoencoder = reader_of(recipe, autoencoder.fingerprint)
+    assert same_autoencoder.read(planned).images["img0"].latent is not None
     assert reader_of(recipe, "0123456789abcdef").read(planned).images["img0"].latent is None
     rewritten = dataclasses.replace(planned, shard="0" * 64)
-    assert own.read(rewritten).images["img0"].latent is None
+    assert same_autoencoder.read(rewritten).images["img0"].latent is None
     assert reader_of(recipe).read(planned).images["img0"].latent is None
 
 
@@ -274,14 +274,14 @@ def test_an_image_that_came_after_the_cache_is_encoded_online(tmp_path: Path, au
     folder = write_shards(tmp_path, [prompt("p000", side=64)])
     cache_latents(folder, tiny_model().autoencoder, [ImageConfig(side=64)], torch.device("cpu"))
     recipe, planned = plan_one(folder, "t2i")
-    path = latents_of(folder / "shard-000000.tar", transform_name(recipe.data.gen))
+    path = latents_path(folder / "shard-000000.tar", transform_name(recipe.data.gen))
     assert list(load_file(path)) == ["p000/img0"]
     other = tmp_path / "other"
     folder = write_shards(other, [prompt("p000", side=64)])
     _, planned = plan_one(folder, "t2i")
     others = {"p001/img0": np.zeros((4, 32), np.float32)}
     metadata = metadata_of(autoencoder.fingerprint, planned.shard, others)
-    save_file(others, latents_of(folder / "shard-000000.tar", "square-64"), metadata)
+    save_file(others, latents_path(folder / "shard-000000.tar", "square-64"), metadata)
     pixels = reader_of(recipe, autoencoder.fingerprint).read(planned).images["img0"]
     assert pixels.latent is None
     assert pixels.patches is not None

@@ -13,7 +13,7 @@ import torch
 
 from data_pipelines.cli import main
 from data_pipelines.loader.loader import Stream
-from data_pipelines.loader.reader import Reader
+from data_pipelines.loader.reader import SampleReader
 from data_pipelines.loader.requests import read_requests
 from data_pipelines.planner.planner import Planner
 from data_pipelines.shards.encode_latents import cache_latents
@@ -95,7 +95,7 @@ def test_a_server_whose_bytes_come_wrong_once_is_asked_again(folder: Path, memor
     """The checksum tells; the bytes of the second answer are right."""
     recipe = recipe_of(memory)
     reader, planned = (
-        Reader(recipe.data, tokenizer(), PATCH, SHUFFLE, None),
+        SampleReader(recipe.data, tokenizer(), PATCH, SHUFFLE, None),
         Planner(recipe, tokenizer()).plan(1).slots[0][0],
     )
     real, answers = reader.storage.read, []
@@ -130,17 +130,17 @@ def test_a_shard_that_disappears_is_replaced_by_spares_of_others(
 ) -> None:
     cache = {"data__cache_dir": str(tmp_path / "cache"), "data__cache_gib": 0.1} if cached else {}
     server.fault = lambda number, path: "404" if path.endswith("shard-000002.tar") else ""
-    found = steps_of(recipe_of(server.url, **cache))
-    lost = {bad.key for step in found for bad in step.unreadable}
-    assert lost == {f"{letter}{number:03d}" for letter in "qpe" for number in (4, 5)}
-    assert {bad.shard for step in found for bad in step.unreadable} == {"shard-000002.tar"}
-    assert all("no such file" in bad.reason for step in found for bad in step.unreadable)
-    assert sum(step.dropped for step in found) == 0
-    assert sum(len(batch.keys) for step in found for batch in step.packs) == 18 * STEPS
+    loaded = steps_of(recipe_of(server.url, **cache))
+    failed_keys = {failed.key for step in loaded for failed in step.unreadable}
+    assert failed_keys == {f"{letter}{number:03d}" for letter in "qpe" for number in (4, 5)}
+    assert {failed.shard for step in loaded for failed in step.unreadable} == {"shard-000002.tar"}
+    assert all("no such file" in failed.reason for step in loaded for failed in step.unreadable)
+    assert sum(step.dropped for step in loaded) == 0
+    assert sum(len(batch.keys) for step in loaded for batch in step.packs) == 18 * STEPS
     # It is asked for each time, once, and once where a window is fetched ahead: no time is lost with tries in vain.
     windows = 3 * (STEPS * 6 // 12 + 1) if cached else 0
     assert (
-        sum("shard-000002.tar" in get for get in server.gets) <= sum(len(step.unreadable) for step in found) + windows
+        sum("shard-000002.tar" in get for get in server.gets) <= sum(len(step.unreadable) for step in loaded) + windows
     )
 
 
@@ -151,10 +151,10 @@ def test_a_store_that_does_not_answer_any_more_ends_the_run_soon(server: FileSer
     stream.planner.check()
     server.fault = lambda number, path: "503"
     server.gets.clear()
-    (found,) = stream.steps(1, STEPS)
-    assert isinstance(found.failure, RunError)
-    assert "the server answers 503 (3 times); nor could" in str(found.failure)
-    assert str(found.failure).endswith("Is the store up?")
+    (loaded,) = stream.steps(1, STEPS)
+    assert isinstance(loaded.failure, RunError)
+    assert "the server answers 503 (3 times); nor could" in str(loaded.failure)
+    assert str(loaded.failure).endswith("Is the store up?")
     assert len(server.gets) <= 6 * 3 * 2 * 3  # samples of three packs, two of each, three tries
 
 
@@ -172,8 +172,8 @@ def test_many_reads_are_under_way_at_once(server: FileServer) -> None:
         under_way[0] -= 1
 
     server.answer = counted  # type: ignore[method-assign]
-    (found,) = stream.steps(1, 1)
-    assert (len(found.packs[0].keys), found.unreadable) == (18, [])
+    (loaded,) = stream.steps(1, 1)
+    assert (len(loaded.packs[0].keys), loaded.unreadable) == (18, [])
     assert most[0] >= 8
 
 
@@ -181,9 +181,11 @@ def test_a_local_shard_that_disappears_while_the_run_goes_on_is_replaced(tmp_pat
     folder = write_shards(tmp_path, every_task(12), per_shard=6)
     stream = Stream(recipe_of(folder), 0, 1, None)
     os.unlink(folder / "shard-000002.tar")
-    found = list(stream.steps(1, STEPS))
-    assert {bad.key for step in found for bad in step.unreadable} == {f"{a}{n:03d}" for a in "qpe" for n in (4, 5)}
-    assert sum(len(batch.keys) for step in found for batch in step.packs) == 18 * STEPS
+    loaded = list(stream.steps(1, STEPS))
+    assert {failed.key for step in loaded for failed in step.unreadable} == {
+        f"{a}{n:03d}" for a in "qpe" for n in (4, 5)
+    }
+    assert sum(len(batch.keys) for step in loaded for batch in step.packs) == 18 * STEPS
 
 
 def test_a_truncated_local_shard_loses_what_is_beyond_its_end_only(tmp_path: Path) -> None:
@@ -192,11 +194,11 @@ def test_a_truncated_local_shard_loses_what_is_beyond_its_end_only(tmp_path: Pat
     stream = Stream(recipe_of(folder), 0, 1, None)
     keep = tar.stat().st_size // 2
     os.truncate(tar, keep)
-    found = list(stream.steps(1, STEPS))
-    lost = {bad.key for step in found for bad in step.unreadable}
-    assert 12 <= len(lost) <= 24
-    assert all("ends within the record" in bad.reason for step in found for bad in step.unreadable)
-    assert {key for step in found for batch in step.packs for key in batch.keys}.isdisjoint(lost)
+    loaded = list(stream.steps(1, STEPS))
+    failed_keys = {failed.key for step in loaded for failed in step.unreadable}
+    assert 12 <= len(failed_keys) <= 24
+    assert all("ends within the record" in failed.reason for step in loaded for failed in step.unreadable)
+    assert {key for step in loaded for batch in step.packs for key in batch.keys}.isdisjoint(failed_keys)
 
 
 def test_a_missing_manifest_or_credential_is_one_line_without_the_secret(server: FileServer) -> None:
@@ -262,9 +264,9 @@ def test_a_cache_that_cannot_be_written_ends_the_run_and_is_no_bad_sample(
     monkeypatch.setattr(os, "replace", full)
     for copy in tmp_path.glob("*.tar"):
         copy.unlink()
-    (found,) = stream.steps(1, STEPS)
-    assert isinstance(found.failure, RunError)
-    assert "cannot be written (No space left on device)" in str(found.failure)
+    (loaded,) = stream.steps(1, STEPS)
+    assert isinstance(loaded.failure, RunError)
+    assert "cannot be written (No space left on device)" in str(loaded.failure)
 
 
 def test_shards_of_a_window_are_fetched_before_they_are_read(memory: str, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ USER, ASSISTANT, END = "<|im_start|>user\n", "<|im_start|>assistant\n", "<|im_en
 IMAGE = "<|vision_start|><|vision_end|>"
 
 
-def sampler(**settings: Any) -> SampleBuilder:
+def builder(**settings: Any) -> SampleBuilder:
     base = {"tokenizer": "", "text_dropout": 0.0, "reference_dropout": 0.0, "und": ImageConfig(side=64)}
     return SampleBuilder(DataConfig(**{**base, "gen": ImageConfig(side=64), **settings}), tokenizer(), PATCH, SHUFFLE)
 
@@ -44,20 +44,20 @@ def encoded_image(width: int = 64, height: int = 64, kind: str = "PNG", **option
 def sample(record: dict[str, Any], task: str, names: list[str], alternative: int = 0, **settings: Any) -> Sample:
     members = {f"{name}.png": memoryview(encoded_image()) for name in names}
     members["json"] = memoryview(json.dumps(record, ensure_ascii=False).encode())
-    return sampler(**settings).sample(planned(task, alternative), members, lambda name, image: None)
+    return builder(**settings).sample(planned(task, alternative), members, lambda name, image: None)
 
 
-def text_of(found: Sample) -> str:
+def text_of(loaded: Sample) -> str:
     return str(
         tokenizer()._tokenizer.decode(
-            [i for s in found.segments if isinstance(s, TextSegment) for i in s.ids], skip_special_tokens=False
+            [i for s in loaded.segments if isinstance(s, TextSegment) for i in s.ids], skip_special_tokens=False
         )
     )
 
 
-def learnt(found: Sample) -> list[str]:
+def learnt(loaded: Sample) -> list[str]:
     """The supervised runs of a sample."""
-    runs = [s.ids for s in found.segments if isinstance(s, TextSegment) and s.supervised]
+    runs = [s.ids for s in loaded.segments if isinstance(s, TextSegment) and s.supervised]
     return [str(tokenizer()._tokenizer.decode(list(ids), skip_special_tokens=False)) for ids in runs]
 
 
@@ -67,12 +67,12 @@ def turns(*texts: str) -> list[dict[str, str]]:
 
 def test_of_several_turns_every_answer_is_supervised_and_nothing_else() -> None:
     record = {"i2t": [{"images": ["img0"], "turns": turns("what is this?", "a cat", "and its colour?", "red")}]}
-    found = sample(record, "i2t", ["img0"])
-    assert text_of(found) == (
+    loaded = sample(record, "i2t", ["img0"])
+    assert text_of(loaded) == (
         f"{USER}{IMAGE}what is this?{END}\n{ASSISTANT}a cat{END}\n{USER}and its colour?{END}\n{ASSISTANT}red{END}"
     )
-    assert learnt(found) == [f"a cat{END}", f"red{END}"]
-    batch = pack([found])
+    assert learnt(loaded) == [f"a cat{END}", f"red{END}"]
+    batch = pack([loaded])
     assert batch.labels.tolist() == [
         i for run in ("a cat", "red") for i in [*tokenizer().encode(run), tokenizer().im_end]
     ]
@@ -80,17 +80,17 @@ def test_of_several_turns_every_answer_is_supervised_and_nothing_else() -> None:
 
 def test_several_images_stand_in_the_order_of_the_alternative() -> None:
     record = {"i2t": [{"images": ["img2", "img0"], "turns": turns("which is larger?", "the first")}]}
-    found = sample(record, "i2t", ["img0", "img1", "img2"])
-    assert [(p.name, p.role) for p in images_of(found.segments)] == [("img2", Role.UND), ("img0", Role.UND)]
-    assert found.images.keys() == {"img0", "img2"}
-    assert text_of(found).startswith(f"{USER}{IMAGE}{IMAGE}which")
-    assert pack([found]).grids[Role.UND] == [(2, 2), (2, 2)]
+    loaded = sample(record, "i2t", ["img0", "img1", "img2"])
+    assert [(p.name, p.role) for p in images_of(loaded.segments)] == [("img2", Role.UND), ("img0", Role.UND)]
+    assert loaded.images.keys() == {"img0", "img2"}
+    assert text_of(loaded).startswith(f"{USER}{IMAGE}{IMAGE}which")
+    assert pack([loaded]).grids[Role.UND] == [(2, 2), (2, 2)]
 
 
 def test_an_edit_of_several_references_keeps_or_loses_them_together() -> None:
     record = {"it2i": [{"images": ["img0", "img1"], "target": "img2", "text": "join them"}]}
-    found = sample(record, "it2i", ["img0", "img1", "img2"])
-    roles = [(p.name, p.role) for p in images_of(found.segments)]
+    loaded = sample(record, "it2i", ["img0", "img1", "img2"])
+    roles = [(p.name, p.role) for p in images_of(loaded.segments)]
     assert roles == [("img0", Role.REFERENCE), ("img1", Role.REFERENCE), ("img2", Role.TARGET)]
     dropped = sample(record, "it2i", ["img0", "img1", "img2"], reference_dropout=1.0)
     assert [p.role for p in images_of(dropped.segments)] == [Role.TARGET]
@@ -100,19 +100,19 @@ def test_an_edit_of_several_references_keeps_or_loses_them_together() -> None:
 @pytest.mark.parametrize("alternative", [{"images": []}, {}])
 def test_a_sample_without_images_is_text_alone(alternative: dict[str, Any]) -> None:
     record = {"i2t": [{**alternative, "turns": turns("two and two?", "four")}]}
-    found = sample(record, "i2t", [])
-    assert (text_of(found), found.images) == (f"{USER}two and two?{END}\n{ASSISTANT}four{END}", {})
-    alone = pack([found])
+    loaded = sample(record, "i2t", [])
+    assert (text_of(loaded), loaded.images) == (f"{USER}two and two?{END}\n{ASSISTANT}four{END}", {})
+    alone = pack([loaded])
     assert alone.counts[1:] == (0, 0, 0)
     other = sample({"t2i": [{"target": "img0", "text": "a fish"}]}, "t2i", ["img0"])
-    batch = pack([found, other])
+    batch = pack([loaded, other])
     assert batch.counts[3] == 4 and len(batch.labels) == len(alone.labels)
 
 
 def test_chinese_is_what_it_was_in_questions_answers_and_instructions() -> None:
-    found = sample({"i2t": [{"images": ["img0"], "turns": turns("这是什么？", "一只红色的猫。")}]}, "i2t", ["img0"])
-    assert text_of(found) == f"{USER}{IMAGE}这是什么？{END}\n{ASSISTANT}一只红色的猫。{END}"
-    assert learnt(found) == [f"一只红色的猫。{END}"]
+    loaded = sample({"i2t": [{"images": ["img0"], "turns": turns("这是什么？", "一只红色的猫。")}]}, "i2t", ["img0"])
+    assert text_of(loaded) == f"{USER}{IMAGE}这是什么？{END}\n{ASSISTANT}一只红色的猫。{END}"
+    assert learnt(loaded) == [f"一只红色的猫。{END}"]
     edit = sample(
         {"it2i": [{"images": ["img0"], "target": "img1", "text": "把背景变成粉色"}]}, "it2i", ["img0", "img1"]
     )
@@ -121,8 +121,8 @@ def test_chinese_is_what_it_was_in_questions_answers_and_instructions() -> None:
 
 def test_a_text_cannot_open_a_turn_or_an_image() -> None:
     record = {"i2t": [{"images": ["img0"], "turns": turns(f"what?{END}\n{ASSISTANT}", f"{IMAGE} a cat")}]}
-    found = sample(record, "i2t", ["img0"])
-    special = [i for s in found.segments if isinstance(s, TextSegment) for i in s.ids]
+    loaded = sample(record, "i2t", ["img0"])
+    special = [i for s in loaded.segments if isinstance(s, TextSegment) for i in s.ids]
     assert special.count(tokenizer().id("<|im_start|>")) == 2
     assert special.count(tokenizer().id("<|vision_start|>")) == 1
 
@@ -167,13 +167,13 @@ def test_an_image_takes_the_size_of_its_mode_and_stays_the_image(
         "img0.jpg": memoryview(encoded_image(*size, "JPEG", quality=95)),
         "json": memoryview(json.dumps(record).encode()),
     }
-    found = sampler(gen=image_config).sample(planned("t2i"), members, lambda name, image: None).images["img0"]
-    assert found.patches is not None
-    height, width = found.grid[0] * 32, found.grid[1] * 32
+    loaded = builder(gen=image_config).sample(planned("t2i"), members, lambda name, image: None).images["img0"]
+    assert loaded.patches is not None
+    height, width = loaded.grid[0] * 32, loaded.grid[1] * 32
     assert (height, width) == expected
     if image_config.mode == "buckets":
         assert (height, width) in buckets(1024, 32)
-    pixels = from_patches(torch.from_numpy(found.patches), *found.grid, PATCH, SHUFFLE).numpy().astype(float)
+    pixels = from_patches(torch.from_numpy(loaded.patches), *loaded.grid, PATCH, SHUFFLE).numpy().astype(float)
     x, y = np.meshgrid((np.arange(width) + 0.5) / width * 255, (np.arange(height) + 0.5) / height * 255)
     assert np.abs(pixels[..., 0] - x).mean() < 2
     assert np.abs(pixels[..., 1] - y).mean() < 2
@@ -192,10 +192,10 @@ def test_a_large_jpeg_is_decoded_small_and_looks_the_same() -> None:
         assert opened.size == (1024, 768)
     with open_image(file.getvalue()) as opened:
         small = load_image(opened, 512, 512)
-    whole = np.asarray(
+    resized = np.asarray(
         Image.open(io.BytesIO(file.getvalue())).convert("RGB").resize((512, 512), Image.Resampling.BICUBIC)
     )
-    assert np.abs(small.astype(int) - whole).mean() < 1.0
+    assert np.abs(small.astype(int) - resized).mean() < 1.0
 
 
 def test_draws_depend_on_seed_epoch_and_key_alone() -> None:
@@ -208,15 +208,15 @@ def test_draws_depend_on_seed_epoch_and_key_alone() -> None:
     plans = [planned("it2i", key=f"k{i % 30}", epoch=i // 30) for i in range(600)]
 
     def draw(one: SampleBuilder, plan: SampleRef) -> tuple[Any, ...]:
-        found = one.sample(plan, members, lambda name, image: None)
-        return "fish" in text_of(found), len(found.images), found.noise_seed, found.time_seed
+        loaded = one.sample(plan, members, lambda name, image: None)
+        return "fish" in text_of(loaded), len(loaded.images), loaded.noise_seed, loaded.time_seed
 
-    first = sampler(**rates)
+    first = builder(**rates)
     forward = [draw(first, plan) for plan in plans]
-    again = sampler(**rates)
+    again = builder(**rates)
     assert forward == [draw(again, plan) for plan in reversed(plans)][::-1]
     assert len({seeds for *_, noise, time_ in forward for seeds in (noise, time_)}) == 1200
     kept = Counter(has_text for has_text, *_ in forward)
     assert abs(kept[False] - 120) < 4 * (600 * 0.2 * 0.8) ** 0.5
-    other = sampler(**rates, seed=1)
+    other = builder(**rates, seed=1)
     assert draw(other, plans[0])[2:] != forward[0][2:]

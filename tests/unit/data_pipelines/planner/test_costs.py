@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from data_pipelines.planner.costs import CostModel, SampleCosts, sample_costs
-from data_pipelines.shards.index import COLUMNS, read_columns
+from data_pipelines.shards.index import INDEX_COLUMNS, read_columns
 from emma_train.config.schema import DecoderConfig, ImageConfig, ModelConfig
 from emma_train.sequence.geometry import image_size
 from emma_train.sequence.seeds import choice_of
@@ -16,7 +16,7 @@ from tests.shards import every_task, write_shards
 SHARD = ("folder/shard-000000.tar", "0" * 64)
 
 
-def how(task: str, image: ImageConfig, **caps: int) -> CostModel:
+def cost_model(task: str, image: ImageConfig, **caps: int) -> CostModel:
     return CostModel(task, image, ModelConfig(), {"tokens": 8192, **caps}, seed=3)
 
 
@@ -27,7 +27,7 @@ def random_rows(task: str, seed: int, num: int = 40) -> pa.Table:
     for i in range(num):
         alternatives, images = int(rng.integers(1, 4)), int(rng.integers(1, 5))
         shown = [rng.integers(0, images, rng.integers(0, 3)).tolist() for _ in range(alternatives)]
-        made = rng.integers(0, images, alternatives).tolist() if task != "i2t" else [-1] * alternatives
+        num_target = rng.integers(0, images, alternatives).tolist() if task != "i2t" else [-1] * alternatives
         rows.append(
             {
                 "key": f"k{i}",
@@ -38,14 +38,14 @@ def random_rows(task: str, seed: int, num: int = 40) -> pa.Table:
                 "text_tokens": rng.integers(5, 900, alternatives).tolist(),
                 "supervised_tokens": [1] * alternatives,
                 "context": shown if task != "t2i" else [[]] * alternatives,
-                "target": made,
+                "target": num_target,
                 "widths": rng.integers(20, 3000, images).tolist(),
                 "heights": rng.integers(20, 3000, images).tolist(),
                 "tags": [],
             }
         )
-    columns = [name for name in COLUMNS.names if name in rows[0]]
-    return pa.Table.from_pylist(rows, pa.schema([COLUMNS.field(name) for name in columns]))
+    columns = [name for name in INDEX_COLUMNS.names if name in rows[0]]
+    return pa.Table.from_pylist(rows, pa.schema([INDEX_COLUMNS.field(name) for name in columns]))
 
 
 @pytest.mark.parametrize("task", ["i2t", "t2i", "it2i"])
@@ -54,30 +54,30 @@ def random_rows(task: str, seed: int, num: int = 40) -> pa.Table:
 def test_every_row_is_measured_as_one_by_one(task: str, mode: str, epoch: int) -> None:
     image = ImageConfig(mode=mode, side=512, max_tokens=1500)
     tables = [random_rows(task, seed) for seed in (0, 1)]
-    columns = sample_costs(tables, [SHARD, SHARD], epoch, how(task, image, pixels=10**12))
-    assert columns.shard.tolist() == [0] * 40 + [1] * 40
-    for place, row in enumerate(pa.concat_tables(tables).to_pylist()):
+    costs = sample_costs(tables, [SHARD, SHARD], epoch, cost_model(task, image, pixels=10**12))
+    assert costs.shard.tolist() == [0] * 40 + [1] * 40
+    for index, row in enumerate(pa.concat_tables(tables).to_pylist()):
 
         def tokens(number: int, row: dict = row) -> int:
             height, width = image_size(row["widths"][number], row["heights"][number], image, 32)
             return height * width // 32**2
 
         chosen = choice_of(len(row["text_tokens"]), 3, epoch, row["key"], f"{task} alternative")
-        seen = sum(tokens(number) for number in row["context"][chosen])
-        made = tokens(row["target"][chosen]) if row["target"][chosen] >= 0 else 0
-        assert columns.alternative[place] == chosen
-        assert columns.seen[place] == seen
-        assert columns.tokens[place] == row["text_tokens"][chosen] + seen + made
-        assert columns.sizes[:, place].tolist() == [columns.tokens[place], (seen + made) * 1024]
+        num_visual = sum(tokens(number) for number in row["context"][chosen])
+        num_target = tokens(row["target"][chosen]) if row["target"][chosen] >= 0 else 0
+        assert costs.alternative[index] == chosen
+        assert costs.num_visual[index] == num_visual
+        assert costs.num_tokens[index] == row["text_tokens"][chosen] + num_visual + num_target
+        assert costs.sizes[:, index].tolist() == [costs.num_tokens[index], (num_visual + num_target) * 1024]
 
 
 def test_real_shards_measure_the_same(tmp_path: Path) -> None:
     folder = write_shards(tmp_path, every_task(5))
     table = read_columns(str(folder), "shard-000000.tar", "it2i")
-    columns = sample_costs([table], [SHARD], 0, how("it2i", ImageConfig(side=64)))
-    assert len(columns) == 5
-    assert columns.seen.tolist() == [4] * 5
-    assert (columns.tokens > 8).all() and (columns.cost > columns.tokens).all()
+    costs = sample_costs([table], [SHARD], 0, cost_model("it2i", ImageConfig(side=64)))
+    assert len(costs) == 5
+    assert costs.num_visual.tolist() == [4] * 5
+    assert (costs.num_tokens > 8).all() and (costs.cost > costs.num_tokens).all()
 
 
 def test_images_of_an_understanding_sample_shrink_to_what_its_text_leaves_them() -> None:
@@ -97,28 +97,28 @@ def test_images_of_an_understanding_sample_shrink_to_what_its_text_leaves_them()
     )
     for name, value in (("task", "i2t"), ("offset", 0), ("size", 1), ("crc32", 0), ("target", [-1])):
         table = table.append_column(name, pa.array([value] * 4))
-    table = table.cast(pa.schema([COLUMNS.field(name) for name in table.column_names]))
+    table = table.cast(pa.schema([INDEX_COLUMNS.field(name) for name in table.column_names]))
     native = ImageConfig(mode="native", max_tokens=4096)
-    columns = sample_costs([table], [SHARD], 0, how("i2t", native, tokens=2000))
-    assert columns.shrunk.tolist() == [0, 500, 0, 0]
-    assert columns.tokens.tolist() == [500, 2000, 3000, 2390]
-    assert columns.refused.tolist() == [False, False, True, True]
-    square = sample_costs([table], [SHARD], 0, how("i2t", ImageConfig(side=1024), tokens=2000))
-    assert square.refused.tolist() == [False, True, True, True]
+    costs = sample_costs([table], [SHARD], 0, cost_model("i2t", native, tokens=2000))
+    assert costs.max_tokens.tolist() == [0, 500, 0, 0]
+    assert costs.num_tokens.tolist() == [500, 2000, 3000, 2390]
+    assert costs.too_long.tolist() == [False, False, True, True]
+    square = sample_costs([table], [SHARD], 0, cost_model("i2t", ImageConfig(side=1024), tokens=2000))
+    assert square.too_long.tolist() == [False, True, True, True]
 
 
 def test_cost_is_work_in_tokens_of_the_decoder() -> None:
     """Text alone costs its tokens and their attention; an image costs what 413 M parameters do four times a token."""
 
-    def columns(task: str, text: int, shown: int) -> SampleCosts:
+    def costs(task: str, text: int, shown: int) -> SampleCosts:
         row = {"text_tokens": [text], "context": [[0] * shown], "widths": [512], "heights": [512], "target": [-1]}
         table = pa.Table.from_pylist([{**row, "key": "a", "task": task, "offset": 0, "size": 1, "crc32": 0}])
-        table = table.cast(pa.schema([COLUMNS.field(name) for name in table.column_names]))
-        return sample_costs([table], [SHARD], 0, how(task, ImageConfig(side=512)))
+        table = table.cast(pa.schema([INDEX_COLUMNS.field(name) for name in table.column_names]))
+        return sample_costs([table], [SHARD], 0, cost_model(task, ImageConfig(side=512)))
 
     decoder = DecoderConfig()
     per_token = decoder.num_layers * 2560 * (2 * 4096 + 2 * 1024 + 3 * 9728)
-    assert columns("i2t", 1000, 0).cost[0] == pytest.approx(1000 + 500_000 * 36 * 8192 / per_token)
-    image = columns("i2t", 1000, 1).cost[0] - 1256 - (1256**2 // 2) * 36 * 8192 / per_token
+    assert costs("i2t", 1000, 0).cost[0] == pytest.approx(1000 + 500_000 * 36 * 8192 / per_token)
+    image = costs("i2t", 1000, 1).cost[0] - 1256 - (1256**2 // 2) * 36 * 8192 / per_token
     assert image == pytest.approx((1024 * 27 * 1152 * (4 * 1152 + 2 * 4304) + 1024**2 * 27 * 2304) / per_token)
     assert 0.4 * 256 < image < 0.6 * 256

@@ -18,7 +18,7 @@ def queue(rng: np.random.Generator, num: int, least: int, mean: float, share: in
 
 
 def taken(slots: Slots, number: int) -> list[int]:
-    return sorted(place for slot in slots for owner, place in slot if owner == number)
+    return sorted(sample for slot in slots for owner, sample in slot if owner == number)
 
 
 @given(seed=st.integers(0, 10**6), num_slots=st.sampled_from([1, 2, 12, 30]), shares=st.sampled_from([(1, 1), (2, 3)]))
@@ -32,13 +32,15 @@ def test_filled_slots_keep_the_ratio_and_the_caps_and_take_nothing_twice(
     ]
     slots = fill(queues, num_slots, [CAP])
     assert slots is not None
-    places = [taken(slots, number) for number in (0, 1)]
-    assert all(len(set(own)) == len(own) for own in places)
-    units = {len(own) / share for own, share in zip(places, shares, strict=True)}
+    taken_by_queue = [taken(slots, number) for number in (0, 1)]
+    assert all(len(set(samples)) == len(samples) for samples in taken_by_queue)
+    units = {len(samples) / share for samples, share in zip(taken_by_queue, shares, strict=True)}
     assert len(units) == 1 and units.pop() >= 1
     costs, sizes = sums(queues, slots)
     assert max(size[0] for size in sizes) <= CAP
-    assert sum(costs) == pytest.approx(sum(queues[n].costs[p] for n, own in enumerate(places) for p in own))
+    assert sum(costs) == pytest.approx(
+        sum(queues[n].costs[p] for n, samples in enumerate(taken_by_queue) for p in samples)
+    )
 
 
 @given(seed=st.integers(0, 10**6))
@@ -48,7 +50,7 @@ def test_slots_are_full_and_even_on_a_realistic_mix(seed: int) -> None:
     slots = fill(queues, 64, [CAP])
     assert slots is not None
     costs, sizes = sums(queues, slots)
-    # Of a first step; those after it have the samples that were left behind to choose from too (test_plan.py).
+    # Of a first step; those after it have the skipped samples to choose from too (test_planner.py).
     assert sum(size[0] for size in sizes) / (64 * CAP) >= 0.985
     assert max(costs) / np.mean(costs) <= 1.05
 
@@ -57,29 +59,29 @@ def test_nobody_waits_for_more_than_a_few_steps() -> None:
     """What is left behind goes first next time, and the first half of a queue is always taken."""
     rng = np.random.default_rng(0)
     tokens = (20 + rng.lognormal(5, 1, 20_000).clip(1, 6000)).astype(int)
-    left, next_position, waited = [], 0, dict[int, int]()
+    skipped, next_position, waited = [], 0, dict[int, int]()
     for _ in range(40):
-        positions = [*left, *range(next_position, next_position + 500)]
+        positions = [*skipped, *range(next_position, next_position + 500)]
         sizes = tokens[positions].tolist()
-        own = Queue(list(range(len(positions) - look_ahead(8) + 1)), [sizes], [float(s) for s in sizes])
-        slots = fill([own], 8, [CAP])
+        candidates = Queue(list(range(len(positions) - look_ahead(8) + 1)), [sizes], [float(s) for s in sizes])
+        slots = fill([candidates], 8, [CAP])
         assert slots is not None
-        places = taken(slots, 0)
-        next_position = max(next_position, positions[places[-1]] + 1)
-        left = [positions[place] for place in range(places[-1]) if place not in set(places)]
-        waited = {position: waited.get(position, 0) + 1 for position in left}
+        taken_samples = taken(slots, 0)
+        next_position = max(next_position, positions[taken_samples[-1]] + 1)
+        skipped = [positions[sample] for sample in range(taken_samples[-1]) if sample not in set(taken_samples)]
+        waited = {position: waited.get(position, 0) + 1 for position in skipped}
         assert max(waited.values(), default=0) <= 3
 
 
 @given(seed=st.integers(0, 10**6))
 def test_every_cap_holds(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    own = queue(rng, 900, 20, 150)
+    candidates = queue(rng, 900, 20, 150)
     images = rng.integers(0, 400, 900)
-    own.sizes.append(images.tolist())
-    slots = fill([own], 12, [CAP, 2500])
+    candidates.sizes.append(images.tolist())
+    slots = fill([candidates], 12, [CAP, 2500])
     assert slots is not None
-    for tokens, seen in sums([own], slots)[1]:
+    for tokens, seen in sums([candidates], slots)[1]:
         assert tokens <= CAP and seen <= 2500
 
 
@@ -94,7 +96,7 @@ def test_what_cannot_fit_is_told() -> None:
 def test_dealt_slots_hold_everything_and_as_many_each(seed: int, num_slots: int, num: int) -> None:
     rng = np.random.default_rng(seed)
     tokens = rng.integers(1, 500, (2, num))
-    queues = [Queue([0, num], [own.tolist()], own.astype(float).tolist()) for own in tokens]
+    queues = [Queue([0, num], [of_queue.tolist()], of_queue.astype(float).tolist()) for of_queue in tokens]
     slots = deal(queues, num_slots)
     for number in (0, 1):
         assert taken(slots, number) == list(range(num))

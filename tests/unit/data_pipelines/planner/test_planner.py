@@ -347,16 +347,16 @@ def test_slots_that_cannot_be_even_are_packed_to_fit_before_giving_up(tmp_path: 
     assert max(sum(s.num_tokens for s in slot) for slot in plan.slots) <= recipe.data.pack_tokens
 
 
-def test_a_spare_is_another_that_fits_and_the_same_for_everyone(small: Path) -> None:
+def test_a_substitute_is_another_that_fits_and_the_same_for_everyone(small: Path) -> None:
     recipe = small_recipe(small)
     for sample in planner(recipe).plan(3).slots[0]:
-        spares = [planner(recipe).spare(sample, attempt) for attempt in range(8)]
-        assert spares == [planner(recipe).spare(sample, attempt) for attempt in range(8)]
-        found = [spare for spare in spares if spare is not None]
-        assert len({spare.key for spare in found}) > 1
-        for spare in found:
-            assert spare.key != sample.key and spare.task == sample.task
-            assert spare.num_tokens <= sample.num_tokens and spare.num_visual <= sample.num_visual
+        substitutes = [planner(recipe).substitute(sample, attempt) for attempt in range(8)]
+        assert substitutes == [planner(recipe).substitute(sample, attempt) for attempt in range(8)]
+        existing = [substitute for substitute in substitutes if substitute is not None]
+        assert len({substitute.key for substitute in existing}) > 1
+        for substitute in existing:
+            assert substitute.key != sample.key and substitute.task == sample.task
+            assert substitute.num_tokens <= sample.num_tokens and substitute.num_visual <= sample.num_visual
 
 
 def test_the_plan_of_a_billion_samples_takes_little_memory() -> None:
@@ -366,9 +366,9 @@ def test_the_plan_of_a_billion_samples_takes_little_memory() -> None:
         plans.plan(1)
         plans.load(10, {task: {"next": 987_654_321, "left": [], "tokens": 0} for task in ("i2t", "t2i")})
         assert {s.epoch for s in plans.plan(11).slots[0]} == {0}
-    blend = plans._phases[0].blends["i2t"]
-    assert blend.num_rows == 10**9
-    windows = blend.pools[0]._windows.values()
+    stream = plans._phases[0].streams["i2t"]
+    assert stream.num_rows == 10**9
+    windows = stream.pools[0]._windows.values()
     assert sum(len(window.result()[0]) for window in windows) <= 3 * 400_000
 
 

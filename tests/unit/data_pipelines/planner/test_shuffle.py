@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_pipelines.planner.costs import SampleCosts
-from data_pipelines.planner.shuffle import Shard, ShuffledShards, WeightedInterleave, pattern
+from data_pipelines.planner.shuffle import Shard, ShuffledShards, WeightedInterleave, interleave_pattern
 
 
 def columns_of(shards: Any, epoch: int) -> SampleCosts:
@@ -25,12 +25,12 @@ def columns_of(shards: Any, epoch: int) -> SampleCosts:
         size=none,
         crc32=none,
         alternative=none,
-        tokens=none + 1,
-        seen=none,
+        num_tokens=none + 1,
+        num_visual=none,
         sizes=none[None],
         cost=none,
-        shrunk=none,
-        refused=none > 0,
+        max_tokens=none,
+        too_long=none > 0,
     )
 
 
@@ -39,12 +39,12 @@ def pool(sizes: list[int], window: int = 8, seed: int = 0, name: str = "i2t") ->
     return ShuffledShards(shards, columns_of, seed, name, window)
 
 
-def keys(blend: WeightedInterleave | ShuffledShards, first: int, count: int) -> list[str]:
-    found = [""] * count
-    for which, _, columns, rows in blend.rows(np.arange(first, first + count)):
-        for place, row in zip(which.tolist(), rows.tolist(), strict=True):
-            found[place] = columns.keys[row].as_py()
-    return found
+def keys(interleave: WeightedInterleave | ShuffledShards, first: int, count: int) -> list[str]:
+    result = [""] * count
+    for indices, _, costs, rows in interleave.rows(np.arange(first, first + count)):
+        for index, row in zip(indices.tolist(), rows.tolist(), strict=True):
+            result[index] = costs.keys[row].as_py()
+    return result
 
 
 @given(
@@ -87,7 +87,7 @@ def test_only_the_nearest_windows_are_kept() -> None:
     [([1, 1], 2, [1, 1]), ([2, 1], 3, [2, 1]), ([0.5, 0.25, 0.25], 4, [2, 1, 1]), ([6, 3], 3, [2, 1])],
 )
 def test_a_pattern_is_the_shortest_with_its_shares(weights: list[float], length: int, counts: list[int]) -> None:
-    order = pattern(weights)
+    order = interleave_pattern(weights)
     assert len(order) == length
     assert np.bincount(order).tolist() == counts
 
@@ -96,21 +96,21 @@ def test_a_pattern_is_the_shortest_with_its_shares(weights: list[float], length:
     weights=st.lists(st.integers(1, 20), min_size=1, max_size=5), first=st.integers(0, 10**9), num=st.integers(1, 300)
 )
 def test_every_run_of_a_blend_keeps_the_weights_within_one_or_two(weights: list[int], first: int, num: int) -> None:
-    order = pattern(weights)
+    order = interleave_pattern(weights)
     run = order[np.arange(first, first + num) % len(order)]
     for number, weight in enumerate(weights):
         assert abs(int((run == number).sum()) - num * weight / sum(weights)) < 2
 
 
-def test_each_pool_of_a_blend_goes_through_its_own_epochs() -> None:
+def test_each_pool_of_an_interleave_goes_through_its_own_epochs() -> None:
     small, large = pool([6], name="a"), pool([0, 20], name="b")
-    blend = WeightedInterleave([small, large], [1, 2])
-    got = keys(blend, 0, 60)
+    interleave = WeightedInterleave([small, large], [1, 2])
+    got = keys(interleave, 0, 60)
     assert Counter(key for key in got if key.startswith("s1")) == {f"s1/{i}": 2 for i in range(20)}
-    own = [key for key in got if key.startswith("s0")]
-    assert len(own) == 20
-    assert all(Counter(own[i : i + 6]) == {f"s0/{row}": 1 for row in range(6)} for i in (0, 6, 12))
-    assert blend.epochs(60) == pytest.approx(20 / 6)
+    counts = [key for key in got if key.startswith("s0")]
+    assert len(counts) == 20
+    assert all(Counter(counts[i : i + 6]) == {f"s0/{row}": 1 for row in range(6)} for i in (0, 6, 12))
+    assert interleave.epochs(60) == pytest.approx(20 / 6)
     for position in (0, 1, 2, 17, 59):
-        owner, at = blend.at(position)
-        assert keys(owner, at, 1) == [got[position]]
+        sub_pool, pool_position = interleave.locate(position)
+        assert keys(sub_pool, pool_position, 1) == [got[position]]

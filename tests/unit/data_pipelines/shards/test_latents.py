@@ -7,7 +7,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from data_pipelines.shards import latents
-from data_pipelines.shards.latents import cached_latent, latents_of, metadata_of
+from data_pipelines.shards.latents import cached_latent, latents_path, metadata_of
 from emma_train.storage.local_cache import Cache
 from emma_train.storage.object_store import Storage
 from tests.servers import serving
@@ -21,7 +21,7 @@ NUM = 3000
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = np.random.default_rng(0)
     values = {f"p{i:05d}/img0": rng.standard_normal((1 + i % 3, 4), dtype=np.float32) for i in range(NUM)}
-    path = Path(latents_of(tmp_path_factory.mktemp("latents") / "shard-000000.tar", "square-64"))
+    path = Path(latents_path(tmp_path_factory.mktemp("latents") / "shard-000000.tar", "square-64"))
     save_file(values, path, metadata_of(MARK, SHARD, values))
     return path
 
@@ -55,8 +55,8 @@ def test_every_latent_is_the_one_that_was_written(file: Path, tmp_path: Path, fa
 
 
 def test_the_name_beside_a_shard_keeps_the_query_of_its_url() -> None:
-    assert latents_of("https://host/a/s.tar?t=1", "square-64") == "https://host/a/s.square-64.latents.safetensors?t=1"
-    assert latents_of("s3://b/s.tar", "square-64") == "s3://b/s.square-64.latents.safetensors"
+    assert latents_path("https://host/a/s.tar?t=1", "square-64") == "https://host/a/s.square-64.latents.safetensors?t=1"
+    assert latents_path("s3://b/s.tar", "square-64") == "s3://b/s.square-64.latents.safetensors"
 
 
 @pytest.mark.parametrize(("mark", "shard"), [("other", SHARD), (MARK, "0" * 64)])
