@@ -9,7 +9,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
-# Derandomised: a property that fails here fails for everyone, and the suite's time is the same every day.
+# Derandomised: a property test fails for everyone or for nobody, and the suite takes the same time every day.
 settings.register_profile(
     "emma", max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )

@@ -107,7 +107,7 @@ def write_export(out: Path, recipe: Recipe, seed: int = 0) -> Emma:
 
 
 def recipe_values(stage: str = "stage1", **dotted: Any) -> dict[str, Any]:
-    """Plain values of a valid recipe. `dotted` overrides, with __ for the dot: train__steps=3."""
+    """Plain values of a valid recipe. `dotted` overrides them, with __ for the dot: train__steps=3."""
     understanding = stage in ("stage0", "stage4_expert", "stage4_router")
     values: dict[str, Any] = {
         "run": {"root": "runs", "name": f"test-{stage}"},
@@ -172,7 +172,7 @@ def block_order(rows: int, columns: int) -> Tensor:
 def pixels(
     rows: int, columns: int, seed: int = 0, cached: bool = True, stem: int = -1, patch: int = PATCH
 ) -> ImageTokens:
-    """An image of noise as Pixels; its latent is N(0, 1) and unscaled."""
+    """An image of noise as ImageTokens; its latent is N(0, 1) and unscaled."""
     rng = np.random.default_rng(seed)
     image = rng.integers(0, 256, (rows * patch * SHUFFLE, columns * patch * SHUFFLE, 3), dtype=np.uint8)
     latent = rng.standard_normal((rows * columns, CHANNELS), dtype=np.float32) if cached else None
@@ -250,7 +250,10 @@ def kept_bytes(model: torch.nn.Module, run: Callable[[], Any]) -> int:
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, so that no address is used twice
+            kept[storage.data_ptr()] = (
+                storage.nbytes(),
+                tensor,
+            )  # keep the tensor alive: its address must not be reused
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
@@ -259,7 +262,7 @@ def kept_bytes(model: torch.nn.Module, run: Callable[[], Any]) -> int:
 
 
 class FakeAutoencoder:
-    """What model/autoencoder.py offers, without weights: a latent is a fixed linear image of its 32 x 32 block."""
+    """The interface of model/autoencoder.py without weights: a latent is a fixed linear map of its 32 x 32 block."""
 
     scale = 0.5
 
@@ -295,7 +298,7 @@ def _seeded(sample: Sample, seed: int) -> Sample:
 
 
 def assert_same_pack(one: PackedBatch, other: PackedBatch) -> None:
-    """Every table and tensor of two packs agrees, in type and to the last bit."""
+    """Assert that every table and tensor of two packs agrees in type and in every bit."""
     a, b = (dict(_leaves(dataclasses.asdict(batch))) for batch in (one, other))
     assert a.keys() == b.keys()
     for name, value in a.items():

@@ -1,4 +1,4 @@
-"""A store for tests, folder://PATH: what an object store promises and no more, kept in a folder that processes share.
+"""An object store for tests, folder://PATH: it keeps its objects in a folder that processes share.
 
 Nothing can be renamed, folders are there as long as a file is below them, and a file is there once it is closed: whole,
 or not at all where its writer is killed. Every request goes through `FolderStore.request`, where tests let it fail.
@@ -17,16 +17,16 @@ from upath import UPath
 from upath.registry import register_implementation
 
 Request = Callable[[str, str], None]
-"""(get, part, put, head, list, copy or delete; path) -> what the store does instead of answering: raise, hang, kill."""
+"""(get, part, put, head, list, copy or delete; path) -> a fault instead of the answer: raise, hang, kill."""
 
 
 def url_of(folder: Path) -> str:
-    """The URL under which the store holds what lies in a folder."""
+    """The URL of a folder's content in the store."""
     return f"folder://{folder}"
 
 
 def answered(kind: str, path: str) -> None:
-    """A request that is answered."""
+    """Answer the request without a fault."""
 
 
 class FolderStore(AbstractFileSystem):
@@ -68,7 +68,7 @@ class FolderStore(AbstractFileSystem):
     def rm_file(self, path: str) -> None:
         self.request("delete", path)
         os.unlink(path)
-        with contextlib.suppress(OSError):  # as soon as one is not empty, or somebody else has removed it
+        with contextlib.suppress(OSError):  # a folder is not empty, or another process has removed it
             os.removedirs(os.path.dirname(path))
 
     def rm(self, path: Any, recursive: bool = False, maxdepth: int | None = None) -> None:
@@ -78,7 +78,7 @@ class FolderStore(AbstractFileSystem):
 
 
 class FolderPath(UPath):
-    """Says that this store is known."""
+    """Registers the store with universal_pathlib."""
 
 
 class _Upload(io.BytesIO):
@@ -101,7 +101,7 @@ class _Upload(io.BytesIO):
 def _put(path: str, content: bytes) -> None:
     beside = Path(path).with_name(f".{os.getpid()}.upload")
     while True:
-        with contextlib.suppress(FileNotFoundError):  # somebody else removes the folder with its last file
+        with contextlib.suppress(FileNotFoundError):  # another process removes the folder with its last file
             os.makedirs(beside.parent, exist_ok=True)
             beside.write_bytes(content)
             return os.replace(beside, path)

@@ -37,7 +37,7 @@ THETA = 50000.0
 
 
 def llm(folder: Path, shard: str = "1GB", seed: int = 0, **changes: Any) -> Qwen3ForCausalLM:
-    """rope_theta and eps are not the defaults of either side. The tokenizer of the tiny recipes lies beside."""
+    """rope_theta and eps differ from both defaults. The folder gets the tiny recipes' tokenizer too."""
     sizes = {
         "vocab_size": DECODER["vocab"],
         "hidden_size": DECODER["hidden"],
@@ -103,21 +103,21 @@ def autoencoder(folder: Path, shard: str = "1GB", seed: int = 0, **changes: Any)
 
 
 def prefixed(folder: Path) -> None:
-    """`vision_model.` before every key."""
+    """Put `vision_model.` before every key."""
     change(folder, lambda tensors: {f"vision_model.{key}": value for key, value in tensors.items()})
 
 
 def change(
     folder: Path, how: Callable[[dict[str, Tensor]], dict[str, Tensor] | None], file: str = "model.safetensors"
 ) -> None:
-    """Write the tensors of a file again as `how` returns or leaves them."""
+    """Rewrite a file with the tensors that `how` returns, or that it changed in its argument."""
     tensors = load_file(folder / file)
     save_file(how(tensors) or tensors, folder / file, metadata={"format": "pt"})
 
 
 @contextlib.contextmanager
 def config_of(folder: Path) -> Any:
-    """The folder's config.json as a dict to be changed."""
+    """The folder's config.json as a dict; changes are written back."""
     path = folder / "config.json"
     values = json.loads(path.read_text())
     yield values

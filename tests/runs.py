@@ -17,7 +17,7 @@ from tests.distributed.spawn import Outcome, run_ranks
 SAME_EVERYWHERE = ("loss", "loss/i2t", "loss/t2i", "loss/it2i", "lr", "grad_norm", "data/digest", "data/straggler",
                    "data/skipped", "data/replaced", "samples/i2t", "samples/t2i", "samples/it2i",
                    "tokens/total")  # fmt: skip
-"""What two runs of one recipe agree on, bit for bit at the same world size; the rest are clocks and memory."""
+"""Metrics that are equal bit for bit in two runs of a recipe at one world size; the rest are clocks and memory."""
 
 
 def train(recipe: Path, *overrides: str, processes: int = 1, code: int = 0, timeout_s: float = 180) -> list[Outcome]:
@@ -29,7 +29,7 @@ def train(recipe: Path, *overrides: str, processes: int = 1, code: int = 0, time
 
 
 def train_until(recipe: Path, stop: int, *overrides: str, processes: int = 1) -> None:
-    """The same, asked to stop during step `stop`; ends after a checkpoint of it."""
+    """The same, but the run is asked to stop during step `stop`; it ends after a checkpoint of that step."""
     outcomes = run_ranks(processes, stopped_command, ["train", str(recipe), *overrides], stop, timeout_s=180)
     for outcome in outcomes:
         assert outcome.value == EXIT_PREEMPTED, f"exit code {outcome.value}\n{outcome.out}\n{outcome.err}"
@@ -50,20 +50,20 @@ def checkpoint(run: Path, step: int) -> Path:
 
 
 def stored(folder: StoragePath) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint, whole, by name."""
+    """Every full tensor of a checkpoint, by name."""
     state: dict[str, Any] = {}
     for part_folder in store.places(folder):
         entries = store.Reader(part_folder).read_metadata().state_dict_metadata
         tensors: dict[str, Any] = {n: torch.empty(e.size, dtype=e.properties.dtype) for n, e in entries.items()}
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it says that one process is one process
+            warnings.simplefilter("ignore")  # a warning that there is only one process
             dcp.load(tensors, storage_reader=store.Reader(part_folder), no_dist=True)
         state |= tensors
     return state
 
 
 def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    """Names of what two checkpoints do not hold alike, bit for bit."""
+    """Names of the tensors that differ between two checkpoints in any bit, or that only one has."""
     return sorted(name for name in one.keys() | other.keys() if not _equal(one.get(name), other.get(name)))
 
 

@@ -33,7 +33,7 @@ def sample(task: str, key: str, side: int) -> Sample:
 
 
 def packs(tokens: int, side: int) -> dict[str, PackedBatch]:
-    """One pack per task and one of all, of about so many tokens."""
+    """One pack per task and one of all tasks, of about `tokens` tokens."""
     mixes = {"i2t": ["i2t"], "t2i": ["t2i"], "it2i": ["it2i"], "mixed": ["i2t", "t2i", "it2i"]}
     made = {}
     for name, tasks in mixes.items():

@@ -1,4 +1,4 @@
-"""How long training stands still for a checkpoint, written beside it or not, and how small a router's checkpoint is.
+"""How long training waits for a checkpoint, asynchronous or not, and how small a router's checkpoint is.
 
     python tests/bench/checkpoint.py [--json] [--folder DIR] [--processes 1]
 
@@ -66,19 +66,19 @@ def lines(run: Path) -> list[dict[str, Any]]:
 
 
 def stall_s(run: Path) -> float:
-    """Seconds per save that training stood still, without the last save."""
+    """Seconds per save that training waited, without the last save."""
     return sum(line["checkpoint/stall_s"] for line in lines(run)[:-1]) / SAVES
 
 
 def num_bytes(run: Path) -> int:
-    """What a checkpoint of the run writes anew."""
+    """Bytes that a checkpoint of the run writes."""
     meta = folders.whole(folders.resolve(run))
     assert meta is not None
     return sum(int(entry["bytes"]) for entry in meta["files"].values())
 
 
 def lost_beside(folder: Path) -> dict[str, float]:
-    """Seconds per save that the training thread lost to a save of 0.9 GB beside it."""
+    """Seconds per save that the training thread lost to a concurrent save of 0.9 GB."""
     model = nn.Sequential(*(nn.Linear(760, 760) for _ in range(100)))
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     averages = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -116,7 +116,7 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer, averages: dict[st
 
 
 def _account() -> tuple[float, float]:
-    """Seconds that this thread has run, and that it was ready to and had no core."""
+    """Seconds that this thread has run, and that it waited for a core."""
     ran, queued, _ = Path(f"/proc/self/task/{threading.get_native_id()}/schedstat").read_text().split()
     return int(ran) / 1e9, int(queued) / 1e9
 

@@ -1,4 +1,4 @@
-"""Seconds that the tiny model takes to answer and to draw, with prompts computed once (cached) and at every step.
+"""Seconds that the tiny model takes for answers and images, with prompts computed once (cached) and at every step.
 
     python tests/bench/generate.py [--json] [--batch 4] [--steps 30] [--max-tokens 32]
 
@@ -57,7 +57,7 @@ def requests(task: str, batch: int) -> list[Request]:
 
 
 def best(run: Callable[[], Any], repeats: int = 3) -> tuple[float, Any]:
-    """Seconds of the fastest of a few runs after one to warm up, and what it gave."""
+    """Seconds of the fastest of a few runs after one to warm up, and its value."""
     value, seconds = run(), []
     for _ in range(repeats):
         started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""How far apart the engines, numbers of ranks and accumulation end, in every stage: the table of docs/engines.md.
+"""How far the results of engines and numbers of ranks differ in every stage: the table of docs/engines.md.
 
     python tests/bench/parity.py [--json] [--steps 20] [--stages stage0 stage1 ...]
 

@@ -1,4 +1,4 @@
-"""Samples a second of the stream beside webdataset and megatron-energon, on the same page-cached shards.
+"""Samples per second of our loader, webdataset and megatron-energon, on the same page-cached shards.
 
     python tests/bench/stream.py [--json] [--samples 1200] [--repeats 3]
 
@@ -82,7 +82,7 @@ def main() -> None:
 
 
 def read(folder: Path, num: int, repeats: int) -> dict[str, Any]:
-    """Samples a second of each reader, and their ratios."""
+    """Samples per second of each reader, and their ratios."""
     energon, reason = energon_raw(folder)
     raw: dict[str, Callable[[], Iterator[int]]] = {
         "ours": lambda: ours_raw(folder),
@@ -109,7 +109,7 @@ def read(folder: Path, num: int, repeats: int) -> dict[str, Any]:
 
 
 def best(readers: dict[str, Callable[[], Iterator[int]]], num: int, repeats: int) -> dict[str, float]:
-    """Samples a second of each reader over `num` samples; the first tenth, while processes start, does not count."""
+    """Samples per second of each reader over `num` samples, without the first tenth, in which processes start."""
     rates = dict.fromkeys(readers, 0.0)
     for _ in range(repeats):
         for name, reader in readers.items():
@@ -135,7 +135,7 @@ def recipe_of(folder: Path) -> Recipe:
 
 
 class Bytes(Dataset[int]):
-    """Planned samples of a slot -> how many of them were read, verified and split into their parts."""
+    """Planned samples of a slot -> number of samples that were read, verified and split into their parts."""
 
     def __init__(self, stream: Stream) -> None:
         self.reader = stream.dataset.reader
@@ -145,7 +145,7 @@ class Bytes(Dataset[int]):
 
 
 class Items(IterableSampler):
-    """What a stream would have its workers read."""
+    """The items that a stream gives to its workers."""
 
     def __init__(self, stream: Stream) -> None:
         self.stream = stream
@@ -203,7 +203,7 @@ def _by_ours(sample: dict[str, Any]) -> tuple[torch.Tensor, str]:
 
 
 def energon_raw(folder: Path) -> tuple[Callable[[], Iterator[int]] | None, str]:
-    """megatron-energon's reader of the same shards, or why there is none."""
+    """megatron-energon's reader of the same shards, or the reason why it is missing."""
     try:
         from megatron import energon
         from megatron.energon.flavors import BaseWebdatasetFactory
@@ -238,7 +238,7 @@ def _energon_size(sample: Any) -> dict[str, Any]:
 
 
 def make_shards(folder: Path, num: int) -> Path:
-    """Shards of JPEG and caption; sixteen different photos, so that making them takes no minutes."""
+    """Shards of JPEG and caption, from sixteen different photos, which are made in seconds."""
     folder.mkdir(parents=True)
     photos = [_photo(seed) for seed in range(16)]
     for shard in range(SHARDS):
@@ -312,7 +312,7 @@ def plan() -> dict[str, Any]:
 
 
 def only_plan(seconds: float = 10.0) -> dict[str, Any]:
-    """Samples planned in some seconds of steps of 64 packs, and the most memory that the process held."""
+    """Samples planned per second in steps of 64 packs, and the peak memory of the process."""
     with synthetic(10**9):
         planner, num, step = Planner(paper_recipe(), tokenizer()), 0, 0
         started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""One recipe under every engine: who runs it how, and how far apart the runs end."""
+"""One recipe under every engine and number of ranks, and how far apart the results are."""
 
 from dataclasses import dataclass
 from pathlib import Path

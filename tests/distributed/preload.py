@@ -1,4 +1,4 @@
-"""Imported once by the server that ranks are forked from (spawn.py), so that a rank starts at once."""
+"""Imported once by the server that ranks are forked from (spawn.py), so that ranks start fast."""
 
 import os
 

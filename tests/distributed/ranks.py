@@ -1,4 +1,4 @@
-"""What ranks do in the distributed tests. Here, and not in a test module, because a rank finds its function by name."""
+"""Functions that ranks run in the distributed tests; a rank imports them by name, so they are in no test module."""
 
 import ctypes
 import gc
@@ -70,13 +70,13 @@ def stopped_command(argv: list[str], step: int) -> int:
 
 
 def full_disk_command(argv: list[str], num_bytes: int) -> int:
-    """A command for which no file may grow beyond so many bytes."""
+    """A command for which no file may grow beyond `num_bytes`."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes))
     return main(argv)
 
 
 def loaded(recipe: Recipe) -> dict[str, Any]:
-    """Whole weights after the start of a stage, and how many values this rank read and holds."""
+    """Full weights after the start of a stage, and how many values this rank read and holds."""
     count, read = 0, Tensors.read
 
     def counted(self: Tensors, name: str, slices: tuple[slice, ...] = ()) -> Tensor:
@@ -105,7 +105,7 @@ def write_checkpoint(run: Path, recipe: Recipe) -> int:
 
 
 def command_memory(warm_up: list[str], argv: list[str]) -> int:
-    """Memory that a command takes at most, in a process that has run another."""
+    """Peak memory in bytes of a command, in a process that has run another one before."""
     assert main(warm_up) == 0
     code, peak = peak_memory(lambda: main(argv))
     assert code == 0
@@ -113,7 +113,7 @@ def command_memory(warm_up: list[str], argv: list[str]) -> int:
 
 
 def start_memory(warm_up: Recipe, recipe: Recipe) -> tuple[int, int]:
-    """Memory that the start of a stage takes on this rank at most, and the bytes of the rank's shards."""
+    """Peak memory in bytes of the start of a stage on this rank, and the bytes of the rank's shards."""
     with join("cpu", 60) as world:
         build(warm_up, stage_of(warm_up), world, resuming=False)
         built, peak = peak_memory(lambda: build(recipe, stage_of(recipe), world, resuming=False))
@@ -121,7 +121,7 @@ def start_memory(warm_up: Recipe, recipe: Recipe) -> tuple[int, int]:
 
 
 def peak_memory(function: Callable[[], Result]) -> tuple[Result, int]:
-    """What a function gives, and the bytes of memory of its own (not mapped files) that it takes at most."""
+    """The value of a function, and its peak memory in bytes (mapped files do not count)."""
 
     def anonymous() -> int:
         line = next(s for s in Path("/proc/self/status").read_text().splitlines() if s.startswith("RssAnon"))
@@ -144,7 +144,7 @@ def peak_memory(function: Callable[[], Result]) -> tuple[Result, int]:
 
 
 def one_step(recipe: Recipe, kinds: list[str], seeded: bool = False) -> dict[str, Any]:
-    """Loss, gradient norm and whole gradients of one step over packs of the given kinds, dealt to the ranks in turn.
+    """Loss, gradient norm and full gradients of one step over packs of the given kinds, which the ranks take in turn.
 
     `seeded` starts a stage from the seed that otherwise follows another.
     """
@@ -161,7 +161,7 @@ def one_step(recipe: Recipe, kinds: list[str], seeded: bool = False) -> dict[str
 def step_of(
     recipe: Recipe, world: World, built: TrainingParts, packs: list[PackedBatch], lr: float = 0.0, factor: float = 1.0
 ) -> dict[str, Any]:
-    """What the loop does in a step; a rate of 0 leaves the weights alone. `factor` is for this rank's loss."""
+    """One step as the loop does it; with lr 0 the weights stay. `factor` multiplies this rank's loss."""
     stage, engine = stage_of(recipe), built.engine
     num_local = count(packs, stage.loss)
     counts = Counts(*(int(n) for n in world.sum([num_local.i2t, num_local.t2i, num_local.it2i])))
@@ -197,7 +197,7 @@ def make_pack(recipe: Recipe, kind: str) -> PackedBatch:
 
 
 def _wake_up(built: TrainingParts) -> None:
-    """The velocity head starts at zero and would hide every gradient behind it."""
+    """The velocity head starts at zero, which makes the gradients of everything before it zero."""
     for name, weight in built.engine.weights.items():
         if name.startswith("velocity_head."):
             local(weight).fill_(0.02)
@@ -205,7 +205,7 @@ def _wake_up(built: TrainingParts) -> None:
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """A tensor from all ranks' parts of it."""
+    """The full tensor, put together from the parts of all ranks."""
     result = torch.zeros(tensor.shape, dtype=tensor.dtype)
     parts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(parts, [(index, values.detach().cpu()) for index, values in local_chunks(tensor)])
@@ -215,7 +215,7 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 
 def stream_steps(recipe: Recipe, rank: int, size: int, last: int) -> list[Any]:
-    """The steps 1 to `last` of a rank's stream, for worker processes that a test must not fork from itself."""
+    """Steps 1 to `last` of a rank's stream, in a process that may start worker processes."""
     from data_pipelines.loader.loader import Stream
     from emma_train.model.autoencoder import fingerprint
 
@@ -245,8 +245,8 @@ def _resident(pid: int) -> int:
 
 
 def steps_with_poison(recipe: Recipe, kinds: list[str], poisoned: int | None) -> dict[str, Any]:
-    """Three steps; the gradients of step `poisoned` are not finite on the last rank. Norms, whether that step moved
-    anything, and whole weights at the end."""
+    """Three steps; the gradients of step `poisoned` are not finite on the last rank. Norms, whether that step changed
+    anything, and full weights at the end."""
     with join("cpu", 60) as world:
         built = build(recipe, stage_of(recipe), world, resuming=True)
         engine = built.engine
@@ -265,7 +265,7 @@ def steps_with_poison(recipe: Recipe, kinds: list[str], poisoned: int | None) ->
 
 
 def live_tensors(recipe: Recipe, kinds: list[str], steps: int) -> list[int]:
-    """Tensors that exist after every tenth step, while Python collects no garbage."""
+    """Number of live tensors after every tenth step, without garbage collection."""
     with join("cpu", 60) as world:
         built = build(recipe, stage_of(recipe), world, resuming=True)
         set_initial(built.engine.weights, recipe.model, list(built.engine.weights))
@@ -283,7 +283,7 @@ def live_tensors(recipe: Recipe, kinds: list[str], steps: int) -> list[int]:
 
 
 def models_left(recipe: Recipe, kinds: list[str]) -> int:
-    """Tensors that are left of a stage's model and optimizer when the next stage has been built."""
+    """Number of tensors of a stage's model and optimizer that are alive after the next stage was built."""
     with join("cpu", 60) as world:
         left: list[Any] = []
         for _ in range(2):
@@ -303,7 +303,7 @@ def models_left(recipe: Recipe, kinds: list[str]) -> int:
 
 
 def gathered_gen(recipe: Recipe) -> dict[str, set[bool]]:
-    """By branch: whether layers' weights are whole on this rank after a forward pass that gives up none."""
+    """By branch: whether its layers are gathered on this rank after a forward pass that reshards nothing."""
     with join("cpu", 60) as world:
         built = build(recipe, stage_of(recipe), world, resuming=True)
         set_initial(built.engine.weights, recipe.model, list(built.engine.weights))
@@ -322,7 +322,7 @@ def gathered_gen(recipe: Recipe) -> dict[str, set[bool]]:
 
 
 def norm_over_meshes() -> tuple[float, float]:
-    """The norm of three tensors on three meshes of four ranks, and what one process computes."""
+    """The norm of tensors on three meshes of four ranks, and the norm that one process computes."""
     with join("cpu", 60):
         meshes = [
             init_device_mesh("cpu", (4,), mesh_dim_names=("shard",)),
@@ -339,7 +339,7 @@ def norm_over_meshes() -> tuple[float, float]:
 
 
 def spread(recipe: Recipe) -> dict[str, float]:
-    """By parameter group, and for the decoder's layers: the share of the values that this rank holds."""
+    """By parameter group, and for the decoder's layers: the share of its values that this rank holds."""
     with join("cpu", 60) as world:
         weights = build(recipe, stage_of(recipe), world, resuming=True).engine.weights
         num_local: dict[str, int] = defaultdict(int)
@@ -353,7 +353,7 @@ def spread(recipe: Recipe) -> dict[str, float]:
 
 
 def end_in_step(argv: list[str], victim: int, step: int, how: str) -> None:
-    """A training command in which a rank is killed, fails or hangs in a step; ends with the command's exit code."""
+    """A training command in which rank `victim` is killed, fails or hangs in step `step`; exits with its code."""
     plain = Trainer._step
 
     def ending(self: Trainer, data: StepBatches, *rest: Any) -> Any:
@@ -370,8 +370,8 @@ def end_in_step(argv: list[str], victim: int, step: int, how: str) -> None:
 
 
 def training_memory(recipe: Recipe, kinds: list[str]) -> tuple[int, int]:
-    """Memory of this rank at most from the start of a stage through three steps, and the tokens of its longest pack."""
-    # Large blocks go back to the system when they are freed: else the heap's holes would be counted.
+    """Peak memory in bytes of this rank over three steps of a stage, and the tokens of its longest pack."""
+    # Return large blocks to the system when they are freed: holes in the heap would count as memory.
     ctypes.CDLL(None).mallopt(-3, 1 << 16)
     with join("cpu", 60) as world:
         packs, stage = [make_pack(recipe, kind) for kind in kinds[world.rank :: world.size]], stage_of(recipe)
@@ -401,7 +401,7 @@ def training_memory(recipe: Recipe, kinds: list[str]) -> tuple[int, int]:
 
 
 def out_of_step(recipe: Recipe, victim: int) -> str:
-    """What a rank says when one of them runs another module than the rest."""
+    """The error message of this rank when rank `victim` runs another module than the others."""
     with join("cpu", 60) as world:
         built = build(recipe, stage_of(recipe), world, resuming=True)
         set_initial(built.engine.weights, recipe.model, list(built.engine.weights))
@@ -418,7 +418,7 @@ def out_of_step(recipe: Recipe, victim: int) -> str:
 
 
 def limits_in_turn() -> list[float]:
-    """Time-outs of the default group, in seconds: at first, after a step, while unhurried, then, and at the end."""
+    """Timeouts of both groups in seconds: at first, after a step, inside `relaxed`, after it, and at the end."""
     with join("cpu", 50) as world:
         seconds: list[float] = []
 

@@ -1,4 +1,4 @@
-"""What ranks do in the tests of saving. Here, and not in a test module, because a rank finds its function by name."""
+"""Functions that ranks run in the tests of saving; a rank imports them by name, so they are in no test module."""
 
 import os
 import shutil
@@ -63,7 +63,7 @@ class Job:
         return state_of(SimpleNamespace(state=lambda: tensors), self.averages)
 
     def go(self, steps: int = 1) -> None:
-        """Steps with gradients that are a function of the step and of the place in the whole tensor."""
+        """Steps with gradients that are a function of the step and of the position in the full tensor."""
         for _ in range(steps):
             self.step += 1
             self.saver.apply_status(self.world.sum(self.saver.local_status()))
@@ -82,12 +82,12 @@ class Job:
         self.saver.start(self.state, {"step": self.step, "stage": "stage1"})
 
     def content(self) -> dict[str, Tensor]:
-        """Every tensor, whole."""
+        """Every full tensor, by name."""
         return {n: (t.full_tensor() if hasattr(t, "full_tensor") else t).clone() for n, t in self.state.all.items()}
 
 
 def saved(root: StoragePath, steps: int, **settings: Any) -> dict[str, Tensor]:
-    """Train, save with weights that move on meanwhile, and give what was to be saved."""
+    """Train, save while the weights change, and return what was to be saved."""
     with join("cpu", 60) as world:
         job = Job(world, root, **settings)
         job.go(steps)
@@ -99,7 +99,7 @@ def saved(root: StoragePath, steps: int, **settings: Any) -> dict[str, Tensor]:
 
 
 def resumed(root: StoragePath, steps: int, **settings: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What a fresh job (of another seed) has after loading the newest checkpoint, and after more steps and a save."""
+    """The state of a new job (other seed) after it loaded the newest checkpoint, and after more steps and a save."""
     with join("cpu", 60) as world:
         job = Job(world, root, seed=1, **settings)
         checkpoint = verify.to_resume(root, world)
@@ -116,7 +116,7 @@ def resumed(root: StoragePath, steps: int, **settings: Any) -> tuple[dict[str, T
 
 
 def slow_staging(root: Path) -> tuple[bool, bool]:
-    """Whether weights were still held when staging had not ended, and whether `settle` waited for it."""
+    """Whether staging had ended before, and after, `wait_for_staging`."""
     with join("cpu", 60) as world:
         job, go_on, copied = Job(world, root), threading.Event(), threading.Event()
         copy = Staging.copy
@@ -139,7 +139,7 @@ def slow_staging(root: Path) -> tuple[bool, bool]:
 
 
 def one_at_a_time(root: Path) -> tuple[int, list[str]]:
-    """The most saves that ran at once, and what is there in the end."""
+    """The largest number of saves that ran at once, and the checkpoints in the end."""
     with join("cpu", 60) as world:
         job, running, most = Job(world, root, keep=9), 0, 0
         write = writer.Writer.write
@@ -162,8 +162,10 @@ def one_at_a_time(root: Path) -> tuple[int, list[str]]:
 
 
 def failing(root: Path, where: str, rank: int, fails: list[int], steps: int, save_async: bool) -> dict[str, Any]:
-    """Train `steps` steps while the saves of the steps `fails` fail on one rank. Gives the steps whose save was begun,
-    what is there in the end, and why it stopped."""
+    """Train `steps` steps while the saves of the steps `fails` fail on one rank.
+
+    Returns the steps whose save was begun, the checkpoints in the end, and why the run stopped.
+    """
     with join("cpu", 60) as world:
         job = Job(world, root, keep=99, save_async=save_async, timeout_s=1 if where == "time" else 20)
         owner, name = {
@@ -185,7 +187,7 @@ def failing(root: Path, where: str, rank: int, fails: list[int], steps: int, sav
 
 
 def _train(job: Job, steps: int) -> tuple[list[int], str | None]:
-    """Train and save what is due: the steps whose save was begun, and why it stopped before the end."""
+    """Train, and save when a save is due: the steps whose save was begun, and why the run stopped early."""
     begun = []
     try:
         for _ in range(steps):
@@ -205,7 +207,9 @@ def refused(
     root: StoragePath, kind: str, rank: int, fails: list[int], steps: int
 ) -> tuple[list[int], list[str], str | None]:
     """Train `steps` steps while the store refuses requests of a kind from one rank in the saves of the steps `fails`.
-    Gives the steps whose save was begun, what is there in the end, and why it stopped."""
+
+    Returns the steps whose save was begun, the checkpoints in the end, and why the run stopped.
+    """
     with join("cpu", 60) as world:
         job = Job(world, root, keep=99)
 
@@ -220,7 +224,7 @@ def refused(
 
 
 def refused_loading(root: StoragePath, kind: str, rank: int) -> str:
-    """What is said where the store refuses a kind of request from one rank once the checkpoint is known to be whole."""
+    """The error message if the store refuses a kind of request from one rank after the checkpoint was verified."""
     with join("cpu", 60) as world:
         job = Job(world, root)
         checkpoint = verify.to_resume(root, world)
@@ -239,8 +243,10 @@ def refused_loading(root: StoragePath, kind: str, rank: int) -> str:
 
 
 def killed(root: StoragePath, number: int) -> int:
-    """Save steps 3 and 6, and be killed at the change number `number` of the second save; gives how many it makes where
-    there are fewer."""
+    """Save steps 3 and 6, and be killed at change `number` of the second save.
+
+    Returns the number of changes of that save if there are fewer.
+    """
     with join("cpu", 60) as world:
         job, changes = Job(world, root, keep=1), 0
         job.go(3)
@@ -262,8 +268,11 @@ def killed(root: StoragePath, number: int) -> int:
 
 
 def vanishing(root: Path, what: str, steps: int) -> tuple[list[int], list[str]]:
-    """Train while the storage goes before the save of step 8 and comes back before that of step 10, or while its frozen
-    weights are removed before that of step 8. Gives the steps whose save was begun, and what is there in the end."""
+    """Train while storage disappears before the save of step 8 and returns before that of step 10 (what="storage"), or
+    while the frozen weights are removed before the save of step 8 (what="frozen").
+
+    Returns the steps whose save was begun, and the checkpoints in the end.
+    """
     with join("cpu", 60) as world:
         job, begun = Job(world, root / "checkpoints", keep=99), []
         for _ in range(steps):
@@ -283,7 +292,7 @@ def vanishing(root: Path, what: str, steps: int) -> tuple[list[int], list[str]]:
 
 
 def storage_that_hangs(root: Path) -> str:
-    """What is said where a save does not end."""
+    """The error message if a save does not end."""
     with join("cpu", 60) as world:
         job = Job(world, root, timeout_s=0.5)
         job.go()
@@ -306,7 +315,7 @@ def storage_that_hangs(root: Path) -> str:
 
 
 def chosen(root: StoragePath) -> tuple[str | None, str | None]:
-    """The checkpoint that a resume takes, and the error where it takes none."""
+    """The checkpoint that a resume selects, and the error if it selects none."""
     with join("cpu", 60) as world:
         try:
             checkpoint = verify.to_resume(root, world)
@@ -316,7 +325,7 @@ def chosen(root: StoragePath) -> tuple[str | None, str | None]:
 
 
 def wrong_storage(root: Path) -> str | None:
-    """Each rank writes to a folder of its own, as on nodes that share no storage."""
+    """Each rank writes to a separate folder, as on nodes that share no storage."""
     with join("cpu", 60) as world:
         writer.VISIBLE_S = 0.3
         job = Job(world, root / str(world.rank))
@@ -329,7 +338,7 @@ def wrong_storage(root: Path) -> str | None:
 
 
 def _ended(job: Job) -> None:
-    """Wait until the save is over on every rank, without telling the saver."""
+    """Wait until the save has ended on every rank, without a call of the saver."""
     running = job.saver._running
     if running is not None and running.thread is not None:
         running.thread.join(20)

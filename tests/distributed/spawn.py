@@ -1,4 +1,4 @@
-"""One helper for every test that needs processes of its own.
+"""Runs functions on ranks, and commands, in separate processes.
 
     run_ranks(2, function, *args)      the function once per rank, forked from a server that has imported torch already
     run_command("train", ..., processes=2)      `python -m emma_train ...` or torchrun, as a user starts them
@@ -28,7 +28,7 @@ _PRELOAD = ["tests.distributed.preload"]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a rank or a command gave."""
+    """The result of a rank or a command."""
 
     value: Any
     """The function's value, or the command's exit code."""
@@ -43,10 +43,11 @@ class Outcome:
 def run_ranks(
     size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 120, grace_s: float = 5
 ) -> list[Outcome]:
-    """Call function(*args) on `size` ranks, with RANK and its like where there are several; raises where one fails,
-    after `grace_s` in which the others may end by themselves.
+    """Call function(*args) on `size` ranks, with RANK etc. set if there are several.
 
-    The function is found by name, so it must be defined at the top of a module, and its value must be picklable.
+    Raises AssertionError if one fails, after `grace_s` in which the others may end by themselves.
+
+    The function must be defined at the top of a module (a rank imports it by name), and its value must be picklable.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
@@ -71,7 +72,7 @@ def run_ranks(
 def run_command(
     *argv: str, processes: int = 1, module: str = "emma_train", timeout_s: float = 180, code: int | None = 0
 ) -> Outcome:
-    """Run `python -m MODULE argv` or the same under torchrun; raises where the exit code is not `code` (None: any)."""
+    """Run `python -m MODULE argv` or the same under torchrun; raises if the exit code is not `code` (None: any)."""
     command = start_command(*argv, processes=processes, module=module)
     try:
         out, err = command.communicate(timeout=timeout_s)
@@ -88,7 +89,7 @@ def run_command(
 def start_command(
     *argv: str, processes: int = 1, module: str = "emma_train", restarts: int = 0
 ) -> subprocess.Popen[str]:
-    """The command as a running process, leader of a process group of its own; use kill_all to end it early.
+    """Start the command as the leader of a new process group; use kill_all to end it early.
 
     With `restarts` torchrun starts the processes anew where one of them dies.
     """
@@ -108,15 +109,15 @@ def start_command(
 
 
 def kill_all(command: subprocess.Popen[str]) -> None:
-    """SIGKILL to a started command and all of its processes, as a machine that goes down would."""
-    # Parents first, so that none sees a child go; torchrun's have sessions of their own.
+    """Send SIGKILL to a started command and all its processes, as if the machine went down."""
+    # Parents first, so that no parent sees a child end; torchrun starts its processes in new sessions.
     for pid in family(command.pid):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
 
 
 def family(pid: int) -> list[int]:
-    """A process and all that descend from it, those of today."""
+    """The process and all its living descendants."""
     try:
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     except OSError:
@@ -152,7 +153,7 @@ def _rank(function: Callable[..., Any], args: tuple[Any, ...], rank: int, size: 
 
 
 def _wait(processes: list[Any], deadline: float, grace_s: float) -> bool:
-    """Wait for all; when one fails, the others get a moment and are ended. True where the time was up."""
+    """Wait for all; when one fails, kill the others after `grace_s`. True if the deadline passed."""
     failed = False
     while any(process.is_alive() for process in processes):
         if not failed and any(process.exitcode for process in processes):

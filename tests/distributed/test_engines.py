@@ -1,4 +1,4 @@
-"""Whoever changes the engine, the number of ranks or the accumulation changes the speed, not the training."""
+"""Changing the engine, the number of ranks or the accumulation changes the speed, not the training."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ CLOSE = 1e-5
 
 def assert_close(difference: Distance) -> None:
     assert difference.loss <= CLOSE
-    # A norm adds up squares of every gradient of the model in float32.
+    # A norm sums the squares of all gradients in float32, so it differs more.
     assert difference.norm <= 1e-4
     assert difference.weights <= CLOSE
     assert difference.averages <= CLOSE
@@ -78,7 +78,7 @@ def test_a_checkpoint_of_one_engine_goes_on_under_another(few: tuple[Path, Path]
 
 @pytest.mark.slow
 def test_every_engine_draws_the_same_samples(tmp_path: Path) -> None:
-    """Images to one level of 255 and answers to the last word, from averaged weights that were swapped in."""
+    """Images agree within one level of 255 and answers exactly; both come from averaged weights, swapped in."""
     shown = {"train__sample_from": str(ASSETS / "emoji" / "heldout_drawings"), "train__num_samples": 2}
     recipe = stage_recipe(tmp_path, "stage1", None, FEW, **shown)
     reference = run(recipe, REFERENCE, "reference") / "samples" / f"step-{FEW:08d}"
@@ -97,7 +97,7 @@ def test_every_engine_draws_the_same_samples(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("way", [Way("FSDP", 2), *WAYS[3:6]], ids=lambda way: way.name)
 def test_fifty_steps_in_bf16_lose_what_float32_loses(tmp_path: Path, way: Way) -> None:
-    """Within a hundredth, each task by itself, in every step."""
+    """Each task's loss agrees within 1 % in every step."""
     recipe = stage_recipe(tmp_path, "stage1", None, 50)
     exact, rounded = (learnt(run(recipe, way, name, f"engine.precision={name}")) for name in ("fp32", "bf16"))
     for one, other in zip(exact, rounded, strict=True):
@@ -108,7 +108,7 @@ def test_fifty_steps_in_bf16_lose_what_float32_loses(tmp_path: Path, way: Way) -
 
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
-    """Every stage for twenty steps on one rank, from the one before: its recipe and run."""
+    """Every stage for twenty steps on one rank, started from the previous one: its recipe and run."""
     root = tmp_path_factory.mktemp("chain")
     made: dict[str, tuple[Path, Path]] = {}
     previous = None

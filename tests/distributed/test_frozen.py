@@ -1,4 +1,4 @@
-"""Frozen means frozen: through all six stages, on two processes, what a stage does not train keeps every bit."""
+"""Frozen parameters keep every bit: through all six stages, on two processes."""
 
 import json
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ STEPS = 3
 @dataclass(frozen=True)
 class StageRun:
     before: dict[str, torch.Tensor]
-    """Weights that the stage started from, as the stage before left them (averaged where it averaged)."""
+    """Weights that the stage started from: those of the previous stage (averages if it kept them)."""
     after: dict[str, torch.Tensor]
     summary: dict[str, Any]
     log: str
@@ -27,7 +27,7 @@ class StageRun:
 
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, StageRun]:
-    """Every stage after the other, three steps each; stages 1 and 3 keep averages."""
+    """All stages, one after another, three steps each; stages 1 and 3 keep averages."""
     root = tmp_path_factory.mktemp("chain")
     runs: dict[str, StageRun] = {}
     before: dict[str, torch.Tensor] = {}

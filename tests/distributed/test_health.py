@@ -1,4 +1,4 @@
-"""A gradient that is not finite moves nothing, on any engine; nothing that a step makes outlives it."""
+"""A gradient that is not finite changes nothing, under any engine; no tensor of a step outlives it."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("zero1", "zero2"
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("engine", ["fsdp", "zero3", *SLOW])
 def test_a_step_that_is_not_finite_on_one_rank_moves_nothing_on_any(engine: str, precision: str) -> None:
-    """And the step after it is the one that would have come anyway."""
+    """The next step equals the one that a healthy run takes."""
     recipe = tiny_recipe(engine__precision=precision, **ENGINES[engine])
     for outcome in run_ranks(2, steps_with_poison, recipe, KINDS, 1):
         steps = outcome.value
@@ -33,7 +33,7 @@ def test_a_step_that_is_not_finite_on_one_rank_moves_nothing_on_any(engine: str,
         assert [norm for norm in steps["norms"] if not torch.isfinite(torch.tensor(norm))] == [steps["norms"][1]]
     healthy = run_ranks(2, steps_with_poison, recipe, KINDS, None)[0].value
     assert steps["norms"][0] == healthy["norms"][0]
-    # A healthy run has taken a third step by then: the norm of its second is what tells.
+    # The healthy run took one step more, so compare with the norm of its second step.
     assert steps["norms"][2] == healthy["norms"][1]
 
 
@@ -43,7 +43,7 @@ def test_no_tensor_outlives_its_step(engine: str) -> None:
     recipe = tiny_recipe(ema__decay=0.9, **ENGINES[engine])
     for outcome in run_ranks(2, live_tensors, recipe, KINDS, 50):
         counts = outcome.value
-        # Gradients of the last pack may still be on their way to be freed when they are counted.
+        # Gradients of the last pack may not be freed yet when tensors are counted.
         assert max(counts) - min(counts) <= 4, counts
 
 

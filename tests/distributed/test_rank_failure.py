@@ -1,4 +1,4 @@
-"""A rank that dies, fails or hangs ends the others, and they say which it was."""
+"""When a rank dies, fails or hangs, the others end and name it."""
 
 import time
 from pathlib import Path
@@ -35,7 +35,7 @@ def test_the_others_end_and_name_the_rank(tmp_path: Path, how: str, victim: int,
     assert f"exit codes {codes}" in message
     assert message.count(said) == (2 if victim == 0 else 1), message
     if how == "hangs":
-        # Its own stack, written by itself when its step took too long.
+        # The rank writes its stack when its step takes too long.
         assert "Timeout (0:00:06)!" in message and "in ending" in message
         assert time.monotonic() - started >= STEP_TIMEOUT_S
 
@@ -60,7 +60,7 @@ def test_ranks_that_run_different_modules_stop_and_name_them(kind: str) -> None:
 
 @pytest.mark.parametrize("victim", [None, 0])
 def test_ranks_in_step_go_on(victim: int | None) -> None:
-    """Watching changes nothing; nobody is out of step alone."""
+    """Watching changes no result, and a single rank is never out of step."""
     recipe = tiny_recipe(engine__debug_lockstep=True)
     size = 2 if victim is None else 1
     assert [outcome.value for outcome in run_ranks(size, out_of_step, recipe, victim)] == [""] * size

@@ -1,4 +1,4 @@
-"""Checkpoints of several ranks: what is saved is what was there, whatever moves, fails or hangs meanwhile."""
+"""Checkpoints of several ranks hold the state at the save, whatever changes, fails or hangs during the save."""
 
 from functools import partial
 from pathlib import Path
@@ -38,7 +38,7 @@ def test_any_number_of_ranks_goes_on_from_it_as_one_would(tmp_path: Path, before
     for outcome in outcomes:
         loaded, end = outcome.value
         assert differences(loaded, at_three) == []
-        # Another cut of a tensor may round otherwise in its last bit.
+        # Another division of a tensor may round its last bit differently.
         torch.testing.assert_close(end, straight, rtol=1e-6 * (before + after != 2), atol=0)
     assert differences(stored(tmp_path / "run" / "step-00000005"), end) == []
 
@@ -82,7 +82,7 @@ def test_a_save_that_fails_on_one_rank_is_told_and_tried_again(
 ) -> None:
     outcomes = run_ranks(2, saving.failing, tmp_path, where, rank, [8], 12, save_async)
     for outcome in outcomes:
-        # Every 4 steps, and a quarter of that after the one that failed.
+        # A save every 4 steps, and one step after a failed one.
         assert outcome.value["begun"] == [4, 8, 9, 12]
         assert outcome.value["there"] == [folders.step_name(step) for step in (4, 9, 12)]
         assert outcome.value["stopped"] is None
@@ -92,7 +92,7 @@ def test_a_save_that_fails_on_one_rank_is_told_and_tried_again(
 
 
 def test_after_ranks_have_lost_each_other_in_a_save_they_meet_again(tmp_path: Path) -> None:
-    """One rank fails where the other does not hear of it and waits for it in vain."""
+    """One rank fails without a message, and the other waits for it until the timeout."""
     for outcome in run_ranks(2, saving.failing, tmp_path, "time", 1, [8], 12, False):
         assert outcome.value["begun"] == [4, 8, 9, 12]
         assert outcome.value["there"] == [folders.step_name(step) for step in (4, 9, 12)]
@@ -108,7 +108,7 @@ def test_training_stops_before_more_than_an_interval_is_at_stake(tmp_path: Path)
 
 
 def test_storage_that_goes_and_comes_back_is_waited_for(tmp_path: Path) -> None:
-    """Nothing is written where it was: that may be the disk under a mount point."""
+    """Nothing may be written to the missing folder: it may be a mount point on the local disk."""
     for outcome in run_ranks(2, saving.vanishing, tmp_path, "storage", 12):
         assert outcome.value == ([4, 8, 9, 10, 12], [folders.step_name(step) for step in (4, 10, 12)])
     assert all(verify.fault(folder) is None for folder in folders.steps(tmp_path / "checkpoints"))
@@ -133,7 +133,7 @@ def test_nodes_that_share_no_storage_are_found_out_at_the_first_save(tmp_path: P
 
 
 def flip(path: Path) -> None:
-    """One bit of one byte, in the middle."""
+    """Flip one bit of the byte in the middle."""
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
@@ -159,7 +159,7 @@ def test_a_flipped_bit_in_any_file_is_found_by_all_ranks_before_anything_is_load
 
 
 def test_damaged_frozen_weights_leave_nothing_to_resume_and_that_is_said(tmp_path: Path) -> None:
-    """Every checkpoint refers to them; to begin again from nothing is not for a program to decide."""
+    """Every checkpoint refers to them, and the program must not start from the beginning by itself."""
     run_ranks(2, saving.saved, tmp_path, 3)
     (frozen,) = (tmp_path / "frozen").iterdir()
     flip(frozen / "__1_0.distcp")

@@ -1,4 +1,4 @@
-"""Checkpoints of several ranks in a store: what a folder promises, without its rename."""
+"""Checkpoints of several ranks in an object store keep the promises of a folder, without its rename."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What FSDP divides how: meshes, frozen units, and a Gen branch that rests."""
+"""How FSDP divides the model: meshes, frozen units, and a Gen branch that is skipped."""
 
 from pathlib import Path
 
@@ -18,21 +18,21 @@ def test_a_stage_that_makes_no_images_never_gathers_the_gen_branch(stage: str, g
 
 
 def test_one_norm_of_gradients_on_three_meshes() -> None:
-    """1-D, replicas x shards, and whole on every rank: the norm that one process computes."""
+    """1-D, replicas x shards, and replicated on every rank: the norm equals that of one process."""
     for outcome in run_ranks(4, norm_over_meshes):
         norm, expected = outcome.value
         assert norm == pytest.approx(expected, rel=1e-6)
 
 
 def test_replicas_and_frozen_units() -> None:
-    """Bytes that each of four ranks holds, over those of the whole group of parameters."""
+    """Values that each of four ranks holds, over those of the parameter group."""
     plain = run_ranks(4, spread, tiny_recipe("stage4_expert"))[0].value
     assert plain["decoder"] == pytest.approx(1 / 4, rel=0.02)
     halves = run_ranks(4, spread, tiny_recipe("stage4_expert", engine__replicate=2))[0].value
     assert halves["decoder"] == pytest.approx(1 / 2, rel=0.02)
     kept = run_ranks(4, spread, tiny_recipe("stage4_expert", engine__frozen="replicated"))[0].value
     assert kept["layers"] == 1.0
-    # The encoder holds what trains in this stage.
+    # The expert trains in this stage, so it is sharded.
     assert kept["stem_expert"] == pytest.approx(1 / 4, rel=0.05)
 
 

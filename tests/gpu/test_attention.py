@@ -1,4 +1,4 @@
-"""Attention kernels on a card, in bf16, against the dense reference in float32: values, gradients, determinism."""
+"""Attention kernels on a GPU, in bf16, against the dense reference in float32: values, gradients, determinism."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Staging on a GPU: the copy is of what the step has computed, though the host is far ahead of the device."""
+"""Staging on a GPU copies the values of the finished step, although the host is far ahead of the device."""
 
 import threading
 

@@ -1,4 +1,4 @@
-"""Packs for a GPU lie in pinned memory, whether a thread or a worker reads them."""
+"""Packs for a GPU are in pinned memory, whether a thread or a worker reads them."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""One small recipe for every test that goes through the command line: the shipped one, cut down."""
+"""A small version of the shipped recipes, for every test of the command line."""
 
 from collections.abc import Callable
 from pathlib import Path

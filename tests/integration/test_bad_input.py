@@ -1,4 +1,4 @@
-"""Bad input is one line on stderr that names the thing, and exit code 2; never a traceback, and nothing is written."""
+"""Bad input gives one line on stderr that names the fault, and exit code 2; no traceback, and nothing is written."""
 
 import shutil
 from pathlib import Path
@@ -19,7 +19,7 @@ def recipe(make_recipe: MakeRecipe, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="module")
 def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder whose second shard is gone."""
+    """A folder whose second shard is missing."""
     folder = write_shards(tmp_path_factory.mktemp("broken") / "set", every_task(8), per_shard=12)
     (folder / "shard-000001.tar").unlink()
     return folder
@@ -111,7 +111,7 @@ def test_a_shard_that_shrank_is_refused(recipe: Path, tmp_path: Path) -> None:
 
 
 def test_a_world_that_does_not_divide_the_slots_is_told_under_torchrun(recipe: Path) -> None:
-    """torchrun's own exit code is 1 and its own words follow, but ours are there to be read."""
+    """torchrun exits with code 1 and prints more lines, but our line is among them."""
     outcome = run_command("train", str(recipe), "run.name=never", processes=4, code=1)
     said = "data.slots is 6, which 4 processes cannot share evenly; it fits 1, 2, 3, 6 processes"
     assert said in outcome.err

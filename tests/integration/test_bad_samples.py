@@ -46,7 +46,7 @@ def test_bad_samples_are_replaced_counted_and_written_out(recipe: Path, processe
     assert [line["data/skipped"] for line in lines] == [0, 0, 0]
     assert [[line[f"samples/{task}"] for task in ("i2t", "t2i", "it2i")] for line in lines] == [[12, 12, 12]] * 3
     listed = written(run)
-    # A spare that is broken too is a line of its own.
+    # A substitute that is broken too has a separate line.
     assert {(bad["step"], bad["key"]) for bad in listed} == {(s, k) for s in (1, 2, 3) for k in BROKEN}
     assert {bad["key"]: bad["task"] for bad in listed} == {"q003": "i2t", "p005": "t2i", "e007": "it2i"}
     assert {bad["key"]: bad["shard"] for bad in listed}["e007"] == "shard-000001.tar"
@@ -86,13 +86,13 @@ def test_past_the_limit_all_ranks_stop_at_the_same_step_with_the_list(
         assert "(it2i, shard-000001.tar: " in last
         assert "bad_samples.jsonl lists them" in last
         assert "Traceback" not in outcome.err
-    # The limit may be raised, and the run goes on.
+    # With a higher limit the run resumes.
     train(recipe, f"run.name={name}", "train.steps=2", processes=processes)
     assert [line["data/replaced"] for line in metrics(run)] == [3, 6]
 
 
 def test_a_rank_whose_packs_cannot_be_read_takes_the_others_with_it(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    """All images of the data are gone for the rank that reads slot 0 first; no rank waits for the other's sums."""
+    """The rank of slot 0 finds no readable image; the other rank must not wait for its counts."""
     folder = write_shards(tmp_path / "set", every_task(2, side=64))
     for key in ("q000", "q001", "p000", "p001", "e000", "e001"):
         damage(folder / "shard-000000.tar", f"{key}.img0.png")
@@ -104,7 +104,7 @@ def test_a_rank_whose_packs_cannot_be_read_takes_the_others_with_it(make_recipe:
 
 
 def test_a_resumed_run_neither_forgets_nor_repeats_a_line(recipe: Path) -> None:
-    """It saves after step 2 and is told to stop past step 3: what it wrote of step 3 is done and written again."""
+    """The run saves after step 2 and fails in step 3: the lines of step 3 are written again by the resumed run."""
     train(recipe, "run.name=resumed", "train.steps=5", "data.max_bad_samples=8", code=1)
     run = recipe.parent / "resumed"
     assert {bad["step"] for bad in written(run)} == {1, 2, 3}

@@ -1,4 +1,4 @@
-"""Checkpoints as a user of the command line meets them: locks, damage, full disks, copies, trackers, retention."""
+"""Checkpoints through the command line: locks, damage, full disks, copies, trackers, retention."""
 
 import os
 import shutil
@@ -63,7 +63,7 @@ def test_a_second_job_in_the_same_run_folder_is_refused(recipe: Path) -> None:
     finally:
         kill_all(first)
     first.communicate()
-    # The one that was killed keeps nobody out.
+    # A killed run does not block the next one.
     newest = folders.newest(run / "checkpoints")
     done = 0 if newest is None else int((folders.read_meta(newest) or {})["step"])
     train_until(recipe, done + 1, "run.name=shared", "train.steps=9999")
@@ -145,7 +145,7 @@ def test_inspect_verify_names_what_is_wrong_with_each(recipe: Path) -> None:
 
 
 def test_a_full_disk_stops_the_run_in_time_and_the_same_command_mends_it(recipe: Path, straight: Path) -> None:
-    """No file may grow beyond 20 kB, so no shard can be written; the checkpoints of step 4 are whole."""
+    """No file may grow beyond 20 kB, so no shard can be written; the checkpoints up to step 4 stay intact."""
     run = half(recipe, "full")
     argv = ["train", str(recipe), "run.name=full", "train.save_every=2"]
     (outcome,) = run_ranks(1, full_disk_command, argv, 20_000)
@@ -203,7 +203,7 @@ def steps_logged(run: Path) -> int:
 
 @pytest.mark.slow
 def test_torchrun_restarts_into_a_resume(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A rank is killed; torchrun starts both anew, and they go on from the last checkpoint."""
+    """A rank is killed; torchrun restarts both, and they resume from the last checkpoint."""
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     steps = "train.steps=40"
     train(recipe, "run.name=unbroken", steps, processes=2)

@@ -1,4 +1,4 @@
-"""The shipped pipeline, cut to a few steps, under both engines, as a user starts it."""
+"""The shipped pipeline with a few steps per stage, under both engines, as a user starts it."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ STEPS = 3
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """recipes/tiny/pipeline.yaml with three steps a stage, and all else that is in it: samples, averages, phases."""
+    """recipes/tiny/pipeline.yaml with three steps per stage; samples, averages and phases stay."""
     folder = tmp_path_factory.mktemp("tiny")
     for stage in STAGES:
         values: dict[str, Any] = yaml.safe_load((TINY / f"{stage}.yaml").read_text())
@@ -52,7 +52,7 @@ def test_every_engine_runs_the_whole_pipeline(pipeline: Path, overrides: tuple[s
         if stage != "stage4_router":
             assert list((run / "samples").glob("step-*/samples.json"))
     assert (pipeline.parent / name / "report.html").exists()
-    # Frozen weights pass through bf16 compute, and DeepSpeed keeps no other copy of them.
+    # DeepSpeed keeps frozen weights in bf16 only.
     before, after = (stored(checkpoint(pipeline.parent / name / stage, STEPS)) for stage in ("stage3", "stage4_expert"))
     frozen = [n for n in after if n.startswith("model.") and group_of(n.removeprefix("model.")) != "stem_expert"]
     assert len(frozen) > 100

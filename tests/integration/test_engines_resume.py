@@ -1,4 +1,4 @@
-"""Under every engine, on two processes: a run that is interrupted twice ends as the straight one does, bit for bit."""
+"""Under every engine, on two processes: a run interrupted twice ends like the uninterrupted one, bit for bit."""
 
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ CASES += [(engine, "stage1") for engine in ENGINES if engine not in ("fsdp", "ze
 
 @pytest.fixture(scope="module")
 def parents(make_recipe: MakeRecipe, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A run of one step for each stage to start from, by the stage."""
+    """A run of one step for each stage to start from, by the name of that stage."""
     root, run_before = tmp_path_factory.mktemp("parents"), {}
     names = list(STAGES)
     for before, name in zip(names, names[1:], strict=False):

@@ -1,4 +1,4 @@
-"""`emma-train export`: what it writes is what was trained, bit for bit, and transformers loads what understands."""
+"""`emma-train export` writes the trained weights bit for bit, and transformers loads the Und branch."""
 
 import json
 import re
@@ -41,7 +41,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def exported(run: Path) -> Path:
-    """The same as an export."""
+    """The run folder as an export."""
     return exported_to(run.parent / "exported", run)
 
 
@@ -53,7 +53,7 @@ def exported_to(out: Path, source: Path, *options: str) -> Path:
 
 
 def refused(*argv: str) -> str:
-    """The line that a command ends with when the user is wrong."""
+    """The last line of a command that ends with exit code 2."""
     (outcome,) = run_ranks(1, command, list(argv))
     assert outcome.value == 2
     return outcome.error_lines[-1]
@@ -158,7 +158,7 @@ def test_generate_follows_the_settings_of_an_export_unless_told_otherwise(
 
 @torch.no_grad()
 def text_logits(folder: Path) -> tuple[Tensor, Tensor]:
-    """Logits of a text without any image, by the whole of our model."""
+    """Logits of a text without any image, by our model."""
     ids = torch.randint(0, VOCAB, (40,), generator=torch.Generator().manual_seed(0))
     model, _, _ = load_model(folder, torch.device("cpu"), use_ema=True)
     words = [TextSegment((int(ids[0]),)), TextSegment(tuple(int(i) for i in ids[1:]), supervised=True)]
@@ -263,7 +263,7 @@ def test_a_folder_that_holds_something_is_left_alone(run: Path, exported: Path, 
 
 
 def test_neither_export_holds_the_model(tmp_path: Path) -> None:
-    """Memory, not counting mapped files: some copies of the largest tensor, of a model many times that size."""
+    """Memory without mapped files: a few copies of the largest tensor; the model is many times larger."""
     sizes = {
         "hidden": 256,
         "intermediate_size": 2048,

@@ -1,4 +1,4 @@
-"""`emma-train import` and what starts from it: through the command line, on one process and on two."""
+"""`emma-train import`, and stages that start from it: through the command line, on one process and on two."""
 
 import shutil
 from pathlib import Path
@@ -20,7 +20,7 @@ from tests.runs import checkpoint, stored, train
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three public folders, of the small recipe's sizes, and in `initial` what was imported from them."""
+    """Three folders like the public ones, of the small recipe's sizes; `initial` holds the import of them."""
     folder = tmp_path_factory.mktemp("import")
     public.llm(folder / "llm", num_hidden_layers=2, shard="50KB")
     public.vision(folder / "vision")
@@ -39,7 +39,7 @@ def words(folder: Path, out: str = "initial", **parts: Path) -> list[str]:
 
 
 def settings(initial: Path) -> dict[str, str]:
-    """What a recipe must say to start from the import."""
+    """Overrides of a recipe that starts from the import."""
     return {
         "init.from": str(initial),
         "model.decoder.rope_theta": str(public.THETA),

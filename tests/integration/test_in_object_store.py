@@ -1,5 +1,5 @@
-"""Checkpoints in a store as a user of the command line meets them: train.checkpoints, and its URL wherever a checkpoint
-may be named."""
+"""Checkpoints in an object store, through the command line: train.checkpoints, and its URL wherever a checkpoint is
+accepted."""
 
 import shutil
 from pathlib import Path
@@ -21,7 +21,7 @@ STEPS = 8
 
 
 def ask(*argv: str, code: int = 0) -> Outcome:
-    """An emma-train command on one forked rank, which knows the store of the tests."""
+    """An emma-train command on one forked rank, where the test store is registered."""
     (outcome,) = run_ranks(1, command, list(argv))
     assert outcome.value == code, f"exit code {outcome.value}\n{outcome.out}\n{outcome.err}"
     return outcome
@@ -36,7 +36,7 @@ def recipe(make_recipe: MakeRecipe, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="module")
 def bucket(recipe: Path) -> Path:
-    """The folder in which the store keeps what is in it."""
+    """The folder with the content of the store."""
     return recipe.parent / "bucket"
 
 
@@ -49,8 +49,8 @@ def straight(recipe: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def remote(recipe: Path, bucket: Path, straight: Path) -> str:
-    """The same with checkpoints in a store, stopped after step 5, its last checkpoint torn, and started again; its URL
-    there."""
+    """The same with checkpoints in a store: stopped after step 5, its last checkpoint damaged, then resumed. Returns
+    its URL."""
     where = f"train.checkpoints={url_of(bucket)}"
     train_until(recipe, 5, "run.name=remote", where, processes=2)
     assert names(bucket / "remote") == ["frozen", "latest", *(folders.step_name(step) for step in (2, 4, 5))]

@@ -1,4 +1,4 @@
-"""Checkpoints in S3, through a server on loopback that answers as S3 does."""
+"""Checkpoints in S3, against a server on loopback that speaks S3's protocol."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +28,7 @@ def test_a_run_that_goes_on_from_s3_is_the_one_that_never_stopped(
     run_command("train", str(recipe), "run.name=straight", processes=2)
     where, url = "train.checkpoints=s3://bucket/runs", "s3://bucket/runs/remote"
     run_command("train", str(recipe), "run.name=remote", where, "train.steps=4", processes=2)
-    # A damaged byte, and a save that was torn: the run goes on from the one before.
+    # A damaged byte and an interrupted save: the run resumes from the previous checkpoint.
     damaged = "bucket/runs/remote/step-00000004/optimizer/__1_0.distcp"
     content = bytearray(bucket.cat_file(damaged))
     content[len(content) // 2] ^= 1

@@ -1,5 +1,5 @@
-"""A real two-process job under torchrun is killed thirty times, half of them in the middle of a save, and goes on each
-time from the last whole checkpoint; in the end it is where the job is that nobody disturbed."""
+"""A two-process job under torchrun is killed thirty times, half of them in the middle of a save, and resumes each time
+from the last complete checkpoint; in the end its state equals that of an undisturbed job."""
 
 import os
 import random
@@ -19,7 +19,7 @@ from tests.runs import checkpoint, differences, learnt, stored
 
 KILLS, STEPS = 30, 150
 SAVE_S = 0.2
-"""Kills in saves come within this time of its begin; a save that is over by then is left for the next one."""
+"""Kills come within this time after the begin of a save; if the save has ended by then, the next one is used."""
 
 
 def newest_step(run: Path) -> int | None:
@@ -28,12 +28,12 @@ def newest_step(run: Path) -> int | None:
 
 
 def saving(run: Path, since: float = 0.0) -> bool:
-    """Whether there is a checkpoint under way, or torn, that was begun after a point in time."""
+    """Whether there is an incomplete checkpoint that was begun after `since`."""
     return any(_changed(path) > since for path in (run / "checkpoints").glob("step-*.tmp"))
 
 
 def steps_logged(run: Path, since: float) -> int:
-    """Steps in the log, once a process that started after a point in time has opened it."""
+    """Steps in the log, once a process that started after `since` has opened it."""
     path = run / "metrics.jsonl"
     return path.read_text().count("\n") if _changed(path) > since else 0
 
@@ -54,7 +54,7 @@ def wait_for(reached: Callable[[], bool], command: subprocess.Popen[str]) -> Non
 
 
 def kill(command: subprocess.Popen[str], one: int | None) -> None:
-    """All at once, as when a node goes down, or one of the two ranks, which torchrun answers by ending the other."""
+    """Kill all at once, as when a node goes down, or one of the two ranks; torchrun then ends the other."""
     if one is None:
         kill_all(command)
     else:
@@ -65,7 +65,7 @@ def kill(command: subprocess.Popen[str], one: int | None) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_thirty_kills_lose_nothing(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    # A large vocabulary makes saves long beside steps: 17 MB in all, of which 4 MB are weights.
+    # A large vocabulary makes saves long compared with steps: 17 MB in all, of which 4 MB are weights.
     recipe = make_recipe(
         tmp_path, "stage1", train={"steps": STEPS, "save_every": 3, "keep": 2, "log_every": 1}, data={"slots": 2}
     )
@@ -102,7 +102,7 @@ def test_thirty_kills_lose_nothing(make_recipe: MakeRecipe, tmp_path: Path) -> N
         assert (newest_step(run) or 0) >= before, number
         for folder in folders.steps(run / "checkpoints"):
             assert verify.fault(folder) is None, (number, folder)
-    assert in_saves >= KILLS // 2 - 1  # one may have been committed while the signal was on its way
+    assert in_saves >= KILLS // 2 - 1  # one may have been committed before the signal arrived
     outcome = run_command("train", str(recipe), "run.name=killed", *overrides, processes=2, timeout_s=300)
     assert f"resumed {run}" in outcome.err
     straight = tmp_path / "straight"

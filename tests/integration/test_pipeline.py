@@ -1,4 +1,4 @@
-"""A pipeline trains its stages one after another and, stopped anywhere, goes on where it stopped."""
+"""A pipeline trains its stages one after another and resumes wherever it was stopped."""
 
 import signal
 import time

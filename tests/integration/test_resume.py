@@ -1,4 +1,4 @@
-"""Stop anywhere, run the same command again: what follows equals the uninterrupted run, bit for bit."""
+"""Stop anywhere, run the same command again: the result equals the uninterrupted run, bit for bit."""
 
 import json
 import os
@@ -64,7 +64,7 @@ def test_stopping_after_any_step_changes_nothing(recipe: Path, straight: Path, s
 
 
 def test_a_killed_run_goes_on_from_its_last_checkpoint(recipe: Path, straight: Path) -> None:
-    """SIGKILL between checkpoints: steps that were logged after the last one are computed again, to the same bits."""
+    """SIGKILL between checkpoints: steps logged after the last checkpoint are computed again, to the same bits."""
     run = recipe.parent / "killed"
     command = start_command("train", str(recipe), "run.name=killed")
     try:
@@ -99,7 +99,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_exits_with_75(recipe: Path, strai
 
 
 def test_a_request_to_stop_that_reaches_the_loader_workers_too_is_obeyed(recipe: Path, straight: Path) -> None:
-    """As clusters send it: to every process of the job."""
+    """Clusters send the signal to every process of the job."""
     run = recipe.parent / "all-asked"
     command = start_command("train", str(recipe), "run.name=all-asked", "data.workers=2")
     try:
@@ -126,14 +126,14 @@ def test_a_loader_worker_that_dies_ends_the_run_with_one_line(recipe: Path, stra
     assert command.returncode == 1, err
     last = [line for line in err.splitlines() if line.strip()][-1]
     assert "DataLoader worker" in last and "lower data.workers" in last
-    assert "emma_train/" not in err  # no traceback of ours; torch's clean-up may print that it ignores an exception
+    assert "emma_train/" not in err  # no traceback of our code; torch's clean-up may print that it ignores an exception
     run_command("train", str(recipe), "run.name=orphan")
     assert_same_end(run, straight)
 
 
 @pytest.mark.slow
 def test_two_processes_that_are_asked_to_stop_save_together(recipe: Path, straight: Path) -> None:
-    """One rank alone gets the signal; both stop after the same step. Then one process goes on, on the same data."""
+    """Only one rank gets the signal; both stop after the same step. Then one process resumes, on the same data."""
     run = recipe.parent / "two"
     command = start_command("train", str(recipe), "run.name=two", processes=2)
     try:

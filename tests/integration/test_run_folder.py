@@ -1,4 +1,4 @@
-"""What a run leaves behind is what the documentation promises: files, metric names, a report, a telling checkpoint."""
+"""A run folder holds what the documentation promises: files, metric names, a report, a checkpoint."""
 
 import json
 import math
@@ -60,7 +60,7 @@ def test_metrics_have_the_promised_names_and_believable_values(run: Path) -> Non
     for line in lines:
         assert line.keys() >= PROMISED
         assert "loss/it2i" not in line  # the task is not in the mix
-        assert "mfu" not in line  # nobody knows the peak of this CPU
+        assert "mfu" not in line  # the peak FLOPs of a CPU are unknown
         assert "vision/stem_share" not in line  # there is no STEM expert yet
         assert all(math.isfinite(value) for value in line.values() if isinstance(value, float))
         assert (line["samples/i2t"], line["samples/t2i"], line["samples/it2i"]) == (12, 12, 0)
@@ -71,7 +71,7 @@ def test_metrics_have_the_promised_names_and_believable_values(run: Path) -> Non
         assert line["checkpoint/stall_s"] >= 0
         if line["step"] % 2 == 0:
             assert line["checkpoint/stall_s"] > 0
-    # At the start an untrained model is as good as chance over the vocabulary: ln 1024 = 6.93.
+    # An untrained model predicts at chance: ln 1024 = 6.93.
     assert lines[0]["loss/i2t"] == pytest.approx(math.log(1024), abs=0.5)
     assert lines[0]["loss"] == pytest.approx(0.25 * lines[0]["loss/i2t"] + lines[0]["loss/t2i"], rel=1e-6)
     assert [line["lr"] for line in lines] == pytest.approx([lines[3]["lr"] * f for f in (1 / 3, 2 / 3, 1, 1)])
@@ -124,5 +124,5 @@ def test_two_processes_under_torchrun_write_one_run_folder(make_recipe: MakeReci
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert all(line.keys() >= PROMISED for line in lines)
     assert json.loads((tmp_path / "two" / "environment.json").read_text())["world_size"] == 2
-    assert "[1] " not in outcome.err  # only the first process talks
+    assert "[1] " not in outcome.err  # only rank 0 logs
     assert len(list((tmp_path / "two" / "checkpoints" / "step-00000003" / "weights").glob("*.distcp"))) == 2

@@ -1,5 +1,5 @@
-"""In every stage: a run that is interrupted twice ends as the straight one does, bit for bit; on other numbers of ranks
-it sees the same data, and its losses agree."""
+"""In every stage: a run that is interrupted twice ends like the uninterrupted one, bit for bit; on other numbers of
+ranks it sees the same data, and its losses agree."""
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ NAMES = list(STAGES)
 
 
 def recipe_of(make_recipe: MakeRecipe, root: Path, name: str) -> Path:
-    """A stage that starts from the straight run of the one before, with averages and a schedule that moves."""
+    """A stage that starts from the uninterrupted run of the previous one, with averages and a schedule."""
     before = NAMES[NAMES.index(name) - 1] if name != NAMES[0] else None
     sections: dict[str, Any] = {"train": {"steps": STEPS, "save_every": 4, "log_every": 1}, "ema": {"decay": 0.9}}
     sections["schedule"] = {"kind": "cosine", "warmup_steps": 2, "min_ratio": 0.1}
@@ -32,7 +32,7 @@ def recipe_of(make_recipe: MakeRecipe, root: Path, name: str) -> Path:
 
 @pytest.fixture(scope="module")
 def recipes(make_recipe: MakeRecipe, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Every stage, trained straight on one process."""
+    """Every stage, trained without interruption on one process."""
     root = tmp_path_factory.mktemp("stages")
     made = {name: recipe_of(make_recipe, root, name) for name in NAMES}
     for name, recipe in made.items():
@@ -79,7 +79,7 @@ def test_a_stage_that_trains_little_saves_little(recipes: dict[str, Path], name:
 
 
 def test_what_is_saved_has_full_precision_where_frozen_weights_stay_gathered(recipes: dict[str, Path]) -> None:
-    """The router's stage gathers units that backward never reaches; they would be there whole, and in bfloat16."""
+    """Router tuning gathers units that backward never reaches; they could be saved gathered, and in bfloat16."""
     recipe = recipes["stage4_router"]
     settings = ("train.steps=2", "train.save_every=1", "engine.precision=bf16", "engine.reshard_after_forward=false")
     train(recipe, "run.name=gathered", *settings, processes=2)
@@ -92,7 +92,7 @@ def test_what_is_saved_has_full_precision_where_frozen_weights_stay_gathered(rec
 
 
 def test_the_number_of_ranks_may_change_at_every_start(recipes: dict[str, Path]) -> None:
-    """4, 2, 3, 1: of the twelve slots each takes its share."""
+    """4, 2, 3 and 1 ranks, which all divide the twelve slots."""
     recipe, settings = recipes["stage1"], ("data.slots=12", "train.keep=9")
     straight, run = recipe.parent / "one", recipe.parent / "ranks"
     train(recipe, f"run.name={straight.name}", *settings)
