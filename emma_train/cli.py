@@ -81,7 +81,8 @@ def _print_error(command: str, error: Exception) -> None:
 
 def _set_up_logging() -> None:
     rank = os.environ.get("RANK", "0")
-    logging.basicConfig(level=logging.INFO, format=f"%(asctime)s [{rank}] %(message)s", datefmt="%H:%M:%S", force=True)
+    level = logging.INFO if rank == "0" else logging.ERROR  # a message from every rank would be printed once a rank
+    logging.basicConfig(level=level, format=f"%(asctime)s [{rank}] %(message)s", datefmt="%H:%M:%S", force=True)
     for name in NOISY_LOGGERS:
         logging.getLogger(name).setLevel(logging.WARNING)
 

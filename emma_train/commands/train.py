@@ -38,8 +38,6 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     # One process group for all stages: gloo cannot be destroyed and initialised again within a process.
     traces = Path(first.run.root) / first.run.name / "logs" / "nccl-rank-"
     with join(first.engine.device, first.engine.timeout_s, traces) as world, StopRequest() as stop:
-        if not world.is_main:
-            logging.getLogger().setLevel(logging.ERROR)
         for file, recipe in stages:
             if world.sum([float(stop.asked)])[0]:
                 return EXIT_PREEMPTED

@@ -8,6 +8,9 @@ import yaml
 
 from emma_train.config import UserError, config_hash, load_recipe, to_yaml
 from emma_train.config.load import as_dict, from_dict, is_pipeline, load_pipeline, load_stages, load_yaml
+from emma_train.config.renamed import RENAMED, current_key
+from emma_train.config.schema import Recipe
+from emma_train.config.setting import all_settings
 from tests.helpers import ROOT, recipe_values, tiny_recipe, write_recipe
 
 
@@ -213,3 +216,62 @@ def test_stages_of_a_pipeline_follow_each_other_inside_its_run_folder(tmp_path: 
     ]
     assert stages[1][1].init.source == f"{tmp_path}/a b/both/01"
     assert [recipe.train.steps for _, recipe in stages] == [7, 7]
+
+
+def test_an_old_name_still_works_and_one_line_names_the_new_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    values = recipe_values(optimizer__clip=0.5)
+    values["model"]["decoder"]["layers"] = values["model"]["decoder"].pop("num_layers")
+    path = write_recipe(tmp_path / "recipe.yaml", values)
+    recipe = load_recipe(path, ["train.sample_num=7"])
+    assert (recipe.optimizer.max_grad_norm, recipe.model.decoder.num_layers, recipe.train.num_samples) == (0.5, 4, 7)
+    assert caplog.messages == [
+        f"{path}: keys were renamed, the old names still work: model.decoder.layers is now model.decoder.num_layers, "
+        "optimizer.clip is now optimizer.max_grad_norm, train.sample_num is now train.num_samples"
+    ]
+    assert {"optimizer.max_grad_norm", "train.num_samples"} <= recipe.set_keys
+    caplog.clear()
+    load_recipe(recipe_file(tmp_path))
+    assert caplog.messages == []
+
+
+def test_both_names_in_one_file_must_agree(tmp_path: Path) -> None:
+    path = recipe_file(tmp_path, optimizer__clip=0.5, optimizer__max_grad_norm=0.25)
+    assert error_of(path) == (
+        f"{path}: optimizer.clip is now called optimizer.max_grad_norm; both are set, to 0.5 and 0.25; "
+        "keep optimizer.max_grad_norm"
+    )
+    assert load_recipe(recipe_file(tmp_path, optimizer__clip=0.5, optimizer__max_grad_norm=0.5))
+
+
+@pytest.mark.parametrize(("base", "child"), [("clip", "max_grad_norm"), ("max_grad_norm", "clip")])
+def test_a_name_in_a_file_wins_over_the_other_name_in_the_file_that_it_extends(
+    tmp_path: Path, base: str, child: str
+) -> None:
+    recipe_file(tmp_path, "base.yaml", **{f"optimizer__{base}": 0.5})
+    path = write_recipe(tmp_path / "child.yaml", {"extends": "base.yaml", "optimizer": {child: 0.25}})
+    assert load_recipe(path).optimizer.max_grad_norm == 0.25
+    assert load_recipe(path, [f"optimizer.{base}=0.75"]).optimizer.max_grad_norm == 0.75
+
+
+def test_a_typing_error_near_an_old_name_is_advised_with_the_new_one(tmp_path: Path) -> None:
+    path = recipe_file(tmp_path)
+    assert error_of(path, "model.decoder.shalow=1").startswith("override 'model.decoder.shalow=1': unknown key")
+    assert error_of(path, "model.vision.num_layer=1").endswith("did you mean model.vision.num_layers?")
+
+
+def test_every_renamed_key_has_a_current_one() -> None:
+    known = {key for key, _ in all_settings(Recipe)}
+    assert not known & set(RENAMED) and {current_key(old) for old in RENAMED} <= known
+
+
+def test_a_recipe_knows_what_was_set(tmp_path: Path) -> None:
+    write_recipe(tmp_path / "base.yaml", {"flow": {"shift": 1.0}})
+    path = recipe_file(tmp_path, extends="base.yaml", mix={"i2t": 1})
+    recipe = load_recipe(path, ["init.from=null", "optimizer.betas=[0.9, 0.95]"])
+    assert {"flow.shift", "init.from", "optimizer.betas", "mix.t2i", "data.sources[0].path"} <= recipe.set_keys
+    assert not {"flow.logit_std", "data.sources[0].weight", "init.ema"} & recipe.set_keys
+    assert "set_keys" not in as_dict(recipe)
+    other = load_recipe(path, ["init.from=null", "optimizer.betas=[0.9, 0.95]", "flow.logit_std=1.0"])
+    assert other == recipe and config_hash(other) == config_hash(recipe)
