@@ -1,7 +1,7 @@
-"""Charts as strings of HTML and inline SVG that need no library: lines over the steps of a run, sparklines, score bars.
+"""Charts as HTML with inline SVG, without a library: lines over the steps of a run, sparklines, bars of time.
 
-Lines are drawn in a 1000 x 1000 box that the page stretches, with labels as HTML above it: so a chart is as wide as the
-page, and its letters keep their size on a phone. Without JavaScript all is there but the values under the pointer.
+Lines are drawn in a box of 1000 x 1000 that the page stretches, with labels as HTML over it: a chart is as wide as the
+page, and its letters keep their size on a phone. Only the values under the pointer need JavaScript.
 """
 
 import math
@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from emma_train.monitor.progress import duration, si
+from emma_train.monitor.progress import duration
+from emma_train.report.numbers import short_number
 
 MAX_POINTS = 1000  # of a drawn line, over the whole run
 MAX_HOVER_POINTS = 400
@@ -20,7 +21,7 @@ MAX_HOVER_POINTS = 400
 
 @dataclass(frozen=True)
 class Band:
-    """One stage's stretch of the x axis, [start, end] in steps since the beginning of the pipeline."""
+    """The part of the x axis that is one stage: [start, end] in steps since the beginning of the pipeline."""
 
     label: str
     short: str
@@ -42,7 +43,7 @@ class Axis:
         return max((band.end for band in self.bands), default=1.0) or 1.0
 
     def segments(self) -> Iterator[slice]:
-        """The records of each stage; lines do not run on from one stage to the next."""
+        """The records of each stage; a line ends where its stage ends."""
         edges = np.flatnonzero(np.diff(self.band)) + 1
         for start, stop in zip([0, *edges], [*edges, len(self.band)], strict=True):
             yield slice(int(start), int(stop))
@@ -63,7 +64,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Chart:
-    """Its HTML, and what its tooltip shows: per line a name, a colour, raw values and smoothed ones or None."""
+    """HTML of a chart, and what its tooltip shows: for each line name, colour, raw values, smoothed ones or None."""
 
     key: str
     html: str
@@ -90,55 +91,82 @@ def line_chart(
         return None
     averages = [smoothed(axis, line.y) if smooth else None for line in series]
     bold = [line.y if average is None else average for line, average in zip(series, averages, strict=True)]
-    low, high = _value_range(series, bold, from_zero)
-    positive = min((float(y[y > 0].min()) for y in bold if (y > 0).any()), default=math.inf)
-    may_log = log_switch and low >= 0 and positive < high
-    starts_log = may_log and high / positive > 20
-    headroom = 0.1 if tall and len(axis.bands) > 1 else 0.04  # the names of the stages stand there
-    scales = [("lin", _Scale(low, high, headroom))]
-    if may_log:
-        floor = max(low, positive * 0.8)
-        scales.append(("log", _Scale(floor, high, headroom, log=True)))
-    groups, labels = [], []
-    for name, scale in scales:
-        ticks = scale.ticks()
-        grid = "".join(f'<path class="grid" d="M0,{scale(t):.1f}H1000"/>' for t in ticks)
-        lines = []
-        for line, average in zip(series, averages, strict=True):
-            if average is not None:
-                lines.append(f'<path class="raw {line.color}" d="{_path(axis, line.y, scale, envelope=True)}"/>')
-        for line, y in zip(series, bold, strict=True):
-            if len(series) == 1 and not tall:
-                lines.append(f'<path class="fill {line.color}" d="{_path(axis, y, scale, closed=True)}"/>')
-            lines.append(f'<path class="line {line.color}" d="{_path(axis, y, scale)}"/>')
-        groups.append(f'<g class="{name}">{grid}{"".join(lines)}</g>')
-        marks = "".join(f'<i style="top:{scale(t) / 10:.2f}%">{number(t)}</i>' for t in ticks)
-        labels.append(f'<div class="ys {name}">{marks}</div>')
-    switch = (
-        f'<label class="switch"><input type="checkbox"{" checked" if starts_log else ""}><span>log scale</span></label>'
-        if may_log
-        else ""
-    )
-    legend = (
-        '<ul class="legend">' + "".join(f'<li class="{s.color}">{escape(s.name)}</li>' for s in series) + "</ul>"
-        if len(series) > 1
-        else ""
-    )
+    headroom = 0.1 if tall and len(axis.bands) > 1 else 0.04  # for the names of the stages
+    scales, starts_log = _scales(series, bold, log_switch, from_zero, headroom)
+    lines = _Lines(axis, series, averages, bold, filled=len(series) == 1 and not tall)
+    shapes = "".join(f'<g class="{name}">{lines.shapes(scale)}</g>' for name, scale in scales)
+    checked = " checked" if starts_log else ""
+    switch = f'<label class="switch"><input type="checkbox"{checked}><span>log scale</span></label>'
+    legend = "".join(f'<li class="{line.color}">{escape(line.name)}</li>' for line in series)
+    legend = f'<ul class="legend">{legend}</ul>' if len(series) > 1 else ""
+    kinds = "chart" + (" tall" if tall else "") + (" linear" if len(scales) == 1 else "")
     html = (
-        f'<figure class="chart{" tall" if tall else ""}{"" if may_log else " linear"}" data-chart="{escape(key)}">'
-        f"<figcaption><div><h3>{escape(title)}</h3><p>{escape(note)}</p></div>{legend}{switch}</figcaption>"
-        f'<div class="plot" role="img" aria-label="{escape(_spoken(title, series, bold))}">{"".join(labels)}'
+        f'<figure class="{kinds}" data-chart="{escape(key)}">'
+        f"<figcaption><div><h3>{escape(title)}</h3><p>{escape(note)}</p></div>{legend}"
+        f"{switch if len(scales) > 1 else ''}</figcaption>"
+        f'<div class="plot" role="img" aria-label="{escape(_spoken(title, series, bold))}">'
+        f"{''.join(_y_labels(name, scale) for name, scale in scales)}"
         f'<div class="area"><svg viewBox="0 0 1000 1000" preserveAspectRatio="none" aria-hidden="true">'
-        f"{_band_shapes(axis)}{''.join(groups)}</svg>{_band_labels(axis) if tall else ''}"
+        f"{_band_shapes(axis)}{shapes}</svg>{_band_labels(axis) if tall else ''}"
         f'<i class="cursor"></i></div>{_x_labels(axis)}</div></figure>'
     )
-    hover = axis.hover()
-    shown = [
-        {"name": line.name, "color": line.color, "y": _rounded(line.y[hover]),
-         "mean": None if average is None else _rounded(average[hover])}
-        for line, average in zip(series, averages, strict=True)
-    ]  # fmt: skip
-    return Chart(key, html, shown)
+    return Chart(key, html, lines.hover_values())
+
+
+@dataclass(frozen=True)
+class _Lines:
+    """The lines of one chart: raw values, smoothed ones or None, and `bold`, the smoothed ones or else the raw ones."""
+
+    axis: Axis
+    series: Sequence[Series]
+    averages: Sequence[np.ndarray | None]
+    bold: Sequence[np.ndarray]
+    filled: bool
+    """Fill the area under a line."""
+
+    def shapes(self, scale: "_Scale") -> str:
+        """Grid and lines as SVG paths; light raw lines are below all bold ones."""
+        paths = [f'<path class="grid" d="M0,{scale(tick):.1f}H1000"/>' for tick in scale.ticks()]
+        for line, average in zip(self.series, self.averages, strict=True):
+            if average is not None:
+                raw = _path(self.axis, line.y, scale, envelope=True)
+                paths.append(f'<path class="raw {line.color}" d="{raw}"/>')
+        for line, y in zip(self.series, self.bold, strict=True):
+            if self.filled:
+                paths.append(f'<path class="fill {line.color}" d="{_path(self.axis, y, scale, closed=True)}"/>')
+            paths.append(f'<path class="line {line.color}" d="{_path(self.axis, y, scale)}"/>')
+        return "".join(paths)
+
+    def hover_values(self) -> list[dict[str, Any]]:
+        """For each line what the tooltip shows, at the records of `Axis.hover`."""
+        hover = self.axis.hover()
+        return [
+            {
+                "name": line.name,
+                "color": line.color,
+                "y": _rounded(line.y[hover]),
+                "mean": None if average is None else _rounded(average[hover]),
+            }
+            for line, average in zip(self.series, self.averages, strict=True)
+        ]
+
+
+def _scales(
+    series: Sequence[Series], bold: Sequence[np.ndarray], log_switch: bool, from_zero: bool, headroom: float
+) -> tuple[list[tuple[str, "_Scale"]], bool]:
+    """The linear y scale and, if asked for and possible, the logarithmic one; whether the chart starts with that."""
+    low, high = _value_range(series, bold, from_zero)
+    linear = ("lin", _Scale(low, high, headroom))
+    positive = min((float(y[y > 0].min()) for y in bold if (y > 0).any()), default=math.inf)
+    if not log_switch or low < 0 or positive >= high:
+        return [linear], False
+    logarithmic = ("log", _Scale(max(low, positive * 0.8), high, headroom, log=True))
+    return [linear, logarithmic], high / positive > 20
+
+
+def _y_labels(name: str, scale: "_Scale") -> str:
+    marks = "".join(f'<i style="top:{scale(t) / 10:.2f}%">{short_number(t)}</i>' for t in scale.ticks())
+    return f'<div class="ys {name}">{marks}</div>'
 
 
 def sparkline(y: np.ndarray, color: str) -> str:
@@ -147,7 +175,7 @@ def sparkline(y: np.ndarray, color: str) -> str:
     if len(y) < 2:
         return '<svg class="spark" viewBox="0 0 1000 1000" preserveAspectRatio="none" aria-hidden="true"></svg>'
     y = y[np.unique(np.linspace(0, len(y) - 1, 120).round().astype(int))]
-    # A stage whose loss hardly moves is to look flat, not like a storm: the height is at least a third of the level.
+    # The height is at least a third of the mean value, so that a loss that hardly changes looks flat.
     middle, span = float(y.min() + y.max()) / 2, max(float(y.max() - y.min()), abs(float(y.mean())) / 3)
     scale = _Scale(middle - span / 2, middle + span / 2)
     x = np.linspace(0, 1000, len(y))
@@ -156,26 +184,6 @@ def sparkline(y: np.ndarray, color: str) -> str:
         '<svg class="spark" viewBox="0 0 1000 1000" preserveAspectRatio="none" aria-hidden="true">'
         f'<path class="fill {color}" d="{d}V1000H0Z"/><path class="line {color}" d="{d}"/></svg>'
     )
-
-
-def score_bar(value: float, bar: float | None, baseline: float | None, higher_is_better: bool) -> str:
-    """One score as a bar, with a mark for the bar to reach and one for the baseline."""
-    known = [v for v in (value, bar, baseline) if v is not None and math.isfinite(v)]
-    top = 1.0 if higher_is_better and max(known, default=0.0) <= 1 else (max(known, default=1.0) * 1.12 or 1.0)
-
-    def at(v: float) -> str:
-        return f"{100 * min(max(v / top, 0.0), 1.0):.2f}%"
-
-    state = "plain" if bar is None else "met" if reaches(value, bar, higher_is_better) else "missed"
-    marks = f'<i class="base" style="left:{at(baseline)}"></i>' if baseline is not None else ""
-    marks += f'<i class="goal" style="left:{at(bar)}"></i>' if bar is not None else ""
-    width = at(value) if math.isfinite(value) else "0"
-    return f'<div class="track {state}"><b style="width:{width}"></b>{marks}</div>'
-
-
-def reaches(value: float, bar: float, higher_is_better: bool) -> bool:
-    """Whether a score meets its bar; a value that is not finite meets none."""
-    return value >= bar if higher_is_better else value <= bar
 
 
 def time_bar(label: str, parts: Sequence[tuple[str, str, float]], longest: float) -> str:
@@ -228,16 +236,6 @@ def downsample(y: np.ndarray, limit: int, envelope: bool) -> np.ndarray:
     return np.array(kept)
 
 
-def number(value: float) -> str:
-    """A value of a few digits: "0.0312", "1e-4", "12.3k"."""
-    if not math.isfinite(value):
-        return str(value)
-    if value and abs(value) < 1e-3:
-        mantissa, exponent = f"{value:.1e}".split("e")
-        return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
-    return si(value)
-
-
 class _Scale:
     """Maps values to 1000 (bottom) .. 0 (top)."""
 
@@ -268,7 +266,7 @@ class _Scale:
 
 
 def nice_ticks(low: float, high: float, about: int) -> list[float]:
-    """Round values within [low, high], some `about` of them."""
+    """Round values within [low, high], `about` so many."""
     rough = (high - low) / max(1, about)
     size = 10.0 ** math.floor(math.log10(rough)) if rough > 0 else 1.0
     step = size * next(m for m in (1, 2, 2.5, 5, 10) if m * size >= rough * 0.999)
@@ -277,7 +275,7 @@ def nice_ticks(low: float, high: float, about: int) -> list[float]:
 
 
 def _value_range(series: Sequence[Series], bold: Sequence[np.ndarray], from_zero: bool) -> tuple[float, float]:
-    """All of the bold lines, and the raw ones but for their wildest spikes."""
+    """Range of the bold lines, and of the raw ones without their 0.2 % lowest and highest values."""
     ends = [0.0] if from_zero else []
     for line, y in zip(series, bold, strict=True):
         raw, mean = line.y[np.isfinite(line.y)], y[np.isfinite(y)]
@@ -323,7 +321,9 @@ def _band_labels(axis: Axis) -> str:
 
 
 def _x_labels(axis: Axis) -> str:
-    marks = "".join(f'<i style="left:{100 * t / axis.end:.2f}%">{number(t)}</i>' for t in nice_ticks(0, axis.end, 5))
+    marks = "".join(
+        f'<i style="left:{100 * t / axis.end:.2f}%">{short_number(t)}</i>' for t in nice_ticks(0, axis.end, 5)
+    )
     return f'<div class="xs">{marks}</div>'
 
 
@@ -335,5 +335,5 @@ def _spoken(title: str, series: Sequence[Series], bold: Sequence[np.ndarray]) ->
     parts = []
     for line, y in zip(series, bold, strict=True):
         finite = y[np.isfinite(y)]
-        parts.append(f"{line.name} from {number(float(finite[0]))} to {number(float(finite[-1]))}")
+        parts.append(f"{line.name} from {short_number(float(finite[0]))} to {short_number(float(finite[-1]))}")
     return f"{title} over the steps of training: {'; '.join(parts)}"

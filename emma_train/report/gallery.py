@@ -1,9 +1,8 @@
-"""What the model made and said while it trained: sample images as a film strip, answers as cards, scores as bars."""
+"""What the model generated while it trained: a grid of sample images for each task, and answers as cards."""
 
 import base64
 import io
 import json
-import math
 from collections import defaultdict
 from dataclasses import dataclass
 from html import escape
@@ -13,9 +12,7 @@ from typing import Any, TypeVar
 
 from PIL import Image
 
-from emma_train.report.charts import number, reaches, score_bar
-
-T = TypeVar("T")
+Item = TypeVar("Item")
 
 MAX_IMAGE_PX = 192
 MAX_COLUMNS = 6
@@ -29,8 +26,8 @@ TASK_TITLES = {"t2i": "Images from text", "it2i": "Edited images", "i2t": "Answe
 
 
 @dataclass(frozen=True)
-class Moment:
-    """The samples of one step. label, short: the stage's names, for the head of a column and the line of an answer."""
+class SampleSnapshot:
+    """The samples of one step. label, short: names of its stage, for the head of a column and the line of an answer."""
 
     label: str
     short: str
@@ -39,9 +36,9 @@ class Moment:
     samples: list[dict[str, Any]]
 
 
-def read_moments(label: str, short: str, run: Path, missing: list[str]) -> list[Moment]:
-    """The sample folders of one stage in the order of steps; what cannot be read goes to `missing`."""
-    moments = []
+def read_snapshots(label: str, short: str, run: Path, missing: list[str]) -> list[SampleSnapshot]:
+    """The sample folders of one run folder in the order of steps. Adds a line to `missing` for what cannot be read."""
+    snapshots = []
     for folder in sorted((run / "samples").glob("step-*")):
         digits = folder.name.removeprefix("step-")
         if not digits.isdigit() or not folder.is_dir():
@@ -52,48 +49,15 @@ def read_moments(label: str, short: str, run: Path, missing: list[str]) -> list[
             missing.append(f"{label}: samples/{folder.name}/samples.json is missing or not readable")
             continue
         if isinstance(samples, list):
-            moments.append(Moment(label, short, int(digits), folder, [s for s in samples if isinstance(s, dict)]))
-    return moments
+            snapshots.append(
+                SampleSnapshot(label, short, int(digits), folder, [s for s in samples if isinstance(s, dict)])
+            )
+    return snapshots
 
 
-def samples_html(moments: list[Moment]) -> str:
-    """A film strip for each task that makes images (rows are prompts, columns steps) and cards for answers."""
-    return _film("t2i", moments) + _film("it2i", moments) + _answers(moments)
-
-
-def scores_html(scores: list[dict[str, Any]]) -> str:
-    """Scores as bars. A score: name, value, and where known split, bar, baseline, higher_is_better, unit."""
-    rows = []
-    for score in scores:
-        value, bar, baseline = (as_number(score.get(key)) for key in ("value", "bar", "baseline"))
-        higher = score.get("higher_is_better", True) is not False
-        if value is None:
-            value = math.nan
-        notes = [str(score.get("split", "")).replace("_", " "), "" if higher else "lower is better"]
-        if bar is None:
-            verdict = ""
-        elif reaches(value, bar, higher):
-            verdict = f'<span class="ok">✓ reaches {number(bar)}</span>'
-        else:
-            verdict = f'<span class="bad">✗ misses {number(bar)}</span>'
-        if baseline is not None:
-            verdict += f"{' · ' if verdict else ''}baseline {number(baseline)}"
-        unit = f"<p>{escape(str(score['unit']))}</p>" if score.get("unit") else ""
-        rows.append(
-            f'<div class="score"><div><h3>{escape(str(score.get("name", "?")))}</h3>'
-            f"<p>{escape(' · '.join(filter(None, notes)))}</p></div>"
-            f'<div class="gauge">{score_bar(value, bar, baseline, higher)}<p>{verdict}</p></div>'
-            f'<div class="value"><b>{number(value)}</b>{unit}</div></div>'
-        )
-    return (
-        f'<div class="card scores">{"".join(rows)}</div><p class="key"><span>▼ the bar to reach</span>'
-        "<span>❘ the baseline: what chance or a trivial answer gets</span></p>"
-    )
-
-
-def as_number(value: Any) -> float | None:
-    """A number as float, None for anything else (and for booleans)."""
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+def samples_html(snapshots: list[SampleSnapshot]) -> str:
+    """A grid of images for each task that makes images (a row per prompt, a column per step), and cards of answers."""
+    return _image_grid("t2i", snapshots) + _image_grid("it2i", snapshots) + _answers(snapshots)
 
 
 def image_uri(path: Path) -> str | None:
@@ -109,118 +73,106 @@ def image_uri(path: Path) -> str | None:
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-def _film(task: str, moments: list[Moment]) -> str:
-    moments = [m for m in moments if any(s.get("task") == task for s in m.samples)]
-    if not moments:
+def _image_grid(task: str, snapshots: list[SampleSnapshot]) -> str:
+    snapshots = [m for m in snapshots if any(s.get("task") == task for s in m.samples)]
+    if not snapshots:
         return ""
-    columns = _spread(moments, MAX_COLUMNS)
-    rows: dict[tuple[str, str], dict[int, tuple[Moment, dict[str, Any]]]] = defaultdict(dict)
-    for i, moment in enumerate(columns):
-        for sample in moment.samples:
+    columns = _spread(snapshots, MAX_COLUMNS)
+    rows: dict[tuple[str, str], dict[int, tuple[SampleSnapshot, dict[str, Any]]]] = defaultdict(dict)
+    for i, snapshot in enumerate(columns):
+        for sample in snapshot.samples:
             if sample.get("task") == task:
-                rows[str(sample.get("prompt", "")), str(sample.get("file", ""))][i] = (moment, sample)
-    # The prompts that were drawn most often first: they show the change.
+                rows[str(sample.get("prompt", "")), str(sample.get("file", ""))][i] = (snapshot, sample)
+    # Prompts with most images first: they show how the model changes.
     shown = sorted(rows.items(), key=lambda item: -len(item[1]))[:MAX_ROWS]
     latest = [cells[max(cells)] for _, cells in shown]
     before = any(s.get("reference") for _, s in latest)
     after = any(s.get("target") for _, s in latest)
 
-    is_new = [i == 0 or columns[i - 1].label != moment.label for i, moment in enumerate(columns)]
+    is_new = [i == 0 or columns[i - 1].label != snapshot.label for i, snapshot in enumerate(columns)]
     gap = [' class="apart"' if new else "" for new in is_new]
     stages = "<th></th>" + ("<th></th>" if before else "")
-    for label, group in groupby(columns, key=lambda moment: moment.label):
+    for label, group in groupby(columns, key=lambda snapshot: snapshot.label):
         stages += f'<th class="stage apart" colspan="{len(list(group))}">{escape(label)}</th>'
     steps = "<th></th>" + ("<th>before</th>" if before else "")
-    for moment, apart in zip(columns, gap, strict=True):
-        steps += f"<th{apart}>step {moment.step:,}</th>"
+    for snapshot, apart in zip(columns, gap, strict=True):
+        steps += f"<th{apart}>step {snapshot.step:,}</th>"
     steps += '<th class="apart">from the data</th>' if after else ""
 
     body = []
-    for ((prompt, _), cells), (moment, sample) in zip(shown, latest, strict=True):
+    for ((prompt, _), cells), (snapshot, sample) in zip(shown, latest, strict=True):
         line = f'<th scope="row">{escape(prompt) or "(no prompt)"}</th>'
         if before:
-            line += f"<td>{_img(moment, sample.get('reference'), f'before the edit: {prompt}')}</td>"
+            line += f"<td>{_img(snapshot, sample.get('reference'), f'before the edit: {prompt}')}</td>"
         for i, column in enumerate(columns):
             alt = f"made at {column.label}, step {column.step}: {prompt}"
             line += f"<td{gap[i]}>{_img(column, cells[i][1].get('file'), alt) if i in cells else ''}</td>"
         if after:
-            line += f'<td class="apart">{_img(moment, sample.get("target"), f"from the data: {prompt}")}</td>'
+            line += f'<td class="apart">{_img(snapshot, sample.get("target"), f"from the data: {prompt}")}</td>'
         body.append(f"<tr>{line}</tr>")
     more = f'<p class="note">{len(shown)} of {len(rows)} prompts are shown.</p>' if len(rows) > len(shown) else ""
     return (
-        f'<div class="card film" tabindex="0" role="region" aria-label="{escape(TASK_TITLES[task])}">'
+        f'<div class="card image-grid" tabindex="0" role="region" aria-label="{escape(TASK_TITLES[task])}">'
         f"<h3>{escape(TASK_TITLES[task])}</h3><table><thead><tr>{stages}</tr><tr>{steps}</tr></thead>"
         f"<tbody>{''.join(body)}</tbody></table>{more}</div>"
     )
 
 
-def _answers(moments: list[Moment]) -> str:
-    cards: dict[tuple[str, str], list[tuple[Moment, dict[str, Any]]]] = defaultdict(list)
-    for moment in moments:
-        for sample in moment.samples:
+def _answers(snapshots: list[SampleSnapshot]) -> str:
+    cards: dict[tuple[str, str], list[tuple[SampleSnapshot, dict[str, Any]]]] = defaultdict(list)
+    for snapshot in snapshots:
+        for sample in snapshot.samples:
             if sample.get("task") == "i2t":
-                cards[str(sample.get("prompt", "")), _image_name(sample)].append((moment, sample))
+                cards[str(sample.get("prompt", "")), str(sample.get("reference", ""))].append((snapshot, sample))
     if not cards:
         return ""
     shown = sorted(cards.items(), key=lambda item: -len(item[1]))[: MAX_ROWS + 1]
     html = []
-    for (question, image), told in shown:
+    for (question, image), answers in shown:
         lines = []
-        said = [told[0]] + [b for a, b in zip(told, told[1:], strict=False) if _answer(a[1]) != _answer(b[1])]
-        for moment, sample in _spread(said, MAX_COLUMNS):
+        changes = [b for a, b in zip(answers, answers[1:], strict=False) if _answer(a[1]) != _answer(b[1])]
+        for snapshot, sample in _spread([answers[0], *changes], MAX_COLUMNS):
             right = is_right(sample)
             mark = "" if right is None else MARKS[right]
             lines.append(
-                f'<li><span title="{escape(moment.label)}">{escape(moment.short)} · {moment.step:,}</span>'
+                f'<li><span title="{escape(snapshot.label)}">{escape(snapshot.short)} · {snapshot.step:,}</span>'
                 f"<q>{escape(_answer(sample)) or '(nothing)'}</q>{mark}</li>"
             )
-        moment, sample = told[-1]
-        truth = truth_of(sample)
-        told_truth = "" if truth is None else f'<p class="truth">truth: {escape(truth)}</p>'
+        snapshot, sample = answers[-1]
+        truth = sample.get("truth")
+        truth_line = "" if truth is None else f'<p class="truth">truth: {escape(str(truth))}</p>'
         html.append(
-            f'<div class="card answer">{_img(moment, image, f"asked about: {question}")}<div>'
+            f'<div class="card answer">{_img(snapshot, image, f"asked about: {question}")}<div>'
             f"<h3>{escape(question)}</h3><ol>{''.join(lines)}</ol>"
-            f"{told_truth}</div></div>"
+            f"{truth_line}</div></div>"
         )
     more = f'<p class="note">{len(shown)} of {len(cards)} questions are shown.</p>' if len(cards) > len(shown) else ""
     return f'<div class="answers">{"".join(html)}</div>{more}'
 
 
 def is_right(sample: dict[str, Any]) -> bool | None:
-    """Whether an answer is right: as the writer of the sample said, else by equality but for case and space."""
-    if isinstance(sample.get("correct"), bool):
-        return bool(sample["correct"])
-    truth = truth_of(sample)
-    return None if truth is None else _plain(_answer(sample)) == _plain(truth)
-
-
-def truth_of(sample: dict[str, Any]) -> str | None:
-    """The true answer of an i2t sample, under `truth` or `target`."""
-    truth = sample.get("truth", sample.get("target"))
-    return None if truth is None else str(truth)
+    """Whether an answer equals the known one but for case, spaces and a final full stop; None if none is known."""
+    truth = sample.get("truth")
+    return None if truth is None else _normalized(_answer(sample)) == _normalized(str(truth))
 
 
 def _answer(sample: dict[str, Any]) -> str:
     return str(sample.get("answer", ""))
 
 
-def _plain(text: str) -> str:
+def _normalized(text: str) -> str:
     return " ".join(text.casefold().split()).rstrip(".")
 
 
-def _image_name(sample: dict[str, Any]) -> str:
-    return str(sample.get("reference") or sample.get("file") or "")
-
-
-def _img(moment: Moment, name: object, alt: str) -> str:
-    path = moment.folder / str(name or "")
-    # A sample names files of its own folder only.
-    uri = image_uri(path) if name and path.parent == moment.folder else None
+def _img(snapshot: SampleSnapshot, name: object, alt: str) -> str:
+    path = snapshot.folder / str(name or "")
+    # Files outside of the sample's folder are not shown.
+    uri = image_uri(path) if name and path.parent == snapshot.folder else None
     return f'<img src="{uri}" alt="{escape(alt)}" width="96" height="96">' if uri else "<span>no image</span>"
 
 
-def _spread(items: list[T], limit: int) -> list[T]:
-    """At most `limit` of the items, evenly spread, the first and the last among them."""
+def _spread(items: list[Item], limit: int) -> list[Item]:
+    """At most `limit` of the items, evenly spread, with the first and the last."""
     if len(items) <= limit:
         return items
     return [items[round(i * (len(items) - 1) / (limit - 1))] for i in range(limit)]

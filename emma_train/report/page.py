@@ -1,4 +1,4 @@
-"""The page around a report: its style, its few lines of script, and the policy that lets it load nothing."""
+"""The page around a report: its style, its script, and a content security policy that forbids loading anything."""
 
 import json
 from html import escape
@@ -19,7 +19,7 @@ h1,h2,h3,p,dl,dd,ul,figure{margin:0;padding:0}
 h1{font-size:clamp(34px,6vw,52px);line-height:1.08;letter-spacing:-.028em;font-weight:680;overflow-wrap:anywhere}
 h2{font-size:24px;letter-spacing:-.015em;font-weight:650;line-height:1.25}
 h3{font-size:15px;font-weight:620;line-height:1.35}
-.kicker{color:var(--soft);font-size:13px;letter-spacing:.08em;text-transform:uppercase;margin-bottom:14px}
+.overline{color:var(--soft);font-size:13px;letter-spacing:.08em;text-transform:uppercase;margin-bottom:14px}
 .lead{font-size:20px;line-height:1.5;color:var(--soft);max-width:44em;margin-top:20px}
 .lead b{color:var(--ink);font-weight:600}
 .facts{display:grid;grid-template-columns:repeat(auto-fit,minmax(126px,1fr));gap:20px 24px;margin-top:36px;
@@ -40,7 +40,7 @@ section>h2~div,section>h2~figure{margin-top:24px}
 .chips{list-style:none;display:flex;flex-wrap:wrap;gap:6px;margin-top:12px}
 .chips li{font-size:12.5px;line-height:1;padding:5px 8px;border-radius:99px;background:var(--tint)}
 .chips li span{color:var(--soft)}
-.seal{margin-top:auto;padding-top:12px;font-size:13px}
+.frozen-check{margin-top:auto;padding-top:12px;font-size:13px}
 .ok{color:var(--green)}.bad{color:var(--red)}
 .charts{display:grid;grid-template-columns:repeat(2,minmax(0,1fr));gap:16px}
 .chart{padding:20px 22px 14px;min-width:0}
@@ -103,18 +103,19 @@ box-shadow:0 0 0 2px var(--card)}
 border-top:6px solid var(--ink)}
 .track i.base{top:-2px;bottom:-2px;background:var(--soft)}
 .key{display:flex;flex-wrap:wrap;gap:4px 20px;font-size:13px;color:var(--soft);margin-top:12px}
-.film{overflow-x:auto;padding:20px 24px 22px}
-.film h3{margin-bottom:12px;position:sticky;left:0}
-.film+.film,.film+.answers,.answers+.film{margin-top:16px}
+.image-grid{overflow-x:auto;padding:20px 24px 22px}
+.image-grid h3{margin-bottom:12px;position:sticky;left:0}
+.image-grid+.image-grid,.image-grid+.answers,.answers+.image-grid{margin-top:16px}
 table{border-collapse:collapse;font-size:13px}
-.film th{font-weight:400;color:var(--soft);text-align:left;padding:0 8px 6px 0;white-space:nowrap;vertical-align:bottom}
-.film tbody th{white-space:normal;min-width:150px;max-width:210px;padding:6px 20px 6px 0;color:var(--ink);
+.image-grid th{font-weight:400;color:var(--soft);text-align:left;padding:0 8px 6px 0;white-space:nowrap;
+vertical-align:bottom}
+.image-grid tbody th{white-space:normal;min-width:150px;max-width:210px;padding:6px 20px 6px 0;color:var(--ink);
 vertical-align:middle;line-height:1.4;overflow-wrap:anywhere}
-.film td{padding:4px 8px 4px 0;color:var(--soft)}
-.film th.stage{color:var(--ink);font-weight:600}
-.film .apart{padding-left:16px}
-.film img,.answer img{display:block;border-radius:8px;background:var(--tint);object-fit:contain}
-.film img{width:96px;height:96px}
+.image-grid td{padding:4px 8px 4px 0;color:var(--soft)}
+.image-grid th.stage{color:var(--ink);font-weight:600}
+.image-grid .apart{padding-left:16px}
+.image-grid img,.answer img{display:block;border-radius:8px;background:var(--tint);object-fit:contain}
+.image-grid img{width:96px;height:96px}
 .answers{display:grid;grid-template-columns:repeat(auto-fill,minmax(310px,1fr));gap:16px}
 .answer{padding:16px;display:grid;grid-template-columns:96px 1fr;gap:16px;align-items:start;font-size:14px}
 .answer img{width:96px;height:96px}
@@ -146,17 +147,18 @@ footer{margin-top:80px;color:var(--soft);font-size:13px}
 .lead{font-size:18px}.chart{padding:16px 14px 12px}.tall .area{height:240px}.score{grid-template-columns:1fr auto}
 .score .gauge{grid-column:1/-1;grid-row:2;margin-top:12px}
 .bands .some b:first-child,.bands .tight b{display:none}.bands .some b+b{display:inline}
-.facts{grid-template-columns:1fr 1fr}.scores,.film,.times{padding-left:16px;padding-right:16px}
+.facts{grid-template-columns:1fr 1fr}.scores,.image-grid,.times{padding-left:16px;padding-right:16px}
 .timerow{grid-template-columns:1fr auto;gap:4px 12px}.timerow .split{grid-column:1/-1;grid-row:2}
-.timerow small{display:none}.film tbody th{min-width:110px;padding-right:12px}.film img{width:80px;height:80px}}
+.timerow small{display:none}
+.image-grid tbody th{min-width:110px;padding-right:12px}.image-grid img{width:80px;height:80px}}
 @media print{:root{--paper:#fff;--shadow:none}body{font-size:11pt}main{max-width:none;padding:0}section{margin-top:32px}
 .switch,#tip{display:none}.tile,.chart,.answer,.score,tr,.timerow{break-inside:avoid}h2,h3{break-after:avoid}
 *{print-color-adjust:exact;-webkit-print-color-adjust:exact}pre{max-height:none;white-space:pre-wrap}
-.film{overflow:visible}}
+.image-grid{overflow:visible}}
 @media (prefers-reduced-motion:reduce){html{scroll-behavior:auto}}
 """
 
-# Under the pointer: one cursor on all charts, as they share their x axis, and the values of the chart pointed at.
+# Shows one cursor on all charts at the pointer's step, as they share their x axis, and the values of the chart there.
 SCRIPT = """
 (function(){
 var data=JSON.parse(document.getElementById('data').textContent),tip=document.getElementById('tip');
@@ -190,8 +192,8 @@ addEventListener('scroll',hide,{passive:true});
 """
 
 
-def page(title: str, body: str, data: dict[str, Any]) -> str:
-    """A whole HTML document. body: HTML of the main part. data: what the script reads, see `SCRIPT`."""
+def html_page(title: str, body: str, data: dict[str, Any]) -> str:
+    """A complete HTML document. body: HTML of the main part. data: what the script reads, see `SCRIPT`."""
     payload = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -204,6 +206,6 @@ def page(title: str, body: str, data: dict[str, Any]) -> str:
     )
 
 
-def section(key: str, title: str, note: str, body: str) -> str:
+def html_section(key: str, title: str, note: str, body: str) -> str:
     """One part of the page. title, note: plain text; body: HTML."""
     return f'<section id="{key}"><h2>{escape(title)}</h2><p>{escape(note)}</p>{body}</section>'

@@ -40,7 +40,6 @@ NOT_YET: tuple[str, ...] = (
     "emma_train/generate",
     "emma_train/model",
     "emma_train/monitor",
-    "emma_train/report",
     "emma_train/sequence",
     "emma_train/stages",
     "emma_train/storage",

@@ -3,19 +3,9 @@
 import numpy as np
 import pytest
 
-from emma_train.report.charts import (
-    MAX_POINTS,
-    Axis,
-    Band,
-    Series,
-    downsample,
-    line_chart,
-    nice_ticks,
-    number,
-    reaches,
-    score_bar,
-    smoothed,
-)
+from emma_train.report.charts import MAX_POINTS, Axis, Band, Series, downsample, line_chart, nice_ticks, smoothed
+from emma_train.report.numbers import short_number
+from emma_train.report.scores import reaches, score_bar
 
 
 def axis(*lengths: int) -> Axis:
@@ -82,7 +72,7 @@ def test_ticks_are_round(low: float, high: float, ticks: list[float]) -> None:
     [(0.0, "0"), (0.0312, "0.0312"), (1e-4, "1e-4"), (2.5e-5, "2.5e-5"), (12345.0, "12.3k"), (float("nan"), "nan")],
 )
 def test_numbers_are_short(value: float, text: str) -> None:
-    assert number(value) == text
+    assert short_number(value) == text
 
 
 def test_a_bar_is_met_in_the_direction_of_the_score() -> None:

@@ -1,4 +1,4 @@
-"""The report page of made-up runs: whole, self-contained, and honest about what is missing."""
+"""The report page of made-up runs: complete, self-contained, and open about what is missing."""
 
 import json
 import math
@@ -12,7 +12,9 @@ import pytest
 from PIL import Image
 
 from emma_train.errors import UserError
-from emma_train.report.report import Stage, find, render, stage_folders, time_split, write_report
+from emma_train.report.metrics import time_split
+from emma_train.report.report import render_report, write_report
+from emma_train.report.stage_run import StageRun, stage_folders
 
 STAGES = (
     "stage0",
@@ -93,7 +95,6 @@ def make_stage(folder: Path, steps: int = 30, **changes: Any) -> None:
                 "lr": 1e-4,
                 "grad_norm": 1.0,
                 "tokens/total": 1000,
-                "tokens/padding": 100,
                 "tokens_per_s": 5000.0,
                 "step_s": 0.2,
                 "data/wait_s": 0.02,
@@ -104,7 +105,7 @@ def make_stage(folder: Path, steps: int = 30, **changes: Any) -> None:
             file.write(json.dumps(record | changes) + "\n")
     (folder / "config.yaml").write_text(f"stage:\n  name: {folder.name}  # see https://example.org <b>\n")
     (folder / "environment.json").write_text(
-        json.dumps({"versions": {"torch": "2.13"}, "git": {"commit": "abc123" * 6}})
+        json.dumps({"commit": "abc123abc123", "device": "Some card", "world_size": 3, "versions": {"torch": "2.13"}})
     )
     summary = {
         "stage": folder.name,
@@ -119,11 +120,11 @@ def make_stage(folder: Path, steps: int = 30, **changes: Any) -> None:
 
 
 def make_samples(folder: Path, step: int) -> None:
-    there = folder / "samples" / f"step-{step:08d}"
-    there.mkdir(parents=True)
+    step_folder = folder / "samples" / f"step-{step:08d}"
+    step_folder.mkdir(parents=True)
     pixels = np.random.default_rng(step).integers(0, 255, (300, 300, 3), dtype=np.uint8)
     for name in ("t2i-0.png", "it2i-0.png", "it2i-0.reference.png", "it2i-0.target.png", "i2t-0.png"):
-        Image.fromarray(pixels).save(there / name)
+        Image.fromarray(pixels).save(step_folder / name)
     samples = [
         {"file": "t2i-0.png", "task": "t2i", "prompt": '<script>alert("x")</script> & a "dog"'},
         {"file": "gone.png", "task": "t2i", "prompt": "an image that is gone"},
@@ -135,10 +136,10 @@ def make_samples(folder: Path, step: int) -> None:
             "reference": "it2i-0.reference.png",
             "target": "it2i-0.target.png",
         },
-        {"file": "i2t-0.png", "task": "i2t", "prompt": "Which group?", "answer": "Food.", "truth": "food"},
-        {"file": "i2t-0.png", "task": "i2t", "prompt": "Which style?", "answer": "<i>flat", "truth": "modern"},
+        {"reference": "i2t-0.png", "task": "i2t", "prompt": "Which group?", "answer": "Food.", "truth": "food"},
+        {"reference": "i2t-0.png", "task": "i2t", "prompt": "Which style?", "answer": "<i>flat", "truth": "modern"},
     ]
-    (there / "samples.json").write_text(json.dumps(samples))
+    (step_folder / "samples.json").write_text(json.dumps(samples))
 
 
 @pytest.fixture
@@ -156,7 +157,7 @@ def pipeline(tmp_path: Path) -> Path:
     return run
 
 
-def test_a_pipelines_page_is_whole_and_loads_nothing(pipeline: Path) -> None:
+def test_a_pipelines_page_is_complete_and_loads_nothing(pipeline: Path) -> None:
     path = write_report(pipeline)
     assert path == pipeline / "report.html"
     html = path.read_text(encoding="utf-8")
@@ -166,7 +167,9 @@ def test_a_pipelines_page_is_whole_and_loads_nothing(pipeline: Path) -> None:
     for word in (
         "240 steps",
         "1 of 2</b> scores",
-        "abc123abc123",
+        "<dd>abc123abc123</dd>",
+        "<dd>Some card</dd>",
+        "<dd>3</dd>",
         "frozen parts unchanged",
         "gen adapter",
         "Where the time went",
@@ -176,7 +179,7 @@ def test_a_pipelines_page_is_whole_and_loads_nothing(pipeline: Path) -> None:
 
 
 def test_texts_are_escaped_and_answers_marked(pipeline: Path) -> None:
-    html = render(pipeline)
+    html = render_report(pipeline)
     assert "<script>alert" not in html and "&lt;script&gt;alert(&quot;x&quot;)&lt;/script&gt;" in html
     assert "add &lt;b&gt;" in html and "group &lt;x&gt;" in html and "&lt;i&gt;flat" in html
     assert html.count('aria-label="right"') == 1 and html.count('aria-label="wrong"') == 1
@@ -187,7 +190,7 @@ def test_images_are_small(pipeline: Path) -> None:
     import base64
     import io
 
-    sources = [load for load in check(render(pipeline)).loads if load.startswith("data:image/webp")]
+    sources = [load for load in check(render_report(pipeline)).loads if load.startswith("data:image/webp")]
     assert sources
     for source in sources:
         with Image.open(io.BytesIO(base64.b64decode(source.split(",")[1]))) as image:
@@ -195,17 +198,16 @@ def test_images_are_small(pipeline: Path) -> None:
 
 
 def test_the_x_axis_runs_through_all_stages(pipeline: Path) -> None:
-    data = page_data(render(pipeline))
+    data = page_data(render_report(pipeline))
     assert data["end"] == 8 * 30
     assert data["x"] == list(range(1, 241)) and data["step"][:31] == [*range(1, 31), 1]
-    assert {"loss", "tasks", "lr", "grad", "speed", "time", "padding", "straggler"} <= set(data["charts"])
-    assert data["charts"]["padding"][0]["y"][0] == 10.0
+    assert {"loss", "tasks", "lr", "grad", "speed", "time", "straggler"} <= set(data["charts"])
 
 
 def test_the_share_of_the_stem_expert_is_drawn_where_there_is_one(pipeline: Path) -> None:
-    assert "stem" not in page_data(render(pipeline))["charts"]
+    assert "stem" not in page_data(render_report(pipeline))["charts"]
     make_stage(pipeline / "stage4_extra", steps=3, **{"vision/stem_share": 0.25})
-    (share,) = page_data(render(pipeline))["charts"]["stem"]
+    (share,) = page_data(render_report(pipeline))["charts"]["stem"]
     assert [y for y in share["y"] if y is not None] == [25.0] * 3
 
 
@@ -217,11 +219,11 @@ def test_a_single_run_has_a_page(tmp_path: Path) -> None:
     assert "no sample images" in html and "no scores" in html
 
 
-def test_non_finite_losses_are_told(tmp_path: Path) -> None:
+def test_non_finite_losses_are_reported(tmp_path: Path) -> None:
     make_stage(tmp_path / "run")
     with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 31, "loss": null}\n{"step": 32, "loss": NaN}\n{"step": 33, "loss": 0}\n{"step": 34, "lo')
-    html = render(tmp_path / "run")
+    html = render_report(tmp_path / "run")
     check(html)
     assert "not finite at run step 31, run step 32." in html
     page_data(html)
@@ -231,7 +233,7 @@ def test_a_step_that_was_done_again_counts_once(tmp_path: Path) -> None:
     make_stage(tmp_path / "run", steps=3)
     with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 2, "loss": 77.0}\n')
-    data = page_data(render(tmp_path / "run"))
+    data = page_data(render_report(tmp_path / "run"))
     assert data["x"] == [1, 2, 3] and data["charts"]["loss"][0]["y"][1] == 77.0
 
 
@@ -272,18 +274,12 @@ def test_stages_go_by_natural_order(tmp_path: Path) -> None:
     assert names == ["stage2_phase1", "stage2_phase2", "stage4_expert", "stage4_router", "stage10"]
 
 
-def test_find_looks_in_nested_dictionaries_in_the_order_of_names() -> None:
-    data = {"git": {"commit": "c", "sha": "s"}, "gpu": ""}
-    assert find(data, ("commit", "sha")) == "c" and find(data, ("sha", "commit")) == "s"
-    assert find(data, ("gpu",)) is None
-
-
 def test_time_is_split_with_each_record_for_the_steps_since_the_one_before(tmp_path: Path) -> None:
     records = [
         {"step": 1, "step_s": 9.0, "data/wait_s": 1.0, "checkpoint/stall_s": 0.0},
         {"step": 10, "step_s": 1.0, "data/wait_s": 0.1, "checkpoint/stall_s": 4.0},
         {"step": 20, "step_s": 1.0, "data/wait_s": 0.2},
     ]
-    stage = Stage("stage1", tmp_path, records, {}, {}, "", [])
+    stage = StageRun("stage1", tmp_path, records, {}, {}, "", [])
     assert time_split(stage) == pytest.approx((9 + 9 + 10 - 3.9, 1 + 0.9 + 2, 4.0))
-    assert time_split(Stage("stage1", tmp_path, [{"step": 1}], {}, {}, "", [])) is None
+    assert time_split(StageRun("stage1", tmp_path, [{"step": 1}], {}, {}, "", [])) is None
