@@ -1,11 +1,13 @@
 """Activation checkpointing: a layer keeps its input alone, and backward runs it once more."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from emma_train.metrics import not_recording
 from emma_train.model.emma import Emma
 
 
@@ -23,9 +25,13 @@ def checkpoint_activations(model: Emma, mode: str) -> None:
 def checkpoint_layers(layers: Sequence[nn.Module], mode: str) -> None:
     """The same for one stack of layers."""
     for index in checkpointed_layers(len(layers), mode):
-        # Nothing in a layer is random, so no generator needs to be wound back.
-        again = partial(checkpoint, layers[index].forward, use_reentrant=False, preserve_rng_state=False)
-        layers[index].forward = again
+        layers[index].forward = partial(
+            checkpoint,
+            layers[index].forward,
+            use_reentrant=False,
+            preserve_rng_state=False,  # nothing in a layer is random
+            context_fn=lambda: (nullcontext(), not_recording()),
+        )
 
 
 def checkpointed_layers(num_layers: int, mode: str) -> range:

@@ -45,8 +45,6 @@ class LossAccumulator:
         self.config, self.counts = config, counts
         self.sums = torch.zeros(len(TERMS), device=device)
         """Sums over tokens of i2t, t2i and it2i on this rank, unweighted."""
-        self.stem = torch.zeros((), device=device)
-        """Understanding images of this rank that take the STEM expert."""
 
     def add(self, i2t: Tensor, flow: Tensor, flow_is_edit: Tensor) -> Tensor:
         """i2t: [L] losses; flow: [target tokens] losses; flow_is_edit: bool [target tokens] -> scalar to

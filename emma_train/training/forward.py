@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from emma_train.config.schema import FlowConfig
+from emma_train.metrics import record_metric
 from emma_train.model.autoencoder import Autoencoder
 from emma_train.model.emma import training_experts
 from emma_train.model.vision import STEM
@@ -29,7 +30,7 @@ def micro_loss(
     """The micro-batch's share of the step's loss: a scalar to differentiate. `batch` is on the device."""
     if stage.loss == "router":
         logits = model.route(batch)[: len(batch.stem)]  # type: ignore[operator]
-        accumulator.stem += model.vision.takes_stem(logits).sum()  # type: ignore[operator, union-attr]
+        record_metric("vision/stem_share", model.vision.takes_stem(logits), "mean")  # type: ignore[operator, union-attr]
         known = batch.stem >= 0
         losses = next_token_loss(logits[known], batch.stem[known])
         nothing = losses.new_zeros(0)
@@ -38,7 +39,7 @@ def micro_loss(
     experts = None
     if stage.stem_expert:
         experts = training_experts(batch)
-        accumulator.stem += (batch.stem == STEM).sum()
+        record_metric("vision/stem_share", batch.stem == STEM, "mean")
     prediction = model(batch, step.latents, step.time, experts, losses=True)
     edits = torch.tensor([task == "it2i" for task in batch.target_tasks], dtype=torch.bool, device=step.time.device)
     return accumulator.add(

@@ -77,15 +77,15 @@ class RunFolder:
         except OSError as error:
             log.warning("%s: cannot be written (%s)", self.summary, error.strerror)
 
-    def append_bad(self, step: int, bad: list[UnreadableSample]) -> None:
+    def append_unreadable(self, step: int, samples: list[UnreadableSample]) -> None:
         """Add unreadable samples to bad_samples.jsonl; main rank only."""
         try:
             with open(self.bad_samples, "a", encoding="utf-8") as file:
-                file.writelines(json.dumps({"step": step, **asdict(item)}) + "\n" for item in bad)
+                file.writelines(json.dumps({"step": step, **asdict(sample)}) + "\n" for sample in samples)
         except OSError as error:
             log.warning("%s: cannot be written (%s)", self.bad_samples, error.strerror)
 
-    def forget_bad(self, after: int) -> None:
+    def forget_unreadable(self, after: int) -> None:
         """Drop unreadable samples of steps that will be done again, and a line that a crash tore; main rank only."""
         if not self.bad_samples.exists():
             return

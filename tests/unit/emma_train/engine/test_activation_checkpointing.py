@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from emma_train.engine.activation_checkpointing import checkpoint_activations, checkpointed_layers
+from emma_train.engine.activation_checkpointing import checkpoint_activations, checkpoint_layers, checkpointed_layers
+from emma_train.metrics import record_metric, recording
 from emma_train.model.emma import Emma, training_experts
 from emma_train.sequence.pack import Sample, pack
 from emma_train.stages.freeze import freeze
@@ -82,3 +83,20 @@ def test_each_layer_that_is_computed_again_runs_twice_and_no_other() -> None:
     with torch.no_grad():
         loss_of(model, mixed_samples())
     assert runs == {0: 3, 1: 2, 2: 3, 3: 2}
+
+
+def test_a_metric_of_a_layer_is_recorded_once_though_backward_runs_the_layer_again() -> None:
+    class Layer(torch.nn.Module):
+        runs = 0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            Layer.runs += 1
+            record_metric("activation/sum", x, "sum")
+            return x * x
+
+    layer = Layer()
+    checkpoint_layers([layer], "full")
+    with recording() as recorded:
+        layer(torch.full((3,), 2.0, requires_grad=True)).sum().backward()
+    assert Layer.runs == 2
+    assert (recorded["activation/sum"].value, recorded["activation/sum"].num_values) == (6.0, 3)

@@ -1,0 +1,107 @@
+"""The metrics of one logged step (docs/metrics.md has the list)."""
+
+import logging
+import time
+from typing import Any
+
+from emma_train.config.schema import Recipe
+from emma_train.engine.compiled import num_graphs
+from emma_train.engine.world import World
+from emma_train.flops.work import step_mfu
+from emma_train.metrics import Recorded
+from emma_train.monitor.usage import memory_gib
+from emma_train.objectives.loss import TERMS, Counts, losses
+from emma_train.sequence.step_batches import StepBatches
+from emma_train.stages.stage import Stage
+from emma_train.training.health import SpikeWatch
+from emma_train.training.metric_reduction import reduce_metrics
+from emma_train.training.step_totals import StepTotals
+from emma_train.training.train_state import TrainState
+
+log = logging.getLogger(__name__)
+LOSS_SUM = "loss_sum/"
+"""Recorded under this prefix and a task: the sum of its losses, from which `losses` computes what is logged."""
+
+
+class StepMetrics:
+    """Builds the line of every logged step of a stage. Every rank has one and calls it at the same steps."""
+
+    def __init__(self, recipe: Recipe, stage: Stage, world: World) -> None:
+        self._recipe = recipe
+        self._stage = stage
+        self._world = world
+        self._spikes = SpikeWatch()
+        self._num_first_graphs: int | None = None
+
+    def after_step(self) -> None:
+        """Call it after every step: graphs that torch.compile makes after the first one are counted."""
+        if self._num_first_graphs is None:
+            self._num_first_graphs = num_graphs()
+
+    def line(
+        self,
+        data: StepBatches,
+        totals: StepTotals,
+        state: TrainState,
+        recorded: Recorded,
+        lr: float,
+        grad_norm: float,
+        started: float,
+    ) -> dict[str, Any]:
+        """Metrics of a step that began at `started` (time.perf_counter), by name; waits for the device.
+
+        Raises ValueError where a recorded metric has the name of one that is logged here.
+        """
+        reduced = reduce_metrics(recorded, self._world)
+        step_s = time.perf_counter() - started + data.wait_s
+        loss_sums = [reduced.pop(f"{LOSS_SUM}{task}") for task in TERMS]
+        loss_values = losses(loss_sums, Counts(**totals.loss_tokens), self._recipe.loss)
+        if spike := self._spikes.note(loss_values["loss"]):
+            log.warning("step %d: %s", data.step, spike)
+        values: dict[str, Any] = {
+            "step": data.step,
+            "stage": self._recipe.stage.name,
+            **loss_values,
+            "lr": lr,
+            "grad_norm": grad_norm,
+            **{f"samples/{task}": number for task, number in totals.samples.items()},
+            "tokens/total": totals.tokens,
+            "tokens/padding": 0,  # packs have no padding; tools that compare trainers expect the key
+            "tokens_per_s": totals.tokens / step_s,
+            **data_metrics(data, state),
+            "steps/skipped": state.skipped_steps,
+            **self._usage(data, step_s),
+        }
+        if taken := values.keys() & reduced.keys():
+            raise ValueError(f"record_metric: {', '.join(sorted(taken))} is logged by the loop; use another name")
+        return {**values, **reduced}
+
+    def _usage(self, data: StepBatches, step_s: float) -> dict[str, float]:
+        """What the step used on this rank."""
+        usage = {"memory_gib": memory_gib(self._world.device), "step_s": step_s}
+        if self._recipe.engine.compile:
+            usage["compile/recompiles"] = num_graphs() - (self._num_first_graphs or 0)
+        share = step_mfu(
+            self._recipe.model,
+            self._stage.trainable,
+            data.packs,
+            step_s,
+            self._world.device,
+            self._world.sp_size,
+            encoder_only=self._stage.loss == "router",
+        )
+        return usage if share is None else {**usage, "mfu": share}
+
+
+def data_metrics(data: StepBatches, state: TrainState) -> dict[str, Any]:
+    """What the step says of its data; samples that are not those of the plan are counted over the run."""
+    return {
+        "data/wait_s": data.wait_s,
+        "data/digest": data.digest,
+        "data/straggler": data.straggler,
+        "data/skipped": state.dropped_samples,
+        "data/replaced": state.replaced_samples,
+        "data/refused": state.too_long_samples,
+        "data/fill": data.filled,
+        "data/epoch": data.epoch,
+    }
