@@ -1,4 +1,4 @@
-"""What this machine can run, and what to install for the rest: `emma-train doctor`. `checks` looks, `doctor` prints."""
+"""What this machine can run, and what to install for the rest: `checks` looks, `doctor` prints."""
 
 import importlib
 import os
@@ -6,7 +6,6 @@ import platform
 import shutil
 import sys
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
@@ -16,16 +15,16 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from emma_train.training.environment import installed_version
+
 Status = Literal["ok", "warn", "missing"]
 
-GIB = 1024**3
 LEAST_TORCH = (2, 11)
 LEAST_FREE_GIB = 10  # a few checkpoints of the tiny model and a small data set
 
-# Optional packages: import name, distribution, what it is for, how to get it. Installed or not, training goes on.
+# Optional packages: import name, distribution, what needs it, extra of setup.cfg that installs it.
 OPTIONAL = (
     ("deepspeed", "deepspeed", "engine.kind=deepspeed", "deepspeed"),
-    ("ray", "ray", "preparing data on a cluster", "ray"),
     ("s3fs", "s3fs", "shards from s3://", "s3"),
     ("aiohttp", "aiohttp", "shards from http(s)://", "http"),
     ("resvg_py", "resvg-py", "emma-data import of drawings", "data"),
@@ -36,21 +35,22 @@ ESSENTIAL = ("transformers", "diffusers", "safetensors", "tokenizers", "omegacon
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the report. Only what is missing *and* essential keeps a machine from training."""
+    """One line of the table. A machine cannot train if something is both missing and essential."""
 
     group: str
     name: str
     status: Status
-    found: str
+    detail: str
+    """Version or description of what there is, or why it is missing."""
     advice: str = ""
     essential: bool = False
 
 
 def doctor(folder: Path = Path("runs")) -> int:
-    """Prints the report. Returns 0, or 1 if something essential is missing."""
-    found = checks(folder)
-    Console().print(_table(found))
-    lacking = [check.name for check in found if check.essential and check.status == "missing"]
+    """Print the table of all checks. Returns 0, or 1 if something essential is missing."""
+    results = checks(folder)
+    Console().print(_table(results))
+    lacking = [check.name for check in results if check.essential and check.status == "missing"]
     if lacking:
         print(f"This machine can't train yet: {', '.join(lacking)}.")
         return 1
@@ -58,7 +58,7 @@ def doctor(folder: Path = Path("runs")) -> int:
 
 
 def checks(folder: Path = Path("runs")) -> list[Check]:
-    """Everything looked at, in the order of the report. `folder` is where runs are written; it need not exist."""
+    """All checks, in the order of the table. `folder` is where runs are written; it need not exist."""
     return [
         *_software(),
         *_devices(),
@@ -71,16 +71,16 @@ def checks(folder: Path = Path("runs")) -> list[Check]:
     ]
 
 
-def _table(found: list[Check]) -> Table:
+def _table(results: list[Check]) -> Table:
     colour = {"ok": "green", "warn": "yellow", "missing": "red"}
     table = Table(title="emma-train doctor", title_justify="left")
     for column in ("", "check", "status", "found", "what to do"):
         table.add_column(column, overflow="fold")
     last = ""
-    for check in found:
+    for check in results:
         look = colour[check.status] if check.essential or check.status != "missing" else "dim"
         group = check.group if check.group != last else ""
-        table.add_row(group, check.name, f"[{look}]{check.status}[/]", escape(check.found), escape(check.advice))
+        table.add_row(group, check.name, f"[{look}]{check.status}[/]", escape(check.detail), escape(check.advice))
         last = check.group
     return table
 
@@ -116,7 +116,7 @@ def _software() -> list[Check]:
         ),
     ]
     for name in ESSENTIAL:
-        installed = _version(name)
+        installed = installed_version(name)
         lines.append(
             Check(
                 "software",
@@ -135,19 +135,19 @@ def _devices() -> list[Check]:
     for index in range(torch.cuda.device_count()):
         card = torch.cuda.get_device_properties(index)
         cards.append(
-            Check("devices", f"cuda:{index}", "ok", f"{card.name}, {card.total_memory / GIB:.0f} GiB", essential=True)
+            Check("devices", f"cuda:{index}", "ok", f"{card.name}, {card.total_memory / 2**30:.0f} GiB", essential=True)
         )
     if not cards:
         has_card = shutil.which("nvidia-smi") is not None or Path("/dev/nvidia0").exists()
         advice = "this torch can't use it: install its CUDA build (rm -r .venv; make setup)" if has_card else ""
-        found = (
+        detail = (
             "an NVIDIA GPU without its driver or CUDA torch"
             if has_card
             else "no NVIDIA GPU; the tiny recipes run on CPU"
         )
-        cards.append(Check("devices", "cuda", "warn" if has_card else "missing", found, advice))
+        cards.append(Check("devices", "cuda", "warn" if has_card else "missing", detail, advice))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+    memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     cards.append(Check("devices", "cpu", "ok", f"{cores} cores, {memory_gib:.0f} GiB memory", essential=True))
     return cards
 
@@ -187,8 +187,8 @@ def _attention() -> list[Check]:
         installed = _has(module)
         if not cuda:
             return Check(group, name, "missing", needs_cuda)
-        found = _version(distribution) or "installed" if installed else "not installed"
-        return Check(group, name, "ok" if installed else "missing", found, "" if installed else how)
+        detail = installed_version(distribution) or "installed" if installed else "not installed"
+        return Check(group, name, "ok" if installed else "missing", detail, "" if installed else how)
 
     varlen, flex = _has("torch.nn.attention.varlen"), _has("torch.nn.attention.flex_attention")
     return [
@@ -216,24 +216,24 @@ def _attention() -> list[Check]:
 
 
 def _optional(module: str, distribution: str, purpose: str, extra: str) -> Check:
-    installed = _version(distribution) if _has(module) else None
+    installed = installed_version(distribution) if _has(module) else None
     if installed:
         return Check("optional", distribution, "ok", installed)
     return Check("optional", distribution, "missing", purpose, f'pip install -c constraints.txt -e ".[{extra}]"')
 
 
 def _compiler() -> Check:
-    found = next(
+    compiler = next(
         (path for name in (os.environ.get("CXX"), "c++", "g++", "clang++") if name and (path := shutil.which(name))),
         None,
     )
-    if found:
-        return Check("optional", "C++ compiler", "ok", found)
+    if compiler:
+        return Check("optional", "C++ compiler", "ok", compiler)
     return Check("optional", "C++ compiler", "missing", "torch.compile on CPU, deepspeed", "apt-get install g++")
 
 
 def _torchvision() -> Check:
-    """Nothing here needs torchvision, but one that does not match torch breaks every model of transformers."""
+    """Nothing here needs torchvision, but a version that does not match torch breaks all models of transformers."""
     if not _has("torchvision"):
         return Check("optional", "torchvision", "ok", "absent; not needed")
     try:
@@ -241,16 +241,18 @@ def _torchvision() -> Check:
     except Exception as error:  # a mismatch shows as RuntimeError, ImportError or OSError
         advice = "it breaks transformers: pip uninstall torchvision, or install the one for this torch"
         return Check("software", "torchvision", "missing", str(error), advice, essential=True)
-    return Check("optional", "torchvision", "ok", _version("torchvision") or "installed")
+    return Check("optional", "torchvision", "ok", installed_version("torchvision") or "installed")
 
 
 def _disk(folder: Path) -> Check:
-    place = folder.absolute()
-    while not place.exists():
-        place = place.parent
-    free_gib = shutil.disk_usage(place).free / GIB
-    if not os.access(place, os.W_OK):
-        return Check("disk", str(folder), "missing", f"{place} is not writable", "set run.root=FOLDER", essential=True)
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    free_gib = shutil.disk_usage(existing).free / 2**30
+    if not os.access(existing, os.W_OK):
+        return Check(
+            "disk", str(folder), "missing", f"{existing} is not writable", "set run.root=FOLDER", essential=True
+        )
     enough = free_gib >= LEAST_FREE_GIB
     return Check(
         "disk",
@@ -261,15 +263,8 @@ def _disk(folder: Path) -> Check:
     )
 
 
-def _version(distribution: str) -> str | None:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return None
-
-
 def _has(module: str) -> bool:
-    """Whether the module can be found, without running it; its parent package does run."""
+    """Whether a module exists, without importing it; its parent package is imported."""
     try:
         return find_spec(module) is not None
     except (ImportError, ValueError, RuntimeError, OSError):

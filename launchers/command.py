@@ -1,8 +1,4 @@
-"""The exact command of a run: `torchrun … -m emma_train train RECIPE key=value …`. Pure but for `run_torchrun`.
-
-- `torchrun_command`, `torchrun_environment`, `train_arguments`, `shell_line`: used by `launch` and by the SLURM script
-- `add_launch_arguments`, `LaunchOptions`: used by the command line
-"""
+"""The exact command of a run, `torchrun … -m emma_train train RECIPE key=value …`, and the options of `launch`."""
 
 import argparse
 import os
@@ -18,18 +14,18 @@ from emma_train.errors import UserError
 
 @dataclass(frozen=True)
 class LaunchOptions:
-    """How and where a run starts; what it trains is the recipe's."""
+    """How and where a run starts. What it trains is in the recipe."""
 
     on: str = "torchrun"  # torchrun: this machine (or this node of several); slurm: submit a job
     nproc: int | None = None  # processes on a node; default: its GPUs, or 1
     nnodes: int = 1
     max_restarts: int = 0  # restarts by torchrun itself, after a process died
-    node_rank: int | None = None  # torchrun on several nodes: which one this is; 0 keeps the rendezvous
+    node_rank: int | None = None  # torchrun on several nodes: number of this one; node 0 hosts the rendezvous
     rdzv_endpoint: str | None = None  # torchrun on several nodes: HOST:PORT of node 0
     gpus_per_node: int = 8  # slurm; 0: a cluster of CPUs
-    cpus_per_process: int = 4  # slurm: for a process and its loader workers
+    cpus_per_process: int = 4  # slurm: CPUs of a process and its loader workers
     time: str = "24:00:00"  # slurm: the job's limit
-    grace_s: int = 300  # slurm: seconds that a run gets to save before its time is up
+    grace_s: int = 300  # slurm: seconds to save a checkpoint before the time limit
     job_name: str = "emma"
     partition: str | None = None
     account: str | None = None
@@ -40,12 +36,12 @@ class LaunchOptions:
 
     @classmethod
     def from_arguments(cls, arguments: argparse.Namespace) -> "LaunchOptions":
-        """Takes what `add_launch_arguments` parsed; other attributes of the namespace are left alone."""
+        """The options that `add_launch_arguments` parsed; other attributes of the namespace are ignored."""
         return cls(**{field.name: getattr(arguments, field.name) for field in fields(cls)})
 
 
 def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds RECIPE and the options of `LaunchOptions`; key=value overrides are what `parse_known_args` leaves over."""
+    """Add RECIPE and the options of `LaunchOptions`. `parse_known_args` returns key=value overrides unparsed."""
     default = LaunchOptions()
     parser.add_argument("recipe", metavar="RECIPE", help="a recipe, as for `train`; key=value overrides may follow")
     parser.add_argument("--on", choices=("torchrun", "slurm"), default=default.on, help="default: %(default)s")
@@ -73,16 +69,8 @@ def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
     slurm.add_argument("--script", metavar="PATH", help="where to write the script; default: the run folder's logs/")
 
 
-def take_overrides(left_over: Sequence[str]) -> list[str]:
-    """What `parse_known_args` left over, as key=value overrides; anything else is the user's mistake."""
-    for word in left_over:
-        if word.startswith("-") or "=" not in word:
-            raise UserError(f"launch: {word!r} is neither an option nor a key=value override; see `launch --help`")
-    return list(left_over)
-
-
 def train_arguments(recipe: str, overrides: Sequence[str] = ()) -> list[str]:
-    """What every process runs: `-m emma_train train RECIPE key=value …`."""
+    """Arguments of Python in every process: `-m emma_train train RECIPE key=value …`."""
     return ["-m", "emma_train", "train", recipe, *overrides]
 
 
@@ -96,7 +84,7 @@ def torchrun_command(
     rdzv_endpoint: str | None = None,
     max_restarts: int = 0,
 ) -> list[str]:
-    """The command of one node. Several nodes meet at `rdzv_endpoint`, HOST:PORT of node 0, and settle their ranks."""
+    """The command of one node. Several nodes agree on their ranks at `rdzv_endpoint`, HOST:PORT of node 0."""
     for name, value, least in (("nproc", nproc, 1), ("nnodes", nnodes, 1), ("max-restarts", max_restarts, 0)):
         if value < least:
             raise UserError(f"launch: --{name} is {value}; it must be at least {least}")
@@ -112,7 +100,7 @@ def torchrun_command(
             raise UserError(f"launch: --node-rank is {node_rank}; {nnodes} nodes have 0 to {nnodes - 1}")
         command += ["--nnodes", str(nnodes), "--nproc-per-node", str(nproc)]
         command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", rdzv_endpoint]
-        # Said outright, because guessing it from host names fails where a host has several.
+        # torchrun guesses is_host from host names, which fails on a machine with several names.
         command += ["--rdzv-conf", f"is_host={int(node_rank == 0)}"]
     if max_restarts:
         command += ["--max-restarts", str(max_restarts)]
@@ -120,31 +108,31 @@ def torchrun_command(
 
 
 def torchrun_environment(max_restarts: int = 0) -> dict[str, str]:
-    """Variables to set beside the environment. With the shared store, a restart after a killed process mostly hangs."""
+    """Further environment variables: with a shared store, most restarts after a killed process hang."""
     return {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} if max_restarts else {}
 
 
 def shell_line(command: Sequence[str], environment: Mapping[str, str] | None = None) -> str:
-    """`NAME=value … command …` as one would type it."""
+    """`NAME=value … command …` as typed in a shell."""
     return " ".join(
         [*(f"{name}={shlex.quote(value)}" for name, value in (environment or {}).items()), shlex.join(command)]
     )
 
 
 def default_nproc() -> int:
-    """The CUDA devices of this machine, or 1."""
-    import torch  # here, because `launch --help` and the SLURM script do without it
+    """Number of CUDA devices of this machine, at least 1."""
+    import torch  # here, because `launch --help` and the SLURM script do not need it
 
     return max(1, torch.cuda.device_count())
 
 
 def bin_directory() -> Path:
-    """Where this environment has its commands, whether it is activated or not."""
+    """Folder of this environment's commands, activated or not."""
     return Path(sys.executable).parent
 
 
 def run_torchrun(command: Sequence[str], environment: Mapping[str, str]) -> NoReturn:
-    """Becomes the command; does not return."""
+    """Replace this process by the command; does not return. Raises UserError if torchrun is not installed."""
     program = bin_directory() / command[0]
     argv = [str(program) if program.exists() else command[0], *command[1:]]
     sys.stdout.flush()

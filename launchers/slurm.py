@@ -1,4 +1,4 @@
-"""A run as a SLURM job: fills in `slurm.sbatch`, writes it down and submits it."""
+"""A run as a SLURM job: the filled-in template slurm.sbatch, written to a file and submitted."""
 
 import re
 import shlex
@@ -22,9 +22,9 @@ from launchers.command import (
 
 
 def launch(recipe: str, overrides: Sequence[str], options: LaunchOptions, logs: Path) -> int:
-    """Prints the exact command or script, then starts torchrun in this process's place, or submits the job.
+    """Print the exact command or script, then replace this process by torchrun, or submit the job.
 
-    `logs` is the run folder's logs/: a job writes its script and output there. Returns the exit code of sbatch.
+    logs: the run folder's logs/, for the script and output of a job. Returns the exit code of sbatch. Raises UserError.
     """
     if options.on == "slurm":
         script = slurm_script(recipe, overrides, options, logs=logs, workdir=Path.cwd(), bin_path=bin_directory())
@@ -53,7 +53,7 @@ def launch(recipe: str, overrides: Sequence[str], options: LaunchOptions, logs: 
 def slurm_script(
     recipe: str, overrides: Sequence[str], options: LaunchOptions, *, logs: Path, workdir: Path, bin_path: Path
 ) -> str:
-    """The batch script, whole: it runs in `workdir` with `bin_path` first in PATH and writes to `logs`."""
+    """The complete batch script: it runs in `workdir` with `bin_path` first in PATH, and writes to `logs`."""
     nproc = options.nproc if options.nproc is not None else options.gpus_per_node or 1
     cpus = options.cpus_per_process
     for name, count in (
@@ -83,14 +83,14 @@ def slurm_script(
         directives="\n".join(f"#SBATCH {_one_line(line)}" for line in [*lines, *options.sbatch]),
         grace_s=str(options.grace_s),
         bin=shlex.quote(str(bin_path)),
-        torchrun=_torchrun_of_a_node(options.nnodes, nproc, options.grace_s),
+        torchrun=_node_torchrun(options.nnodes, nproc, options.grace_s),
         train=shlex.join(train_arguments(recipe, overrides)),
     )
 
 
 def submit(script: str, path: Path, logs: Path) -> int:
-    """Writes the script and hands it to sbatch; returns sbatch's exit code."""
-    # SLURM does not make the folder of --output: a job without it dies and says nothing.
+    """Write the script and submit it with sbatch. Returns the exit code of sbatch."""
+    # SLURM does not create the folder of --output: without it, a job fails without a message.
     for folder in (logs, path.parent):
         folder.mkdir(parents=True, exist_ok=True)
     path.write_text(script)
@@ -101,17 +101,17 @@ def submit(script: str, path: Path, logs: Path) -> int:
     return subprocess.run(["sbatch", str(path)], check=False).returncode
 
 
-def _torchrun_of_a_node(nnodes: int, nproc: int, grace_s: int) -> str:
-    """torchrun's part of the command, for a shell on each node: SLURM_* and EMMA_RENDEZVOUS are set there."""
+def _node_torchrun(nnodes: int, nproc: int, grace_s: int) -> str:
+    """The torchrun command for a shell on each node, where SLURM_* and EMMA_RENDEZVOUS are set."""
     command = f"torchrun --nproc-per-node {nproc} --shutdown-timeout {grace_s}"
     if nnodes == 1:
         return f"{command} --standalone"
-    meeting = "--rdzv-backend c10d --rdzv-endpoint $EMMA_RENDEZVOUS --rdzv-id $SLURM_JOB_ID"
-    return f"{command} --nnodes {nnodes} {meeting} --rdzv-conf is_host=$((SLURM_NODEID == 0))"
+    rendezvous = "--rdzv-backend c10d --rdzv-endpoint $EMMA_RENDEZVOUS --rdzv-id $SLURM_JOB_ID"
+    return f"{command} --nnodes {nnodes} {rendezvous} --rdzv-conf is_host=$((SLURM_NODEID == 0))"
 
 
 def _fill(template: str, **values: str) -> str:
-    """Puts values in the place of {{names}}; a name without a value is a mistake in the template."""
+    """Replace each {{name}} by its value. Raises KeyError for a name without a value."""
     return re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], template)
 
 

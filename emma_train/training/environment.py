@@ -8,11 +8,12 @@ import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from emma_train.engine.world import World
+if TYPE_CHECKING:
+    from emma_train.engine.world import World
 
 PACKAGES = (
     "torch",
@@ -27,7 +28,7 @@ PACKAGES = (
 )
 
 
-def environment(world: World) -> dict[str, Any]:
+def environment(world: "World") -> dict[str, Any]:
     """Where and with what a run was made."""
     cuda = torch.cuda.is_available()
     return {
@@ -41,7 +42,7 @@ def environment(world: World) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "cuda": torch.version.cuda,
-        "versions": {name: v for name in PACKAGES if (v := _version(name))},
+        "versions": {name: v for name in PACKAGES if (v := installed_version(name))},
     }
 
 
@@ -66,8 +67,9 @@ def _cpu_name() -> str:
         return f"{platform.machine()} CPU"
 
 
-def _version(name: str) -> str | None:
+def installed_version(distribution: str) -> str | None:
+    """Version of an installed package, by the name that pip knows; None if it is not installed."""
     try:
-        return version(name)
+        return version(distribution)
     except PackageNotFoundError:
         return None

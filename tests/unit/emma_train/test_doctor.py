@@ -11,8 +11,8 @@ from emma_train import doctor as module
 from emma_train.doctor import Check, checks, doctor
 
 
-def by_name(found: list[Check]) -> dict[str, Check]:
-    return {check.name: check for check in found}
+def by_name(results: list[Check]) -> dict[str, Check]:
+    return {check.name: check for check in results}
 
 
 def test_this_machine_can_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -24,16 +24,16 @@ def test_this_machine_can_train(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 def test_extras_keep_their_brackets(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(module, "_has", lambda name: name != "ray")
+    monkeypatch.setattr(module, "_has", lambda name: name != "s3fs")
     monkeypatch.setattr(module.importlib, "import_module", lambda _: None)
     doctor()
-    assert '-e ".[ray]"' in capsys.readouterr().out
+    assert '-e ".[s3]"' in capsys.readouterr().out
 
 
 def test_every_check_has_its_own_name_and_a_way_out() -> None:
-    found = checks()
-    assert len(by_name(found)) == len(found)
-    for check in found:
+    results = checks()
+    assert len(by_name(results)) == len(results)
+    for check in results:
         if check.essential and check.status == "missing":
             assert check.advice
 
@@ -52,40 +52,40 @@ def test_a_new_torch_is_taken(monkeypatch: pytest.MonkeyPatch, version: str) -> 
 
 
 def test_a_missing_package_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_version", lambda _: None)
-    found = by_name(checks())
-    assert (found["transformers"].status, found["transformers"].essential) == ("missing", True)
-    assert (found["deepspeed"].status, found["deepspeed"].essential) == ("missing", False)
-    assert '".[deepspeed]"' in found["deepspeed"].advice
+    monkeypatch.setattr(module, "installed_version", lambda _: None)
+    results = by_name(checks())
+    assert (results["transformers"].status, results["transformers"].essential) == ("missing", True)
+    assert (results["deepspeed"].status, results["deepspeed"].essential) == ("missing", False)
+    assert '".[deepspeed]"' in results["deepspeed"].advice
 
 
 def test_a_torchvision_that_does_not_match_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
     monkeypatch.delitem(sys.modules, "torchvision", raising=False)
     monkeypatch.syspath_prepend(str(tmp_path))
-    found = by_name(checks())["torchvision"]
-    assert (found.status, found.essential) == ("missing", True)
-    assert "nms" in found.found
+    torchvision = by_name(checks())["torchvision"]
+    assert (torchvision.status, torchvision.essential) == ("missing", True)
+    assert "nms" in torchvision.detail
 
 
 def test_no_compiler_is_no_reason_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
-    found = by_name(checks())
-    assert found["C++ compiler"].status == "missing"
-    assert found["torchrun"].status == "warn"
+    results = by_name(checks())
+    assert results["C++ compiler"].status == "missing"
+    assert results["torchrun"].status == "warn"
     assert doctor() == 0
 
 
 def test_little_disk_is_a_warning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=2 * module.GIB))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=2 * 2**30))
     disk = by_name(checks(tmp_path / "runs"))[str(tmp_path / "runs")]
-    assert (disk.status, disk.found) == ("warn", "2 GiB free")
+    assert (disk.status, disk.detail) == ("warn", "2 GiB free")
 
 
 def test_gpus_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
-    card = type("Card", (), {"name": "Some H100", "total_memory": 80 * module.GIB})
+    card = type("Card", (), {"name": "Some H100", "total_memory": 80 * 2**30})
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
-    found = by_name(checks())
-    assert found["cuda:1"].found == "Some H100, 80 GiB"
+    results = by_name(checks())
+    assert results["cuda:1"].detail == "Some H100, 80 GiB"

@@ -10,7 +10,6 @@ from launchers.command import (
     LaunchOptions,
     add_launch_arguments,
     shell_line,
-    take_overrides,
     torchrun_command,
     torchrun_environment,
 )
@@ -68,8 +67,8 @@ def test_impossible_options_say_what_to_do(options: dict, words: str) -> None:
 def test_options_and_overrides_may_be_mixed() -> None:
     parser = argparse.ArgumentParser()
     add_launch_arguments(parser)
-    arguments, left_over = parser.parse_known_args([RECIPE, "--on", "slurm", "train.steps=5", "--nnodes", "2", "a.b=c"])
-    assert take_overrides(left_over) == ["train.steps=5", "a.b=c"]
+    arguments, overrides = parser.parse_known_args([RECIPE, "--on", "slurm", "train.steps=5", "--nnodes", "2", "a.b=c"])
+    assert overrides == ["train.steps=5", "a.b=c"]
     assert LaunchOptions.from_arguments(arguments) == LaunchOptions(on="slurm", nnodes=2, sbatch=[])
 
 
@@ -77,12 +76,6 @@ def test_defaults_of_parser_and_options_agree() -> None:
     parser = argparse.ArgumentParser()
     add_launch_arguments(parser)
     assert LaunchOptions.from_arguments(parser.parse_args([RECIPE])) == LaunchOptions(sbatch=[])
-
-
-@pytest.mark.parametrize("word", ["--nprocs", "stage1"])
-def test_what_is_neither_option_nor_override_is_refused(word: str) -> None:
-    with pytest.raises(UserError, match=word):
-        take_overrides(["train.steps=5", word])
 
 
 def test_run_torchrun_becomes_the_command_of_this_environment(monkeypatch: pytest.MonkeyPatch) -> None:

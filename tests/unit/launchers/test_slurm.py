@@ -139,9 +139,9 @@ def submitted(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: py
         on="slurm", nnodes=2, nproc=2, cpus_per_process=1, gpus_per_node=0, time="00:05:00", grace_s=20
     )
     assert launch("stub.yaml", ["a.b=c"], options, tmp_path / "logs") == 0
-    found = re.search(r"Submitted batch job (\d+)", capfd.readouterr().out)
-    assert found
-    return found[1]
+    match = re.search(r"Submitted batch job (\d+)", capfd.readouterr().out)
+    assert match
+    return match[1]
 
 
 @pytest.mark.slow
