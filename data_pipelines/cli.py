@@ -198,10 +198,10 @@ def run_stats(arguments: argparse.Namespace) -> int:
 
 def readable_folders(folder: str) -> dict[str, str]:
     """Folders of shards by name: those of shard_folders, or the URL of a remote one."""
-    from emma_train.storage.object_store import is_local, local_path, shown
+    from emma_train.storage.urls import display_url, is_local, local_path
 
     if not is_local(folder):
-        return {shown(folder): folder}
+        return {display_url(folder): folder}
     return {path.name: str(path) for path in shard_folders(Path(local_path(folder)))}
 
 

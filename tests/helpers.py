@@ -102,7 +102,7 @@ def write_export(out: Path, recipe: Recipe, seed: int = 0) -> Emma:
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     specs = {name: Spec.of(value.dtype, value.shape) for name, value in weights.items()}
     meta = {"stage": recipe.stage.name, "step": 1}
-    export.write(out, specs, weights.__getitem__, recipe, meta, tokenizer().path)
+    export.write_export(out, specs, weights.__getitem__, recipe, meta, tokenizer().path)
     return model
 
 

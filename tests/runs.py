@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 
-from emma_train.checkpoint import dcp as store
+from emma_train.checkpoint import dcp as checkpoint_dcp
 from emma_train.storage.paths import StoragePath
 from emma_train.training.preemption import EXIT_PREEMPTED
 from tests.distributed.ranks import command, stopped_command
@@ -52,12 +52,12 @@ def checkpoint(run: Path, step: int) -> Path:
 def stored(folder: StoragePath) -> dict[str, torch.Tensor]:
     """Every full tensor of a checkpoint, by name."""
     state: dict[str, Any] = {}
-    for part_folder in store.places(folder):
-        entries = store.Reader(part_folder).read_metadata().state_dict_metadata
+    for part_folder in checkpoint_dcp.dcp_folders(folder):
+        entries = checkpoint_dcp.DcpReader(part_folder).read_metadata().state_dict_metadata
         tensors: dict[str, Any] = {n: torch.empty(e.size, dtype=e.properties.dtype) for n, e in entries.items()}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a warning that there is only one process
-            dcp.load(tensors, storage_reader=store.Reader(part_folder), no_dist=True)
+            dcp.load(tensors, storage_reader=checkpoint_dcp.DcpReader(part_folder), no_dist=True)
         state |= tensors
     return state
 

@@ -27,7 +27,7 @@ from emma_train.errors import RunError, UserError
 from emma_train.sequence.pack import PackedBatch, Sample, pack
 from emma_train.sequence.step_batches import StepBatches, UnreadableSample
 from emma_train.sequence.tokens import TextTokenizer
-from emma_train.storage.object_store import is_local
+from emma_train.storage.urls import is_local
 
 log = logging.getLogger(__name__)
 STATE_SCHEMA = 2

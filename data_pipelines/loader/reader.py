@@ -10,7 +10,9 @@ from emma_train.config.schema import DataConfig, ImageConfig
 from emma_train.errors import RunError, UserError
 from emma_train.sequence.pack import Sample
 from emma_train.sequence.tokens import TextTokenizer
-from emma_train.storage.object_store import Storage, StorageError, shown
+from emma_train.storage.shard_reader import ShardReader
+from emma_train.storage.storage_error import StorageError
+from emma_train.storage.urls import display_url
 
 
 class SampleReader:
@@ -27,7 +29,7 @@ class SampleReader:
         """Cached latents are used if they are of the autoencoder with this fingerprint; None uses none."""
         self.builder = SampleBuilder(data, tokenizer, patch, shuffle)
         self.autoencoder_fingerprint = autoencoder_fingerprint
-        self.storage = Storage.of(data)
+        self.storage = ShardReader.from_config(data)
 
     def read(self, planned: SampleRef, use_cached: bool = True) -> Sample:
         """The planned sample; `use_cached` False leaves cached latents alone. Raises SampleError, and RunError or
@@ -49,13 +51,13 @@ class SampleReader:
         """
         for _ in range(2):
             try:
-                data = self.storage.read(planned.url, planned.offset, planned.size, planned.shard)
+                data = self.storage.read_range(planned.url, planned.offset, planned.size, planned.shard)
             except StorageError as error:
-                raise SampleError(str(error), unreachable=error.passing) from None
+                raise SampleError(str(error), unreachable=not error.permanent) from None
             if crc32(data) == planned.crc32:
                 return read_group(data)
             self.storage.forget(planned.url, planned.shard)
-        raise SampleError(f"{shown(planned.url)}: bytes differ from the index's crc32")
+        raise SampleError(f"{display_url(planned.url)}: bytes differ from the index's crc32")
 
     def _latent(self, planned: SampleRef, name: str, image_config: ImageConfig) -> np.ndarray | None:
         if self.autoencoder_fingerprint is None:

@@ -14,7 +14,9 @@ from emma_train.errors import UserError
 from emma_train.sequence.geometry import image_size
 from emma_train.sequence.request import Request
 from emma_train.sequence.seeds import seed_of
-from emma_train.storage.object_store import Storage, StorageError, join
+from emma_train.storage.shard_reader import ShardReader
+from emma_train.storage.storage_error import StorageError
+from emma_train.storage.urls import join_url
 
 REQUEST_COLUMNS = ["key", "offset", "size", "target"]
 """Columns of the index that are read."""
@@ -26,7 +28,7 @@ def read_requests(folder: str | Path, task: str, data: DataConfig, pixels: int, 
     Takes every alternative of an i2t record, and the first alternative of others. `limit` reads only the first so many
     (0: all). Raises UserError if the folder is not a shard folder or a record cannot be read.
     """
-    storage, rows = Storage.of(data), []
+    storage, rows = ShardReader.from_config(data), []
     for shard in read_manifest(folder, storage)["shards"]:
         table = read_columns(folder, shard["name"], task, REQUEST_COLUMNS, storage, shard["index_sha256"])
         for row in table.to_pylist():
@@ -47,11 +49,13 @@ def _read_request(
     number: int,
     data: DataConfig,
     pixels: int,
-    storage: Storage,
+    storage: ShardReader,
 ) -> Request:
     """One alternative (`number`) of a record as a request. Raises UserError."""
     try:
-        members = read_group(storage.read(join(folder, shard["name"]), row["offset"], row["size"], shard["sha256"]))
+        members = read_group(
+            storage.read_range(join_url(folder, shard["name"]), row["offset"], row["size"], shard["sha256"])
+        )
         record, files = read_record(members), images_of(members)
         alternative = record[task][number]
         image_config = data.und if task == "i2t" else data.gen

@@ -11,7 +11,7 @@ from data_pipelines.planner.packing import Queue
 from data_pipelines.planner.shuffle import WeightedInterleave
 from emma_train.errors import UserError
 from emma_train.sequence.seeds import seed_of
-from emma_train.storage.object_store import shown
+from emma_train.storage.urls import display_url
 
 
 @dataclass(frozen=True)
@@ -110,8 +110,8 @@ class Candidates:
         if not len(fitting):
             url, _ = costs.shards[costs.shard[self.row[index]]]
             raise UserError(
-                f"{shown(url)}: no {self.task} sample near it fits a pack; raise data.pack_tokens (or its other caps), "
-                "or lower the size of images"
+                f"{display_url(url)}: no {self.task} sample near it fits a pack; raise data.pack_tokens (or its other "
+                "caps), or lower the size of images"
             )
         key = costs.keys[int(self.row[index])].as_py()
         return int(fitting[seed_of(seed, epoch, key, f"{self.task} stand-in") % len(fitting)])

@@ -13,7 +13,8 @@ from data_pipelines.shards.index import read_columns, read_manifest
 from emma_train.config.schema import DataConfig, PhaseConfig, SourceConfig
 from emma_train.errors import UserError
 from emma_train.sequence.tokens import TextTokenizer
-from emma_train.storage.object_store import Storage, join, shown
+from emma_train.storage.shard_reader import ShardReader
+from emma_train.storage.urls import display_url, join_url
 
 PLANNED = [
     "key",
@@ -35,7 +36,7 @@ class Sources:
 
     def __init__(self, data: DataConfig, tokenizer: TextTokenizer) -> None:
         self._data, self._tokenizer = data, tokenizer
-        self._storage, self._hash = Storage.of(data), hashlib.sha256()
+        self._storage, self._hash = ShardReader.from_config(data), hashlib.sha256()
         self._manifests: dict[str, dict[str, Any]] = {}
 
     @property
@@ -54,7 +55,7 @@ class Sources:
         for number, group in enumerate(groups):
             pool = self._pool(group, number, cost_model)
             if not pool.num_rows:
-                folders = ", ".join(shown(source.path) for source in group or phase.sources)
+                folders = ", ".join(display_url(source.path) for source in group or phase.sources)
                 raise UserError(
                     f"mix.{cost_model.task} is above 0, but no sample of {folders} has that task"
                     + " and the required tags" * any(s.require_tags or s.exclude_tags for s in group)
@@ -82,15 +83,15 @@ class Sources:
             if manifest["tokenizer_sha256"] != self._tokenizer.sha256:
                 path = self._tokenizer.path
                 raise UserError(
-                    f"{shown(folder)}: was indexed with another tokenizer than data.tokenizer ({path}); "
-                    f"run `emma-data index {shown(folder)} --tokenizer {path}`"
+                    f"{display_url(folder)}: was indexed with another tokenizer than data.tokenizer ({path}); "
+                    f"run `emma-data index {display_url(folder)} --tokenizer {path}`"
                 )
             self._manifests[folder] = manifest
         return self._manifests[folder]
 
 
 def _load(
-    shards: Sequence[Shard], epoch: int, sources: Sequence[SourceConfig], cost_model: CostModel, storage: Storage
+    shards: Sequence[Shard], epoch: int, sources: Sequence[SourceConfig], cost_model: CostModel, storage: ShardReader
 ) -> SampleCosts:
     """Costs of the rows that the sources select, shard after shard. Starts to fetch the shards, which are read soon.
 
@@ -104,11 +105,11 @@ def _load(
             table = table.filter(pa.array([has_wanted_tags(source, tags) for tags in table.column("tags").to_pylist()]))
         if len(table) != shard.num_rows:
             raise UserError(
-                f"{shown(shard.folder)}: the index of {shard.name} has {len(table)} {cost_model.task} rows, the "
+                f"{display_url(shard.folder)}: the index of {shard.name} has {len(table)} {cost_model.task} rows, the "
                 f"manifest says {shard.num_rows}; run `emma-data index` again"
             )
         tables.append(table)
-    files = [(join(shard.folder, shard.name), shard.sha256) for shard in shards]
+    files = [(join_url(shard.folder, shard.name), shard.sha256) for shard in shards]
     storage.fetch_ahead(files, sum(shard.num_bytes for shard in shards))
     return sample_costs(tables, files, epoch, cost_model)
 

@@ -4,7 +4,6 @@ import hashlib
 import json
 import logging
 import multiprocessing
-import os
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -27,7 +26,7 @@ from emma_train.config.mix import TASK_NAMES
 from emma_train.errors import UserError
 from emma_train.sequence import layout
 from emma_train.sequence.tokens import TextTokenizer
-from emma_train.storage.files import write_atomic
+from emma_train.storage.files import replacing, write_atomic
 
 log = logging.getLogger(__name__)
 ROWS_AT_ONCE = 1024
@@ -203,14 +202,11 @@ def _write_index(tar: Path, tokenizer: TextTokenizer) -> dict[str, Any]:
         **({"left_out_first": first} if left_out else {}),
     }
     stamp = {"schema": SCHEMA_VERSION, "tokenizer_sha256": tokenizer.sha256, **entry}
-    beside = index_path(tar).with_suffix(".tmp")
-    with pq.ParquetWriter(
-        beside, INDEX_COLUMNS.with_metadata({ENTRY: json.dumps(stamp)}), compression="zstd"
-    ) as writer:
+    schema = INDEX_COLUMNS.with_metadata({ENTRY: json.dumps(stamp)})
+    with replacing(index_path(tar)) as index, pq.ParquetWriter(index, schema, compression="zstd") as writer:
         for table in joined.values():
             if len(table):
                 writer.write_table(table, row_group_size=1 << 16)
-    os.replace(beside, index_path(tar))
     return entry
 
 

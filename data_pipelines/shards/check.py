@@ -15,7 +15,9 @@ from data_pipelines.shards.images import image_parts, open_image
 from data_pipelines.shards.index import index_name, read_manifest
 from data_pipelines.shards.record import lacks_text, read_record
 from data_pipelines.shards.tar import BrokenTar, Group, groups
-from emma_train.storage.object_store import Storage, StorageError, join, shown
+from emma_train.storage.shard_reader import ShardReader
+from emma_train.storage.storage_error import StorageError
+from emma_train.storage.urls import display_url, join_url
 
 
 def check_folder(folder: str | Path, workers: int = 1) -> list[str]:
@@ -31,18 +33,18 @@ def check_folder(folder: str | Path, workers: int = 1) -> list[str]:
 
 def check_shard(folder: str, shard: dict[str, Any]) -> list[str]:
     """What is wrong with one shard of a manifest, a line each; one record in memory at a time."""
-    tar, index = join(folder, shard["name"]), join(folder, index_name(shard["name"]))
-    storage, problems = Storage(), []
+    tar, index = join_url(folder, shard["name"]), join_url(folder, index_name(shard["name"]))
+    storage, problems = ShardReader(), []
     try:
-        data = storage.read_all(index)
+        data = storage.read(index)
     except StorageError as error:
         return [str(error)]
     if hashlib.sha256(data).hexdigest() != shard["index_sha256"]:
-        problems.append(f"{shown(index)}: content differs from its sha256 in the manifest")
+        problems.append(f"{display_url(index)}: content differs from its sha256 in the manifest")
     try:
         table = pq.read_table(pa.BufferReader(data), columns=["key", "task", "offset", "size", "crc32"])
     except (pa.ArrowException, OSError, ValueError):
-        return [*problems, f"{shown(index)}: is no index that can be read"]
+        return [*problems, f"{display_url(index)}: is no index that can be read"]
     places = {row["key"]: (row["offset"], row["size"], row["crc32"]) for row in table.to_pylist()}
     try:
         with storage.open(tar) as raw:
@@ -50,14 +52,14 @@ def check_shard(folder: str, shard: dict[str, Any]) -> list[str]:
             try:
                 for group in groups(file):
                     if group.key in places:  # others were left out of the index
-                        problems += _check_group(shown(tar), group, places.pop(group.key))
+                        problems += _check_group(display_url(tar), group, places.pop(group.key))
             except BrokenTar as error:
-                problems.append(f"{shown(tar)}: broken tar, it {error}")
+                problems.append(f"{display_url(tar)}: broken tar, it {error}")
             if file.finish() != (shard["bytes"], shard["sha256"]):
-                problems.append(f"{shown(tar)}: content differs from its sha256 in the manifest")
+                problems.append(f"{display_url(tar)}: content differs from its sha256 in the manifest")
     except (StorageError, OSError) as error:
-        return [*problems, str(error) if isinstance(error, StorageError) else f"{shown(tar)}: {error.strerror}"]
-    return problems + [f"{shown(tar)}: record {key} of the index is not in it" for key in places]
+        return [*problems, str(error) if isinstance(error, StorageError) else f"{display_url(tar)}: {error.strerror}"]
+    return problems + [f"{display_url(tar)}: record {key} of the index is not in it" for key in places]
 
 
 def _check_group(tar: str, group: Group, place: tuple[int, int, int]) -> Iterator[str]:

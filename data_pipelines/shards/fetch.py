@@ -15,7 +15,9 @@ from braceexpand import braceexpand
 
 from emma_train.errors import RunError, UserError
 from emma_train.storage.files import write_atomic
-from emma_train.storage.object_store import Storage, StorageError, shown
+from emma_train.storage.shard_reader import ShardReader
+from emma_train.storage.storage_error import StorageError
+from emma_train.storage.urls import display_url
 
 log = logging.getLogger(__name__)
 PIPE = "pipe:"
@@ -71,7 +73,7 @@ def _bring_one(source: str, tar: Path) -> str | None:
                 if code or not file.seek(0, os.SEEK_END):
                     return f"{_named(source)} ended with exit code {code} and wrote {file.tell():,} bytes"
             else:
-                with Storage().open(source) as remote:
+                with ShardReader().open(source) as remote:
                     shutil.copyfileobj(remote, file, 16 << 20)
             file.flush()
             os.fsync(file.fileno())
@@ -88,4 +90,4 @@ def _bring_one(source: str, tar: Path) -> str | None:
 
 def _named(source: str) -> str:
     """A source as messages and manifests may show it: of a command its program alone."""
-    return f"{PIPE}{source.removeprefix(PIPE).split()[0]} ..." if source.startswith(PIPE) else shown(source)
+    return f"{PIPE}{source.removeprefix(PIPE).split()[0]} ..." if source.startswith(PIPE) else display_url(source)

@@ -15,7 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from emma_train.errors import RunError, UserError
-from emma_train.storage.object_store import Storage, StorageError, is_local, join, local_path, shown
+from emma_train.storage.shard_reader import ShardReader
+from emma_train.storage.storage_error import StorageError
+from emma_train.storage.urls import display_url, is_local, join_url, local_path
 
 SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
@@ -62,7 +64,7 @@ def read_columns(
     shard: str,
     task: str,
     columns: Sequence[str] | None = None,
-    storage: Storage | None = None,
+    storage: ShardReader | None = None,
     version: str = "",
 ) -> pa.Table:
     """All index rows of one task of a shard, of all columns or of some.
@@ -70,36 +72,36 @@ def read_columns(
     `version` is the index's hash in the manifest, by which a cached copy of a remote index is known. Raises UserError,
     and RunError where the store does not answer.
     """
-    storage, url = storage or Storage(), join(folder, index_name(shard))
+    storage, url = storage or ShardReader(), join_url(folder, index_name(shard))
     try:
-        source = pa.OSFile(url) if is_local(url) else pa.BufferReader(storage.read_all(url, version))
+        source = pa.OSFile(url) if is_local(url) else pa.BufferReader(storage.read(url, version))
         # Rows of one task fill row groups of their own, so that the others are neither read nor decoded.
         file = pq.ParquetFile(source)
         if set(columns or INDEX_COLUMNS.names) - set(file.schema_arrow.names):
-            raise UserError(f"{shown(url)}: is of another version; index again")
+            raise UserError(f"{display_url(url)}: is of another version; index again")
         return file.read_row_groups(_groups_of(file, task), list(columns or INDEX_COLUMNS.names), use_threads=False)
     except StorageError as error:
-        raise (RunError if error.passing else UserError)(str(error)) from None
+        raise (RunError if not error.permanent else UserError)(str(error)) from None
     except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{shown(url)}: cannot be read ({error}); index again") from None
+        raise UserError(f"{display_url(url)}: cannot be read ({error}); index again") from None
 
 
-def read_manifest(folder: str | Path, storage: Storage | None = None) -> dict[str, Any]:
+def read_manifest(folder: str | Path, storage: ShardReader | None = None) -> dict[str, Any]:
     """The manifest of a shard folder. Raises UserError where there is none, it is of another version, or a local shard
     or index that it lists is not there in full."""
-    url = join(folder, MANIFEST)
+    url = join_url(folder, MANIFEST)
     try:
-        manifest = json.loads((storage or Storage()).read_all(url))
+        manifest = json.loads((storage or ShardReader()).read(url))
     except StorageError as error:
-        told = f"{shown(url)}: cannot read (no such file)" if error.missing else str(error)
-        raise UserError(f"{told}; `emma-data index {shown(folder)} --tokenizer FILE` makes it") from None
+        told = f"{display_url(url)}: cannot read (no such file)" if error.missing else str(error)
+        raise UserError(f"{told}; `emma-data index {display_url(folder)} --tokenizer FILE` makes it") from None
     except ValueError as error:
-        raise UserError(f"{shown(url)}: not valid JSON ({error}); `emma-data index` makes it anew") from None
+        raise UserError(f"{display_url(url)}: not valid JSON ({error}); `emma-data index` makes it anew") from None
     if manifest.get("unfinished"):
-        raise UserError(f"{shown(url)}: indexing was interrupted; run `emma-data index` again, it goes on")
+        raise UserError(f"{display_url(url)}: indexing was interrupted; run `emma-data index` again, it goes on")
     if manifest.get("schema") != SCHEMA_VERSION:
         raise UserError(
-            f"{shown(url)}: schema {manifest.get('schema')}, this version reads {SCHEMA_VERSION}; index again"
+            f"{display_url(url)}: schema {manifest.get('schema')}, this version reads {SCHEMA_VERSION}; index again"
         )
     if is_local(str(folder)):
         _check_files(Path(local_path(str(folder))), manifest)

@@ -16,7 +16,9 @@ import numpy as np
 
 from data_pipelines.shards.tar import crc32
 from emma_train.config.schema import ImageConfig
-from emma_train.storage.object_store import Storage, StorageError, beside, shown
+from emma_train.storage.shard_reader import ShardReader
+from emma_train.storage.storage_error import StorageError
+from emma_train.storage.urls import display_url, replace_suffix
 
 log = logging.getLogger(__name__)
 FIRST_READ = 1 << 18
@@ -32,7 +34,7 @@ def transform_name(image_config: ImageConfig) -> str:
 
 def latents_path(shard: str | Path, transform: str) -> str:
     """Path or URL of the latents beside a shard, for one transform."""
-    return beside(str(shard), ".tar", f".{transform}.latents.safetensors")
+    return replace_suffix(str(shard), ".tar", f".{transform}.latents.safetensors")
 
 
 def metadata_of(fingerprint: str, shard: str, latents: dict[str, np.ndarray]) -> dict[str, str]:
@@ -46,7 +48,7 @@ def fits(metadata: dict[str, str], fingerprint: str, shard: str) -> bool:
     return (metadata.get("autoencoder"), metadata.get("shard_sha256")) == (fingerprint, shard) and "crc32" in metadata
 
 
-def cached_latent(url: str, name: str, fingerprint: str, shard: str, storage: Storage) -> np.ndarray | None:
+def cached_latent(url: str, name: str, fingerprint: str, shard: str, storage: ShardReader) -> np.ndarray | None:
     """float32 [tokens, channels] of an image, or None where it is not cached, made from something else or damaged:
     then it is encoded anew, from the image itself."""
     table = _table(url, fingerprint, shard, storage)
@@ -54,11 +56,11 @@ def cached_latent(url: str, name: str, fingerprint: str, shard: str, storage: St
         return None
     try:
         for _ in range(2):
-            data = storage.read(url, int(table.offsets[row]), 4 * int(table.shapes[row].prod()), table.version)
+            data = storage.read_range(url, int(table.offsets[row]), 4 * int(table.shapes[row].prod()), table.version)
             if crc32(data) == table.crc32[row]:
                 return np.frombuffer(data, "<f4").reshape(table.shapes[row])
             storage.forget(url, table.version)
-        log.warning("%s: the latent of %s is damaged; encoded anew", shown(url), name)
+        log.warning("%s: the latent of %s is damaged; encoded anew", display_url(url), name)
     except StorageError as error:
         log.warning("%s; the latent of %s is encoded anew", error, name)
     return None
@@ -84,7 +86,7 @@ class _Table:
 
 
 @lru_cache(maxsize=256)
-def _table(url: str, fingerprint: str, shard: str, storage: Storage) -> _Table | None:
+def _table(url: str, fingerprint: str, shard: str, storage: ShardReader) -> _Table | None:
     """What a file holds; None where there is none that fits."""
     version = blake2b(f"{fingerprint} {shard}".encode(), digest_size=8).hexdigest()
     try:
@@ -105,7 +107,7 @@ def _table(url: str, fingerprint: str, shard: str, storage: Storage) -> _Table |
         if not error.missing:
             log.warning("%s; its images are encoded anew", error)
     except (ValueError, KeyError, AttributeError) as error:
-        log.warning("%s: is no file of latents (%s); its images are encoded anew", shown(url), error)
+        log.warning("%s: is no file of latents (%s); its images are encoded anew", display_url(url), error)
     return None
 
 
@@ -113,13 +115,13 @@ def _hash(name: str) -> np.uint64:
     return np.uint64(int.from_bytes(blake2b(name.encode(), digest_size=8).digest()))
 
 
-def _read_header(url: str, version: str, storage: Storage) -> tuple[dict[str, Any], int]:
+def _read_header(url: str, version: str, storage: ShardReader) -> tuple[dict[str, Any], int]:
     """The header of a safetensors file, and where its data begins."""
     size = storage.size(url)
-    data = storage.read(url, 0, min(size, FIRST_READ), version)
+    data = storage.read_range(url, 0, min(size, FIRST_READ), version)
     length = int.from_bytes(data[:8], "little")
     if length > size - 8:
         raise ValueError("cut off")
     if len(data) < 8 + length:
-        data += storage.read(url, len(data), 8 + length - len(data), version)
+        data += storage.read_range(url, len(data), 8 + length - len(data), version)
     return json.loads(data[8 : 8 + length]), 8 + length

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from data_pipelines.shards.index import read_columns, read_manifest
 from emma_train.config.mix import TASK_NAMES
-from emma_train.storage.object_store import Storage
+from emma_train.storage.shard_reader import ShardReader
 
 PERCENTILES = (5, 50, 95, 99, 100)
 ASPECTS = (("4:1 +", 2.6), ("2:1", 1.6), ("4:3", 1.15), ("1:1", 1 / 1.15), ("3:4", 1 / 1.6), ("1:2", 1 / 2.6))
@@ -49,9 +49,9 @@ class FolderStats:
     """Records with the tag stem."""
 
 
-def folder_stats(folder: str | Path, storage: Storage | None = None) -> FolderStats:
+def folder_stats(folder: str | Path, storage: ShardReader | None = None) -> FolderStats:
     """Reads manifest and indexes. Raises UserError."""
-    storage, manifest = storage or Storage(), read_manifest(folder, storage)
+    storage, manifest = storage or ShardReader(), read_manifest(folder, storage)
     records = stem = 0
     tasks = {task: TaskStats() for task in TASK_NAMES}
     lengths: dict[str, list[np.ndarray]] = {

@@ -1,1 +1,1 @@
-"""Checkpoints: written beside and renamed when whole, `latest` last; one rule to find, check and load them."""
+"""Checkpoints: sharded saves beside training, atomic commit, retention, verification and loading."""

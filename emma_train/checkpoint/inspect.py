@@ -1,4 +1,4 @@
-"""What a person may ask of a checkpoint: what it is, whether it is whole to the byte, a copy that stands alone."""
+"""What a user may ask of a checkpoint: what it is, whether every byte is correct, and a copy that is self-contained."""
 
 import shutil
 from pathlib import Path
@@ -7,17 +7,16 @@ from typing import Any
 from emma_train.checkpoint import folder as folders
 from emma_train.checkpoint import verify
 from emma_train.errors import UserError
-from emma_train.storage import paths as places
-from emma_train.storage.paths import StoragePath
+from emma_train.storage.paths import StoragePath, as_local, storage_of
 
 
-def rows(checkpoint: StoragePath, meta: dict[str, Any]) -> dict[str, str]:
-    """A whole checkpoint in words, by what is told."""
+def summary_rows(checkpoint: StoragePath, meta: dict[str, Any]) -> dict[str, str]:
+    """What a valid checkpoint is, in words, by the name of each fact."""
     parent, frozen = meta["parent"], folders.frozen_folder(checkpoint, meta)
-    own = sum(entry["bytes"] for entry in meta["files"].values())
-    shared = 0
+    num_bytes = sum(entry["bytes"] for entry in meta["files"].values())
+    frozen_bytes = 0
     if frozen is not None:
-        shared = sum(entry["bytes"] for entry in (folders.read_meta(frozen) or {})["files"].values())
+        frozen_bytes = sum(entry["bytes"] for entry in (folders.read_meta(frozen) or {})["files"].values())
     return {
         "stage": meta["stage"],
         "step": f"{meta['step']} of {meta['config']['train']['steps']}",
@@ -30,49 +29,42 @@ def rows(checkpoint: StoragePath, meta: dict[str, Any]) -> dict[str, str]:
         "mean since the one before": ", ".join(f"{k} {v:.4f}" for k, v in meta["metrics"].items()) or "not logged",
         "written": f"{meta['time']} by {meta['world_size']} processes",
         "tracker run": meta["tracker_run"] or "none",
-        "size": f"{own / 2**20:,.1f} MiB in {len(meta['files'])} files",
-        "frozen weights": f"{shared / 2**20:,.1f} MiB in {folders.FROZEN}/{frozen.name}" if frozen else "none",
+        "size": f"{num_bytes / 2**20:,.1f} MiB in {len(meta['files'])} files",
+        "frozen weights": f"{frozen_bytes / 2**20:,.1f} MiB in {folders.FROZEN}/{frozen.name}" if frozen else "none",
     }
 
 
-def faults(path: StoragePath) -> dict[StoragePath, str | None]:
+def verify_all(path: StoragePath) -> dict[StoragePath, str | None]:
     """What is wrong with each checkpoint that `path` holds; None where every byte of it, and of the frozen weights that
     it refers to, is as it was written. Raises UserError where it holds none."""
-    sound: set[StoragePath] = set()
-    found = {folder: verify.fault(folder, sound=sound) for folder in folders.candidates(path)}
-    if not found:
-        raise UserError(folders.none_at(path, "CHECKPOINT", []))
-    return found
+    verified: set[StoragePath] = set()
+    problems = {folder: verify.find_damage(folder, verified=verified) for folder in folders.candidates(path)}
+    if not problems:
+        raise UserError(folders.no_checkpoint_message(path, "CHECKPOINT", []))
+    return problems
 
 
-def flatten(path: StoragePath, out: StoragePath) -> Path:
-    """Copy the newest whole checkpoint of `path`, with the frozen weights that it refers to, to a new folder `out` that
-    refers to nothing outside. Raises UserError."""
-    if not isinstance(out, Path):
-        raise UserError(f"--self-contained {out}: is no folder; copy it there from one")
-    checkpoint = verify.resolve(path, "CHECKPOINT", folders.PARTS)
-    if out.exists():
-        raise UserError(f"--self-contained {out}: is there already; name a new folder")
+def copy_self_contained(path: StoragePath, out: StoragePath) -> Path:
+    """Copy the newest intact checkpoint of `path`, with the frozen weights that it refers to, to a new local folder
+    `out` that refers to nothing outside it. Raises UserError."""
+    target = as_local(out)
+    if target is None:
+        raise UserError(f"--self-contained {out}: is no local folder; name one, and copy it from there")
+    checkpoint = verify.find_verified(path, "CHECKPOINT", folders.CHECKPOINT_PARTS)
+    if target.exists():
+        raise UserError(f"--self-contained {out}: exists already; name a new folder")
     frozen = folders.frozen_folder(checkpoint, folders.read_meta(checkpoint) or {})
-    beside = out.with_name(out.name + ".tmp")
-    shutil.rmtree(beside, ignore_errors=True)
+    storage = storage_of(checkpoint)
+    unfinished = target.with_name(target.name + ".tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
     try:
-        _copy(checkpoint, beside)
+        storage.download(checkpoint, unfinished)
         if frozen is not None and checkpoint not in frozen.parents:
-            _copy(frozen, beside / folders.FROZEN / frozen.name)
-        beside.rename(out)
+            storage.download(frozen, unfinished / folders.FROZEN / frozen.name)
+        unfinished.rename(target)
     except OSError as error:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
         raise UserError(f"--self-contained {out}: cannot be written ({error})") from None
-    if (problem := verify.fault(out)) is not None:
-        raise UserError(f"{out}: the copy is not what was copied: {problem}")
-    return out
-
-
-def _copy(folder: StoragePath, to: Path) -> None:
-    if isinstance(folder, Path):
-        shutil.copytree(folder, to)
-        return
-    to.parent.mkdir(parents=True, exist_ok=True)
-    with places.asking(folder):
-        folder.fs.get(folder.path, str(to), recursive=True)
+    if (problem := verify.find_damage(target)) is not None:
+        raise UserError(f"{out}: the copy differs from the original: {problem}")
+    return target

@@ -1,61 +1,61 @@
-"""Which checkpoints stay: the last few, every n-th step for good, and the best by a metric. Never none."""
+"""Which checkpoints are kept: the last few, every n-th step, and the best by a metric. The newest is always kept."""
 
 import logging
 import math
-import shutil
 from collections.abc import Mapping
-from pathlib import Path
 
 from emma_train.checkpoint import folder as folders
 from emma_train.config.schema import TrainConfig
 from emma_train.errors import RunError
-from emma_train.storage import paths as places
-from emma_train.storage.paths import StoragePath
+from emma_train.storage.paths import StoragePath, storage_of
 
 log = logging.getLogger(__name__)
 
 
-def kept(steps: Mapping[int, float | None], last: int, every: int) -> set[int]:
-    """Steps whose checkpoints stay. `steps` are those of whole checkpoints, with the value of the metric (lower is
-    better) where they have one; `last` counts the newest, and `every` 0 keeps none for good."""
+def steps_to_keep(steps: Mapping[int, float | None], last: int, every: int) -> set[int]:
+    """Steps whose checkpoints are kept. `steps` are those of valid checkpoints, with the value of the metric (lower is
+    better) where they have one. `last` is how many of the newest are kept; `every` keeps the steps that it divides,
+    none where it is 0."""
     newest = sorted(steps, reverse=True)[: max(1, last)]
-    for_good = [step for step in steps if every and step % every == 0]
+    divisible = [step for step in steps if every and step % every == 0]
     measured = {step: value for step, value in steps.items() if value is not None and math.isfinite(value)}
     best = [min(measured, key=lambda step: (measured[step], -step))] if measured else []
-    return {*newest, *for_good, *best}
+    return {*newest, *divisible, *best}
 
 
 def prune(checkpoints: StoragePath, config: TrainConfig) -> None:
-    """Remove checkpoints that need not stay, what crashes left behind, and frozen weights that no checkpoint needs.
+    """Remove checkpoints that need not be kept, what crashes left, and frozen weights that no checkpoint refers to.
 
-    What cannot be removed is named in a warning and left. Raises RunError where a store does not say what is there."""
-    # A torn folder must not count: it would push out the whole one that a run resumes from.
-    metas = {folder: meta for folder in folders.steps(checkpoints) if (meta := folders.whole(folder)) is not None}
+    What cannot be removed is named in a warning and left. Raises StorageError where an object store fails to list."""
+    # A torn folder must not count: it would replace the valid one that a run resumes from.
+    metas = {
+        folder: meta
+        for folder in folders.list_steps(checkpoints)
+        if (meta := folders.read_valid_meta(folder)) is not None
+    }
     values = {m["step"]: m.get("metrics", {}).get(config.keep_best) for m in metas.values()}
-    stay = kept(values, config.keep, config.keep_every)
-    metas = {folder: meta for folder, meta in metas.items() if meta["step"] in stay}
+    kept = steps_to_keep(values, config.keep, config.keep_every)
+    metas = {folder: meta for folder, meta in metas.items() if meta["step"] in kept}
     if not metas:
         return
-    newest = max(stay)
-    for folder in places.children(checkpoints):
+    storage = storage_of(checkpoints)
+    for folder in storage.listdir(checkpoints):
         if not folder.name.startswith("step-"):
             continue
         step, _, suffix = folder.name.removeprefix("step-").partition(".")
-        # What was set aside as damaged can be looked at until a newer checkpoint is there.
-        if suffix in ("tmp", "removed") or (folder not in metas and step.isdigit() and int(step) < newest):
+        # A damaged checkpoint that was set aside can be inspected until there is a newer checkpoint.
+        is_older = step.isdigit() and int(step) < max(kept)
+        if suffix in ("tmp", "removed") or (folder not in metas and is_older):
             _remove(folder)
     needed = {meta.get("frozen") for meta in metas.values()}
-    for folder in places.children(checkpoints / folders.FROZEN):
+    for folder in storage.listdir(checkpoints / folders.FROZEN):
         if folder.name not in needed:
             _remove(folder)
 
 
 def _remove(folder: StoragePath) -> None:
     try:
-        if folder.suffix and isinstance(folder, Path):
-            shutil.rmtree(folder)
-        else:
-            folders.remove(folder)
+        storage_of(folder).remove(folder)
     except OSError as error:
         log.warning("%s: cannot be removed (%s)", folder, error.strerror)
     except RunError as error:

@@ -1,7 +1,7 @@
-"""Saving while training goes on: one checkpoint at a time, staged to the host, then written by a thread of its own.
+"""Saving while training goes on: one checkpoint at a time, copied to host memory, then written by a separate thread.
 
-A save that fails is told and tried again; training goes on meanwhile, and stops before more work is at stake than the
-recipe's interval between checkpoints. All ranks decide alike, for they learn of the outcome in the same step.
+A failed save is logged and tried again while training goes on. Training stops before it could lose more work than the
+recipe's interval between checkpoints. All ranks decide the same, because they learn of the outcome in the same step.
 """
 
 import logging
@@ -15,21 +15,21 @@ from typing import Any
 from torch.distributed.checkpoint import CheckpointException
 
 from emma_train.checkpoint.staging import Staging
-from emma_train.checkpoint.state import State, part
-from emma_train.checkpoint.writer import Writer, plain
+from emma_train.checkpoint.state import CheckpointState, local_part
+from emma_train.checkpoint.writer import CheckpointWriter, one_line
 from emma_train.config.schema import TrainConfig
 from emma_train.engine.world import World
 from emma_train.errors import RunError
 from emma_train.storage.paths import StoragePath
 
 log = logging.getLogger(__name__)
-TRIES = 4
-"""How often a save that failed is tried again within an interval between checkpoints."""
+TRIES_PER_INTERVAL = 4
+"""How often a failed save is tried again within an interval between checkpoints."""
 
 
 @dataclass
 class _Save:
-    """One save under way."""
+    """One save that is running or has just ended."""
 
     step: int
     staged: threading.Event = field(default_factory=threading.Event)
@@ -42,42 +42,43 @@ class _Save:
 
 
 class SaveFailed(RunError):
-    """Checkpoints cannot be written, and going on would risk work."""
+    """Checkpoints cannot be written, and further training could be lost."""
 
 
 class Saver:
     """Writes the checkpoints of a run. Every rank has one and calls its methods at the same steps."""
 
     def __init__(self, checkpoints: StoragePath, config: TrainConfig, world: World, timeout_s: float) -> None:
-        """`timeout_s`: how long training waits for a save that it cannot go on without."""
-        self._checkpoints, self._config, self._world, self._timeout_s = checkpoints, config, world, timeout_s
-        self._writer = Writer(checkpoints, config, world, timeout_s)
+        """`timeout_s`: longest time that training waits for a save to end."""
+        self._checkpoints = checkpoints
+        self._config = config
+        self._world = world
+        self._timeout_s = timeout_s
+        self._writer = CheckpointWriter(checkpoints, config, world, timeout_s)
         self._staging = Staging(world.device)
         self._running: _Save | None = None
-        self._saved: int | None = None
+        self._saved_step: int | None = None
         self._failing_since: int | None = None
-        self._tried = 0
+        self._last_tried_step = 0
         self._stall_s = 0.0
 
-    def resume_from(self, checkpoint: StoragePath, step: int, state: State) -> None:
-        """After a resume from the checkpoint of `step`."""
-        self._saved = step
+    def resume_from(self, checkpoint: StoragePath, step: int, state: CheckpointState) -> None:
+        """Continue after a resume from the checkpoint of `step`."""
+        self._saved_step = step
         self._writer.resume_from(checkpoint, state)
 
     def due(self, step: int) -> bool:
-        """Whether a checkpoint is to be written after `step`."""
-        failed_at = self._tried if self._failing_since is not None and self._running is None else None
+        """Whether a checkpoint should be written after `step`."""
+        failed_at = self._last_tried_step if self._failing_since is not None and self._running is None else None
         return is_due(step, self._config.save_every, failed_at)
 
-    def start(self, state: State, meta: Mapping[str, Any]) -> None:
-        """Begin to save; waits for the save before it. `meta` is not looked at again by the caller.
-
-        Until `settle` has returned, nothing of `state` may change. Raises SaveFailed as `finish` does.
-        """
+    def start(self, state: CheckpointState, meta: Mapping[str, Any]) -> None:
+        """Start to save; blocks until the save before has ended. The caller must not modify `meta` afterwards, nor any
+        tensor of `state` until `wait_for_staging` has returned. Raises SaveFailed as `finish` does."""
         with self._count_stall():
             self._start(_Save(int(meta["step"])), state, meta)
 
-    def _start(self, save: _Save, state: State, meta: Mapping[str, Any]) -> None:
+    def _start(self, save: _Save, state: CheckpointState, meta: Mapping[str, Any]) -> None:
         if self._running is not None and not self._running.ended:
             log.warning(
                 "the checkpoint of step %d is still being written: training waits. Storage is too slow for "
@@ -86,7 +87,7 @@ class Saver:
                 self._config.save_every,
             )
         self.finish()
-        self._running, self._tried = save, save.step
+        self._running, self._last_tried_step = save, save.step
         self._staging.wait_for_compute()
         if not self._config.save_async:
             self._write(save, state, meta)
@@ -96,30 +97,30 @@ class Saver:
             save.thread.start()
 
     def wait_for_staging(self) -> None:
-        """Wait until weights may change again."""
+        """Wait until the tensors that are being saved may change."""
         if self._running is not None and not self._running.staged.is_set():
             with self._count_stall():
                 self._running.staged.wait()
 
     def pop_stall_s(self) -> float:
-        """Seconds that training has stood still for saves since this was last asked."""
+        """Seconds that training has waited for saves since the last call."""
         stall, self._stall_s = self._stall_s, 0.0
         return stall
 
     def local_status(self) -> list[float]:
-        """For the sum over ranks that every step makes: has this rank's part of a save ended, and has it failed?"""
+        """[ended, failed] of this rank's part of the running save, as 0 or 1, for the sum over ranks in every step."""
         if self._running is None or not self._running.ended:
             return [0.0, 0.0]
         return [1.0, float(self._running.error is not None)]
 
     def apply_status(self, sums: Sequence[float]) -> None:
-        """Takes the sum of all ranks' flags. Raises SaveFailed where saves have failed for too long."""
+        """Take the sum of `local_status` over all ranks. Raises SaveFailed where saves have failed for too long."""
         ended, failed = sums
         if ended == self._world.size:
             self._conclude(failed > 0)
 
     def finish(self) -> None:
-        """Wait for the save under way. Raises SaveFailed where it does not end, or where saves fail for too long."""
+        """Wait for the running save. Raises SaveFailed if it does not end or saves have failed for too long."""
         if (save := self._running) is None:
             return
         if save.thread is not None:
@@ -128,12 +129,12 @@ class Saver:
         if late:
             raise SaveFailed(
                 f"the checkpoint of step {save.step} is not written after {self._timeout_s:.0f} s (engine.timeout_s): "
-                f"{self._checkpoints} does not take it. {self._last_words()}"
+                f"{self._checkpoints} may hang. {self._advice()}"
             )
         self._conclude(failed > 0)
 
     def finish_last(self, again: Callable[[], None]) -> None:
-        """Wait for the last save of a run; where it fails, `again` starts it anew, once. Raises SaveFailed."""
+        """Wait for the last save of a run. Where it fails, `again` starts it once more. Raises SaveFailed."""
         with self._count_stall():
             self.finish()
         if self._failing_since is not None:
@@ -141,10 +142,10 @@ class Saver:
             with self._count_stall():
                 self.finish()
         if self._failing_since is not None:
-            raise SaveFailed(f"the last checkpoint could not be written. {self._last_words()}")
+            raise SaveFailed(f"the last checkpoint could not be written. {self._advice()}")
 
     def close(self, patience_s: float) -> bool:
-        """Let a save under way end, as far as it does within `patience_s`. Returns whether none is left."""
+        """Wait at most `patience_s` for a running save. Returns whether none is running any more."""
         if (save := self._running) is not None and save.thread is not None:
             save.thread.join(patience_s)
             return save.ended
@@ -162,39 +163,39 @@ class Saver:
         save, self._running = self._running, None
         assert save is not None
         if not failed:
-            self._saved, self._failing_since = save.step, None
+            self._saved_step, self._failing_since = save.step, None
             return
         since = self._failing_since = save.step if self._failing_since is None else self._failing_since
         log.warning("the checkpoint of step %d failed (%s). Training goes on", save.step, save.error)
         if save.step - since >= self._config.save_every:
             raise SaveFailed(
-                f"no checkpoint could be written since step {since} (the last: {save.error}); training stops before "
-                f"more work is at stake. {self._last_words()}"
+                f"no checkpoint could be written since step {since} (last error: {save.error}); training stops before "
+                f"more work could be lost. {self._advice()}"
             )
         self._writer.renew()
 
-    def _last_words(self) -> str:
-        last = "the beginning" if self._saved is None else f"step {self._saved}"
-        return f"Mend the storage, then run the same command again: it goes on from {last}"
+    def _advice(self) -> str:
+        last = "the beginning" if self._saved_step is None else f"step {self._saved_step}"
+        return f"Repair the storage, then run the same command again: it goes on from {last}"
 
-    def _write(self, save: _Save, state: State, meta: Mapping[str, Any]) -> None:
-        """One save on this rank, in a thread of its own or not."""
+    def _write(self, save: _Save, state: CheckpointState, meta: Mapping[str, Any]) -> None:
+        """Run one save on this rank, in a separate thread or in the training thread."""
         started = time.perf_counter()
         try:
             with self._staging.side_stream():
-                learnt = {**state.weights, **state.optimizer}
+                trained = {**state.weights, **state.optimizer}
                 threaded = save.thread is not None
-                values = self._staging.copy(learnt) if threaded else {n: part(t) for n, t in learnt.items()}
+                values = self._staging.copy(trained) if threaded else {n: local_part(t) for n, t in trained.items()}
                 save.staged.set()
                 size = self._writer.write(state, values, meta)
             log.info("saved step %d: %.1f MB in %.1f s", save.step, size / 1e6, time.perf_counter() - started)
-        except (Exception, CheckpointException) as error:  # whatever storage or another rank does: training decides
-            save.error = plain(error)
+        except (Exception, CheckpointException) as error:  # of storage or of another rank: training decides what to do
+            save.error = one_line(error)
         finally:
             save.staged.set()
 
 
 def is_due(step: int, every: int, failed_at: int | None) -> bool:
-    """Whether a checkpoint is due after `step`: one is every `every` steps, and after a save of step `failed_at` that
-    failed the next is tried sooner."""
-    return step % every == 0 or (failed_at is not None and step >= failed_at + max(1, every // TRIES))
+    """Whether a checkpoint is due after `step`: every `every` steps, and sooner after the save of step `failed_at` has
+    failed."""
+    return step % every == 0 or (failed_at is not None and step >= failed_at + max(1, every // TRIES_PER_INTERVAL))

@@ -1,4 +1,4 @@
-"""Host copies of what a rank has, so that weights may move on while they are written."""
+"""Copies of a rank's tensors in host memory, so that training can change the tensors while the copies are written."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,9 +10,9 @@ from emma_train.engine.flat_shard import FlatShard, local
 
 
 class Staging:
-    """Buffers in host memory, as large as what is copied into them; made once and used by every save.
+    """Buffers in host memory, as large as the tensors; allocated once and used by every save.
 
-    On a GPU they are pinned, and copies run on a stream of their own.
+    On a GPU they are pinned, and copies run on a separate stream.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -21,12 +21,13 @@ class Staging:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def wait_for_compute(self) -> None:
-        """To be called by the training thread before another thread copies: wait for what it has still to compute."""
+        """Wait until the device has finished the training thread's work. The training thread calls it before another
+        thread copies."""
         if self._stream is not None:
             torch.cuda.current_stream(self._device).synchronize()
 
     def copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """This rank's parts of the tensors, by name, as host tensors that hold until the next copy."""
+        """Host copies of this rank's parts of the tensors, by name. They are valid until the next copy."""
         with torch.no_grad():
             for name, tensor in tensors.items():
                 part = local(tensor)
@@ -37,14 +38,14 @@ class Staging:
                 buffer.copy_(part, non_blocking=True)
         if self._stream is not None:
             self._stream.synchronize()
-        return {name: _in_place_of(tensor, self._buffers[name]) for name, tensor in tensors.items()}
+        return {name: _with_values(tensor, self._buffers[name]) for name, tensor in tensors.items()}
 
     @contextmanager
     def side_stream(self) -> Iterator[None]:
-        """Within, this thread's work on the device queues behind nothing of the training thread's."""
+        """Run this thread's device work in a separate stream, so that it does not wait for the training thread's."""
         with torch.cuda.stream(self._stream):
             yield
 
 
-def _in_place_of(tensor: Tensor, buffer: Tensor) -> Tensor:
+def _with_values(tensor: Tensor, buffer: Tensor) -> Tensor:
     return FlatShard(buffer, tensor.start, tensor.shape) if isinstance(tensor, FlatShard) else buffer

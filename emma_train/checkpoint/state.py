@@ -1,7 +1,7 @@
-"""What a checkpoint holds of a model in training, by name: the one view that saving and loading need of an engine.
+"""The tensors that a checkpoint holds, by name. Saving and loading see an engine through this class alone.
 
-Every engine gives the same names: model.NAME, ema.NAME and optimizer.NAME.KEY, as whole tensors, or as DTensors or
-fragments that know which part of the whole this rank has.
+Every engine gives the same names: model.NAME, ema.NAME and optimizer.NAME.KEY. A tensor is plain, or a DTensor or
+FlatShard, which know which part of the full tensor this rank has.
 """
 
 from collections.abc import Mapping
@@ -14,19 +14,19 @@ from emma_train.engine.protocol import Engine
 
 
 @dataclass(frozen=True)
-class State:
-    """Live tensors: what is loaded into them is in the model. Hyperparameters are the recipe's and are not here."""
+class CheckpointState:
+    """Live tensors: loading into them changes the model. Hyperparameters are not included: the recipe has them."""
 
     weights: dict[str, Tensor]
-    """model.NAME of what learns, ema.NAME of its averages."""
+    """model.NAME of trainable parameters, ema.NAME of their averages."""
     optimizer: dict[str, Tensor]
     """optimizer.NAME.KEY: moments and step counters."""
     frozen: dict[str, Tensor]
-    """model.NAME of what cannot have changed since the stage began."""
+    """model.NAME of parameters that cannot have changed since the stage began."""
 
     @property
     def parts(self) -> dict[str, dict[str, Tensor]]:
-        """What every checkpoint writes anew, by its folder (folder.PARTS)."""
+        """Tensors that every checkpoint writes, by DCP folder (folder.CHECKPOINT_PARTS)."""
         return {"weights": self.weights, "optimizer": self.optimizer}
 
     @property
@@ -34,17 +34,18 @@ class State:
         return {**self.weights, **self.optimizer, **self.frozen}
 
 
-def state_of(engine: Engine, averages: Mapping[str, Tensor]) -> State:
-    """The view of an engine and the averages of its weights. What has moments learns; all else is frozen."""
-    held = engine.state()
-    learns = {name.rpartition(".")[0] for name in held["optimizer"]}
-    weights = {f"model.{name}": tensor for name, tensor in held["model"].items() if name in learns}
+def checkpoint_state(engine: Engine, averages: Mapping[str, Tensor]) -> CheckpointState:
+    """The tensors of an engine and the averages of its weights. Parameters with optimizer state are trainable; the
+    others are frozen."""
+    tensors = engine.state()
+    trainable = {name.rpartition(".")[0] for name in tensors["optimizer"]}
+    weights = {f"model.{name}": tensor for name, tensor in tensors["model"].items() if name in trainable}
     weights |= {f"ema.{name}": average for name, average in averages.items()}
-    optimizer = {f"optimizer.{name}": tensor for name, tensor in held["optimizer"].items()}
-    frozen = {f"model.{name}": tensor for name, tensor in held["model"].items() if name not in learns}
-    return State(weights, optimizer, frozen)
+    optimizer = {f"optimizer.{name}": tensor for name, tensor in tensors["optimizer"].items()}
+    frozen = {f"model.{name}": tensor for name, tensor in tensors["model"].items() if name not in trainable}
+    return CheckpointState(weights, optimizer, frozen)
 
 
-def part(tensor: Tensor) -> Tensor:
-    """What this rank writes of a tensor: the plain values of a shard, or a fragment, which knows its places."""
+def local_part(tensor: Tensor) -> Tensor:
+    """What this rank writes of a tensor: its local values, or a FlatShard, which knows its position."""
     return tensor if isinstance(tensor, FlatShard) else local(tensor)

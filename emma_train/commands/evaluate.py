@@ -28,9 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """Print the scores and write them as JSON."""
     from emma_train.generate.load import load_generator
-    from emma_train.storage import paths as places
+    from emma_train.storage.paths import as_local, parse_path
 
-    if not arguments.out and not isinstance(places.of(arguments.model), Path):
+    if not arguments.out and as_local(parse_path(arguments.model)) is None:
         raise UserError(f"evaluate {arguments.model}: say where to write the scores (--out FILE)")
     out = Path(arguments.out or f"{arguments.model}/scores.json")
     generator, recipe, meta = load_generator(arguments.model, arguments.device, not arguments.no_ema)

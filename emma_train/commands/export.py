@@ -25,15 +25,15 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from emma_train.export.stored_model import StoredModel
     from emma_train.generate.settings import read_settings, write_settings
     from emma_train.sequence.tokens import TextTokenizer
-    from emma_train.storage import paths as places
+    from emma_train.storage.paths import parse_path
 
     model, out = StoredModel(arguments.checkpoint, use_ema=not arguments.no_ema), Path(arguments.out)
-    settings = read_settings(places.of(arguments.checkpoint), model.recipe)
+    settings = read_settings(parse_path(arguments.checkpoint), model.recipe)
     if arguments.format == "qwen3":
         write_qwen3(out, model)
     else:
         tokenizer = TextTokenizer(model.recipe.data.tokenizer).path
-        exports.write(out, model.specs, model.read, model.recipe, model.meta, tokenizer)
+        exports.write_export(out, model.specs, model.read, model.recipe, model.meta, tokenizer)
         write_settings(out, *settings)
     print(out)
     return 0

@@ -42,14 +42,14 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """Print the answers, or write the images and print their paths."""
     from emma_train.generate.load import load_generator
     from emma_train.generate.settings import changed, read_settings
-    from emma_train.storage import paths as places
+    from emma_train.storage.paths import parse_path
 
     if arguments.task != "t2i" and not arguments.image:
         raise UserError(f"--task {arguments.task} needs an image: --image FILE")
     if arguments.task == "t2i" and arguments.image:
         raise UserError("--task t2i takes no --image; --task it2i edits an image")
     generator, recipe, _ = load_generator(arguments.model, arguments.device, not arguments.no_ema)
-    flow, text = read_settings(places.of(arguments.model), recipe)
+    flow, text = read_settings(parse_path(arguments.model), recipe)
     flow = changed(flow, _given(arguments, flow), "--")
     text = changed(text, _given(arguments, text), "--")
     image_config = recipe.data.und if arguments.task == "i2t" else recipe.data.gen

@@ -20,12 +20,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """Print a table of the checkpoint, or do what the option asks for. Returns 1 if --verify meets damage."""
-    from emma_train.checkpoint.inspect import flatten
-    from emma_train.storage import paths as places
+    from emma_train.checkpoint.inspect import copy_self_contained
+    from emma_train.storage.paths import parse_path
 
-    path = places.of(arguments.checkpoint)
+    path = parse_path(arguments.checkpoint)
     if arguments.self_contained:
-        print(flatten(path, places.of(arguments.self_contained)))
+        print(copy_self_contained(path, parse_path(arguments.self_contained)))
         return 0
     if arguments.verify:
         return _verify(path)
@@ -35,9 +35,9 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 def _verify(path: "StoragePath") -> int:
     """Print one line a checkpoint. Returns 1 if one of them is damaged."""
-    from emma_train.checkpoint.inspect import faults
+    from emma_train.checkpoint.inspect import verify_all
 
-    problems = faults(path)
+    problems = verify_all(path)
     for folder, problem in problems.items():
         print(f"{folder}: {problem or 'whole'}")
     return 1 if any(problems.values()) else 0
@@ -48,15 +48,15 @@ def _print_metadata(path: "StoragePath", as_json: bool) -> None:
     from rich.table import Table
 
     from emma_train.checkpoint import folder as folders
-    from emma_train.checkpoint.inspect import rows
+    from emma_train.checkpoint.inspect import summary_rows
 
-    checkpoint = folders.resolve(path, "CHECKPOINT")
+    checkpoint = folders.find_checkpoint(path, "CHECKPOINT")
     meta = folders.read_meta(checkpoint)
     assert meta is not None
     if as_json:
         print(json.dumps({k: v for k, v in meta.items() if k != "files"}, indent=1))
         return
     table = Table(title=str(checkpoint), show_header=False)
-    for name, value in rows(checkpoint, meta).items():
+    for name, value in summary_rows(checkpoint, meta).items():
         table.add_row(name, value)
     Console().print(table)

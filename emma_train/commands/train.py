@@ -56,7 +56,7 @@ def _train_stage(file: Path, recipe: "Recipe", world: "World", stop: "StopReques
 
     run_folder = RunFolder(recipe)
     run_folder.check_checkpoints(world)
-    newest = world.on_main(lambda: folders.newest(run_folder.checkpoints))
+    newest = world.on_main(lambda: folders.newest_checkpoint(run_folder.checkpoints))
     if newest is not None and (folders.read_meta(newest) or {})["step"] >= recipe.train.steps:
         log.info("%s is complete: nothing to do", run_folder.path)
         return 0
@@ -80,7 +80,7 @@ def _train_locked(run_folder: "RunFolder", file: Path, recipe: "Recipe", world: 
     from emma_train.training.build import build
     from emma_train.training.loop import Trainer
 
-    checkpoint = verify.to_resume(run_folder.checkpoints, world)
+    checkpoint = verify.find_resumable(run_folder.checkpoints, world)
     recipe = _with_stored_values(recipe, checkpoint, world)
     stage = stage_of(recipe, str(file))
     autoencoder = Autoencoder(recipe.model.autoencoder, world.device)
@@ -117,7 +117,7 @@ def _with_stored_values(recipe: "Recipe", checkpoint: "StoragePath | None", worl
     from emma_train.checkpoint import folder as folders
     from emma_train.export import export
     from emma_train.stages.handoff import recipe_to_start
-    from emma_train.storage import paths as places
+    from emma_train.storage.paths import parse_path
     from emma_train.training.build import stored_config
     from emma_train.training.resume_rule import recipe_to_resume
 
@@ -125,10 +125,10 @@ def _with_stored_values(recipe: "Recipe", checkpoint: "StoragePath | None", worl
         return recipe_to_resume(recipe, stored_config(checkpoint), str(checkpoint))
     if not recipe.init.source:
         return recipe
-    given = places.of(recipe.init.source)
+    given = parse_path(recipe.init.source)
 
     def read() -> dict[str, Any]:
-        return stored_config(given if export.is_export(given) else folders.resolve(given, "init.from"))
+        return stored_config(given if export.is_export(given) else folders.find_checkpoint(given, "init.from"))
 
     return recipe_to_start(recipe, world.on_main(read))
 

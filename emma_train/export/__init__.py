@@ -1,1 +1,1 @@
-"""Model exchange: public weights in, exports and Qwen3 folders out."""
+"""Model exchange: public weights in; exports and Qwen3 folders out."""

@@ -1,8 +1,8 @@
-"""An export: one folder of plain files that loads without torch.distributed.
+"""An export: one local folder of plain files that loads without torch.distributed.
 
-model.safetensors       weights by parameter name, in float32 or as they were imported
-recipe.yaml             the recipe that made it, its paths pointing into this folder
-meta.json               stage, step and where it came from
+model.safetensors       weights by parameter name, in float32 or in the type in which they were imported
+recipe.yaml             the recipe that made it, with paths into this folder
+meta.json               stage, step and origin
 generation.json         how it generates (generate/settings.py)
 tokenizer.json, autoencoder/
 """
@@ -22,37 +22,36 @@ from emma_train.config.schema import Recipe
 from emma_train.engine.flat_shard import local_chunks
 from emma_train.errors import UserError
 from emma_train.model import autoencoder
-from emma_train.storage import safetensors_io as tensors
 from emma_train.storage.files import write_atomic
-from emma_train.storage.paths import StoragePath, there
-from emma_train.storage.safetensors_io import Spec, Tensors
+from emma_train.storage.paths import StoragePath, as_local, storage_of
+from emma_train.storage.protocol import META
+from emma_train.storage.safetensors_io import Spec, Tensors, write_safetensors
 
-WEIGHTS, RECIPE, META, TOKENIZER, AUTOENCODER = (
-    "model.safetensors",
-    "recipe.yaml",
-    "meta.json",
-    "tokenizer.json",
-    "autoencoder",
-)
-
-TOKENIZER_BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+WEIGHTS_FILE = "model.safetensors"
+RECIPE_FILE = "recipe.yaml"
+TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_EXTRAS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+"""Files that transformers keeps beside tokenizer.json."""
+AUTOENCODER_FOLDER = "autoencoder"
 
 
 def is_export(path: StoragePath) -> TypeGuard[Path]:
-    """Whether a folder is an export. Raises UserError where it lies in a store."""
-    found = there(path / WEIGHTS) and there(path / RECIPE)
-    if found and not isinstance(path, Path):
-        raise UserError(f"{path}: an export is read from a folder; copy it to one")
-    return found
+    """Whether a folder is an export. Raises UserError where it lies in an object store."""
+    exists = storage_of(path).exists
+    if not (exists(path / WEIGHTS_FILE) and exists(path / RECIPE_FILE)):
+        return False
+    if as_local(path) is None:
+        raise UserError(f"{path}: an export is read from a local folder; copy it to one")
+    return True
 
 
 def check_free(out: Path) -> None:
-    """Raise UserError where an export must not be written: `out` holds something else."""
+    """Raise UserError where `out` holds something other than an export, which must not be overwritten."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not is_export(out):
         raise UserError(f"{out}: is not empty and not an export; name a new folder")
 
 
-def write(
+def write_export(
     out: Path,
     specs: Mapping[str, Spec],
     value: Callable[[str], Tensor],
@@ -60,58 +59,59 @@ def write(
     meta: dict[str, Any],
     tokenizer: Path,
 ) -> None:
-    """Write an export whose tensors `value` gives one by one, by parameter name. Raises UserError where `out` holds
+    """Write an export; `value` gives its tensors one at a time by parameter name. Raises UserError where `out` holds
     something else."""
     check_free(out)
     out.mkdir(parents=True, exist_ok=True)
     copy_tokenizer(tokenizer, out)
     source = Path(recipe.model.autoencoder.path)
-    if source.resolve() != (out / AUTOENCODER).resolve():
-        _copy_autoencoder(source, out / AUTOENCODER)
+    if source.resolve() != (out / AUTOENCODER_FOLDER).resolve():
+        _copy_autoencoder(source, out / AUTOENCODER_FOLDER)
     recipe = copy.deepcopy(recipe)
-    recipe.model.autoencoder.path, recipe.data.tokenizer = AUTOENCODER, TOKENIZER
-    write_atomic(out / RECIPE, to_yaml(recipe))
+    recipe.model.autoencoder.path = AUTOENCODER_FOLDER
+    recipe.data.tokenizer = TOKENIZER_FILE
+    write_atomic(out / RECIPE_FILE, to_yaml(recipe))
     kept = {k: meta[k] for k in ("stage", "step", "config_hash", "time", "sources") if k in meta}
     write_atomic(out / META, json.dumps(kept, indent=1) + "\n")
-    tensors.write(out / WEIGHTS, specs, value)
+    write_safetensors(out / WEIGHTS_FILE, specs, value)
 
 
 def copy_tokenizer(tokenizer: Path, out: Path) -> None:
-    """tokenizer.json, and what transformers keeps beside it where that is there."""
-    if tokenizer.parent.resolve() == out.resolve() and tokenizer.name == TOKENIZER:
+    """Copy tokenizer.json, and the files of transformers beside it that exist."""
+    if tokenizer.parent.resolve() == out.resolve() and tokenizer.name == TOKENIZER_FILE:
         return
-    shutil.copyfile(tokenizer, out / TOKENIZER)
-    for name in TOKENIZER_BESIDE:
+    shutil.copyfile(tokenizer, out / TOKENIZER_FILE)
+    for name in TOKENIZER_EXTRAS:
         if (tokenizer.parent / name).is_file():
             shutil.copyfile(tokenizer.parent / name, out / name)
 
 
-def read_meta(folder: Path) -> dict[str, Any]:
-    """Stage and step of an export."""
+def read_export_meta(folder: Path) -> dict[str, Any]:
+    """Stage, step and origin of an export."""
     meta: dict[str, Any] = json.loads((folder / META).read_text())
     return meta
 
 
-def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Names (model.NAME, as in checkpoints) and shapes of an export's tensors."""
+def export_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of an export's tensors by name (model.NAME, as in checkpoints)."""
     return {f"model.{name}": shape for name, shape in Tensors(folder).shapes.items()}
 
 
 @torch.no_grad()
-def load_weights(folder: Path, names: Mapping[str, str], weights: Mapping[str, Tensor]) -> None:
-    """Fill weights from an export: `names` maps a weight's name to model.NAME. A rank reads its own slices only."""
+def load_export_weights(folder: Path, names: Mapping[str, str], weights: Mapping[str, Tensor]) -> None:
+    """Fill weights from an export; `names` maps a weight's name to model.NAME. A rank reads its slices only."""
     stored = Tensors(folder)
     for name, source in names.items():
-        for place, own in local_chunks(weights[name]):
-            own.copy_(stored.read(source.removeprefix("model."), place))
+        for index, chunk in local_chunks(weights[name]):
+            chunk.copy_(stored.read(source.removeprefix("model."), index))
 
 
 def _copy_autoencoder(source: Path, target: Path) -> None:
-    """config.json and the weights, as one file even where they were several."""
+    """Copy config.json and the weights, into one file even where they are in several."""
     target.mkdir(exist_ok=True)
     shutil.copyfile(source / "config.json", target / "config.json")
     if (source / autoencoder.WEIGHTS).is_file():
         shutil.copyfile(source / autoencoder.WEIGHTS, target / autoencoder.WEIGHTS)
     else:
         weights = Tensors(source, autoencoder.STEM)
-        tensors.write(target / autoencoder.WEIGHTS, weights.specs, weights.read)
+        write_safetensors(target / autoencoder.WEIGHTS, weights.specs, weights.read)

@@ -57,7 +57,7 @@ def import_pretrained(
     specs |= {name: sources[part][1].specs[key] for name, (part, key) in found.items()}
     meta = {"stage": "", "step": 0, "config_hash": config_hash(recipe), "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
     meta["sources"] = {"llm": str(llm), "vision": str(vision), "autoencoder": str(autoencoder)}
-    export.write(out, specs, value, recipe, meta, text.path)
+    export.write_export(out, specs, value, recipe, meta, text.path)
     size = sum(spec.num_bytes for spec in specs.values()) / 1e9
     log.info("%d tensors from %s and %s, %d new; %.3f GB", len(found), llm, vision, len(shapes) - len(found), size)
     return out

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from emma_train.config.schema import Recipe
 from emma_train.errors import UserError
 from emma_train.storage.files import write_atomic
-from emma_train.storage.paths import StoragePath
+from emma_train.storage.paths import StoragePath, as_local
 from emma_train.storage.safetensors_io import read_json
 
 FILE = "generation.json"
@@ -60,8 +60,8 @@ def write_settings(folder: Path, flow: FlowSettings, text: TextSettings) -> None
 def read_settings(folder: StoragePath, recipe: Recipe) -> tuple[FlowSettings, TextSettings]:
     """The settings of an export; of a model that carries none, the shift that it was trained with and our defaults for
     the rest. Raises UserError."""
-    path, flow, text = folder / FILE, FlowSettings(shift=recipe.flow.shift), TextSettings()
-    if not isinstance(path, Path) or not path.is_file():
+    path, flow, text = as_local(folder / FILE), FlowSettings(shift=recipe.flow.shift), TextSettings()
+    if path is None or not path.is_file():
         return flow, text
     values = read_json(path)
     if unknown := sorted(values.keys() - {"flow", "text"}):

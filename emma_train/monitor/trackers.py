@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from emma_train.errors import UserError
+from emma_train.storage.files import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -211,9 +212,5 @@ def _line(record: dict[str, Any]) -> str:
 
 
 def _rewrite(path: Path, records: list[dict[str, Any]]) -> None:
-    beside = path.with_name(path.name + ".tmp")
-    with beside.open("w", encoding="utf-8") as file:
-        file.writelines(_line(record) for record in records)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    with replacing(path) as file:
+        file.writelines(_line(record).encode() for record in records)

@@ -5,7 +5,6 @@ are missing or torn, there is a page nevertheless, and it says what is missing.
 """
 
 import json
-import os
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from emma_train.report.overview import header_html, tiles_html
 from emma_train.report.page import html_page, html_section
 from emma_train.report.scores import scores_html
 from emma_train.report.stage_run import StageRun, read_object, read_scores, read_stage_run, stage_folders
+from emma_train.storage.files import write_atomic
 
 
 def write_report(run: Path) -> Path:
@@ -28,9 +28,7 @@ def write_report(run: Path) -> Path:
     if not run.is_dir():
         raise UserError(f"{run} is not a folder; give a run folder such as runs/NAME")
     path = run / "report.html"
-    beside = path.with_name("report.html.tmp")
-    beside.write_text(render_report(run), encoding="utf-8")
-    os.replace(beside, path)
+    write_atomic(path, render_report(run))
     return path
 
 

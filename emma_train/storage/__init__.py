@@ -1,1 +1,1 @@
-"""Files in local folders and object stores."""
+"""Local folders and object stores behind one small protocol, the reader of shards, and safetensors files."""

@@ -1,14 +1,24 @@
-"""Files that a crash must not tear."""
+"""Local files that are replaced as a whole: after a crash a file has its old content or its new, never a part."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write a file so that a crash leaves the old content or the new, never a part."""
-    beside = path.with_name(path.name + ".new")
-    with open(beside, "w", encoding="utf-8") as file:
-        file.write(text)
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Replace a file; text is written as UTF-8. Raises OSError."""
+    with replacing(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A binary file that takes the name `path`, flushed to disk, when the block ends without an error."""
+    unfinished = path.with_name(path.name + ".new")
+    with open(unfinished, "wb") as file:
+        yield file
         file.flush()
         os.fsync(file.fileno())
-    os.replace(beside, path)
+    os.replace(unfinished, path)

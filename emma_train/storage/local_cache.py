@@ -1,13 +1,14 @@
-"""Local copies of remote shards, shared by the processes of a machine and bounded in bytes.
+"""Local copies of remote shards, shared by the processes of a machine and limited in bytes.
 
-A copy appears whole (it is renamed when it is complete) and is made by one process while the others wait for it. Where
-the limit would be passed, the copies that were read longest ago go.
+A copy is renamed when it is complete, so readers never see a part of one. One process makes a copy while the others
+wait for it. Where the limit would be exceeded, the copies that were read longest ago are removed.
 """
 
 import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -18,12 +19,13 @@ Source = Callable[[], tuple[int, Iterator[bytes]]]
 """Opens a remote file: its size, and its content in pieces."""
 
 
-class Cache:
-    """A folder of copies by name. A name tells the content, so a copy is never out of date."""
+class LocalCache:
+    """A folder of copies by name. A name identifies the content, so a copy is never out of date."""
 
     def __init__(self, folder: Path, limit: int) -> None:
-        """`limit` in bytes. Raises UserError where the folder cannot be."""
-        self.folder, self.limit = Path(folder), limit
+        """`limit` in bytes. Raises UserError where the folder cannot be made."""
+        self.folder = Path(folder)
+        self.limit = limit
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -33,19 +35,19 @@ class Cache:
         """`size` bytes of a copy, which is made first where it is missing; fewer where it ends before."""
         while True:
             try:
-                # Opened anew for each read: a copy that is gone but held open would still take its room.
+                # Opened for each read: a removed copy that is still open would keep its disk space.
                 descriptor = os.open(self.folder / name, os.O_RDONLY)
             except FileNotFoundError:
                 self.make(name, source)
                 continue
             try:
-                os.utime(descriptor)  # when it was read last
+                os.utime(descriptor)  # time of the last read
                 return os.pread(descriptor, size, offset)
             finally:
                 os.close(descriptor)
 
     def drop(self, name: str) -> None:
-        """Remove a copy; whoever reads it still can."""
+        """Remove a copy. A process that is reading it can finish."""
         (self.folder / name).unlink(missing_ok=True)
 
     def make(self, name: str, source: Source) -> None:
@@ -69,40 +71,40 @@ class Cache:
                 raise
 
     def _reserve(self, part: Path, size: int) -> None:
-        """Make `part` at its full size, and room for it."""
+        """Create `part` at its full size, after making room for it."""
         if size > self.limit:
             raise UserError(
                 f"data.cache_gib={self.limit / 2**30:g} holds less than one shard of {size / 2**30:.2f} GiB; raise it"
             )
-        while not self._room(part, size):
-            time.sleep(0.1)  # others are writing; what they finish may go
+        while not self._try_reserve(part, size):
+            time.sleep(0.1)  # other processes are writing; their finished copies can be removed
 
-    def _room(self, part: Path, size: int) -> bool:
-        """Remove copies until there is room for `part`, and take it; False while there is none."""
+    def _try_reserve(self, part: Path, size: int) -> bool:
+        """Remove copies until there is room for `part`, and create it; False while there is no room."""
         with FileLock(self.folder / "room.lock"):
-            held = [copy for copy in self._held() if copy[2] != part]
-            left = self.limit - size - sum(length for _, length, _ in held)
-            for _, length, path in held:
-                if left < 0 and self._evict(path):
-                    left += length
-            if left < 0:
+            copies = [copy for copy in self._copies() if copy.path != part]
+            free = self.limit - size - sum(copy.size for copy in copies)
+            for copy in copies:
+                if free < 0 and self._evict(copy.path):
+                    free += copy.size
+            if free < 0:
                 return False
             with open(part, "wb") as file:
                 file.truncate(size)
             return True
 
-    def _held(self) -> list[tuple[int, int, Path]]:
-        """(last read, bytes, path) of every copy and every beginning of one, oldest first."""
-        found = []
+    def _copies(self) -> list["_Copy"]:
+        """Every copy and every unfinished one, the one that was read longest ago first."""
+        copies = []
         for path in self.folder.iterdir():
-            with suppress(FileNotFoundError):  # others rename and drop meanwhile
+            with suppress(FileNotFoundError):  # other processes rename and remove files meanwhile
                 status = path.stat()
                 if path.suffix != ".lock":
-                    found.append((status.st_mtime_ns, status.st_size, path))
-        return sorted(found)
+                    copies.append(_Copy(status.st_mtime_ns, status.st_size, path))
+        return sorted(copies)
 
     def _evict(self, path: Path) -> bool:
-        """Remove a copy, or what a process that died left of one; not what is being written."""
+        """Remove a copy, or an unfinished one whose process has died; False where it is being written."""
         if path.suffix == ".part":
             try:
                 with FileLock(path.with_suffix(".lock"), timeout=0):
@@ -111,3 +113,10 @@ class Cache:
                 return False
         path.unlink(missing_ok=True)
         return True
+
+
+@dataclass(frozen=True, order=True)
+class _Copy:
+    last_read_ns: int
+    size: int
+    path: Path

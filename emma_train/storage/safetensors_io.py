@@ -1,7 +1,6 @@
-"""safetensors files: one or several read as one table, whole or in slices, and written tensor by tensor."""
+"""safetensors files: one or several are read as one table, in full or in slices, and written tensor by tensor."""
 
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -13,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from emma_train.errors import UserError
-from emma_train.storage.files import write_atomic
+from emma_train.storage.files import replacing, write_atomic
 
 DTYPES = {
     "F64": torch.float64,
@@ -27,13 +26,15 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""Types by the names that safetensors gives them."""
+"""torch types by their names in safetensors files."""
 
 
 @dataclass(frozen=True)
 class Spec:
+    """Type and shape of a stored tensor."""
+
     dtype: str
-    """As safetensors calls it: F32, BF16, ..."""
+    """Its name in safetensors files: F32, BF16, ..."""
     shape: tuple[int, ...]
 
     @property
@@ -48,8 +49,8 @@ class Spec:
 class Tensors:
     """The tensors of folder/STEM.safetensors, or of the files that STEM.safetensors.index.json names.
 
-    Files are mapped into memory, so only what is read is loaded. Raises UserError, naming the file, where one is
-    missing or cut off.
+    Files are memory-mapped, so only what is read is loaded. Raises UserError naming the file if one is missing or
+    truncated.
     """
 
     def __init__(self, folder: Path, stem: str = "model") -> None:
@@ -65,11 +66,12 @@ class Tensors:
         for path in files:
             try:
                 file = safe_open(path, framework="pt")
-                for name in file.keys():  # noqa: SIM118 (it is no mapping)
+                for name in file.keys():  # noqa: SIM118 (not a mapping)
                     self._slices[name] = file.get_slice(name)
             except (OSError, SafetensorError) as error:
+                reason = " ".join(str(error).split())
                 raise UserError(
-                    f"{path}: not a whole safetensors file ({' '.join(str(error).split())}); copy or download it again"
+                    f"{path}: not a complete safetensors file ({reason}); copy or download it again"
                 ) from None
         for name, tensor in self._slices.items():
             spec = self.specs[name] = Spec(str(tensor.get_dtype()), tuple(tensor.get_shape()))
@@ -80,18 +82,18 @@ class Tensors:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: spec.shape for name, spec in self.specs.items()}
 
-    def read(self, name: str, place: tuple[slice, ...] = ()) -> Tensor:
-        """A tensor, or the part of it at `place` (a slice per dimension)."""
-        part: Tensor = self._slices[name][place or ...]
+    def read(self, name: str, index: tuple[slice, ...] = ()) -> Tensor:
+        """A tensor, or the part of it that `index` selects (one slice per dimension)."""
+        part: Tensor = self._slices[name][index or ...]
         return part
 
 
-def write(path: Path, specs: Mapping[str, Spec], value: Callable[[str], Tensor]) -> None:
-    """Write one safetensors file, holding one tensor at a time; beside and renamed when whole.
+def write_safetensors(path: Path, specs: Mapping[str, Spec], value: Callable[[str], Tensor]) -> None:
+    """Write one safetensors file with one tensor at a time in memory. A crash leaves the old file.
 
-    The library's own writer wants all tensors of a file at once, which the host need not have room for.
+    The library's own writer needs all tensors of a file at once, which may not fit into host memory.
     """
-    # Widest first, so that every tensor is aligned to its type.
+    # Largest element size first, so that every tensor is aligned to its type.
     names = sorted(specs, key=lambda name: (-DTYPES[specs[name].dtype].itemsize, name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     stop = 0
@@ -101,22 +103,18 @@ def write(path: Path, specs: Mapping[str, Spec], value: Callable[[str], Tensor])
         header[name] = {"dtype": spec.dtype, "shape": spec.shape, "data_offsets": [start, stop]}
     content = json.dumps(header).encode()
     content += b" " * (-len(content) % 8)
-    beside = path.with_name(path.name + ".new")
-    with open(beside, "wb") as file:
+    with replacing(path) as file:
         file.write(len(content).to_bytes(8, "little") + content)
         for name in names:
             tensor = value(name).contiguous().reshape(-1).view(torch.uint8)
             assert len(tensor) == specs[name].num_bytes, name
             file.write(tensor.numpy().data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
 
 
 def write_sharded(
     folder: Path, specs: Mapping[str, Spec], value: Callable[[str], Tensor], limit: float, stem: str = "model"
 ) -> None:
-    """Write folder/STEM.safetensors, or, where that would exceed `limit` bytes, several files and their index last."""
+    """Write folder/STEM.safetensors, or, where that would exceed `limit` bytes, several files and then their index."""
     files: list[dict[str, Spec]] = [{}]
     room = limit
     for name, spec in specs.items():
@@ -126,14 +124,14 @@ def write_sharded(
         files[-1][name] = spec
         room -= spec.num_bytes
     if len(files) == 1:
-        write(folder / f"{stem}.safetensors", specs, value)
+        write_safetensors(folder / f"{stem}.safetensors", specs, value)
         return
     names = [f"{stem}-{number:05d}-of-{len(files):05d}.safetensors" for number in range(1, len(files) + 1)]
     for name, part in zip(names, files, strict=True):
-        write(folder / name, part, value)
-    where = {key: name for name, part in zip(names, files, strict=True) for key in part}
+        write_safetensors(folder / name, part, value)
+    weight_map = {key: name for name, part in zip(names, files, strict=True) for key in part}
     total = sum(spec.num_bytes for spec in specs.values())
-    index = {"metadata": {"total_size": total}, "weight_map": where}
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     write_atomic(folder / f"{stem}.safetensors.index.json", json.dumps(index, indent=1) + "\n")
 
 

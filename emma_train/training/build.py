@@ -3,7 +3,7 @@ optimizer -> weights -> EMA."""
 
 import gc
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emma_train.checkpoint import dcp as store
+from emma_train.checkpoint import dcp, verify
 from emma_train.checkpoint import folder as folders
-from emma_train.checkpoint import verify
 from emma_train.config.load import load_yaml
 from emma_train.config.schema import ModelConfig, Recipe
 from emma_train.engine.activation_checkpointing import checkpoint_activations
@@ -33,8 +32,7 @@ from emma_train.model.initial import start_value
 from emma_train.stages.freeze import freeze
 from emma_train.stages.handoff import HandOff, check_settings, plan_handoff
 from emma_train.stages.stage import Stage, check_order, makes_images
-from emma_train.storage import paths as places
-from emma_train.storage.paths import StoragePath
+from emma_train.storage.paths import StoragePath, parse_path
 from emma_train.training.ema import Ema
 from emma_train.training.optimizer import make_optimizer
 
@@ -103,30 +101,33 @@ def find_source(recipe: Recipe, world: World) -> tuple[StoragePath | None, dict[
     UserError where there is none that is whole."""
     if not recipe.init.source:
         return None, None
-    given = places.of(recipe.init.source)
-    source = given if export.is_export(given) else verify.resolve(given, world=world)
-    meta = export.read_meta(source) if export.is_export(source) else folders.read_meta(source) or {}
+    given = parse_path(recipe.init.source)
+    source = given if export.is_export(given) else verify.find_verified(given, world=world)
+    meta = export.read_export_meta(source) if export.is_export(source) else folders.read_meta(source) or {}
     return source, {"path": str(source), "stage": meta["stage"], "step": meta["step"]}
 
 
 def stored_config(source: StoragePath) -> dict[str, Any]:
     """The config that a checkpoint or an export keeps, as it was written."""
     if export.is_export(source):
-        return load_yaml(source / export.RECIPE)
+        return load_yaml(source / export.RECIPE_FILE)
     config: dict[str, Any] = (folders.read_meta(source) or {})["config"]
     return config
 
 
 def load_previous_stage(own: Mapping[str, Tensor], recipe: Recipe, source: StoragePath) -> HandOff:
     """Fill the weights from the previous stage; new modules are cloned or start from the seed."""
-    weights = export if export.is_export(source) else store
-    stored = export.shapes(source) if export.is_export(source) else store.tensors(source)
+    load: Callable[[Mapping[str, str], Mapping[str, Tensor]], None]
+    if export.is_export(source):
+        load, stored = partial(export.load_export_weights, source), export.export_shapes(source)
+    else:
+        load, stored = partial(dcp.load_checkpoint_weights, source), dcp.tensor_shapes(source)
     shapes = {name: tuple(weight.shape) for name, weight in own.items()}
     plan = plan_handoff(shapes, stored, recipe.model.vision, recipe.init.ema, str(recipe.init.source))
     check_settings(stored_config(source), recipe)
-    weights.load_weights(source, plan.loaded, own)
+    load(plan.loaded, own)
     # A clone is read once more: its parts need not lie on the ranks that have those of the original.
-    weights.load_weights(source, {name: plan.loaded[origin] for name, origin in plan.cloned.items()}, own)
+    load({name: plan.loaded[origin] for name, origin in plan.cloned.items()}, own)
     set_initial(own, recipe.model, plan.initial)
     return plan
 

@@ -13,10 +13,10 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
-from emma_train.checkpoint import dcp as store
+from emma_train.checkpoint import dcp
 from emma_train.checkpoint import folder as folders
 from emma_train.checkpoint.saver import SaveFailed, Saver
-from emma_train.checkpoint.state import State, state_of
+from emma_train.checkpoint.state import CheckpointState, checkpoint_state
 from emma_train.config.schema import Recipe
 from emma_train.engine.compiled import uncompiled
 from emma_train.engine.timeouts import Timeouts
@@ -97,7 +97,7 @@ class Trainer:
         check_resume(self.recipe, meta["config"], str(checkpoint))
         self.stream.resume(meta["data"])
         state = self._state()
-        store.load_training(checkpoint, state)
+        dcp.load_training(checkpoint, state)
         self.engine.sync_compute_weights()
         self.saver.resume_from(checkpoint, meta["step"], state)
         self.train_state = TrainState.from_checkpoint(meta["done"])
@@ -224,9 +224,9 @@ class Trainer:
             self.saver.finish_last(lambda: self.saver.start(self._state(), self._meta()))
         self._losses_since_save = []
 
-    def _state(self) -> State:
+    def _state(self) -> CheckpointState:
         """Tensors of a checkpoint on this rank."""
-        return state_of(self.engine, self.parts.ema.averages if self.parts.ema else {})
+        return checkpoint_state(self.engine, self.parts.ema.averages if self.parts.ema else {})
 
     def _meta(self) -> dict[str, Any]:
         return checkpoint_meta(

@@ -12,8 +12,8 @@ from emma_train.config.schema import Recipe
 from emma_train.engine.world import World
 from emma_train.errors import RunError, UserError
 from emma_train.sequence.step_batches import UnreadableSample
-from emma_train.storage import paths as places
 from emma_train.storage.files import write_atomic
+from emma_train.storage.paths import parse_path, storage_of
 from emma_train.training.environment import environment
 
 log = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ class RunFolder:
         self.path = Path(recipe.run.root) / recipe.run.name
         self.config = self.path / "config.yaml"
         root = recipe.train.checkpoints
-        self.checkpoints = places.of(root) / recipe.run.name if root else self.path / "checkpoints"
+        self.checkpoints = parse_path(root) / recipe.run.name if root else self.path / "checkpoints"
         self.metrics = self.path / "metrics.jsonl"
         self.summary = self.path / "summary.json"
         self.bad_samples = self.path / "bad_samples.jsonl"
@@ -39,7 +39,7 @@ class RunFolder:
         """Every rank calls it. Raises UserError or RunError on all where one of them cannot write checkpoints."""
         found: Exception | None = None
         try:
-            places.check(self.checkpoints, f"probe-{world.rank}")
+            storage_of(self.checkpoints).check_writable(self.checkpoints, f"probe-{world.rank}")
         except (UserError, RunError) as error:
             found = type(error)(f"train.checkpoints: {error}")
         for trouble in world.gather(found):
@@ -49,8 +49,8 @@ class RunFolder:
     def check_new(self) -> None:
         """Raise UserError where the run is about to begin anew though it has checkpoints: where train.checkpoints said
         when it was last started."""
-        former = folders.of_run(self.path)
-        if former != self.checkpoints and folders.steps(former):
+        former = folders.checkpoints_of_run(self.path)
+        if former != self.checkpoints and folders.list_steps(former):
             raise UserError(
                 f"train.checkpoints: {self.path} has its checkpoints in {former}, and there are none in "
                 f"{self.checkpoints}; copy them there or put train.checkpoints back, or choose another run.name"
@@ -59,9 +59,8 @@ class RunFolder:
     def prepare(self, recipe: Recipe, world: World) -> None:
         """Write the resolved recipe and the environment; main rank only. Raises UserError where the disk refuses."""
         try:
-            for folder in (self.checkpoints, self.path / "logs"):
-                if isinstance(folder, Path):
-                    folder.mkdir(parents=True, exist_ok=True)
+            storage_of(self.checkpoints).make_folder(self.checkpoints, parents=True)
+            (self.path / "logs").mkdir(parents=True, exist_ok=True)
             write_atomic(self.config, f"# hash {config_hash(recipe)}\n{to_yaml(recipe)}")
             write_atomic(self.path / "environment.json", json.dumps(environment(world), indent=1) + "\n")
         except OSError as error:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from emma_train.checkpoint import folder as folders
 from emma_train.checkpoint.saver import Saver
-from emma_train.checkpoint.state import State
+from emma_train.checkpoint.state import CheckpointState
 from emma_train.config.schema import TrainConfig
 from emma_train.engine.adam_state import adam_state
 from emma_train.engine.world import join
@@ -72,7 +72,7 @@ def stall_s(run: Path) -> float:
 
 def num_bytes(run: Path) -> int:
     """Bytes that a checkpoint of the run writes."""
-    meta = folders.whole(folders.resolve(run))
+    meta = folders.read_valid_meta(folders.find_checkpoint(run))
     assert meta is not None
     return sum(int(entry["bytes"]) for entry in meta["files"].values())
 
@@ -105,14 +105,14 @@ def lost_beside(folder: Path) -> dict[str, float]:
     return {"no_core_s_per_save": round(core, 4), "lock_s_per_save": round(lock, 4)}
 
 
-def _state(model: nn.Module, optimizer: torch.optim.Optimizer, averages: dict[str, Tensor]) -> State:
+def _state(model: nn.Module, optimizer: torch.optim.Optimizer, averages: dict[str, Tensor]) -> CheckpointState:
     weights = {f"model.{name}": weight for name, weight in model.named_parameters()}
     moments = {
         f"optimizer.{name}.{key}": value
         for name, weight in model.named_parameters()
         for key, value in adam_state(optimizer, weight).items()
     }
-    return State({**weights, **{f"ema.{name}": average for name, average in averages.items()}}, moments, {})
+    return CheckpointState({**weights, **{f"ema.{name}": average for name, average in averages.items()}}, moments, {})
 
 
 def _account() -> tuple[float, float]:

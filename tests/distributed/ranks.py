@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from data_pipelines.loader.reader import SampleReader
 from data_pipelines.planner.planner import Planner
 from emma_train.checkpoint.saver import Saver
-from emma_train.checkpoint.state import state_of
+from emma_train.checkpoint.state import checkpoint_state
 from emma_train.cli import main
 from emma_train.config.load import as_dict
 from emma_train.config.schema import AutoencoderConfig, Recipe
@@ -99,7 +99,7 @@ def write_checkpoint(run: Path, recipe: Recipe) -> int:
         meta = {"step": 1, "stage": recipe.stage.name, "config": as_dict(recipe)}
         (run / "checkpoints").mkdir(parents=True)
         saver = Saver(run / "checkpoints", recipe.train, world, timeout_s=60)
-        saver.start(state_of(built.engine, {}), meta)
+        saver.start(checkpoint_state(built.engine, {}), meta)
         saver.finish_last(lambda: None)
         return sum(p.numel() * 4 for p in built.engine.model.parameters())
 

@@ -15,13 +15,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
-from emma_train.checkpoint import dcp as store
+from emma_train.checkpoint import dcp, verify, writer
 from emma_train.checkpoint import folder as folders
 from emma_train.checkpoint import saver as saver_module
-from emma_train.checkpoint import verify, writer
 from emma_train.checkpoint.saver import Saver
 from emma_train.checkpoint.staging import Staging
-from emma_train.checkpoint.state import State, state_of
+from emma_train.checkpoint.state import CheckpointState, checkpoint_state
 from emma_train.config.schema import TrainConfig
 from emma_train.engine.adam_state import adam_state
 from emma_train.engine.world import World, join
@@ -51,7 +50,7 @@ class Job:
         self.saver = Saver(checkpoints, TrainConfig(steps=99, save_every=save_every, **settings), world, timeout_s)
 
     @property
-    def state(self) -> State:
+    def state(self) -> CheckpointState:
         parameters = dict(self.model.named_parameters())
         moments = {
             f"{name}.{key}": value
@@ -60,7 +59,7 @@ class Job:
             for key, value in adam_state(self.optimizer, p).items()
         }
         tensors = {"model": {name: p.detach() for name, p in parameters.items()}, "optimizer": moments}
-        return state_of(SimpleNamespace(state=lambda: tensors), self.averages)
+        return checkpoint_state(SimpleNamespace(state=lambda: tensors), self.averages)
 
     def go(self, steps: int = 1) -> None:
         """Steps with gradients that are a function of the step and of the position in the full tensor."""
@@ -102,10 +101,10 @@ def resumed(root: StoragePath, steps: int, **settings: Any) -> tuple[dict[str, T
     """The state of a new job (other seed) after it loaded the newest checkpoint, and after more steps and a save."""
     with join("cpu", 60) as world:
         job = Job(world, root, seed=1, **settings)
-        checkpoint = verify.to_resume(root, world)
+        checkpoint = verify.find_resumable(root, world)
         assert checkpoint is not None
         state = job.state
-        store.load_training(checkpoint, state)
+        dcp.load_training(checkpoint, state)
         job.step = (folders.read_meta(checkpoint) or {})["step"]
         job.saver.resume_from(checkpoint, job.step, state)
         loaded = job.content()
@@ -142,7 +141,7 @@ def one_at_a_time(root: Path) -> tuple[int, list[str]]:
     """The largest number of saves that ran at once, and the checkpoints in the end."""
     with join("cpu", 60) as world:
         job, running, most = Job(world, root, keep=9), 0, 0
-        write = writer.Writer.write
+        write = writer.CheckpointWriter.write
 
         def slow(self: Any, *arguments: Any) -> int:
             nonlocal running, most
@@ -153,7 +152,7 @@ def one_at_a_time(root: Path) -> tuple[int, list[str]]:
             running -= 1
             return size
 
-        writer.Writer.write = slow  # type: ignore[method-assign]
+        writer.CheckpointWriter.write = slow  # type: ignore[method-assign]
         for _ in range(3):
             job.go()
             job.save()
@@ -169,15 +168,15 @@ def failing(root: Path, where: str, rank: int, fails: list[int], steps: int, sav
     with join("cpu", 60) as world:
         job = Job(world, root, keep=99, save_async=save_async, timeout_s=1 if where == "time" else 20)
         owner, name = {
-            "begin": (folders, "begin"),
-            "write": (store._FileSystemWriter, "write_data"),
-            "time": (store, "write"),
-            "checksum": (verify, "entry"),
-            "commit": (folders, "commit"),
+            "begin": (folders, "start_folder"),
+            "write": (dcp.DcpWriter, "write_data"),
+            "time": (dcp, "write_dcp"),
+            "checksum": (verify, "file_entry"),
+            "commit": (folders, "commit_checkpoint"),
         }[where]
         _break(owner, name, lambda: job.saving in fails and world.rank == rank)
         begun, stopped = _train(job, steps)
-        newest = folders.newest(root)
+        newest = folders.newest_checkpoint(root)
         return {
             "begun": begun,
             "there": sorted(p.name for p in root.rglob("step-*")),
@@ -220,14 +219,14 @@ def refused(
         FolderStore.request = staticmethod(request)
         begun, stopped = _train(job, steps)
         job.saving = 0
-        return begun, [folder.name for folder in reversed(folders.steps(root))], stopped
+        return begun, [folder.name for folder in reversed(folders.list_steps(root))], stopped
 
 
 def refused_loading(root: StoragePath, kind: str, rank: int) -> str:
     """The error message if the store refuses a kind of request from one rank after the checkpoint was verified."""
     with join("cpu", 60) as world:
         job = Job(world, root)
-        checkpoint = verify.to_resume(root, world)
+        checkpoint = verify.find_resumable(root, world)
         assert checkpoint is not None
 
         def request(asked: str, path: str) -> None:
@@ -236,7 +235,7 @@ def refused_loading(root: StoragePath, kind: str, rank: int) -> str:
 
         FolderStore.request = staticmethod(request)
         try:
-            store.load_training(checkpoint, job.state)
+            dcp.load_training(checkpoint, job.state)
         except RunError as error:
             return str(error)
         return ""
@@ -298,9 +297,9 @@ def storage_that_hangs(root: Path) -> str:
         job.go()
         job.save()
         job.saver.finish()
-        write = store.write
+        write = dcp.write_dcp
         gate = threading.Event()
-        store.write = lambda *arguments, **more: (gate.wait(5), write(*arguments, **more))  # type: ignore[assignment]
+        dcp.write_dcp = lambda *arguments, **more: (gate.wait(5), write(*arguments, **more))  # type: ignore[assignment]
         job.go()
         job.save()
         try:
@@ -318,7 +317,7 @@ def chosen(root: StoragePath) -> tuple[str | None, str | None]:
     """The checkpoint that a resume selects, and the error if it selects none."""
     with join("cpu", 60) as world:
         try:
-            checkpoint = verify.to_resume(root, world)
+            checkpoint = verify.find_resumable(root, world)
             return checkpoint and checkpoint.name, None
         except UserError as error:
             return None, str(error)
@@ -356,4 +355,4 @@ def _break(owner: Any, name: str, when: Callable[[], bool]) -> None:
     setattr(owner, name, broken)
 
 
-assert saver_module.TRIES == 4, "the tests of failing saves count on it"
+assert saver_module.TRIES_PER_INTERVAL == 4, "the tests of failing saves count on it"

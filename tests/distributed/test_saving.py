@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from emma_train.checkpoint import dcp as store
+from emma_train.checkpoint import dcp, verify
 from emma_train.checkpoint import folder as folders
-from emma_train.checkpoint import verify
 from tests.distributed import saving
 from tests.distributed.spawn import run_ranks
 from tests.runs import differences, stored
@@ -23,7 +22,7 @@ def test_a_checkpoint_holds_the_weights_of_its_step_though_training_goes_on(tmp_
     outcomes = run_ranks(2, partial(saving.saved, save_async=save_async), tmp_path, 3)
     assert differences(stored(tmp_path / "step-00000003"), outcomes[0].value) == []
     assert names(tmp_path) == ["frozen", "latest", "step-00000003"]
-    assert verify.fault(tmp_path / "step-00000003") is None
+    assert verify.find_damage(tmp_path / "step-00000003") is None
     moments = [value for name, value in outcomes[0].value.items() if ".exp_avg" in name]
     assert len(moments) == 6 and all(value.abs().sum() > 0 for value in moments)
     assert {float(value) for name, value in outcomes[0].value.items() if name.endswith(".step")} == {3.0}
@@ -51,10 +50,10 @@ def test_what_is_frozen_is_written_once_and_referred_to_ever_after(tmp_path: Pat
     assert {path: path.stat().st_mtime_ns for path in frozen.rglob("*")} == written
     for step in (3, 4):
         folder = tmp_path / folders.step_name(step)
-        meta = folders.whole(folder)
+        meta = folders.read_valid_meta(folder)
         assert meta is not None and meta["frozen"] == frozen.name
-        assert not [name for name in store.names(folder / "weights") if name.startswith("model.1.")]
-    assert store.names(frozen) == {"model.1.weight", "model.1.bias"}
+        assert not [name for name in dcp.tensor_names(folder / "weights") if name.startswith("model.1.")]
+    assert dcp.tensor_names(frozen) == {"model.1.weight", "model.1.bias"}
 
 
 def test_other_frozen_weights_are_stored_beside_the_former_ones(tmp_path: Path) -> None:
@@ -62,7 +61,7 @@ def test_other_frozen_weights_are_stored_beside_the_former_ones(tmp_path: Path) 
     run_ranks(1, partial(saving.saved, seed=5), tmp_path, 4)
     assert len(names(tmp_path / "frozen")) == 2
     for step in (3, 4):
-        assert verify.fault(tmp_path / folders.step_name(step)) is None
+        assert verify.find_damage(tmp_path / folders.step_name(step)) is None
 
 
 def test_weights_are_held_until_they_are_staged(tmp_path: Path) -> None:
@@ -88,7 +87,7 @@ def test_a_save_that_fails_on_one_rank_is_told_and_tried_again(
         assert outcome.value["stopped"] is None
     assert "the checkpoint of step 8 failed" in outcomes[0].err
     assert "No space left on device" in outcomes[0].err
-    assert verify.fault(tmp_path / "step-00000009") is None
+    assert verify.find_damage(tmp_path / "step-00000009") is None
 
 
 def test_after_ranks_have_lost_each_other_in_a_save_they_meet_again(tmp_path: Path) -> None:
@@ -111,13 +110,13 @@ def test_storage_that_goes_and_comes_back_is_waited_for(tmp_path: Path) -> None:
     """Nothing may be written to the missing folder: it may be a mount point on the local disk."""
     for outcome in run_ranks(2, saving.vanishing, tmp_path, "storage", 12):
         assert outcome.value == ([4, 8, 9, 10, 12], [folders.step_name(step) for step in (4, 10, 12)])
-    assert all(verify.fault(folder) is None for folder in folders.steps(tmp_path / "checkpoints"))
+    assert all(verify.find_damage(folder) is None for folder in folders.list_steps(tmp_path / "checkpoints"))
 
 
 def test_frozen_weights_that_were_removed_are_written_again(tmp_path: Path) -> None:
     for outcome in run_ranks(2, saving.vanishing, tmp_path, "frozen", 8):
         assert outcome.value == ([4, 8], ["step-00000004", "step-00000008"])
-    assert all(verify.fault(folder) is None for folder in folders.steps(tmp_path / "checkpoints"))
+    assert all(verify.find_damage(folder) is None for folder in folders.list_steps(tmp_path / "checkpoints"))
 
 
 def test_storage_that_hangs_ends_the_run_with_a_message(tmp_path: Path) -> None:

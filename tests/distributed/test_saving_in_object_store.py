@@ -5,10 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from emma_train.checkpoint import dcp as store
+from emma_train.checkpoint import dcp, verify
 from emma_train.checkpoint import folder as folders
-from emma_train.checkpoint import verify
-from emma_train.storage import paths as places
+from emma_train.storage.paths import StoragePath, parse_path
 from tests.distributed import saving
 from tests.distributed.spawn import run_ranks
 from tests.distributed.test_saving import flip, names
@@ -17,29 +16,27 @@ from tests.runs import differences, stored
 
 
 @pytest.fixture
-def root(tmp_path: Path) -> places.StoragePath:
-    return places.of(url_of(tmp_path / "bucket" / "run"))
+def root(tmp_path: Path) -> StoragePath:
+    return parse_path(url_of(tmp_path / "bucket" / "run"))
 
 
-def test_a_store_holds_what_a_folder_would(
-    root: places.StoragePath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_store_holds_what_a_folder_would(root: StoragePath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for folder in (root, tmp_path / "folder"):
         outcomes = run_ranks(2, saving.saved, folder, 3)
         newest = folder / "step-00000003"
-        assert verify.fault(newest) is None
+        assert verify.find_damage(newest) is None
         assert differences(stored(newest), outcomes[0].value) == []
     files = [(folders.read_meta(folder / "step-00000003") or {})["files"] for folder in (root, tmp_path / "folder")]
     shards = [{name: entry for name, entry in listed.items() if ".distcp" in name} for listed in files]
     assert shards[0] == shards[1] and len(shards[0]) == 4
     assert names(tmp_path / "bucket" / "run") == ["frozen", "latest", "step-00000003"]
-    monkeypatch.setattr(store, "FETCH", 1)  # each tensor alone
+    monkeypatch.setattr(dcp, "FETCH_BYTES", 1)  # each tensor alone
     assert differences(stored(root / "step-00000003"), outcomes[0].value) == []
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 2), (2, 3)])
 def test_any_number_of_ranks_goes_on_from_a_store_as_one_would(
-    root: places.StoragePath, tmp_path: Path, before: int, after: int
+    root: StoragePath, tmp_path: Path, before: int, after: int
 ) -> None:
     straight = run_ranks(1, saving.saved, tmp_path / "straight", 5)[0].value
     run_ranks(before, saving.saved, root, 3)
@@ -52,10 +49,10 @@ def test_any_number_of_ranks_goes_on_from_a_store_as_one_would(
         torch.testing.assert_close(end, straight, rtol=1e-6, atol=0)
     assert differences(stored(root / "step-00000005"), end) == []
     assert {path: path.stat().st_mtime_ns for path in frozen.rglob("*")} == written
-    assert store.names(root / "frozen" / frozen.name) == {"model.1.weight", "model.1.bias"}
+    assert dcp.tensor_names(root / "frozen" / frozen.name) == {"model.1.weight", "model.1.bias"}
 
 
-def test_a_flipped_bit_in_any_file_of_a_store_is_found(root: places.StoragePath, tmp_path: Path) -> None:
+def test_a_flipped_bit_in_any_file_of_a_store_is_found(root: StoragePath, tmp_path: Path) -> None:
     run_ranks(2, saving.saved, root, 3)
     run_ranks(2, saving.resumed, root, 1)
     newest = tmp_path / "bucket" / "run" / "step-00000004"
@@ -75,7 +72,7 @@ def test_a_flipped_bit_in_any_file_of_a_store_is_found(root: places.StoragePath,
 
 @pytest.mark.parametrize(("kind", "rank"), [("part", 1), ("put", 0), ("put", 1), ("get", 1), ("delete", 0)])
 def test_a_store_that_fails_in_a_save_is_told_without_its_words_and_tried_again(
-    root: places.StoragePath, kind: str, rank: int
+    root: StoragePath, kind: str, rank: int
 ) -> None:
     outcomes = run_ranks(2, saving.refused, root, kind, rank, [8], 12)
     for outcome in outcomes:
@@ -83,11 +80,15 @@ def test_a_store_that_fails_in_a_save_is_told_without_its_words_and_tried_again(
         assert begun == [4, 8, 9, 12] and stopped is None
         assert saved_steps == [folders.step_name(step) for step in (4, 9, 12)]
     (line,) = [line for line in outcomes[0].err.splitlines() if "the checkpoint of step 8 failed" in line]
-    assert "step-00000008" in line and "the store fails (ConnectionError)" in line and "secret" not in outcomes[0].err
-    assert all(verify.fault(folder) is None for folder in folders.steps(root))
+    assert (
+        "step-00000008" in line
+        and "the object store fails (ConnectionError)" in line
+        and "secret" not in outcomes[0].err
+    )
+    assert all(verify.find_damage(folder) is None for folder in folders.list_steps(root))
 
 
-def test_a_store_that_goes_on_failing_stops_the_run(root: places.StoragePath) -> None:
+def test_a_store_that_goes_on_failing_stops_the_run(root: StoragePath) -> None:
     for outcome in run_ranks(2, saving.refused, root, "put", 1, list(range(8, 99)), 99):
         begun, saved_steps, stopped = outcome.value
         assert begun == [4, 8, 9, 10, 11, 12] and saved_steps == ["step-00000004"]
@@ -95,25 +96,23 @@ def test_a_store_that_goes_on_failing_stops_the_run(root: places.StoragePath) ->
 
 
 @pytest.mark.parametrize("kind", ["get", "head"])
-def test_a_store_that_fails_while_it_is_loaded_from_ends_all_ranks_with_one_line(
-    root: places.StoragePath, kind: str
-) -> None:
+def test_a_store_that_fails_while_it_is_loaded_from_ends_all_ranks_with_one_line(root: StoragePath, kind: str) -> None:
     run_ranks(2, saving.saved, root, 3)
     for outcome in run_ranks(2, saving.refused_loading, root, kind, 1):
         assert outcome.value.startswith(f"{root}/step-00000003/") and outcome.value.endswith("fails (ConnectionError)")
 
 
 def test_a_kill_at_any_change_of_a_save_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
-    last = run_ranks(1, saving.killed, places.of(url_of(tmp_path / "whole")), 0)[0].value
+    last = run_ranks(1, saving.killed, parse_path(url_of(tmp_path / "whole")), 0)[0].value
     ends = run_ranks(1, saving.saved, tmp_path / "straight", 8)[0].value
     assert last > 15
     newest_at = set()
     for number in range(1, last + 1, 3):
-        root = places.of(url_of(tmp_path / str(number)))
+        root = parse_path(url_of(tmp_path / str(number)))
         with pytest.raises(AssertionError, match=r"exit codes \[-9\]"):
             run_ranks(1, saving.killed, root, number)
-        newest = folders.newest(root)
-        assert newest is not None and verify.fault(newest) is None
+        newest = folders.newest_checkpoint(root)
+        assert newest is not None and verify.find_damage(newest) is None
         step = int(newest.name.removeprefix("step-"))
         newest_at.add(step)
         _, end = run_ranks(1, saving.resumed, root, 8 - step)[0].value

@@ -90,7 +90,7 @@ def test_a_run_folder_without_a_whole_checkpoint_is_no_start(recipe: Path, tmp_p
     (tmp_path / "run" / "checkpoints" / "step-00000001.tmp").mkdir(parents=True)
     (outcome,) = train(recipe, "run.name=never", f"init.from={tmp_path / 'run'}", code=2)
     (line,) = outcome.error_lines
-    assert "holds no whole checkpoint" in line
+    assert "holds no valid checkpoint" in line
 
 
 def test_a_model_of_another_shape_is_refused_before_training(make_recipe: MakeRecipe, tmp_path: Path) -> None:

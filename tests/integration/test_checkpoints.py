@@ -64,7 +64,7 @@ def test_a_second_job_in_the_same_run_folder_is_refused(recipe: Path) -> None:
         kill_all(first)
     first.communicate()
     # A killed run does not block the next one.
-    newest = folders.newest(run / "checkpoints")
+    newest = folders.newest_checkpoint(run / "checkpoints")
     done = 0 if newest is None else int((folders.read_meta(newest) or {})["step"])
     train_until(recipe, done + 1, "run.name=shared", "train.steps=9999")
 
@@ -102,7 +102,7 @@ def test_the_next_stage_never_starts_from_a_damaged_checkpoint(
     later = make_recipe(tmp_path, "stage1", init={"from": str(source)})
     (outcome,) = train(later, "train.steps=1")
     assert f"step-{STEPS:08d} cannot be used: weights/__0_0.distcp is damaged" in outcome.err
-    parent = (folders.whole(checkpoint(tmp_path / "stage1", 1)) or {})["parent"]
+    parent = (folders.read_valid_meta(checkpoint(tmp_path / "stage1", 1)) or {})["parent"]
     assert (parent["stage"], parent["step"]) == ("stage0", STEPS - 2)
     shutil.rmtree(source / "checkpoints" / "frozen")
     (outcome,) = train(later, "run.name=never", code=2)
@@ -128,7 +128,7 @@ def test_a_moved_run_goes_on_and_a_flattened_checkpoint_stands_alone(
     outcome = run_command("inspect", str(bare), "--verify", code=1)
     assert "the frozen weights that it refers to are missing" in outcome.out
     outcome = run_command("inspect", str(straight), "--self-contained", str(alone), code=2)
-    assert "is there already" in outcome.error_lines[-1]
+    assert "exists already" in outcome.error_lines[-1]
 
 
 def test_inspect_verify_names_what_is_wrong_with_each(recipe: Path) -> None:
@@ -167,7 +167,7 @@ def test_the_last_few_every_nth_and_the_best_are_kept(recipe: Path) -> None:
     train(recipe, "run.name=kept", *settings)
     losses = {line["step"]: line["loss"] for line in metrics(recipe.parent / "kept")}
     best = min(losses, key=lambda step: losses[step])
-    kept = {path.name for path in folders.steps(recipe.parent / "kept" / "checkpoints")}
+    kept = {path.name for path in folders.list_steps(recipe.parent / "kept" / "checkpoints")}
     assert kept == {folders.step_name(step) for step in (3, 6, STEPS, best)}
 
 
@@ -190,9 +190,9 @@ def test_a_resume_goes_on_with_the_tracker_s_run(recipe: Path, monkeypatch: pyte
     monkeypatch.setenv("WANDB_MODE", "offline")
     run, tracker = recipe.parent / "tracked", "tracker.kind=wandb"
     train_until(recipe, 4, "run.name=tracked", tracker)
-    first = (folders.whole(checkpoint(run, 4)) or {})["tracker_run"]
+    first = (folders.read_valid_meta(checkpoint(run, 4)) or {})["tracker_run"]
     train(recipe, "run.name=tracked", tracker)
-    assert first and (folders.whole(checkpoint(run, STEPS)) or {})["tracker_run"] == first
+    assert first and (folders.read_valid_meta(checkpoint(run, STEPS)) or {})["tracker_run"] == first
     assert len(list((run / "wandb").glob(f"offline-run-*-{first}"))) == 2
 
 

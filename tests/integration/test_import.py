@@ -65,7 +65,7 @@ def test_the_first_stages_start_from_an_import(
     folder: Path, make_recipe: MakeRecipe, tmp_path: Path, stage: str
 ) -> None:
     (outcome,) = train(make_recipe(tmp_path, stage), "train.steps=2", *overrides(folder / "initial"))
-    weights, before = stored(checkpoint(tmp_path / stage, 2)), load_file(folder / "initial" / export.WEIGHTS)
+    weights, before = stored(checkpoint(tmp_path / stage, 2)), load_file(folder / "initial" / export.WEIGHTS_FILE)
     assert f"loaded {len(before)} tensors" in outcome.err and "from the seed" not in outcome.err
     moved = {name for name, value in before.items() if not torch.equal(value, weights[f"model.{name}"])}
     assert any(name.startswith("und_adapter.") for name in moved)
@@ -79,7 +79,7 @@ def test_two_ranks_read_their_slices_alone_and_hold_what_one_does(folder: Path) 
     initial = folder / "initial"
     recipe = started_from(initial)
     (one,), two = run_ranks(1, loaded, recipe), run_ranks(2, loaded, recipe)
-    file = load_file(initial / export.WEIGHTS)
+    file = load_file(initial / export.WEIGHTS_FILE)
     for outcome in (one, *two):
         assert outcome.value["weights"].keys() == file.keys()
         assert all(torch.equal(value, outcome.value["weights"][name]) for name, value in file.items())
@@ -122,11 +122,11 @@ def test_a_later_stage_does_not_start_from_an_import(folder: Path, make_recipe: 
 
 def test_a_truncated_export_is_named(folder: Path, make_recipe: MakeRecipe, tmp_path: Path) -> None:
     initial = shutil.copytree(folder / "initial", tmp_path / "initial")
-    file = initial / export.WEIGHTS
+    file = initial / export.WEIGHTS_FILE
     file.write_bytes(file.read_bytes()[:-10])
     (outcome,) = train(make_recipe(tmp_path, "stage0"), *overrides(initial), code=2)
     (line,) = outcome.error_lines
-    assert f"{file}: not a whole safetensors file" in line
+    assert f"{file}: not a complete safetensors file" in line
 
 
 def test_bad_folders_are_one_line_and_exit_code_2(folder: Path, tmp_path: Path) -> None:
@@ -185,7 +185,7 @@ def test_neither_the_import_nor_a_start_from_it_holds_the_model(folder: Path, la
     """Memory, not counting mapped files: one tensor while importing; on a rank its shard + the largest tensor."""
     argv = words(folder, "larger", llm=larger)
     (outcome,) = run_ranks(1, command_memory, words(folder, "warm"), argv)
-    weights = load_file(folder / "larger" / export.WEIGHTS)
+    weights = load_file(folder / "larger" / export.WEIGHTS_FILE)
     largest, total = (f(value.nbytes for value in weights.values()) for f in (max, sum))
     assert largest == 32768 * 256 * 2 and total > 13 * largest
     assert outcome.value < largest + 8e6

@@ -9,7 +9,7 @@ import torch
 
 from emma_train.checkpoint import folder as folders
 from emma_train.checkpoint import verify
-from emma_train.storage import paths as places
+from emma_train.storage.paths import parse_path
 from emma_train.storage.safetensors_io import Tensors
 from tests.distributed.ranks import command
 from tests.distributed.spawn import Outcome, run_ranks
@@ -75,13 +75,13 @@ def test_a_run_that_goes_on_from_a_store_is_the_one_that_never_stopped(
 ) -> None:
     run = recipe.parent / "remote"
     assert learnt(run) == learnt(straight)
-    newest = folders.resolve(remote)
-    assert folders.resolve(run) == newest  # the recipe in the run folder says where
+    newest = folders.find_checkpoint(remote)
+    assert folders.find_checkpoint(run) == newest  # the recipe in the run folder says where
     assert differences(stored(newest), stored(checkpoint(straight, STEPS))) == []
     assert not (run / "checkpoints").exists()
     kept = [folders.step_name(step) for step in (4, 6, STEPS)]
     assert names(bucket / "remote") == ["frozen", "latest", *kept]
-    assert all(verify.fault(folder) is None for folder in folders.steps(places.of(remote)))
+    assert all(verify.find_damage(folder) is None for folder in folders.list_steps(parse_path(remote)))
 
 
 def test_a_store_s_url_stands_wherever_a_checkpoint_may(
@@ -142,8 +142,8 @@ def test_a_run_whose_checkpoints_lie_elsewhere_does_not_begin_anew(recipe: Path,
     ("url", "code", "said"),
     [
         ("oci://bucket/runs", 2, "oci:// needs a package that is not installed"),
-        ("nowhere://bucket/runs", 2, "is no store that fsspec opens"),
-        ("http://127.0.0.1:9/runs", 1, "http://127.0.0.1:9/runs/never: the store fails (ClientConnectorError"),
+        ("nowhere://bucket/runs", 2, "fsspec knows no file system nowhere://"),
+        ("http://127.0.0.1:9/runs", 1, "http://127.0.0.1:9/runs/never: the object store fails (ClientConnectorError"),
         ("s3://me:topsecret@bucket/runs", 2, "s3://bucket/runs: the URL must hold no password"),
     ],
 )

@@ -41,8 +41,8 @@ def test_a_run_that_goes_on_from_s3_is_the_one_that_never_stopped(
     outcome = run_command("train", str(recipe), "run.name=remote", where, processes=2)
     assert "step-00000004: set aside as meta.json.damaged" in outcome.err
     assert f"resumed {url}/step-00000002" in outcome.err
-    straight, newest = checkpoint(tmp_path / "straight", 6), folders.resolve(url)
-    assert verify.fault(newest) is None
+    straight, newest = checkpoint(tmp_path / "straight", 6), folders.find_checkpoint(url)
+    assert verify.find_damage(newest) is None
     assert differences(stored(newest), stored(straight)) == []
     assert learnt(tmp_path / "remote") == learnt(tmp_path / "straight")
     names = sorted(path.rpartition("/")[2] for path in bucket.ls("bucket/runs/remote", detail=False))
@@ -67,5 +67,5 @@ def test_a_bucket_that_is_not_there_is_neither_made_nor_trained_for(
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     outcome = run_command("train", str(recipe), "train.checkpoints=s3://bucket/runs", code=2)
     (line,) = outcome.error_lines
-    assert "s3://bucket/runs/stage0: the store fails (NoCredentialsError)" in line
+    assert "s3://bucket/runs/stage0: the object store fails (NoCredentialsError)" in line
     assert not (tmp_path / "stage0").exists()

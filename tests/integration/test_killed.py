@@ -23,7 +23,7 @@ SAVE_S = 0.2
 
 
 def newest_step(run: Path) -> int | None:
-    newest = folders.newest(run / "checkpoints")
+    newest = folders.newest_checkpoint(run / "checkpoints")
     return None if newest is None else int(newest.name.removeprefix("step-"))
 
 
@@ -100,8 +100,8 @@ def test_thirty_kills_lose_nothing(make_recipe: MakeRecipe, tmp_path: Path) -> N
             assert f"resumed {checkpoint(run, before)}" in err
         assert "cannot be used" not in err
         assert (newest_step(run) or 0) >= before, number
-        for folder in folders.steps(run / "checkpoints"):
-            assert verify.fault(folder) is None, (number, folder)
+        for folder in folders.list_steps(run / "checkpoints"):
+            assert verify.find_damage(folder) is None, (number, folder)
     assert in_saves >= KILLS // 2 - 1  # one may have been committed before the signal arrived
     outcome = run_command("train", str(recipe), "run.name=killed", *overrides, processes=2, timeout_s=300)
     assert f"resumed {run}" in outcome.err

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from emma_train.checkpoint import dcp as store
+from emma_train.checkpoint import dcp
 from emma_train.checkpoint import folder as folders
 from emma_train.stages.stage import GROUPS, STAGES
 from tests.helpers import ASSETS
@@ -41,7 +41,7 @@ def recipes(make_recipe: MakeRecipe, tmp_path_factory: pytest.TempPathFactory) -
 
 
 def meta(run: Path) -> dict[str, Any]:
-    values = folders.whole(checkpoint(run, STEPS))
+    values = folders.read_valid_meta(checkpoint(run, STEPS))
     assert values is not None
     return values
 
@@ -69,9 +69,9 @@ def test_a_stage_that_trains_little_saves_little(recipes: dict[str, Path], name:
     prefixes = tuple(prefix for group in STAGES[name].trainable for prefix in GROUPS[group])
     (frozen,) = (run / "checkpoints" / "frozen").iterdir()
     for step in (4, STEPS):
-        values = folders.whole(checkpoint(run, step))
+        values = folders.read_valid_meta(checkpoint(run, step))
         assert values is not None and values["frozen"] == frozen.name
-        names = store.names(checkpoint(run, step) / "weights")
+        names = dcp.tensor_names(checkpoint(run, step) / "weights")
         groups = {n.removeprefix("model.").removeprefix("ema.") for n in names}
         assert groups == {n for n in groups if n.startswith(prefixes)}
     assert not (full / "checkpoints" / "frozen").exists()
@@ -99,7 +99,7 @@ def test_the_number_of_ranks_may_change_at_every_start(recipes: dict[str, Path])
     for ranks, stop in ((4, 1), (2, 3), (3, 5)):
         train_until(recipe, stop, f"run.name={run.name}", *settings, processes=ranks)
     train(recipe, f"run.name={run.name}", *settings)
-    sizes = [(folders.whole(checkpoint(run, step)) or {})["world_size"] for step in (1, 3, 5, 6)]
+    sizes = [(folders.read_valid_meta(checkpoint(run, step)) or {})["world_size"] for step in (1, 3, 5, 6)]
     assert sizes == [4, 2, 3, 1]
     for one, other in zip(metrics(run), metrics(straight), strict=True):
         assert one["data/digest"] == other["data/digest"]

@@ -8,8 +8,8 @@ from safetensors.numpy import load_file, save_file
 
 from data_pipelines.shards import latents
 from data_pipelines.shards.latents import cached_latent, latents_path, metadata_of
-from emma_train.storage.local_cache import Cache
-from emma_train.storage.object_store import Storage
+from emma_train.storage.local_cache import LocalCache
+from emma_train.storage.shard_reader import ShardReader
 from tests.servers import serving
 
 MARK, SHARD = "0123456789abcdef", "f" * 64
@@ -41,7 +41,7 @@ def copy_of(file: Path, folder: Path) -> Path:
 @pytest.mark.parametrize("cached", [False, True])
 def test_every_latent_is_the_one_that_was_written(file: Path, tmp_path: Path, far: bool, cached: bool) -> None:
     pytest.importorskip("aiohttp", reason="pip install 'emma-train[http]'")
-    storage = Storage(cache=Cache(tmp_path / "cache", 2**24) if cached else None)
+    storage = ShardReader(cache=LocalCache(tmp_path / "cache", 2**24) if cached else None)
     assert file.stat().st_size > latents.FIRST_READ
     with serving(file.parent) as server:
         url = f"{server.url}/{file.name}?token=secret" if far else str(file)
@@ -61,12 +61,12 @@ def test_the_name_beside_a_shard_keeps_the_query_of_its_url() -> None:
 
 @pytest.mark.parametrize(("mark", "shard"), [("other", SHARD), (MARK, "0" * 64)])
 def test_latents_of_something_else_are_not_taken(file: Path, mark: str, shard: str) -> None:
-    assert cached_latent(str(file), "p00000/img0", mark, shard, Storage()) is None
+    assert cached_latent(str(file), "p00000/img0", mark, shard, ShardReader()) is None
 
 
 def test_latents_without_checksums_are_not_taken(file: Path, tmp_path: Path) -> None:
     save_file(load_file(file), path := tmp_path / "old.safetensors", {"autoencoder": MARK, "shard_sha256": SHARD})
-    assert cached_latent(str(path), "p00000/img0", MARK, SHARD, Storage()) is None
+    assert cached_latent(str(path), "p00000/img0", MARK, SHARD, ShardReader()) is None
 
 
 def test_a_flipped_byte_costs_one_latent_and_is_told(
@@ -77,9 +77,9 @@ def test_a_flipped_byte_costs_one_latent_and_is_told(
     at = data.rindex(load_file(file)[name].tobytes())
     data[at + 3] ^= 1
     path.write_bytes(data)
-    assert cached_latent(str(path), name, MARK, SHARD, Storage()) is None
+    assert cached_latent(str(path), name, MARK, SHARD, ShardReader()) is None
     assert f"{path}: the latent of {name} is damaged; encoded anew" in caplog.text
-    assert cached_latent(str(path), other, MARK, SHARD, Storage()) is not None
+    assert cached_latent(str(path), other, MARK, SHARD, ShardReader()) is not None
 
 
 @pytest.mark.parametrize("size", [0, 5, 1000, 400_000])
@@ -88,10 +88,10 @@ def test_a_file_that_is_cut_off_is_told_and_not_taken(
 ) -> None:
     path = copy_of(file, tmp_path)
     path.write_bytes(path.read_bytes()[:size])
-    assert cached_latent(str(path), max(load_file(file)), MARK, SHARD, Storage(retries=0)) is None
+    assert cached_latent(str(path), max(load_file(file)), MARK, SHARD, ShardReader(retries=0)) is None
     assert str(path) in caplog.text
 
 
 def test_a_missing_file_is_nothing_to_tell(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert cached_latent(str(tmp_path / "none.safetensors"), "p/img0", MARK, SHARD, Storage()) is None
+    assert cached_latent(str(tmp_path / "none.safetensors"), "p/img0", MARK, SHARD, ShardReader()) is None
     assert not caplog.text

@@ -14,6 +14,7 @@ from emma_train.checkpoint import verify
 from emma_train.checkpoint.retention import prune
 from emma_train.config.schema import TrainConfig
 from emma_train.errors import UserError
+from emma_train.storage import local_storage
 from tests.unit.emma_train.checkpoint.folders import listed, names, truncate, write, write_frozen
 
 
@@ -26,7 +27,7 @@ def checkpoints(tmp_path: Path) -> Path:
 
 
 def test_a_committed_checkpoint_lists_every_file_with_its_size(checkpoints: Path) -> None:
-    meta = folders.whole(checkpoints / "step-00000020")
+    meta = folders.read_valid_meta(checkpoints / "step-00000020")
     assert meta is not None
     assert {name: entry["bytes"] for name, entry in meta["files"].items()} == {
         "weights/.metadata": 1,
@@ -73,9 +74,9 @@ def test_a_torn_checkpoint_is_skipped_for_the_one_before_it(
 ) -> None:
     change, said = TEARS[tear]
     change(checkpoints / "step-00000030")
-    assert folders.newest(checkpoints) == checkpoints / "step-00000020"
+    assert folders.newest_checkpoint(checkpoints) == checkpoints / "step-00000020"
     for path in (checkpoints.parent, checkpoints, checkpoints / "latest"):
-        assert folders.resolve(path) == checkpoints / "step-00000020"
+        assert folders.find_checkpoint(path) == checkpoints / "step-00000020"
     if said:
         assert "step-00000030 cannot be used" in caplog.text
         assert said in caplog.text
@@ -84,32 +85,32 @@ def test_a_torn_checkpoint_is_skipped_for_the_one_before_it(
 def test_a_run_folder_a_checkpoints_folder_latest_and_a_step_all_resolve(checkpoints: Path) -> None:
     newest = checkpoints / "step-00000030"
     for path in (checkpoints.parent, checkpoints, checkpoints / "latest", newest, str(checkpoints.parent)):
-        assert folders.resolve(path) == newest
-    assert folders.resolve(checkpoints / "step-00000010") == checkpoints / "step-00000010"
+        assert folders.find_checkpoint(path) == newest
+    assert folders.find_checkpoint(checkpoints / "step-00000010") == checkpoints / "step-00000010"
 
 
 def test_nothing_to_resolve_is_one_line_that_names_the_field(checkpoints: Path) -> None:
     with pytest.raises(UserError, match="^init.from: .*nowhere does not exist; name a run folder"):
-        folders.resolve(checkpoints / "nowhere")
+        folders.find_checkpoint(checkpoints / "nowhere")
     truncate(checkpoints / "step-00000030")
-    with pytest.raises(UserError, match="^MODEL: .*step-00000030 holds no whole checkpoint .*has 5 bytes, not 130"):
-        folders.resolve(checkpoints / "step-00000030", "MODEL")
-    assert folders.newest(checkpoints.parent / "absent") is None
+    with pytest.raises(UserError, match="^MODEL: .*step-00000030 holds no valid checkpoint .*has 5 bytes, not 130"):
+        folders.find_checkpoint(checkpoints / "step-00000030", "MODEL")
+    assert folders.newest_checkpoint(checkpoints.parent / "absent") is None
 
 
 def test_steps_are_compared_as_numbers(checkpoints: Path) -> None:
     write(checkpoints, 1000)
     write(checkpoints, 200)
-    assert folders.newest(checkpoints) == checkpoints / "step-00001000"
+    assert folders.newest_checkpoint(checkpoints) == checkpoints / "step-00001000"
 
 
 def test_commit_writes_meta_then_renames_then_points(checkpoints: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
-    write_atomic, rename = folders.write_atomic, os.replace
+    write_atomic, rename = local_storage.write_atomic, os.replace
 
-    def noted_write(path: Path, text: str) -> None:
+    def noted_write(path: Path, content: str | bytes) -> None:
         order.append(path.name)
-        write_atomic(path, text)
+        write_atomic(path, content)
 
     def noted_rename(source: Path, target: Path) -> None:
         if Path(source).is_dir():
@@ -117,8 +118,8 @@ def test_commit_writes_meta_then_renames_then_points(checkpoints: Path, monkeypa
             order.append("rename")
         rename(source, target)
 
-    monkeypatch.setattr(folders, "write_atomic", noted_write)
-    monkeypatch.setattr(folders.os, "replace", noted_rename)
+    monkeypatch.setattr(local_storage, "write_atomic", noted_write)
+    monkeypatch.setattr(os, "replace", noted_rename)
     write(checkpoints, 40)
     assert order == ["meta.json", "rename", "latest"]
 
@@ -128,7 +129,7 @@ def test_a_crash_at_any_point_of_commit_leaves_a_whole_newest(
     checkpoints: Path, monkeypatch: pytest.MonkeyPatch, crash: str
 ) -> None:
     def dies(name: str) -> Callable[..., None]:
-        kept = folders.write_atomic if name != "rename" else os.replace
+        kept = local_storage.write_atomic if name != "rename" else os.replace
 
         def run(first: Path, second: object) -> None:
             if name == crash and (name == "rename" or first.name == crash):
@@ -138,16 +139,18 @@ def test_a_crash_at_any_point_of_commit_leaves_a_whole_newest(
         return run
 
     if crash == "rename":
-        folder = folders.begin(checkpoints, "step-00000040")
+        folder = folders.start_folder(checkpoints, "step-00000040")
         (folder / "meta.json").write_text(json.dumps({"files": {}}))
     else:
-        monkeypatch.setattr(folders, "write_atomic", dies(crash))
+        monkeypatch.setattr(local_storage, "write_atomic", dies(crash))
         with pytest.raises(KeyboardInterrupt):
             write(checkpoints, 40)
     monkeypatch.undo()
-    assert folders.newest(checkpoints) == checkpoints / ("step-00000040" if crash == "latest" else "step-00000030")
+    assert folders.newest_checkpoint(checkpoints) == checkpoints / (
+        "step-00000040" if crash == "latest" else "step-00000030"
+    )
     # The next attempt is not disturbed by what is left.
-    assert write(checkpoints, 40) == folders.newest(checkpoints)
+    assert write(checkpoints, 40) == folders.newest_checkpoint(checkpoints)
 
 
 class Killed(BaseException):
@@ -192,10 +195,10 @@ def test_a_kill_before_any_operation_of_a_save_leaves_a_whole_checkpoint(
             pass
         finally:
             monkeypatch.undo()
-        newest = folders.newest(checkpoints)
+        newest = folders.newest_checkpoint(checkpoints)
         # Only where the very step is written again may the one before it be all that is left, for two renames.
         assert newest is not None and newest.name >= ("step-00000020" if again else "step-00000030")
-        assert verify.fault(newest) is None
+        assert verify.find_damage(newest) is None
         save(checkpoints)
         assert names(checkpoints) == [
             "frozen",
@@ -207,10 +210,10 @@ def test_a_kill_before_any_operation_of_a_save_leaves_a_whole_checkpoint(
 
 
 def test_a_checkpoint_may_be_written_again(checkpoints: Path) -> None:
-    folder = folders.begin(checkpoints, "step-00000030")
+    folder = folders.start_folder(checkpoints, "step-00000030")
     (folder / "other").write_bytes(b"new")
-    folders.commit(folder, {"step": 30}, listed(folder))
-    meta = folders.whole(checkpoints / "step-00000030")
+    folders.commit_checkpoint(folder, {"step": 30}, listed(folder))
+    meta = folders.read_valid_meta(checkpoints / "step-00000030")
     assert meta is not None and meta["files"].keys() == {"other"}
     assert "step-00000030.removed" not in names(checkpoints)
 
@@ -233,17 +236,17 @@ def replace_frozen(folder: Path) -> None:
 def test_a_checkpoint_is_not_whole_without_the_frozen_weights_that_it_refers_to(checkpoints: Path, tear: str) -> None:
     digest = write_frozen(checkpoints)
     write(checkpoints, 40, frozen=digest)
-    assert folders.newest(checkpoints) == checkpoints / "step-00000040"
+    assert folders.newest_checkpoint(checkpoints) == checkpoints / "step-00000040"
     change, said = FROZEN_TEARS[tear]
     change(checkpoints / "frozen" / digest)
-    assert said in str(folders.fault(checkpoints / "step-00000040"))
-    assert folders.newest(checkpoints) == checkpoints / "step-00000030"
+    assert said in str(folders.find_problem(checkpoints / "step-00000040"))
+    assert folders.newest_checkpoint(checkpoints) == checkpoints / "step-00000030"
 
 
 def test_references_survive_moving_the_run(checkpoints: Path, tmp_path: Path) -> None:
     write(checkpoints, 40, frozen=write_frozen(checkpoints))
     moved = shutil.move(checkpoints.parent, tmp_path / "elsewhere")
-    assert folders.resolve(moved) == Path(moved) / "checkpoints" / "step-00000040"
+    assert folders.find_checkpoint(moved) == Path(moved) / "checkpoints" / "step-00000040"
 
 
 def test_frozen_weights_have_one_name_for_one_content(checkpoints: Path) -> None:
@@ -253,4 +256,4 @@ def test_frozen_weights_have_one_name_for_one_content(checkpoints: Path) -> None
 
 def test_a_copied_checkpoint_stays_whole(checkpoints: Path, tmp_path: Path) -> None:
     copied = shutil.copytree(checkpoints / "step-00000010", tmp_path / "elsewhere")
-    assert folders.resolve(copied) == copied
+    assert folders.find_checkpoint(copied) == copied

@@ -12,8 +12,7 @@ from emma_train.checkpoint import verify
 from emma_train.checkpoint.retention import prune
 from emma_train.config.schema import TrainConfig
 from emma_train.errors import RunError, UserError
-from emma_train.storage import paths as places
-from emma_train.storage.paths import StoragePath
+from emma_train.storage.paths import StoragePath, parse_path, storage_of
 from tests.object_stores import FolderStore, answered, url_of
 
 
@@ -25,7 +24,7 @@ def below(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def checkpoints(below: Path) -> StoragePath:
-    place = places.of(url_of(below))
+    place = parse_path(url_of(below))
     for step in (10, 20, 30):
         write(place, step)
     return place
@@ -43,19 +42,19 @@ def put(file: StoragePath, content: bytes) -> None:
 
 
 def entries(folder: StoragePath, *names: str) -> dict[str, dict[str, object]]:
-    return {name: verify.entry(folder / name) for name in names}
+    return {name: verify.file_entry(folder / name) for name in names}
 
 
 def write(checkpoints: StoragePath, step: int, frozen: str | None = None) -> StoragePath:
-    folder = folders.begin(checkpoints, folders.step_name(step))
+    folder = folders.start_folder(checkpoints, folders.step_name(step))
     put(folder / "weights" / "__0_0.distcp", b"x" * (100 + step))
     put(folder / "weights" / ".metadata", b"m")
     files = entries(folder, "weights/__0_0.distcp", "weights/.metadata")
-    return folders.commit(folder, {"step": step, "stage": "stage1", "frozen": frozen, "metrics": {}}, files)
+    return folders.commit_checkpoint(folder, {"step": step, "stage": "stage1", "frozen": frozen, "metrics": {}}, files)
 
 
 def write_frozen(checkpoints: StoragePath, name: str = "f00d") -> str:
-    folder = folders.begin(checkpoints / folders.FROZEN, name)
+    folder = folders.start_folder(checkpoints / folders.FROZEN, name)
     put(folder / "__0_0.distcp", b"frozen")
     return folders.commit_frozen(folder, entries(folder, "__0_0.distcp"))
 
@@ -65,7 +64,7 @@ def names(folder: Path) -> list[str]:
 
 
 def steps(checkpoints: StoragePath) -> list[int]:
-    return [int(folder.name.removeprefix("step-")) for folder in folders.steps(checkpoints)]
+    return [int(folder.name.removeprefix("step-")) for folder in folders.list_steps(checkpoints)]
 
 
 def test_a_checkpoint_is_what_has_its_metadata(checkpoints: StoragePath, below: Path) -> None:
@@ -73,12 +72,12 @@ def test_a_checkpoint_is_what_has_its_metadata(checkpoints: StoragePath, below: 
     assert (below / "latest").read_text() == "step-00000030\n"
     newest = checkpoints / "step-00000030"
     for path in (str(checkpoints), f"{checkpoints}/", f"{checkpoints}/latest", str(newest), checkpoints, newest):
-        assert folders.resolve(path) == newest
+        assert folders.find_checkpoint(path) == newest
     (below / "step-00000030" / "meta.json").unlink()
     assert steps(checkpoints) == [20, 10]
-    assert folders.resolve(checkpoints) == checkpoints / "step-00000020"
-    with pytest.raises(UserError, match="^MODEL: folder://.*step-00000030 holds no whole checkpoint"):
-        folders.resolve(str(newest), "MODEL")
+    assert folders.find_checkpoint(checkpoints) == checkpoints / "step-00000020"
+    with pytest.raises(UserError, match="^MODEL: folder://.*step-00000030 holds no valid checkpoint"):
+        folders.find_checkpoint(str(newest), "MODEL")
 
 
 def test_metadata_are_written_last_and_removed_first(checkpoints: StoragePath) -> None:
@@ -102,7 +101,7 @@ def test_a_kill_before_any_request_of_a_save_leaves_a_whole_checkpoint(tmp_path:
     step = 30 if again else 40
     for number in range(1000):
         below = tmp_path / str(number)
-        checkpoints = places.of(url_of(below))
+        checkpoints = parse_path(url_of(below))
         for before in (10, 20, 30):
             write(checkpoints, before)
         left = number
@@ -126,10 +125,10 @@ def test_a_kill_before_any_request_of_a_save_leaves_a_whole_checkpoint(tmp_path:
             pass
         finally:
             FolderStore.request = staticmethod(answered)
-        newest = folders.newest(checkpoints)
+        newest = folders.newest_checkpoint(checkpoints)
         # Only where the very step is written again may the one before it be all that is left.
         assert newest is not None and newest.name >= ("step-00000020" if again else "step-00000030")
-        assert verify.fault(newest) is None
+        assert verify.find_damage(newest) is None
         save()
         stay = sorted({step, 20 if again else 30})
         assert names(below) == ["frozen", "latest", *(folders.step_name(s) for s in stay)]
@@ -151,7 +150,7 @@ def test_a_torn_checkpoint_is_skipped(
 ) -> None:
     change, said = TEARS[tear]
     change(below / "step-00000030")
-    found = folders.resolve(checkpoints)
+    found = folders.find_checkpoint(checkpoints)
     assert found.name == ("step-00000020" if said else "step-00000030")
     assert "cannot be used" in caplog.text and said in caplog.text
 
@@ -159,7 +158,7 @@ def test_a_torn_checkpoint_is_skipped(
 def test_what_is_set_aside_is_no_checkpoint_and_goes_when_a_newer_one_is_there(
     checkpoints: StoragePath, below: Path
 ) -> None:
-    assert folders.set_aside(checkpoints / "step-00000030").name == "meta.json.damaged"
+    assert storage_of(checkpoints).set_aside(checkpoints / "step-00000030").name == "meta.json.damaged"
     assert steps(checkpoints) == [20, 10]
     write(checkpoints, 25)
     prune(checkpoints, TrainConfig(steps=99, keep=1))
@@ -175,11 +174,11 @@ def test_frozen_weights_are_what_their_metadata_name_and_go_with_the_last_that_n
 ) -> None:
     write(checkpoints, 40, frozen=write_frozen(checkpoints))
     newest = checkpoints / "step-00000040"
-    assert verify.fault(newest) is None
+    assert verify.find_damage(newest) is None
     os.replace(below / "frozen" / "f00d", below / "frozen" / "beef")
-    assert "frozen weights that it refers to are missing" in str(folders.fault(newest))
+    assert "frozen weights that it refers to are missing" in str(folders.find_problem(newest))
     write(checkpoints, 50, frozen="beef")
-    assert "is not what its name says" in str(folders.fault(checkpoints / "step-00000050"))
+    assert "is not what its name says" in str(folders.find_problem(checkpoints / "step-00000050"))
     os.replace(below / "frozen" / "beef", below / "frozen" / "f00d")
     (below / "frozen" / "torn").mkdir()
     (below / "frozen" / "torn" / "__0_0.distcp").write_bytes(b"x")
@@ -193,14 +192,14 @@ def test_moving_between_stores_and_folders_changes_nothing(
 ) -> None:
     """A store's checkpoints are whole in a folder (`aws s3 sync`), and a folder's in a store."""
     write(checkpoints, 40, frozen=write_frozen(checkpoints))
-    assert folders.newest(below) == below / "step-00000040"
-    assert verify.fault(below / "step-00000040") is None
+    assert folders.newest_checkpoint(below) == below / "step-00000040"
+    assert verify.find_damage(below / "step-00000040") is None
     local = tmp_path / "local"
     local.mkdir()
-    folder = folders.begin(local, folders.step_name(50))
+    folder = folders.start_folder(local, folders.step_name(50))
     (folder / "shard").write_bytes(b"s")
-    folders.commit(folder, {"step": 50}, entries(folder, "shard"))
-    assert verify.fault(places.of(url_of(local / "step-00000050"))) is None
+    folders.commit_checkpoint(folder, {"step": 50}, entries(folder, "shard"))
+    assert verify.find_damage(parse_path(url_of(local / "step-00000050"))) is None
 
 
 @pytest.mark.parametrize("kind", ["get", "head", "list"])
@@ -216,16 +215,16 @@ def test_a_store_that_fails_for_a_while_is_not_taken_for_an_empty_or_damaged_one
     before = sorted(below.rglob("*"))
     FolderStore.request = staticmethod(failing)
     calls: list[Callable[[], object]] = [
-        lambda: folders.newest(checkpoints),
-        lambda: folders.resolve(checkpoints),
+        lambda: folders.newest_checkpoint(checkpoints),
+        lambda: folders.find_checkpoint(checkpoints),
         lambda: prune(checkpoints, TrainConfig(steps=99, keep=1)),
     ]
     if kind != "list":  # which only saves requests where a checkpoint is known
-        calls.append(lambda: verify.fault(checkpoints / "step-00000030"))
+        calls.append(lambda: verify.find_damage(checkpoints / "step-00000030"))
     for call in calls:
-        with pytest.raises(RunError, match=r"^folder://.*: the store fails \(ConnectionError\)$"):
+        with pytest.raises(RunError, match=r"^folder://.*: the object store fails \(ConnectionError\)$"):
             call()
     if kind == "list":
-        assert verify.fault(checkpoints / "step-00000030") is None
+        assert verify.find_damage(checkpoints / "step-00000030") is None
     FolderStore.request = staticmethod(answered)
     assert sorted(below.rglob("*")) == before

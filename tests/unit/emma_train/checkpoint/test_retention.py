@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from emma_train.checkpoint import folder as folders
-from emma_train.checkpoint.retention import kept, prune
+from emma_train.checkpoint.retention import prune, steps_to_keep
 from emma_train.config.schema import TrainConfig
+from emma_train.storage.paths import storage_of
 from tests.unit.emma_train.checkpoint.folders import names, truncate, write, write_frozen
 
 
@@ -35,7 +36,7 @@ def checkpoints(tmp_path: Path) -> Path:
     ],
 )
 def test_the_last_every_nth_and_the_best_stay(last: int, every: int, values: dict[int, float], left: set[int]) -> None:
-    assert kept({step: values.get(step) for step in (10, 20, 30, 40, 50)}, last, every) == left
+    assert steps_to_keep({step: values.get(step) for step in (10, 20, 30, 40, 50)}, last, every) == left
 
 
 @given(
@@ -44,16 +45,16 @@ def test_the_last_every_nth_and_the_best_stay(last: int, every: int, values: dic
     st.integers(0, 50),
 )
 def test_the_newest_always_stays_and_nothing_is_made_up(steps: dict[int, float | None], last: int, every: int) -> None:
-    stay = kept(steps, last, every)
+    stay = steps_to_keep(steps, last, every)
     assert max(steps) in stay
     assert stay <= steps.keys()
     # Pruning what is left again removes nothing: a best or a for-good checkpoint does not lose its place by it.
-    assert kept({step: steps[step] for step in stay}, last, every) == stay
+    assert steps_to_keep({step: steps[step] for step in stay}, last, every) == stay
 
 
 @pytest.mark.parametrize(("keep", "left"), [(1, [30]), (2, [20, 30]), (9, [10, 20, 30])])
 def test_prune_keeps_the_newest(checkpoints: Path, keep: int, left: list[int]) -> None:
-    folders.begin(checkpoints, "step-00000040")
+    folders.start_folder(checkpoints, "step-00000040")
     prune(checkpoints, TrainConfig(steps=99, keep=keep))
     assert names(checkpoints) == ["latest", *(folders.step_name(step) for step in left)]
 
@@ -63,11 +64,11 @@ def test_a_torn_folder_does_not_push_out_the_whole_one_that_a_run_needs(checkpoi
     truncate(checkpoints / "step-00000030")
     write(checkpoints, 25)
     prune(checkpoints, TrainConfig(steps=99, keep=1))
-    assert folders.newest(checkpoints) == checkpoints / "step-00000025"
+    assert folders.newest_checkpoint(checkpoints) == checkpoints / "step-00000025"
 
 
 def test_a_damaged_one_is_there_to_be_looked_at_until_a_newer_one_is(checkpoints: Path) -> None:
-    folders.set_aside(checkpoints / "step-00000030")
+    storage_of(checkpoints).set_aside(checkpoints / "step-00000030")
     write(checkpoints, 25)
     prune(checkpoints, TrainConfig(steps=99, keep=1))
     assert names(checkpoints) == ["latest", "step-00000025", "step-00000030.damaged"]
@@ -87,14 +88,14 @@ def test_frozen_weights_stay_as_long_as_a_checkpoint_refers_to_them(checkpoints:
     used, unused = write_frozen(checkpoints), write_frozen(checkpoints, b"of no checkpoint")
     write(checkpoints, 40, frozen=used)
     write(checkpoints, 50, frozen=used)
-    folders.begin(checkpoints / "frozen", "new")
+    folders.start_folder(checkpoints / "frozen", "new")
     assert names(checkpoints / "frozen") == sorted([used, unused, "new.tmp"])
     prune(checkpoints, TrainConfig(steps=99, keep=1))
     assert names(checkpoints / "frozen") == [used]
     write(checkpoints, 60)
     prune(checkpoints, TrainConfig(steps=99, keep=1))
     assert names(checkpoints / "frozen") == []
-    assert folders.newest(checkpoints) == checkpoints / "step-00000060"
+    assert folders.newest_checkpoint(checkpoints) == checkpoints / "step-00000060"
 
 
 def test_nothing_is_removed_where_nothing_is_whole(checkpoints: Path) -> None:

@@ -12,8 +12,8 @@ from torch.distributed.checkpoint import CheckpointException
 from emma_train.checkpoint import verify
 from emma_train.checkpoint.saver import is_due
 from emma_train.checkpoint.staging import Staging
-from emma_train.checkpoint.state import state_of
-from emma_train.checkpoint.writer import plain
+from emma_train.checkpoint.state import checkpoint_state
+from emma_train.checkpoint.writer import one_line
 from emma_train.engine.adam_state import adam_state
 
 
@@ -55,7 +55,7 @@ def test_the_state_names_every_parameter_once_and_says_which_learn() -> None:
     model = {"a.weight": torch.ones(2), "b.weight": torch.ones(3)}
     moments = {f"a.weight.{key}": torch.zeros(2) for key in ("step", "exp_avg", "exp_avg_sq")}
     engine = SimpleNamespace(state=lambda: {"model": model, "optimizer": moments})
-    state = state_of(engine, {"a.weight": torch.zeros(2)})
+    state = checkpoint_state(engine, {"a.weight": torch.zeros(2)})
     assert state.weights.keys() == {"model.a.weight", "ema.a.weight"}
     assert state.frozen.keys() == {"model.b.weight"}
     assert state.optimizer.keys() == {f"optimizer.{name}" for name in moments}
@@ -78,17 +78,17 @@ def test_moments_made_for_a_checkpoint_do_not_change_the_first_step() -> None:
 
 def test_an_error_is_told_in_one_line() -> None:
     full = OSError(errno.ENOSPC, "No space left on device", "/data/run")
-    assert plain(full) == "No space left on device: /data/run"
-    assert plain(ValueError("two\n  lines")) == "two lines"
-    assert plain(KeyError()) == "KeyError"
+    assert one_line(full) == "No space left on device: /data/run"
+    assert one_line(ValueError("two\n  lines")) == "two lines"
+    assert one_line(KeyError()) == "KeyError"
     failed = CheckpointException("write", {3: (full, None), 7: (ValueError("x"), None)})  # type: ignore[dict-item]
-    assert plain(failed) == "rank 3: No space left on device: /data/run"
+    assert one_line(failed) == "rank 3: No space left on device: /data/run"
 
 
 def test_a_file_that_cannot_be_read_is_a_fault_and_no_crash(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"content")
-    entry = verify.entry(tmp_path / "a")
+    entry = verify.file_entry(tmp_path / "a")
     assert entry["bytes"] == 7
-    assert verify._difference(tmp_path / "a", entry) is None
-    assert "is damaged" in str(verify._difference(tmp_path / "a", {**entry, "sha256": "0" * 64}))
-    assert "No such file" in str(verify._difference(tmp_path / "b", entry))
+    assert verify._compare(tmp_path / "a", entry) is None
+    assert "is damaged" in str(verify._compare(tmp_path / "a", {**entry, "sha256": "0" * 64}))
+    assert "No such file" in str(verify._compare(tmp_path / "b", entry))

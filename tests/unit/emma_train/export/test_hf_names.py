@@ -181,7 +181,7 @@ def test_bf16_weights_stay_bf16_and_what_is_new_starts_from_the_seed(sources: So
     llm = public.llm(tmp_path / "llm").bfloat16()
     llm.save_pretrained(tmp_path / "llm")
     imported(tmp_path / "out", sources.folder, "model.seed=7", llm=tmp_path / "llm")
-    weights = load_file(tmp_path / "out" / export.WEIGHTS)
+    weights = load_file(tmp_path / "out" / export.WEIGHTS_FILE)
     assert torch.equal(weights["decoder.embed_tokens.weight"], llm.model.embed_tokens.weight)
     mlp = llm.model.layers[3].mlp.up_proj.weight
     assert all(torch.equal(weights[f"decoder.layers.3.{b}.mlp.up_proj.weight"], mlp) for b in ("und", "gen"))
@@ -197,7 +197,7 @@ def test_an_import_is_the_same_to_the_last_byte_and_may_be_repeated(sources: Sou
     files = []
     for out, folder in (("a", ""), ("b", "sharded"), ("a", "sharded")):
         imported(tmp_path / out, sources.folder / folder)
-        files.append((tmp_path / out / export.WEIGHTS).read_bytes())
+        files.append((tmp_path / out / export.WEIGHTS_FILE).read_bytes())
     assert files[0] == files[1] == files[2]
     imported(tmp_path / "c", sources.folder, autoencoder=tmp_path / "a" / "autoencoder")
 
@@ -239,7 +239,7 @@ def test_a_tensor_that_is_not_as_it_should_be_is_named_with_both_shapes(
         said = f"{folder}: holds {key.replace('weight', 'more')} of shape {list(wrong.shape)}, which a model of"
     else:
         (folder / file).write_bytes((folder / file).read_bytes()[:-1])
-        said = f"{folder / file}: not a whole safetensors file"
+        said = f"{folder / file}: not a complete safetensors file"
     with pytest.raises(UserError) as caught:
         imported(tmp_path / "out", sources.folder, **{part: folder})
     assert said in str(caught.value) and "\n" not in str(caught.value)

@@ -13,8 +13,9 @@ import pytest
 from filelock import FileLock
 
 from emma_train.errors import RunError, UserError
-from emma_train.storage.local_cache import Cache, Source
-from emma_train.storage.object_store import Storage, StorageError
+from emma_train.storage.local_cache import LocalCache, Source
+from emma_train.storage.shard_reader import ShardReader
+from emma_train.storage.storage_error import StorageError
 
 
 def content(name: str, size: int = 1000) -> bytes:
@@ -35,7 +36,7 @@ def copies(folder: Path) -> set[str]:
 
 
 def test_a_copy_is_made_once_and_read_from_then_on(tmp_path: Path) -> None:
-    cache, made = Cache(tmp_path, 10_000), []
+    cache, made = LocalCache(tmp_path, 10_000), []
     for offset, size in ((0, 10), (990, 10), (500, 1)):
         found = cache.read("a", offset, size, source("a", fetched=lambda: made.append(1)))
         assert found == content("a")[offset : offset + size]
@@ -44,11 +45,11 @@ def test_a_copy_is_made_once_and_read_from_then_on(tmp_path: Path) -> None:
 
 
 def test_a_read_past_the_end_gives_what_there_is(tmp_path: Path) -> None:
-    assert Cache(tmp_path, 10_000).read("a", 990, 50, source("a")) == content("a")[990:]
+    assert LocalCache(tmp_path, 10_000).read("a", 990, 50, source("a")) == content("a")[990:]
 
 
 def test_the_copies_read_longest_ago_go_where_the_limit_would_be_passed(tmp_path: Path) -> None:
-    cache = Cache(tmp_path, 3000)
+    cache = LocalCache(tmp_path, 3000)
     for name in "abc":
         cache.read(name, 0, 1, source(name))
     cache.read("a", 0, 1, source("a"))  # b is now the oldest
@@ -59,7 +60,7 @@ def test_the_copies_read_longest_ago_go_where_the_limit_would_be_passed(tmp_path
 
 
 def test_a_copy_may_go_while_another_process_reads_it(tmp_path: Path) -> None:
-    cache = Cache(tmp_path, 1000)
+    cache = LocalCache(tmp_path, 1000)
     for number in range(20):
         name = f"{number % 3}"
         assert cache.read(name, 5, 10, source(name)) == content(name)[5:15]
@@ -68,14 +69,14 @@ def test_a_copy_may_go_while_another_process_reads_it(tmp_path: Path) -> None:
 
 def test_a_limit_below_one_shard_is_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data\.cache_gib=.* holds less than one shard of 0\.00 GiB; raise it"):
-        Cache(tmp_path, 999).read("a", 0, 1, source("a"))
+        LocalCache(tmp_path, 999).read("a", 0, 1, source("a"))
     assert copies(tmp_path) == set()
 
 
 def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"data\.cache_dir .*file/cache: cannot be made"):
-        Cache(tmp_path / "file" / "cache", 1000)
+        LocalCache(tmp_path / "file" / "cache", 1000)
 
 
 def test_a_disk_that_is_full_is_told_as_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,7 +85,7 @@ def test_a_disk_that_is_full_is_told_as_what_it_is(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(RunError, match=r"data\.cache_dir .*: cannot be written \(No space left on device\)"):
-        Cache(tmp_path, 10_000).read("a", 0, 1, source("a"))
+        LocalCache(tmp_path, 10_000).read("a", 0, 1, source("a"))
     assert copies(tmp_path) == set()
 
 
@@ -96,7 +97,7 @@ def test_a_fetch_that_fails_leaves_nothing_and_may_be_tried_again(tmp_path: Path
 
         return 1000, pieces()
 
-    cache = Cache(tmp_path, 10_000)
+    cache = LocalCache(tmp_path, 10_000)
     with pytest.raises(StorageError, match="gone"):
         cache.read("a", 0, 1, breaks)
     assert copies(tmp_path) == set()
@@ -108,14 +109,14 @@ def test_what_a_killed_process_left_is_neither_read_nor_kept_for_ever(tmp_path: 
     (tmp_path / "b.part").write_bytes(bytes(1000))
     old = time.time() - 3600
     os.utime(tmp_path / "b.part", (old, old))
-    cache = Cache(tmp_path, 2000)
+    cache = LocalCache(tmp_path, 2000)
     assert cache.read("a", 0, 1000, source("a")) == content("a")
     cache.read("c", 0, 1, source("c"))
     assert copies(tmp_path) == {"a", "c"}
 
 
 def _reader(folder: Path, limit: int, seed: int, log: Path) -> None:
-    cache, rng = Cache(folder, limit), random.Random(seed)
+    cache, rng = LocalCache(folder, limit), random.Random(seed)
     for _ in range(60):
         name = f"{rng.randrange(6)}"
 
@@ -147,15 +148,15 @@ def test_processes_of_a_machine_share_copies_within_the_limit(tmp_path: Path, li
 def test_a_remote_file_is_known_by_its_version(tmp_path: Path) -> None:
     """Written anew under the same name, it is another file: no copy is out of date."""
     memory, url = fsspec.filesystem("memory"), "memory://cache-test/shard.tar"
-    storage = Storage(cache=Cache(tmp_path, 10_000))
+    reader = ShardReader(cache=LocalCache(tmp_path, 10_000))
     memory.pipe_file("/cache-test/shard.tar", content("one"))
-    assert storage.read(url, 0, 1000, "1" * 64) == content("one")
+    assert reader.read_range(url, 0, 1000, "1" * 64) == content("one")
     memory.pipe_file("/cache-test/shard.tar", content("two"))
-    assert storage.read(url, 0, 1000, "1" * 64) == content("one")
-    assert storage.read(url, 0, 1000, "2" * 64) == content("two")
+    assert reader.read_range(url, 0, 1000, "1" * 64) == content("one")
+    assert reader.read_range(url, 0, 1000, "2" * 64) == content("two")
     assert copies(tmp_path) == {"1" * 16 + "-shard.tar", "2" * 16 + "-shard.tar"}
-    storage.forget(url, "1" * 64)
+    reader.forget(url, "1" * 64)
     assert copies(tmp_path) == {"2" * 16 + "-shard.tar"}
-    with pytest.raises(StorageError, match=r"shard\.tar ends within the record: 10 of 50 bytes"):
-        storage.read(url, 990, 50, "2" * 64)
-    assert storage.read(url, 0, 5) == content("two")[:5]  # without a version there is no copy
+    with pytest.raises(StorageError, match=r"shard\.tar: it ends within the record: 10 of 50 bytes"):
+        reader.read_range(url, 990, 50, "2" * 64)
+    assert reader.read_range(url, 0, 5) == content("two")[:5]  # without a version there is no copy

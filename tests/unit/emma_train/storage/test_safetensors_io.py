@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from emma_train.errors import UserError
-from emma_train.storage.safetensors_io import Spec, Tensors, write, write_sharded
+from emma_train.storage.safetensors_io import Spec, Tensors, write_safetensors, write_sharded
 
 TENSORS = {
     "odd": torch.arange(3, dtype=torch.bfloat16),
@@ -29,7 +29,7 @@ def same(read: dict[str, torch.Tensor]) -> bool:
 
 
 def test_the_library_reads_what_we_write(tmp_path: Path) -> None:
-    write(tmp_path / "ours.safetensors", SPECS, TENSORS.__getitem__)
+    write_safetensors(tmp_path / "ours.safetensors", SPECS, TENSORS.__getitem__)
     assert same(load_file(tmp_path / "ours.safetensors"))
 
 
@@ -51,7 +51,7 @@ def test_we_read_what_the_library_writes_whole_and_in_slices(tmp_path: Path, sha
 
 def test_a_crash_while_writing_leaves_the_file_that_was_there(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
-    write(path, SPECS, TENSORS.__getitem__)
+    write_safetensors(path, SPECS, TENSORS.__getitem__)
     before = path.read_bytes()
 
     def dies(name: str) -> torch.Tensor:
@@ -60,7 +60,7 @@ def test_a_crash_while_writing_leaves_the_file_that_was_there(tmp_path: Path) ->
         return TENSORS[name] * 0
 
     with pytest.raises(KeyboardInterrupt):
-        write(path, SPECS, dies)
+        write_safetensors(path, SPECS, dies)
     assert path.read_bytes() == before and same(load_file(path))
 
 
@@ -78,7 +78,7 @@ def test_files_keep_to_a_limit_and_no_tensor_is_cut(tmp_path: Path, limit: float
 def test_a_cut_file_is_named_in_one_line(tmp_path: Path, size: int) -> None:
     save_file(TENSORS, path := tmp_path / "model.safetensors")
     path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(UserError, match=f"^{path}: not a whole safetensors file .*; copy or download it again$"):
+    with pytest.raises(UserError, match=f"^{path}: not a complete safetensors file .*; copy or download it again$"):
         Tensors(tmp_path)
 
 
@@ -97,5 +97,5 @@ def test_a_folder_without_weights_and_a_broken_index_are_named(tmp_path: Path) -
         with pytest.raises(UserError, match=f"{index}: {said}"):
             Tensors(tmp_path)
     index.write_text('{"weight_map": {"a": "gone.safetensors"}}')
-    with pytest.raises(UserError, match="gone.safetensors: not a whole"):
+    with pytest.raises(UserError, match="gone.safetensors: not a complete"):
         Tensors(tmp_path)

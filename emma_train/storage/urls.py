@@ -1,0 +1,67 @@
+"""Names of files as users give them: local paths, file:// URLs, and URLs that fsspec opens (s3://, https://, ...)."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
+
+from emma_train.errors import UserError
+
+EXTRAS = {"s3": "s3", "s3a": "s3", "http": "http", "https": "http"}
+"""Scheme -> extra of emma-train that installs the package for it."""
+
+
+def is_local(url: str) -> bool:
+    """Whether a URL is a path of this machine."""
+    return "://" not in url or url.startswith("file://")
+
+
+def local_path(url: str) -> str:
+    """The path of a local URL."""
+    return url.removeprefix("file://")
+
+
+def join_url(folder: str | Path, name: str) -> str:
+    """The URL of a file in a folder. A query of the folder's URL (an access token) is kept."""
+    folder = str(folder)
+    if is_local(folder):
+        return os.path.join(local_path(folder), name)
+    return _with_path(folder, lambda path: f"{path.rstrip('/')}/{name}")
+
+
+def replace_suffix(url: str, suffix: str, other: str) -> str:
+    """The URL of the file beside it with another suffix."""
+    return _with_path(url, lambda path: path.removesuffix(suffix) + other)
+
+
+def _with_path(url: str, change: Callable[[str], str]) -> str:
+    if not url.startswith(("http://", "https://")):  # in other schemes a name may contain a question mark
+        return change(url)
+    parts = urlsplit(url)
+    return urlunsplit(parts._replace(path=change(parts.path)))
+
+
+def display_url(url: object) -> str:
+    """A URL or path as messages may show it: without user, password, query and fragment."""
+    text = str(url)
+    if is_local(text):
+        return local_path(text)
+    parts = urlsplit(text)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+
+@contextmanager
+def opening_errors(url: str) -> Iterator[None]:
+    """Turn errors of opening fsspec's file system for `url` into UserError, which says what to install."""
+    scheme = urlsplit(url).scheme
+    try:
+        yield
+    except ImportError as error:
+        hint = f"pip install 'emma-train[{EXTRAS[scheme]}]'" if scheme in EXTRAS else "install fsspec's package for it"
+        package = error.name or error
+        raise UserError(
+            f"{display_url(url)}: {scheme}:// needs a package that is not installed ({package}); {hint}"
+        ) from None
+    except (TypeError, ValueError):
+        raise UserError(f"{display_url(url)}: fsspec knows no file system {scheme}://") from None
