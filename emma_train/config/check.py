@@ -21,6 +21,9 @@ def check_recipe(recipe: Recipe, source: str) -> None:
     check_model(recipe, source)
     _check_engine(recipe.engine, source)
     _check_sequence(recipe, source)
+    for group, scale in recipe.optimizer.lr_scale.items():
+        if scale <= 0:
+            raise UserError(f"{source}: optimizer.lr_scale.{group} is {scale}; it must be more than 0")
     for phase in phases(recipe):
         _check_mix(recipe, phase, source)
     _check_keeping(recipe, source)

@@ -52,6 +52,9 @@ class RunConfig:
 class StageConfig:
     name: str = setting(MISSING)
     """One of stage0, stage1, stage2, stage3, stage4_expert, stage4_router."""
+    trainable: list[str] = setting([])
+    """Parameter groups that train: vision, stem_expert, router, und_adapter, gen_adapter, decoder, velocity_head; empty
+    trains those of the paper for this stage."""
 
 
 @dataclass
@@ -76,6 +79,8 @@ class FlowConfig:
 class OptimizerConfig:
     lr: float = setting(MISSING, more_than=0)
     """Peak learning rate."""
+    lr_scale: dict[str, float] = setting({})
+    """Factor of the learning rate by parameter group, as in {vision: 0.1}; groups that it does not name have 1."""
     betas: list[float] = setting([0.9, 0.999])
     """AdamW moment decays."""
     eps: float = setting(1e-8)
@@ -192,6 +197,8 @@ class InitConfig:
     `from` in recipes."""
     ema: bool = setting(True)
     """Start from the averaged weights if the source has them."""
+    any_stage: bool = setting(False)
+    """Start from a checkpoint of any stage, not only from the one before."""
 
 
 @dataclass

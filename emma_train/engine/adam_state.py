@@ -18,3 +18,9 @@ def adam_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str,
         state["step"] = torch.zeros((), dtype=torch.float32, device=device)
         state |= {moment: torch.zeros_like(parameter, requires_grad=False) for moment in MOMENTS}
     return state
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """The learning rate of the next step: `lr` times the `lr_scale` of each parameter group."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from emma_train.config.schema import EngineConfig
-from emma_train.engine.adam_state import MOMENTS, adam_state
+from emma_train.engine.adam_state import MOMENTS, adam_state, set_learning_rate
 from emma_train.engine.flat_shard import FlatShard
 from emma_train.engine.protocol import MakeOptimizer
 from emma_train.engine.world import World
@@ -56,7 +56,7 @@ class DeepSpeedEngine:
             _materialise_in_parts(model, settings, world.device)
         else:
             model.to_empty(device=world.device)
-        self._adam = make_optimizer(p for p in model.parameters() if p.requires_grad)
+        self._adam = make_optimizer({name: p for name, p in model.named_parameters() if p.requires_grad})
         group_of = {id(p): number for number, g in enumerate(self._adam.param_groups) for p in g["params"]}
         root = _Root(model)
         if config.zero_stage == 3:
@@ -85,8 +85,7 @@ class DeepSpeedEngine:
         self._deepspeed.backward(loss * self._world.dp_size, scale_wrt_gas=False)
 
     def step(self, lr: float) -> float:
-        for group in self._adam.param_groups:
-            group["lr"] = lr
+        set_learning_rate(self._adam, lr)
         self._deepspeed.step()
         return inf if self._zero.overflow else float(self._deepspeed.get_global_grad_norm())
 

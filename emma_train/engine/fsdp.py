@@ -18,7 +18,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 from emma_train.config.schema import EngineConfig
-from emma_train.engine.adam_state import adam_state
+from emma_train.engine.adam_state import adam_state, set_learning_rate
 from emma_train.engine.flat_shard import local
 from emma_train.engine.grad_norm import global_norm
 from emma_train.engine.protocol import MakeOptimizer
@@ -43,7 +43,7 @@ class FsdpEngine:
         meshes = {cast(DTensor, weight).device_mesh for weight in self.weights.values()}
         self.groups = [group for mesh in meshes for group in mesh.get_all_groups()]
         self._shards = {name: local(weight) for name, weight in self.weights.items() if weight.requires_grad}
-        self._adam = make_optimizer(self._shards.values())
+        self._adam = make_optimizer(self._shards)
         self._clip, self._sequence = max_grad_norm, world.sp_size
         self._every_micro_step = config.reduce_every_micro_step
         self._units = [m for m in model.modules() if isinstance(m, FSDPModule)]
@@ -65,8 +65,7 @@ class FsdpEngine:
                 self._shards[name].grad = gradient.to_local()
             if 0 < self._clip < norm:
                 torch._foreach_mul_([g.to_local() for g in gradients.values()], self._clip / (norm + 1e-6))
-            for group in self._adam.param_groups:
-                group["lr"] = lr
+            set_learning_rate(self._adam, lr)
             self._adam.step()
         self._adam.zero_grad(set_to_none=True)
         for name in gradients:

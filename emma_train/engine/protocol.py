@@ -1,14 +1,15 @@
 """What the loop asks of an engine; the only seam between training and sharding."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-MakeOptimizer = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
-"""An optimizer over plain tensors."""
+MakeOptimizer = Callable[[Mapping[str, Tensor]], torch.optim.Optimizer]
+"""An optimizer over plain tensors by parameter name; `lr_scale` of each of its groups multiplies the step's learning
+rate."""
 
 
 class Engine(Protocol):

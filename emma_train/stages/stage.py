@@ -1,12 +1,15 @@
 """The stages of the paper's Table 2: what each trains, on which tasks, and what it follows (paper §4, Table 2)."""
 
 import difflib
-from dataclasses import dataclass
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 from emma_train.config.mix import TASK_NAMES, phases
-from emma_train.config.schema import Recipe
+from emma_train.config.schema import InitConfig, Recipe
 from emma_train.errors import UserError
 
+log = logging.getLogger(__name__)
 GROUPS = {
     "und_adapter": ("und_adapter.",),
     "gen_adapter": ("gen_adapter.",),
@@ -17,6 +20,8 @@ GROUPS = {
     "decoder": ("decoder.",),
 }
 """Parameter groups by name prefix; the first that fits wins. The autoencoder belongs to none: it never trains."""
+GEN_GROUPS = ("gen_adapter", "velocity_head")
+"""Groups that only the Gen branch uses."""
 ALL_BUT_AUTOENCODER = ("vision", "und_adapter", "gen_adapter", "decoder", "velocity_head")
 
 
@@ -58,28 +63,71 @@ STAGES = {
 }
 
 
-def stage_of(recipe: Recipe, where: str = "recipe") -> Stage:
+def stage_of(recipe: Recipe, source: str = "recipe") -> Stage:
     """The stage of a recipe, its tasks and model checked. Raises UserError."""
     name = recipe.stage.name
     if name not in STAGES:
         near = difflib.get_close_matches(name, STAGES, n=1)
         advice = f"did you mean {near[0]}?" if near else f"it is one of {', '.join(STAGES)}"
-        raise UserError(f"{where}: stage.name is {name!r}; {advice}")
+        raise UserError(f"{source}: stage.name is {name!r}; {advice}")
     stage = STAGES[name]
     for phase in phases(recipe):
         for task in TASK_NAMES:
             if getattr(phase.mix, task) and task not in stage.tasks:
                 raise UserError(
-                    f"{where}: mix.{task} is {getattr(phase.mix, task)}, but {name} trains "
+                    f"{source}: mix.{task} is {getattr(phase.mix, task)}, but {name} trains "
                     f"{', '.join(stage.tasks)} only"
                 )
     vision = recipe.model.vision
     if (vision.stem_expert, vision.router) != (stage.stem_expert, stage.router):
         raise UserError(
-            f"{where}: {name} needs model.vision.stem_expert={str(stage.stem_expert).lower()} and "
+            f"{source}: {name} needs model.vision.stem_expert={str(stage.stem_expert).lower()} and "
             f"model.vision.router={str(stage.router).lower()}"
         )
-    return stage
+    _check_groups(recipe.optimizer.lr_scale, "optimizer.lr_scale", source)
+    if not recipe.stage.trainable:
+        return stage
+    _check_trainable(recipe, stage, source)
+    return replace(stage, trainable=tuple(group for group in GROUPS if group in recipe.stage.trainable))
+
+
+def departures(recipe: Recipe, stage: Stage) -> list[str]:
+    """One line for each override that departs from the paper or has no effect."""
+    lines, usual = [], STAGES[stage.name].trainable
+    if set(stage.trainable) != set(usual):
+        lines.append(
+            f"stage.trainable: {stage.name} trains {', '.join(stage.trainable)}; in the paper it trains "
+            f"{', '.join(usual)}"
+        )
+    for group, scale in recipe.optimizer.lr_scale.items():
+        if group not in stage.trainable:
+            lines.append(f"optimizer.lr_scale.{group}={scale:g} has no effect: {group} does not train in {stage.name}")
+    return lines
+
+
+def _check_trainable(recipe: Recipe, stage: Stage, source: str) -> None:
+    """Raise UserError where stage.trainable names a group that no gradient reaches in this stage."""
+    groups = recipe.stage.trainable
+    _check_groups(groups, "stage.trainable", source)
+    reasons = {
+        "stem_expert": None if stage.stem_expert else "model.vision.stem_expert is false",
+        "router": None if stage.router else "model.vision.router is false",
+    }
+    if not makes_images(recipe):
+        reasons |= dict.fromkeys(GEN_GROUPS, "its mix makes no images, so the Gen branch is skipped")
+    if stage.loss == "router":
+        reasons |= {group: "it computes the router's loss alone" for group in GROUPS if group != "router"}
+    for group in groups:
+        if reason := reasons.get(group):
+            raise UserError(f"{source}: stage.trainable names {group}, which {stage.name} cannot train: {reason}")
+
+
+def _check_groups(groups: Iterable[str], key: str, source: str) -> None:
+    for group in groups:
+        if group not in GROUPS:
+            near = difflib.get_close_matches(group, GROUPS, n=1)
+            advice = f"did you mean {near[0]}?" if near else f"they are {', '.join(GROUPS)}"
+            raise UserError(f"{source}: {key} names {group!r}, which is no parameter group; {advice}")
 
 
 def makes_images(recipe: Recipe) -> bool:
@@ -88,13 +136,21 @@ def makes_images(recipe: Recipe) -> bool:
     return any(phase.mix.t2i or phase.mix.it2i for phase in phases(recipe))
 
 
-def check_order(stage: Stage, previous: str | None, source: str | None) -> None:
-    """Raise UserError where `stage` cannot start from a checkpoint of stage `previous` (None: no checkpoint)."""
+def check_order(stage: Stage, previous: str | None, init: InitConfig) -> None:
+    """Raise UserError where `stage` cannot start from a checkpoint of stage `previous` (None: no checkpoint; "":
+    imported weights). With init.any_stage it may, and a log line says so."""
     if (previous or "") in stage.follows:
         return
-    needed = " or ".join(name for name in stage.follows if name)
+    needed = " or ".join(name for name in stage.follows if name) or "imported or random weights"
+    if init.any_stage:
+        content = (
+            "random weights" if previous is None else f"a checkpoint of {previous}" if previous else "imported weights"
+        )
+        log.info("%s starts from %s, not from %s: init.any_stage allows it", stage.name, content, needed)
+        return
     if previous is None:
         raise UserError(f"{stage.name} starts from {needed}: set init.from to its run folder (init.from=runs/NAME)")
-    allowed = needed or "imported or random weights"
-    found = f"is a checkpoint of {previous}" if previous else "holds imported weights"
-    raise UserError(f"init.from {source}: {found}, but {stage.name} starts from {allowed}")
+    content = f"is a checkpoint of {previous}" if previous else "holds imported weights"
+    raise UserError(
+        f"init.from {init.source}: {content}, but {stage.name} starts from {needed}; init.any_stage=true allows it"
+    )

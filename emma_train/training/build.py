@@ -31,7 +31,7 @@ from emma_train.model.emma import Emma
 from emma_train.model.initial import start_value
 from emma_train.stages.freeze import freeze
 from emma_train.stages.handoff import HandOff, check_settings, plan_handoff
-from emma_train.stages.stage import Stage, check_order, makes_images
+from emma_train.stages.stage import Stage, check_order, departures, makes_images
 from emma_train.storage.paths import StoragePath, parse_path
 from emma_train.training.ema import Ema
 from emma_train.training.optimizer import make_optimizer
@@ -66,7 +66,9 @@ def build(recipe: Recipe, stage: Stage, world: World, resuming: bool) -> Trainin
     source, parent = None, None
     if not resuming:
         source, parent = find_source(recipe, world)
-        check_order(stage, parent["stage"] if parent else None, recipe.init.source)
+        check_order(stage, parent["stage"] if parent else None, recipe.init)
+    for line in departures(recipe, stage):
+        log.warning(line)
     with torch.device("meta"):
         model = Emma(recipe.model, recipe.attention.backend)
     trainable = freeze(model, stage.trainable)

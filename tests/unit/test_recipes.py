@@ -7,7 +7,7 @@ import pytest
 from emma_train.commands.plan import read_index_rows
 from emma_train.config.load import is_pipeline, load_pipeline, load_recipe, load_yaml
 from emma_train.config.mix import phases, samples_per_task
-from emma_train.config.schema import Recipe
+from emma_train.config.schema import InitConfig, Recipe
 from emma_train.plan import Plan
 from emma_train.stages.stage import STAGES, check_order, stage_of
 
@@ -43,7 +43,7 @@ def test_pipeline_lists_stages_in_order(path: Path) -> None:
     previous = None
     for name in pipeline.pipeline:
         stage = stage_of(load_recipe(path.parent / name), name)
-        check_order(stage, previous, None)
+        check_order(stage, previous, InitConfig())
         previous = stage.name
 
 

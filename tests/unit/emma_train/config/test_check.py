@@ -32,6 +32,7 @@ WRONG: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"data__reference_dropout": -0.1}, ("data.reference_dropout", "-0.1")),
     ({"ema__decay": 2.0}, ("ema.decay", "2.0")),
     ({"model__vision__stem_threshold": 7.0}, ("stem_threshold",)),
+    ({"optimizer__lr_scale": {"vision": 0}}, ("optimizer.lr_scale.vision is 0", "more than 0")),
     ({"mix": {}}, ("at least one above 0",)),
     ({"mix": {"i2t": 2, "t2i": -1}}, ("shares of 0 or more",)),
     ({"data__samples_per_step": 13}, ("data.samples_per_step is 13", "i2t=1, t2i=1, it2i=1", "12 would do")),

@@ -152,7 +152,7 @@ def test_what_is_written_loads_as_the_same_recipe(tmp_path: Path) -> None:
     path.write_text(to_yaml(recipe))
     again = load_recipe(path)
     assert again == recipe and config_hash(again) == config_hash(recipe)
-    assert yaml.safe_load(path.read_text())["init"] == {"from": "runs/before", "ema": False}
+    assert yaml.safe_load(path.read_text())["init"] == {"from": "runs/before", "ema": False, "any_stage": False}
     assert "source" not in yaml.safe_load(path.read_text())["init"]
     assert from_dict(as_dict(recipe), "checkpoint") == recipe
 
@@ -275,3 +275,13 @@ def test_a_recipe_knows_what_was_set(tmp_path: Path) -> None:
     assert "set_keys" not in as_dict(recipe)
     other = load_recipe(path, ["init.from=null", "optimizer.betas=[0.9, 0.95]", "flow.logit_std=1.0"])
     assert other == recipe and config_hash(other) == config_hash(recipe)
+
+
+def test_a_mapping_of_groups_is_merged_by_group(tmp_path: Path) -> None:
+    recipe_file(tmp_path, "base.yaml", optimizer__lr_scale={"vision": 0.1, "decoder": 1})
+    path = write_recipe(tmp_path / "child.yaml", {"extends": "base.yaml", "optimizer": {"lr_scale": {"decoder": 0.5}}})
+    recipe = load_recipe(path, ["optimizer.lr_scale.router=2"])
+    assert recipe.optimizer.lr_scale == {"vision": 0.1, "decoder": 0.5, "router": 2.0}
+    assert from_dict(as_dict(recipe), "checkpoint") == recipe
+    assert "optimizer.lr_scale" in error_of(path, "optimizer.lr_scale=0.5")
+    assert "optimizer.lr_scale.vision" in error_of(path, "optimizer.lr_scale.vision=fast")

@@ -1,9 +1,12 @@
 """The stages are the paper's table (emma.md §5)."""
 
+import logging
+
 import pytest
 
+from emma_train.config.schema import InitConfig
 from emma_train.errors import UserError
-from emma_train.stages.stage import GROUPS, STAGES, check_order, stage_of
+from emma_train.stages.stage import GROUPS, STAGES, check_order, departures, stage_of
 from tests.helpers import tiny_recipe
 
 # "All but DC-AE": the autoencoder is outside the model, the STEM expert and router do not exist before Stage 4.
@@ -80,10 +83,10 @@ ALLOWED = {
 def test_a_stage_follows_the_one_before_it(name: str, previous: str | None) -> None:
     source = f"runs/{previous}" if previous else None
     if (name, previous) in ALLOWED:
-        check_order(STAGES[name], previous, source)
+        check_order(STAGES[name], previous, InitConfig(source))
         return
     with pytest.raises(UserError) as caught:
-        check_order(STAGES[name], previous, source)
+        check_order(STAGES[name], previous, InitConfig(source))
     message = str(caught.value)
     assert name in message and "\n" not in message
     assert ("set init.from" in message) if previous is None else (f"runs/{previous}" in message and previous in message)
@@ -92,7 +95,70 @@ def test_a_stage_follows_the_one_before_it(name: str, previous: str | None) -> N
 @pytest.mark.parametrize("name", STAGES)
 def test_imported_weights_are_a_start_of_the_first_two_stages(name: str) -> None:
     if (name, None) in ALLOWED:
-        check_order(STAGES[name], "", "models/initial")
+        check_order(STAGES[name], "", InitConfig("models/initial"))
         return
     with pytest.raises(UserError, match="models/initial: holds imported weights, but"):
-        check_order(STAGES[name], "", "models/initial")
+        check_order(STAGES[name], "", InitConfig("models/initial"))
+
+
+@pytest.mark.parametrize(
+    ("previous", "content"),
+    [(None, "random weights"), ("", "imported weights"), ("stage0", "a checkpoint of stage0")],
+)
+def test_any_stage_may_come_before_if_the_recipe_says_so(
+    caplog: pytest.LogCaptureFixture, previous: str | None, content: str
+) -> None:
+    init = InitConfig("runs/before")
+    with pytest.raises(UserError):
+        check_order(STAGES["stage2"], previous, init)
+    init.any_stage = True
+    with caplog.at_level(logging.INFO):
+        check_order(STAGES["stage2"], previous, init)
+        check_order(STAGES["stage2"], "stage1", init)
+    assert caplog.messages == [f"stage2 starts from {content}, not from stage1: init.any_stage allows it"]
+
+
+def test_a_recipe_may_choose_the_groups_that_train() -> None:
+    recipe = tiny_recipe(stage__trainable=["decoder", "und_adapter"])
+    stage = stage_of(recipe)
+    assert stage.trainable == ("und_adapter", "decoder") and STAGES["stage1"].trainable != stage.trainable
+    assert departures(recipe, stage) == [
+        "stage.trainable: stage1 trains und_adapter, decoder; in the paper it trains vision, und_adapter, gen_adapter, "
+        "decoder, velocity_head"
+    ]
+    assert stage_of(tiny_recipe()) is STAGES["stage1"] and departures(tiny_recipe(), STAGES["stage1"]) == []
+    same = tiny_recipe("stage0", stage__trainable=["und_adapter"])
+    assert departures(same, stage_of(same)) == []
+
+
+@pytest.mark.parametrize(
+    ("stage", "group", "words"),
+    [
+        ("stage1", "decodr", "stage.trainable names 'decodr', which is no parameter group; did you mean decoder?"),
+        ("stage1", "x", "they are und_adapter, "),
+        ("stage0", "gen_adapter", "gen_adapter, which stage0 cannot train: its mix makes no images"),
+        ("stage4_expert", "velocity_head", "velocity_head, which stage4_expert cannot train: its mix makes no images"),
+        ("stage1", "router", "router, which stage1 cannot train: model.vision.router is false"),
+        ("stage1", "stem_expert", "model.vision.stem_expert is false"),
+        ("stage4_router", "vision", "vision, which stage4_router cannot train: it computes the router's loss alone"),
+    ],
+)
+def test_a_group_that_cannot_train_is_an_error(stage: str, group: str, words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        stage_of(tiny_recipe(stage, stage__trainable=[group]), "recipe.yaml")
+    assert words in str(caught.value) and str(caught.value).startswith("recipe.yaml: ")
+
+
+def test_a_mix_without_images_leaves_the_gen_branch_out_of_what_may_be_chosen() -> None:
+    with pytest.raises(UserError, match="gen_adapter, which stage1 cannot train"):
+        stage_of(tiny_recipe(mix={"i2t": 1}, stage__trainable=["gen_adapter"]))
+    assert "gen_adapter" in stage_of(tiny_recipe(mix={"i2t": 1})).trainable
+
+
+def test_learning_rates_are_scaled_by_group() -> None:
+    with pytest.raises(UserError, match="optimizer.lr_scale names 'visoin', .* did you mean vision?"):
+        stage_of(tiny_recipe(optimizer__lr_scale={"visoin": 0.1}))
+    recipe = tiny_recipe("stage0", optimizer__lr_scale={"vision": 0.1, "und_adapter": 2})
+    assert departures(recipe, stage_of(recipe)) == [
+        "optimizer.lr_scale.vision=0.1 has no effect: vision does not train in stage0"
+    ]

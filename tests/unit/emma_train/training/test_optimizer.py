@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from emma_train.config.schema import OptimizerConfig
-from emma_train.stages.freeze import freeze
+from emma_train.engine.adam_state import set_learning_rate
+from emma_train.stages.freeze import freeze, group_of
 from emma_train.stages.stage import STAGES
 from emma_train.training.optimizer import make_optimizer
 from tests.helpers import tiny_emma, tiny_model
@@ -15,7 +16,7 @@ def test_what_learns_is_in_one_group_and_only_matrices_decay(stage) -> None:  # 
     model = tiny_emma(tiny_model(vision={"stem_expert": True, "router": True}))
     freeze(model, stage.trainable)
     optimizer = make_optimizer(
-        (p for p in model.parameters() if p.requires_grad), OptimizerConfig(lr=1e-3, weight_decay=0.1)
+        {n: p for n, p in model.named_parameters() if p.requires_grad}, OptimizerConfig(lr=1e-3, weight_decay=0.1)
     )
     listed = [id(p) for group in optimizer.param_groups for p in group["params"]]
     assert len(listed) == len(set(listed))
@@ -26,7 +27,7 @@ def test_what_learns_is_in_one_group_and_only_matrices_decay(stage) -> None:  # 
 
 
 def test_no_group_is_empty() -> None:
-    optimizer = make_optimizer(torch.nn.Linear(3, 2, bias=False).parameters(), OptimizerConfig(lr=1e-3))
+    optimizer = make_optimizer(dict(torch.nn.Linear(3, 2, bias=False).named_parameters()), OptimizerConfig(lr=1e-3))
     assert [len(group["params"]) for group in optimizer.param_groups] == [1]
 
 
@@ -38,7 +39,7 @@ def test_the_paper_has_no_decay_and_the_usual_moments() -> None:
 def test_three_steps_are_adamws() -> None:
     layer = torch.nn.Linear(3, 2)
     config = OptimizerConfig(lr=0.01, weight_decay=0.1)
-    optimizer = make_optimizer(layer.parameters(), config)
+    optimizer = make_optimizer(dict(layer.named_parameters()), config)
     want = {n: p.detach().double().clone() for n, p in layer.named_parameters()}
     m = {n: torch.zeros_like(p) for n, p in want.items()}
     v = {n: torch.zeros_like(p) for n, p in want.items()}
@@ -54,3 +55,32 @@ def test_three_steps_are_adamws() -> None:
         optimizer.step()
     for name, parameter in layer.named_parameters():
         torch.testing.assert_close(parameter.detach().double(), want[name], rtol=0, atol=1e-6)
+
+
+def test_a_scale_of_one_half_is_half_the_learning_rate() -> None:
+    lr, decay = 0.01, 0.1
+    start = dict(tiny_emma().named_parameters())
+
+    def after_steps(config: OptimizerConfig) -> dict[str, torch.Tensor]:
+        parameters = {name: p.detach().clone().requires_grad_() for name, p in start.items()}
+        optimizer, rng = make_optimizer(parameters, config), torch.Generator().manual_seed(0)
+        for step in (1, 2):
+            for parameter in parameters.values():
+                parameter.grad = torch.randn(parameter.shape, generator=rng)
+            set_learning_rate(optimizer, config.lr / step)
+            optimizer.step()
+        return {name: p.detach() for name, p in parameters.items()}
+
+    scaled = after_steps(OptimizerConfig(lr=lr, weight_decay=decay, lr_scale={"vision": 0.5, "velocity_head": 3.0}))
+    want = {scale: after_steps(OptimizerConfig(lr=scale * lr, weight_decay=decay)) for scale in (0.5, 1.0, 3.0)}
+    for name in start:
+        scale = {"vision": 0.5, "velocity_head": 3.0}.get(group_of(name), 1.0)
+        torch.testing.assert_close(scaled[name], want[scale][name], rtol=0, atol=1e-7, msg=name)
+
+
+def test_without_scales_the_groups_are_matrices_and_vectors() -> None:
+    optimizer = make_optimizer(dict(tiny_emma().named_parameters()), OptimizerConfig(lr=1e-3))
+    assert [group["lr_scale"] for group in optimizer.param_groups] == [1.0, 1.0]
+    assert [{p.ndim >= 2 for p in group["params"]} for group in optimizer.param_groups] == [{True}, {False}]
+    set_learning_rate(optimizer, 3e-4)
+    assert [group["lr"] for group in optimizer.param_groups] == [3e-4, 3e-4]
