@@ -80,9 +80,13 @@ def _print_error(command: str, error: Exception) -> None:
 
 
 def _set_up_logging() -> None:
-    rank = os.environ.get("RANK", "0")
+    """Log to stderr: time, rank, message."""
+    from emma_train.monitor.console import log_handler, stderr_console
+
+    rank, handler = os.environ.get("RANK", "0"), log_handler(stderr_console())
+    handler.setFormatter(logging.Formatter(f"%(asctime)s [{rank}] %(message)s", "%H:%M:%S"))
     level = logging.INFO if rank == "0" else logging.ERROR  # a message from every rank would be printed once a rank
-    logging.basicConfig(level=level, format=f"%(asctime)s [{rank}] %(message)s", datefmt="%H:%M:%S", force=True)
+    logging.basicConfig(level=level, handlers=[handler], force=True)
     for name in NOISY_LOGGERS:
         logging.getLogger(name).setLevel(logging.WARNING)
 

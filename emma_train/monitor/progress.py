@@ -1,4 +1,4 @@
-"""One line that says how a stage gets on: a live bar on a terminal, a plain log line now and then elsewhere."""
+"""Progress of a stage: a live bar on a terminal, a log line now and then elsewhere."""
 
 import logging
 import time
@@ -9,15 +9,17 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as RichProgress
 
+from emma_train.monitor.console import stderr_console
+
 logger = logging.getLogger(__name__)
 
 
 class Progress:
-    """The progress of one stage; rank 0 alone makes one.
+    """The progress of one stage; only rank 0 has one.
 
-    On a terminal, log through rich's `RichHandler(console=...)` with the same console, so that the two don't overwrite
-    each other. Elsewhere a line goes to the log at the first and last step, and when `every_steps` steps or
-    `every_seconds` seconds have passed since the last line, whichever is first.
+    On a terminal, a bar on the console that log lines are printed to as well (monitor/console.py). Elsewhere, a log
+    line at the first and last step, and when `every_steps` steps or `every_seconds` seconds have passed since the
+    last line, whichever is first.
     """
 
     def __init__(
@@ -35,7 +37,7 @@ class Progress:
         self._said_step: int | None = None
         self._said_time = self._start_time
         self._detail = ""
-        console = console or Console(stderr=True)
+        console = console or stderr_console()
         self._live: RichProgress | None = None
         if console.is_terminal:
             self._live = RichProgress(

@@ -6,6 +6,7 @@ import logging
 import pytest
 from rich.console import Console
 
+from emma_train.monitor.console import log_handler
 from emma_train.monitor.progress import Progress, duration, si
 
 
@@ -28,6 +29,24 @@ def test_on_a_terminal_it_draws_one_line_and_logs_nothing(caplog: pytest.LogCapt
     assert not caplog.records
     drawn = out.getvalue()
     assert "stage2" in drawn and "10/10" in drawn and "loss 0.5" in drawn and "7 samples/s" in drawn
+
+
+def test_log_lines_stand_above_the_bar_and_neither_overwrites_the_other() -> None:
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=60)
+    logger, handler = logging.getLogger("test_progress"), log_handler(console)
+    handler.setFormatter(logging.Formatter("[0] %(message)s"))
+    logger.addHandler(handler)
+    try:
+        progress = Progress("stage3", 4, console=console)
+        progress.update(3)
+        logger.warning("saved [bold]step[/bold] 3")
+        progress.close()
+    finally:
+        logger.removeHandler(handler)
+    before, after = out.getvalue().split("[0] saved [bold]step[/bold] 3", 1)
+    assert before.endswith("\r\x1b[2K"), "the bar is erased before the line is printed"
+    assert after.lstrip(" ").startswith("\n") and "3/4" in after, "the bar is drawn again below the line"
 
 
 def test_time_before_a_resume_is_not_in_the_eta(
