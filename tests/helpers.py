@@ -188,13 +188,13 @@ def i2t_sample(
 ) -> Sample:
     """A question about images, with its answer supervised."""
     names = [f"img{i}" for i in range(len(grids))]
-    segments = layout.i2t(tokenizer(), names, [("user", "What is this?"), ("assistant", answer)])
+    segments = layout.understanding(tokenizer(), names, [("user", "What is this?"), ("assistant", answer)])
     return Sample(key, "i2t", segments, _images(key, names, grids, seed, stem))
 
 
 def t2i_sample(key: str = "prompt", grid: tuple[int, int] = (2, 2), text: str = "a red fish", seed: int = 0) -> Sample:
     """A prompt and its target."""
-    segments = layout.t2i(tokenizer(), text, "target")
+    segments = layout.generation(tokenizer(), [], text, "target")
     return _seeded(Sample(key, "t2i", segments, _images(key, ["target"], [grid], seed)), seed)
 
 
@@ -202,7 +202,7 @@ def it2i_sample(
     key: str = "edit", reference: tuple[int, int] = (2, 2), grid: tuple[int, int] = (2, 2), seed: int = 0
 ) -> Sample:
     """An instruction for a reference image and its target."""
-    segments = layout.it2i(tokenizer(), ["img0"], "remove the fish", "target")
+    segments = layout.generation(tokenizer(), ["img0"], "remove the fish", "target")
     return _seeded(Sample(key, "it2i", segments, _images(key, ["img0", "target"], [reference, grid], seed)), seed)
 
 

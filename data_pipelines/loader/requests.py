@@ -14,6 +14,7 @@ from emma_train.errors import UserError
 from emma_train.sequence.geometry import image_size
 from emma_train.sequence.request import Request
 from emma_train.sequence.seeds import seed_of
+from emma_train.sequence.tasks import TASKS
 from emma_train.storage.shard_reader import ShardReader
 from emma_train.storage.storage_error import StorageError
 from emma_train.storage.urls import join_url
@@ -25,14 +26,14 @@ REQUEST_COLUMNS = ["key", "offset", "size", "target"]
 def read_requests(folder: str | Path, task: str, data: DataConfig, pixels: int, limit: int = 0) -> list[Request]:
     """Requests of one task, in an order that depends on their keys alone.
 
-    Takes every alternative of an i2t record, and the first alternative of others. `limit` reads only the first so many
-    (0: all). Raises UserError if the folder is not a shard folder or a record cannot be read.
+    Takes every alternative of a task that makes text, and the first one of a task that makes an image. `limit` reads
+    only the first so many (0: all). Raises UserError if the folder is not a shard folder or a record cannot be read.
     """
-    storage, rows = ShardReader.from_config(data), []
+    storage, key, rows = ShardReader.from_config(data), TASKS[task].record_key, []
     for shard in read_manifest(folder, storage)["shards"]:
-        table = read_columns(folder, shard["name"], task, REQUEST_COLUMNS, storage, shard["index_sha256"])
+        table = read_columns(folder, shard["name"], key, REQUEST_COLUMNS, storage, shard["index_sha256"])
         for row in table.to_pylist():
-            for alternative in range(len(row["target"]) if task == "i2t" else 1):
+            for alternative in range(1 if TASKS[task].makes_image else len(row["target"])):
                 rows.append((seed_of(0, 0, f"{row['key']}/{alternative}", "request"), alternative, row, shard))
     rows.sort(key=lambda item: item[0])
     return [
@@ -57,15 +58,15 @@ def _read_request(
             storage.read_range(join_url(folder, shard["name"]), row["offset"], row["size"], shard["sha256"])
         )
         record, files = read_record(members), images_of(members)
-        alternative = record[task][number]
-        image_config = data.und if task == "i2t" else data.gen
+        alternative = record[TASKS[task].record_key][number]
+        image_config = TASKS[task].image_config(data)
         target = _load_image(files[alternative["target"]], image_config, pixels) if "target" in alternative else None
         turns = alternative.get("turns", [])
         return Request(
             key=f"{row['key']}/{number}",
             task=task,
             text=turns[0]["text"] if turns else alternative["text"],
-            images=[_load_image(files[name], image_config, pixels) for name in alternative.get("images", [])],
+            images=[_load_image(files[name], image_config, pixels) for name in TASKS[task].shown_images(alternative)],
             size=(0, 0) if target is None else (target.shape[0], target.shape[1]),
             seed=seed_of(data.seed, 0, row["key"], "request noise"),
             truth=turns[1]["text"] if turns else None,

@@ -10,10 +10,11 @@ from data_pipelines.planner.candidates import SampleRef
 from data_pipelines.shards.images import images_of, load_image, open_image
 from data_pipelines.shards.record import lacks_text, read_record
 from emma_train.config.schema import DataConfig, ImageConfig
-from emma_train.sequence import layout
 from emma_train.sequence.geometry import image_size, to_patches
-from emma_train.sequence.pack import IGNORE_STEM, ImageTokens, Sample
+from emma_train.sequence.layout import Role, Segment
+from emma_train.sequence.pack import IGNORE_STEM, ImageTokens, Sample, image_segments
 from emma_train.sequence.seeds import seed_of, uniform_of
+from emma_train.sequence.tasks import TASKS, Task
 from emma_train.sequence.tokens import TextTokenizer
 
 FindLatent = Callable[[str, ImageConfig], np.ndarray | None]
@@ -37,21 +38,23 @@ class SampleBuilder:
 
     def sample(self, planned: SampleRef, members: Mapping[str, memoryview], find_latent: FindLatent) -> Sample:
         """The sample of a record. Raises BadSample, or whatever a stranger's data makes a library raise."""
-        record = read_record(members)
-        alternative = record[planned.task][planned.alternative]
+        record, task = read_record(members), TASKS[planned.task]
+        alternative = record[task.record_key][planned.alternative]
         if lack := lacks_text(alternative, planned.task):
             raise SampleError(lack)
         draw = (self.data.seed, planned.epoch, planned.key)
-        segments = self._segments(planned.task, alternative, draw)
+        segments = self._segments(task, alternative, draw)
+        image_config = task.image_config(self.data)
+        if planned.max_tokens:
+            image_config = replace(image_config, max_tokens=min(image_config.max_tokens, planned.max_tokens))
+        shown = {image.name for image in image_segments(segments) if image.role is not Role.TARGET}
         files, images = images_of(members), {}
-        for image in (s for s in segments if isinstance(s, layout.ImageSegment)):
-            image_config = self.data.und if image.role is layout.Role.UND else self.data.gen
-            if planned.max_tokens:
-                image_config = replace(image_config, max_tokens=min(image_config.max_tokens, planned.max_tokens))
-            latent = find_latent(image.name, image_config)
-            decode = image.role is not layout.Role.TARGET or latent is None
-            grid, patches = self._pixels(files[image.name], image_config, decode)
-            images[image.name] = ImageTokens(grid, patches, latent, _stem(record, image.role))
+        for name in dict.fromkeys(image.name for image in image_segments(segments)):
+            latent = find_latent(name, image_config)
+            # The model sees no patches of a target; the autoencoder does not need them where the latent is cached.
+            grid, patches = self._pixels(files[name], image_config, decode=name in shown or latent is None)
+            stem = int("stem" in record.get("tags", [])) if name in shown else IGNORE_STEM
+            images[name] = ImageTokens(grid, patches, latent, stem)
         return Sample(
             key=planned.key,
             task=planned.task,
@@ -61,18 +64,15 @@ class SampleBuilder:
             time_seed=seed_of(*draw, "time"),
         )
 
-    def _segments(self, task: str, alternative: dict[str, Any], draw: tuple[int, int, str]) -> list[layout.Segment]:
-        """The layout, of generation less the conditions that chance drops."""
-        images = list(alternative.get("images", []))
-        if task == "i2t":
-            turns = [(turn["role"], turn["text"]) for turn in alternative["turns"]]
-            return layout.i2t(self.tokenizer, images, turns)
-        text = alternative["text"]
-        if uniform_of(*draw, "text dropout") < self.data.text_dropout:
-            text = ""
-        if images and uniform_of(*draw, "reference dropout") < self.data.reference_dropout:
-            images = []
-        return layout.it2i(self.tokenizer, images, text, alternative["target"])
+    def _segments(self, task: Task, alternative: dict[str, Any], draw: tuple[int, int, str]) -> list[Segment]:
+        """The layout; a task that makes an image loses its text or its images by chance (condition dropout)."""
+        images = task.shown_images(alternative)
+        if task.makes_image:
+            if uniform_of(*draw, "text dropout") < self.data.text_dropout:
+                alternative = {**alternative, "text": ""}
+            if images and uniform_of(*draw, "reference dropout") < self.data.reference_dropout:
+                images = []
+        return task.layout(self.tokenizer, images, alternative)
 
     def _pixels(
         self, data: memoryview, image_config: ImageConfig, decode: bool
@@ -83,7 +83,3 @@ class SampleBuilder:
             height, width = image_size(*image.size, image_config, pixels)
             grid = (height // pixels, width // pixels)
             return grid, to_patches(load_image(image, height, width), self.patch, self.shuffle) if decode else None
-
-
-def _stem(record: dict[str, Any], role: layout.Role) -> int:
-    return IGNORE_STEM if role is layout.Role.TARGET else int("stem" in record.get("tags", []))

@@ -1,6 +1,6 @@
 """What each sample costs, as arrays over many samples, computed from the rows of shard indexes.
 
-A sample can be too long for a pack. If it is an understanding sample (i2t) at native resolution, its images are
+A sample can be too long for a pack. If it makes text and its images have native resolution, its images are
 resized to the tokens that its text leaves free. Any other is marked too long, and the planner replaces it.
 """
 
@@ -14,7 +14,9 @@ import pyarrow as pa
 from emma_train.config.schema import ImageConfig, ModelConfig
 from emma_train.flops.formulas import decoder_layer_macs, vision_layer_macs
 from emma_train.sequence.geometry import image_size
+from emma_train.sequence.layout import Role
 from emma_train.sequence.seeds import choice_of
+from emma_train.sequence.tasks import TASKS
 
 MIN_IMAGE_TOKENS = 16
 """An image is not made smaller than this many visual tokens to let its sample fit a pack."""
@@ -62,6 +64,8 @@ class CostModel:
     """Caps of a pack by name: tokens, and those that the recipe sets of pairs, patches and pixels."""
     seed: int
     """data.seed."""
+    text_tokens: int = 0
+    """Text tokens of every sample where they do not depend on the record; 0 takes those of the index."""
 
 
 def sample_costs(
@@ -74,6 +78,8 @@ def sample_costs(
     alternative = _alternatives(keys, num_texts, epoch, cost_model)
     chosen = np.cumsum(num_texts) - num_texts + alternative
     text = texts[chosen].astype(np.int64)
+    if cost_model.text_tokens:
+        text = np.full_like(text, cost_model.text_tokens)
     images = _count_visual(table, chosen, cost_model)
     max_tokens = _shrink_images(text, images, cost_model)
 
@@ -152,6 +158,9 @@ def _count_visual(table: pa.Table, chosen: np.ndarray, cost_model: CostModel) ->
     first_image = np.cumsum(images_per_row) - images_per_row
     target = _flatten_lists(table, "target")[0][chosen]
     num_target = np.where(target >= 0, _take(visual, first_image + target), 0)
+    if TASKS[cost_model.task].shows_target:
+        patch_pairs = (num_target * model.vision.shuffle**2) ** 2
+        return _VisualCounts((target >= 0).astype(np.int64), num_target, num_target, patch_pairs)
 
     # `context` is a list (alternatives) of lists (images) per row; `image` has an entry per image that is shown.
     context = _array(table, "context").flatten()
@@ -175,7 +184,7 @@ def _shrink_images(text: np.ndarray, images: _VisualCounts, cost_model: CostMode
     The changed counts are upper bounds: an image below the limit keeps its size.
     """
     limit = np.zeros(len(text), dtype=np.int64)
-    if cost_model.task != "i2t" or cost_model.image_config.mode != "native":
+    if TASKS[cost_model.task].makes_image or cost_model.image_config.mode != "native":
         return limit
     num_tokens, cap = text + images.num_visual + images.num_target, cost_model.caps["tokens"]
     for row in np.flatnonzero(num_tokens > cap).tolist():
@@ -195,8 +204,8 @@ def _attention_pairs(task: str, text: np.ndarray, num_visual: np.ndarray, num_ta
     An upper bound in whole numbers. `pack_work` in emma_train/flops/work.py counts the pairs of a pack exactly. Here,
     exact numbers would put other samples into a pack than earlier versions did, and change the digests of a run.
     """
-    if task == "i2t":
-        return (text + num_visual) ** 2 // 2
+    if TASKS[task].condition is Role.UND:
+        return (text + num_visual) ** 2 // 2 + (text + num_visual + num_target) * num_target
     return text**2 // 2 + (text + num_visual) * num_visual + (text + num_visual + num_target) * num_target
 
 

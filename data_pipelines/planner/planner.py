@@ -19,10 +19,11 @@ from data_pipelines.planner.costs import CostModel
 from data_pipelines.planner.packing import EVEN, Queue, Slots, deal, evenness, fill, look_ahead, spread, sums
 from data_pipelines.planner.shuffle import WeightedInterleave
 from data_pipelines.planner.sources import Sources
-from emma_train.config.mix import TASK_NAMES, phases, samples_per_task
+from emma_train.config.mix import TASK_NAMES, phases, samples_per_task, task_shares
 from emma_train.config.schema import MixConfig, Recipe
 from emma_train.errors import UserError
 from emma_train.sequence.seeds import seed_of
+from emma_train.sequence.tasks import TASKS, fixed_text_tokens
 from emma_train.sequence.tokens import TextTokenizer
 
 TOKEN_UNITS = 400
@@ -124,7 +125,7 @@ class Planner:
         caps = {name: getattr(self.data, f"pack_{name}") for name in ("tokens", "pairs", "patches", "pixels")}
         self.caps = {name: cap for name, cap in caps.items() if cap}
         sources = Sources(self.data, tokenizer)
-        self._phases = self._make_phases(recipe, sources)
+        self._phases = self._make_phases(recipe, sources, tokenizer)
         self.fingerprint = sources.fingerprint
         """Hash of the shards and rows that the plan can use."""
         self._lock = threading.Lock()
@@ -134,7 +135,7 @@ class Planner:
         self._depth: dict[int, int] = {}
         """By phase: the number of units that `_fill_packs` makes candidates for."""
 
-    def _make_phases(self, recipe: Recipe, sources: Sources) -> list[_Phase]:
+    def _make_phases(self, recipe: Recipe, sources: Sources, tokenizer: TextTokenizer) -> list[_Phase]:
         result: list[_Phase] = []
         start, taken = 0, dict.fromkeys(TASK_NAMES, 0)
         for number, phase in enumerate(phases(recipe)):
@@ -142,8 +143,9 @@ class Planner:
             shares = _shares(phase.mix)
             streams = {}
             for task in shares:
-                image_config = self.data.und if task == "i2t" else self.data.gen
-                cost_model = CostModel(task, image_config, self.model, self.caps, self.data.seed)
+                image_config = TASKS[task].image_config(self.data)
+                text_tokens = fixed_text_tokens(TASKS[task], tokenizer)
+                cost_model = CostModel(task, image_config, self.model, self.caps, self.data.seed, text_tokens)
                 streams[task] = sources.stream(phase, cost_model)
             result.append(_Phase(number, start, shares, counts, streams, dict(taken)))
             start += phase.steps
@@ -318,6 +320,6 @@ def _digest(candidates: list[Candidates], slots: Slots, taken: list[list[int]]) 
 
 def _shares(mix: MixConfig) -> dict[str, int]:
     """The task ratio in its lowest terms."""
-    shares = {task: getattr(mix, task) for task in TASK_NAMES if getattr(mix, task)}
+    shares = task_shares(mix)
     divisor = math.gcd(*shares.values())
     return {task: share // divisor for task, share in shares.items()}

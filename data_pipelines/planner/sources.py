@@ -12,6 +12,7 @@ from data_pipelines.planner.shuffle import Shard, ShuffledShards, WeightedInterl
 from data_pipelines.shards.index import read_columns, read_manifest
 from emma_train.config.schema import DataConfig, PhaseConfig, SourceConfig
 from emma_train.errors import UserError
+from emma_train.sequence.tasks import TASKS
 from emma_train.sequence.tokens import TextTokenizer
 from emma_train.storage.shard_reader import ShardReader
 from emma_train.storage.urls import display_url, join_url
@@ -67,7 +68,7 @@ class Sources:
         shards = []
         for index, source in enumerate(sources):
             for entry in self._manifest(source.path)["shards"]:
-                tags = entry["tags"].get(cost_model.task, {})
+                tags = entry["tags"].get(TASKS[cost_model.task].record_key, {})
                 num_rows = sum(num for names, num in tags.items() if has_wanted_tags(source, names.split("|")))
                 self._hash.update(f"{entry['sha256']} {cost_model.task} {number} {num_rows}".encode())
                 if num_rows:
@@ -97,10 +98,10 @@ def _load(
 
     Raises UserError if an index has other rows than its manifest says.
     """
-    tables = []
+    tables, key = [], TASKS[cost_model.task].record_key
     for shard in shards:
         source = sources[shard.source]
-        table = read_columns(shard.folder, shard.name, cost_model.task, PLANNED, storage, shard.index_sha256)
+        table = read_columns(shard.folder, shard.name, key, PLANNED, storage, shard.index_sha256)
         if source.require_tags or source.exclude_tags:
             table = table.filter(pa.array([has_wanted_tags(source, tags) for tags in table.column("tags").to_pylist()]))
         if len(table) != shard.num_rows:

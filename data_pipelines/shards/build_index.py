@@ -22,9 +22,9 @@ from data_pipelines.shards.images import image_name, image_parts, open_image
 from data_pipelines.shards.index import INDEX_COLUMNS, MANIFEST, SCHEMA_VERSION, index_path
 from data_pipelines.shards.record import layouts, read_record, tags_of
 from data_pipelines.shards.tar import BrokenTar, Group, Readable, groups
-from emma_train.config.mix import TASK_NAMES
 from emma_train.errors import UserError
 from emma_train.sequence import layout
+from emma_train.sequence.tasks import RECORD_KEYS
 from emma_train.sequence.tokens import TextTokenizer
 from emma_train.storage.files import replacing, write_atomic
 
@@ -66,7 +66,7 @@ def index_folder(
         more = f" (and {len(problems) - 1} more problems: {'; '.join(problems[1:5])})" if problems[1:] else ""
         raise UserError(problems[0] + more)
     entries = [shard.entry for shard in shards]
-    samples = {task: sum(entry["rows"][task] for entry in entries) for task in TASK_NAMES}
+    samples = {task: sum(entry["rows"][task] for entry in entries) for task in RECORD_KEYS}
     left_out = [entry for entry in entries if entry["left_out"]]
     if not any(samples.values()):
         first = left_out[0]["left_out_first"] if left_out else "the tars are empty"
@@ -160,9 +160,9 @@ def _valid(tar: Path, tokenizer: str) -> dict[str, Any] | None:
 
 def _write_index(tar: Path, tokenizer: TextTokenizer) -> dict[str, Any]:
     """Read a tar once and write its index; returns the shard's entry of the manifest."""
-    tables: dict[str, list[pa.Table]] = {task: [] for task in TASK_NAMES}
-    rows: dict[str, list[dict[str, Any]]] = {task: [] for task in TASK_NAMES}
-    tags: dict[str, Counter[str]] = {task: Counter() for task in TASK_NAMES}
+    tables: dict[str, list[pa.Table]] = {task: [] for task in RECORD_KEYS}
+    rows: dict[str, list[dict[str, Any]]] = {task: [] for task in RECORD_KEYS}
+    tags: dict[str, Counter[str]] = {task: Counter() for task in RECORD_KEYS}
     keys: set[str] = set()
     left_out, first = 0, ""
     try:
@@ -214,9 +214,9 @@ def _rows(group: Group, tokenizer: TextTokenizer) -> Iterator[dict[str, Any]]:
     """The rows of one record. Raises what a stranger's data may raise."""
     "/".join((group.key, *group.members)).encode()  # a name that is no UTF-8 cannot be written down
     record = read_record(group.members)
-    tasks = [task for task in TASK_NAMES if record.get(task)]
+    tasks = [task for task in RECORD_KEYS if record.get(task)]
     if not tasks:
-        raise ValueError("it has no task: no alternatives of i2t, t2i or it2i, and is no image with a caption")
+        raise ValueError(f"it has no task: no alternatives of {', '.join(RECORD_KEYS)}, and is no image with a caption")
     parts = image_parts(group.members)
     sizes = [open_image(group.members[part]).size for part in parts]
     numbers = {image_name(part): i for i, part in enumerate(parts)}

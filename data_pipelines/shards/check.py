@@ -15,6 +15,7 @@ from data_pipelines.shards.images import image_parts, open_image
 from data_pipelines.shards.index import index_name, read_manifest
 from data_pipelines.shards.record import lacks_text, read_record
 from data_pipelines.shards.tar import BrokenTar, Group, groups
+from emma_train.sequence.tasks import RECORD_KEYS
 from emma_train.storage.shard_reader import ShardReader
 from emma_train.storage.storage_error import StorageError
 from emma_train.storage.urls import display_url, join_url
@@ -75,7 +76,7 @@ def _check_group(tar: str, group: Group, place: tuple[int, int, int]) -> Iterato
             yield f"{tar}: image {group.key}.{part} cannot be read ({error})"
     try:
         record = read_record(group.members)
-        for task in ("i2t", "t2i", "it2i"):
+        for task in RECORD_KEYS:
             for alternative in record.get(task, []):
                 if lack := lacks_text(alternative, task):
                     yield f"{tar}: record {group.key} has an alternative of {task} with {lack}"

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from data_pipelines.shards.images import image_name, image_parts
-from emma_train.config.mix import TASK_NAMES
-from emma_train.sequence import layout
+from emma_train.sequence.layout import Segment
+from emma_train.sequence.tasks import RECORD_KEYS, TASKS
 from emma_train.sequence.tokens import TextTokenizer
 
 CAPTION_QUESTION = "Describe this picture."
@@ -22,7 +22,7 @@ def read_record(members: Mapping[str, bytes | memoryview]) -> dict[str, Any]:
     record = json.loads(bytes(members["json"])) if "json" in members else {}
     if not isinstance(record, dict):
         raise ValueError("its JSON is no object")
-    named = [task for task in TASK_NAMES if task in record]
+    named = [task for task in RECORD_KEYS if task in record]
     for task in named:
         if not isinstance(record[task], list) or not all(isinstance(item, dict) for item in record[task]):
             raise ValueError(f"its {task} is no list of objects")
@@ -42,22 +42,19 @@ def read_record(members: Mapping[str, bytes | memoryview]) -> dict[str, Any]:
     return pair
 
 
-def layouts(record: dict[str, Any], task: str, tokenizer: TextTokenizer) -> list[list[layout.Segment]]:
+def layouts(record: dict[str, Any], task: str, tokenizer: TextTokenizer) -> list[list[Segment]]:
     """The layout of each alternative of a record's task."""
     return [alternative_layout(alternative, task, tokenizer) for alternative in record.get(task, [])]
 
 
-def alternative_layout(alternative: dict[str, Any], task: str, tokenizer: TextTokenizer) -> list[layout.Segment]:
+def alternative_layout(alternative: dict[str, Any], task: str, tokenizer: TextTokenizer) -> list[Segment]:
     """The layout of one alternative as it stands in the record."""
-    if task == "i2t":
-        turns = [(turn["role"], turn["text"]) for turn in alternative["turns"]]
-        return layout.i2t(tokenizer, alternative.get("images", []), turns)
-    return layout.it2i(tokenizer, alternative.get("images", []), alternative["text"], alternative["target"])
+    return TASKS[task].layout(tokenizer, TASKS[task].shown_images(alternative), alternative)
 
 
 def lacks_text(alternative: dict[str, Any], task: str) -> str | None:
     """Why an alternative teaches nothing: no answer, or no instruction; None where it has them."""
-    if task == "i2t":
+    if not TASKS[task].makes_image:
         answers = [turn["text"] for turn in alternative["turns"] if turn["role"] == "assistant"]
         return None if any(answer.strip() for answer in answers) else "no answer to learn from"
     return None if alternative["text"].strip() else "no text to make an image of"

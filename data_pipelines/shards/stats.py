@@ -12,7 +12,7 @@ from rich import box
 from rich.table import Table
 
 from data_pipelines.shards.index import read_columns, read_manifest
-from emma_train.config.mix import TASK_NAMES
+from emma_train.sequence.tasks import RECORD_KEYS
 from emma_train.storage.shard_reader import ShardReader
 
 PERCENTILES = (5, 50, 95, 99, 100)
@@ -53,9 +53,9 @@ def folder_stats(folder: str | Path, storage: ShardReader | None = None) -> Fold
     """Reads manifest and indexes. Raises UserError."""
     storage, manifest = storage or ShardReader(), read_manifest(folder, storage)
     records = stem = 0
-    tasks = {task: TaskStats() for task in TASK_NAMES}
+    tasks = {task: TaskStats() for task in RECORD_KEYS}
     lengths: dict[str, list[np.ndarray]] = {
-        f"{task} {what}": [] for task in TASK_NAMES for what in ("text", "supervised")
+        f"{task} {what}": [] for task in RECORD_KEYS for what in ("text", "supervised")
     }
     sizes: dict[str, list[np.ndarray]] = {"widths": [], "heights": []}
     columns = ["key", "text_tokens", "supervised_tokens", "context", "target", "widths", "heights", "tags"]
@@ -84,7 +84,7 @@ def folder_stats(folder: str | Path, storage: ShardReader | None = None) -> Fold
 def overview(title: str, folders: dict[str, FolderStats]) -> Table:
     """A line a folder: records, and how many of them each task can use."""
     table = _table(f"{title}: records, and how many of them each task can use",
-                   "split", "shards", "kB", "records", *TASK_NAMES, "stem", "left out")  # fmt: skip
+                   "split", "shards", "kB", "records", *RECORD_KEYS, "stem", "left out")  # fmt: skip
     for name, stats in folders.items():
         shards = stats.manifest["shards"]
         size, left_out = sum(shard["bytes"] for shard in shards) // 1000, sum(shard["left_out"] for shard in shards)

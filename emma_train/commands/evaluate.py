@@ -49,10 +49,11 @@ def _scores(generator: "Generator", recipe: "Recipe", data: Path, limit: int) ->
     """The scores of all held-out splits; `limit`: images to generate for a split (0: all)."""
     from data_pipelines.loader.requests import read_requests
     from emma_train.generate.scores import score_split
+    from emma_train.sequence.tasks import RECORD_KEYS
 
     pixels, scores = recipe.model.autoencoder.pixels, []
     seen = read_requests(data / "train", "t2i", recipe.data, pixels, NUM_TRAINING_IMAGES)
     for split in SCORE_SPLITS:
-        requests = {task: read_requests(data / split, task, recipe.data, pixels) for task in ("i2t", "t2i", "it2i")}
+        requests = {task: read_requests(data / split, task, recipe.data, pixels) for task in RECORD_KEYS}
         scores += score_split(generator, split, requests, seen, recipe, limit)
     return scores

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emma_train.commands.model_arguments import add_model_arguments
+from emma_train.config.mix import TASK_NAMES
 from emma_train.errors import UserError
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
-    parser.add_argument("--task", choices=("i2t", "t2i", "it2i"), required=True)
+    parser.add_argument("--task", choices=TASK_NAMES, required=True)
     parser.add_argument("--prompt", nargs="+", required=True, help="questions, prompts or instructions")
     parser.add_argument("--image", nargs="+", default=[], help="images to ask about or to edit")
     parser.add_argument("--out", default="generated", help="folder for images (%(default)s)")
@@ -42,22 +43,25 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """Print the answers, or write the images and print their paths."""
     from emma_train.generate.load import load_generator
     from emma_train.generate.settings import changed, read_settings
+    from emma_train.sequence.tasks import TASKS
     from emma_train.storage.paths import parse_path
 
-    if arguments.task != "t2i" and not arguments.image:
-        raise UserError(f"--task {arguments.task} needs an image: --image FILE")
-    if arguments.task == "t2i" and arguments.image:
-        raise UserError("--task t2i takes no --image; --task it2i edits an image")
+    task = TASKS[arguments.task]
+    if task.condition is not None and not arguments.image:
+        raise UserError(f"--task {task.name} needs an image: --image FILE")
+    if task.condition is None and arguments.image:
+        others = " or ".join(other.name for other in TASKS.values() if other.condition is not None)
+        raise UserError(f"--task {task.name} takes no --image; use --task {others}, or leave out --image")
     generator, recipe, _ = load_generator(arguments.model, arguments.device, not arguments.no_ema)
     flow, text = read_settings(parse_path(arguments.model), recipe)
     flow = changed(flow, _given(arguments, flow), "--")
     text = changed(text, _given(arguments, text), "--")
-    image_config = recipe.data.und if arguments.task == "i2t" else recipe.data.gen
+    image_config = task.image_config(recipe.data)
     multiple = recipe.model.autoencoder.pixels
     images = [_load_image(file, image_config, multiple) for file in arguments.image]
     size = _image_size(arguments.size, images, recipe.data.gen.side, multiple)
     requests = _requests(arguments, images, size)
-    if arguments.task == "i2t":
+    if not task.makes_image:
         for answer in generator.generate_text(requests, text):
             print(answer)
     else:

@@ -37,7 +37,7 @@ class Generator:
 
     @torch.no_grad()
     def generate_text(self, requests: Sequence[Request], settings: TextSettings = TextSettings()) -> list[str]:
-        """Answers to i2t requests."""
+        """Answers to requests of a task that makes text."""
         samples = [self._sample(r, latents) for r, latents in zip(requests, self.latents_of(requests), strict=True)]
         written: list[list[int]] = [[] for _ in samples]
         finished = [False] * len(samples)
@@ -59,7 +59,7 @@ class Generator:
 
     @torch.no_grad()
     def generate_latents(self, requests: Sequence[Request], settings: FlowSettings = FlowSettings()) -> list[Tensor]:
-        """Unscaled latents [rows*columns, C] of t2i or it2i requests."""
+        """Unscaled latents [rows*columns, C] of requests of a task that makes images."""
         encoded = self.latents_of(requests)
         variants = self._variants(requests, encoded, settings)
         parts = samples = [sample for _, copies in variants for sample in copies]
@@ -93,7 +93,7 @@ class Generator:
         return list((x / self.autoencoder.scale).split(sizes))
 
     def generate_images(self, requests: Sequence[Request], settings: FlowSettings = FlowSettings()) -> list[np.ndarray]:
-        """Images, uint8 [H, W, 3], of t2i or it2i requests."""
+        """Images, uint8 [H, W, 3], of requests of a task that makes images."""
         side = self.patch * self.shuffle
         latents = self.generate_latents(requests, settings)
         return [

@@ -12,6 +12,7 @@ from PIL import Image
 from emma_train.generate.generator import Generator
 from emma_train.generate.settings import FlowSettings, TextSettings
 from emma_train.sequence.request import Request
+from emma_train.sequence.tasks import TASKS
 
 log = logging.getLogger(__name__)
 
@@ -46,19 +47,24 @@ def write_samples(
 
     attempt(lambda: folder.mkdir(parents=True, exist_ok=True))
 
-    for task in ("i2t", "t2i", "it2i"):
-        asked = [r for r in requests if r.task == task]
+    for task in TASKS.values():
+        asked = [r for r in requests if r.task == task.name]
         if not asked:
             continue
         answers: list[Any] = (
-            generator.generate_text(asked, text) if task == "i2t" else generator.generate_images(asked, flow)
+            generator.generate_images(asked, flow) if task.makes_image else generator.generate_text(asked, text)
         )
         for number, (request, answer) in enumerate(zip(asked, answers, strict=True)):
-            name = f"{task}-{number}"
-            entry: dict[str, Any] = {"task": task, "key": request.key, "prompt": request.text, "kind": request.kind}
+            name = f"{task.name}-{number}"
+            entry: dict[str, Any] = {
+                "task": task.name,
+                "key": request.key,
+                "prompt": request.text,
+                "kind": request.kind,
+            }
             if request.images:
                 entry["reference"] = keep(f"{name}.reference.png", request.images[0])
-            if task == "i2t":
+            if not task.makes_image:
                 entry |= {"answer": answer, "truth": request.truth}
             else:
                 entry["file"] = keep(f"{name}.png", answer)

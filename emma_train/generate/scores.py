@@ -19,6 +19,7 @@ from emma_train.generate.settings import FlowSettings, TextSettings
 from emma_train.objectives.flow import add_noise, velocity_loss
 from emma_train.sequence.pack import ImageTokens, pack
 from emma_train.sequence.request import Request, as_sample
+from emma_train.sequence.tasks import tasks_of_loss
 
 BATCH = 32
 BAR_SPLIT = "heldout_drawings"
@@ -43,8 +44,8 @@ def score_split(
     The bars are for unseen drawings of seen concepts; what was never named in training cannot be named.
     """
     scores = answer_scores(generator, requests["i2t"])
-    for task in ("t2i", "it2i"):
-        if requests[task]:
+    for task in tasks_of_loss("flow"):
+        if requests.get(task):
             scores.append(velocity_score(generator, requests[task], recipe.flow, task))
     lone = [r for r in requests["t2i"] if len(r.labels.get("concepts", [])) == 1]
     scores += neighbour_scores(generator, lone, [*seen, *lone], recipe.flow.shift, limit)

@@ -20,6 +20,8 @@ from emma_train.plan.cards import CARDS, GIB, usable_bytes
 from emma_train.plan.parts import parts_of, sizes_of
 from emma_train.plan.samples import ReadIndexRows, StepLoad, step_load
 from emma_train.plan.state import state_memory
+from emma_train.sequence.layout import Role
+from emma_train.sequence.tasks import TASKS
 from emma_train.stages.stage import makes_images, stage_of
 
 MFU = 0.40
@@ -170,18 +172,22 @@ class Plan:
         differ.
         """
         shuffle = self.recipe.model.vision.shuffle
-        gen = load.total(lambda s: s.seen + s.made, "t2i", "it2i")
+        understood = [name for name, task in TASKS.items() if task.condition is Role.UND]
+        others = [name for name in TASKS if name not in understood]
+        gen = load.total(lambda s: s.made, *understood) + load.total(lambda s: s.seen + s.made, *others)
         # Causal rows see half their sample; an instruction sees its reference, a target all that is before it.
-        und_pairs = load.total(lambda s: s.tokens * (s.tokens + 1) / 2, "i2t")
-        und_pairs += load.total(lambda s: s.text * (s.text + 1) / 2 + s.text * s.seen, "t2i", "it2i")
+        und_pairs = load.total(lambda s: (s.text + s.seen) * (s.text + s.seen + 1) / 2, *understood)
+        und_pairs += load.total(lambda s: s.text * (s.text + 1) / 2 + s.text * s.seen, *others)
+        gen_pairs = load.total(lambda s: s.seen**2 / max(1.0, s.images_seen), *others)
+        gen_pairs += load.total(lambda s: s.made * s.tokens)
         return Work(
             patches=load.total(lambda s: s.seen * shuffle**2),
             patch_pairs=load.total(lambda s: (s.seen * shuffle**2) ** 2 / max(1.0, s.images_seen)),
-            und_visual=load.total(lambda s: s.seen, "i2t"),
+            und_visual=load.total(lambda s: s.seen, *understood),
             gen_visual=gen,
             und_rows=load.tokens - gen,
             und_pairs=und_pairs,
-            gen_pairs=load.total(lambda s: s.seen**2 / max(1.0, s.images_seen) + s.made * s.tokens, "t2i", "it2i"),
+            gen_pairs=gen_pairs,
             logits=load.total(lambda s: s.supervised),
         )
 

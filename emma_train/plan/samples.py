@@ -4,12 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from emma_train.config.mix import samples_per_task
+from emma_train.config.mix import samples_per_task, task_shares
 from emma_train.config.schema import ImageConfig, PhaseConfig, Recipe, SourceConfig
 from emma_train.sequence.geometry import image_size
+from emma_train.sequence.tasks import TASKS, Task
 
-ASSUMED_TEXT = {"i2t": (160, 128), "t2i": (96, 0), "it2i": (64, 0)}
-"""Mean text tokens of a sample, template included, and the supervised ones among them."""
 ASSUMED_NATIVE_TOKENS = 1024
 """Mean visual tokens of an image at native resolution (photographs some 300, scanned pages some 3,600)."""
 FILLED = 0.98
@@ -59,9 +58,9 @@ class StepLoad:
 
 def step_load(recipe: Recipe, phase: PhaseConfig, read_index_rows: ReadIndexRows | None = None) -> StepLoad:
     """The load of a step of a phase; without `read_index_rows`, sizes of samples are assumed."""
-    total = phase.mix.i2t + phase.mix.t2i + phase.mix.it2i
-    shares = samples_per_task(phase.mix, total)
-    means = {task: mean_sample(recipe, phase.sources, task, read_index_rows) for task in shares}
+    shares = task_shares(phase.mix)
+    total = sum(shares.values())
+    means = {task: mean_sample(recipe, phase.sources, TASKS[task], read_index_rows) for task in shares}
     if recipe.data.samples_per_step:
         return StepLoad(phase, samples_per_task(phase.mix, recipe.data.samples_per_step), means)
     # Packs are filled. mix_by samples: a unit of the mix counts its tokens; mix_by tokens: each task has its share.
@@ -73,23 +72,23 @@ def step_load(recipe: Recipe, phase: PhaseConfig, read_index_rows: ReadIndexRows
 
 
 def mean_sample(
-    recipe: Recipe, sources: list[SourceConfig], task: str, read_index_rows: ReadIndexRows | None = None
+    recipe: Recipe, sources: list[SourceConfig], task: Task, read_index_rows: ReadIndexRows | None = None
 ) -> MeanSample:
     """Mean sample of a task: measured if all sources that have the task can be read, else assumed."""
-    image_config = recipe.data.und if task == "i2t" else recipe.data.gen
+    image_config = task.image_config(recipe.data)
     pixels = recipe.model.autoencoder.pixels
     rows = [
-        read_index_rows(source, task) if read_index_rows else None
+        read_index_rows(source, task.record_key) if read_index_rows else None
         for source in sources
-        if not source.tasks or task in source.tasks
+        if not source.tasks or task.name in source.tasks
     ]
     measured = [row for source_rows in rows for row in source_rows or ()]
     if measured and None not in rows:
-        columns = zip(*(_row_means(row, image_config, pixels) for row in measured), strict=True)
+        columns = zip(*(_row_means(row, task, image_config, pixels) for row in measured), strict=True)
         text, supervised, seen, images, made = (sum(column) / len(measured) for column in columns)
         return MeanSample(text, supervised, seen, images, made, measured=True)
-    text, supervised = ASSUMED_TEXT[task]
-    image, sees, makes = image_tokens(image_config, pixels), float(task != "t2i"), float(task != "i2t")
+    text, supervised = task.typical_text
+    image, sees, makes = image_tokens(image_config, pixels), float(task.condition is not None), float(task.makes_image)
     return MeanSample(text, supervised, sees * image, sees, makes * image, measured=False)
 
 
@@ -109,7 +108,7 @@ def tokenwise(side: float) -> tuple[int, int, int]:
     return round((side / 16) ** 2), int(min(side, 512) // 16) ** 2, int(min(side, 518) // 14) ** 2
 
 
-def _row_means(row: dict[str, Any], image_config: ImageConfig, pixels: int) -> tuple[float, ...]:
+def _row_means(row: dict[str, Any], task: Task, image_config: ImageConfig, pixels: int) -> tuple[float, ...]:
     """(text, supervised, seen, images_seen, made) of an index row, as means over its alternatives."""
 
     def tokens(number: int) -> int:
@@ -117,7 +116,8 @@ def _row_means(row: dict[str, Any], image_config: ImageConfig, pixels: int) -> t
         return height * width // pixels**2
 
     num = len(row["text_tokens"])
-    seen = sum(tokens(i) for context in row["context"] for i in context)
+    shown = [[target] for target in row["target"]] if task.shows_target else row["context"]
+    seen = sum(tokens(i) for context in shown for i in context)
     made = sum(tokens(i) for i in row["target"] if i >= 0)
-    images = sum(len(context) for context in row["context"])
+    images = sum(len(context) for context in shown)
     return tuple(x / num for x in (sum(row["text_tokens"]), sum(row["supervised_tokens"]), seen, images, made))

@@ -9,6 +9,8 @@ from emma_train.config.schema import Recipe
 from emma_train.plan.arithmetic import Plan
 from emma_train.plan.cards import CARDS, GIB, RESERVE, usable_bytes
 from emma_train.plan.samples import ReadIndexRows, tokenwise
+from emma_train.sequence.layout import Role
+from emma_train.sequence.tasks import TASKS
 
 
 def print_plan(
@@ -57,15 +59,15 @@ def _parameter_table(plan: Plan) -> Table:
 
 
 def _token_table(plan: Plan) -> Table:
-    """One row per kind of sample. "Token-wise" models have VAE tokens beside ViT tokens; for i2t, ViT tokens only."""
+    """One row per kind of sample. "Token-wise" models have VAE and ViT tokens; understanding has ViT tokens only."""
     columns = ("task, images", "text", "seen", "target", "EMMA", "token-wise at 16x", "ratio", "from")
     table = _table("Tokens of a mean sample", *columns)
     pixels = plan.recipe.model.autoencoder.pixels
     for task, mean in dict.fromkeys(pair for load in plan.loads for pair in load.means.items()):
-        image = plan.recipe.data.und if task == "i2t" else plan.recipe.data.gen
+        image = TASKS[task].image_config(plan.recipe.data)
         vae, low, high = tokenwise(pixels * math.sqrt(mean.seen / max(mean.images_seen, 1.0)))
         made, _, _ = tokenwise(pixels * math.sqrt(mean.made))
-        encoded = vae * (task == "it2i")
+        encoded = vae * (TASKS[task].condition is Role.REFERENCE)
         least, most = (mean.text + mean.images_seen * (encoded + vit) + made for vit in (low, high))
         size = "native" if image.mode == "native" else f"{image.side}²" + " buckets" * (image.mode == "buckets")
         table.add_row(

@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 
 from PIL import Image
 
+from emma_train.sequence.tasks import TASKS, Task, tasks_of_loss
+
 Item = TypeVar("Item")
 
 MAX_IMAGE_PX = 192
@@ -22,7 +24,6 @@ MARKS = {
     True: '<b class="ok" role="img" aria-label="right">✓</b>',
     False: '<b class="bad" role="img" aria-label="wrong">✗</b>',
 }
-TASK_TITLES = {"t2i": "Images from text", "it2i": "Edited images", "i2t": "Answers about images"}
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ def read_snapshots(label: str, short: str, run: Path, missing: list[str]) -> lis
 
 def samples_html(snapshots: list[SampleSnapshot]) -> str:
     """A grid of images for each task that makes images (a row per prompt, a column per step), and cards of answers."""
-    return _image_grid("t2i", snapshots) + _image_grid("it2i", snapshots) + _answers(snapshots)
+    grids = [_image_grid(task, snapshots) for task in TASKS.values() if task.makes_image]
+    return "".join(grids) + _answers(snapshots)
 
 
 def image_uri(path: Path) -> str | None:
@@ -73,15 +75,15 @@ def image_uri(path: Path) -> str | None:
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-def _image_grid(task: str, snapshots: list[SampleSnapshot]) -> str:
-    snapshots = [m for m in snapshots if any(s.get("task") == task for s in m.samples)]
+def _image_grid(task: Task, snapshots: list[SampleSnapshot]) -> str:
+    snapshots = [m for m in snapshots if any(s.get("task") == task.name for s in m.samples)]
     if not snapshots:
         return ""
     columns = _spread(snapshots, MAX_COLUMNS)
     rows: dict[tuple[str, str], dict[int, tuple[SampleSnapshot, dict[str, Any]]]] = defaultdict(dict)
     for i, snapshot in enumerate(columns):
         for sample in snapshot.samples:
-            if sample.get("task") == task:
+            if sample.get("task") == task.name:
                 rows[str(sample.get("prompt", "")), str(sample.get("file", ""))][i] = (snapshot, sample)
     # Prompts with most images first: they show how the model changes.
     shown = sorted(rows.items(), key=lambda item: -len(item[1]))[:MAX_ROWS]
@@ -112,8 +114,8 @@ def _image_grid(task: str, snapshots: list[SampleSnapshot]) -> str:
         body.append(f"<tr>{line}</tr>")
     more = f'<p class="note">{len(shown)} of {len(rows)} prompts are shown.</p>' if len(rows) > len(shown) else ""
     return (
-        f'<div class="card image-grid" tabindex="0" role="region" aria-label="{escape(TASK_TITLES[task])}">'
-        f"<h3>{escape(TASK_TITLES[task])}</h3><table><thead><tr>{stages}</tr><tr>{steps}</tr></thead>"
+        f'<div class="card image-grid" tabindex="0" role="region" aria-label="{escape(task.heading)}">'
+        f"<h3>{escape(task.heading)}</h3><table><thead><tr>{stages}</tr><tr>{steps}</tr></thead>"
         f"<tbody>{''.join(body)}</tbody></table>{more}</div>"
     )
 
@@ -122,7 +124,7 @@ def _answers(snapshots: list[SampleSnapshot]) -> str:
     cards: dict[tuple[str, str], list[tuple[SampleSnapshot, dict[str, Any]]]] = defaultdict(list)
     for snapshot in snapshots:
         for sample in snapshot.samples:
-            if sample.get("task") == "i2t":
+            if sample.get("task") in tasks_of_loss("text"):
                 cards[str(sample.get("prompt", "")), str(sample.get("reference", ""))].append((snapshot, sample))
     if not cards:
         return ""

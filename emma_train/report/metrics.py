@@ -7,13 +7,7 @@ import numpy as np
 
 from emma_train.report.charts import Axis, Band, Chart, Series, line_chart, smoothed, time_bar
 from emma_train.report.stage_run import StageRun
-
-TASK_LINES = (
-    ("i2t", "understanding (i2t)", "c-blue"),
-    ("t2i", "generation (t2i)", "c-red"),
-    ("it2i", "editing (it2i)", "c-green"),
-)
-"""Task, name of its line and colour."""
+from emma_train.sequence.tasks import TASKS, tasks_of_loss
 
 
 def run_axis(stages: list[StageRun]) -> Axis:
@@ -65,9 +59,10 @@ def loss_warning(stages: list[StageRun]) -> str:
 def loss_charts(axis: Axis, stages: list[StageRun]) -> list[Chart]:
     """Charts of the total loss and of the loss of each task."""
     total = [Series("loss", "c-ink", _across(stages, "loss"))]
-    tasks = [Series(title, color, _across(stages, f"loss/{task}")) for task, title, color in TASK_LINES]
+    tasks = [Series(task.title, task.color, _across(stages, f"loss/{task.name}")) for task in TASKS.values()]
     note = "The weighted sum that is optimised. Its parts change from stage to stage."
-    by_task = "Cross-entropy of the answer's tokens (i2t); error of the velocity (t2i, it2i)."
+    text, flow = (", ".join(tasks_of_loss(loss)) for loss in ("text", "flow"))
+    by_task = f"Cross-entropy of the answer's tokens ({text}); error of the velocity ({flow})."
     charts = [
         line_chart(axis, "loss", "Total loss", note, total, smooth=True, log_switch=True, tall=True),
         line_chart(axis, "tasks", "Loss by task", by_task, tasks, smooth=True, log_switch=True, tall=True),

@@ -43,8 +43,8 @@ class ImageSegment:
 Segment = TextSegment | ImageSegment
 
 
-def i2t(tokenizer: TextTokenizer, images: Sequence[str], turns: Sequence[tuple[str, str]]) -> list[Segment]:
-    """Understanding. `turns` are (role, text), user first; the images open the first turn."""
+def understanding(tokenizer: TextTokenizer, images: Sequence[str], turns: Sequence[tuple[str, str]]) -> list[Segment]:
+    """I2T. `turns` are (role, text), user first; the images open the first turn."""
     segments: list[Segment] = []
     for index, (role, text) in enumerate(turns):
         _text(segments, tokenizer.encode(f"<|im_start|>{role}\n"))
@@ -60,25 +60,18 @@ def i2t(tokenizer: TextTokenizer, images: Sequence[str], turns: Sequence[tuple[s
     return segments
 
 
-def ask(tokenizer: TextTokenizer, images: Sequence[str], turns: Sequence[tuple[str, str]]) -> list[Segment]:
-    """Understanding with the last answer still to be written."""
-    segments = i2t(tokenizer, images, turns)
-    _text(segments, tokenizer.encode("<|im_start|>assistant\n"))
-    return segments
+def answer_opening(tokenizer: TextTokenizer) -> list[Segment]:
+    """What follows the question where the answer is still to be written."""
+    return [TextSegment(tuple(tokenizer.encode("<|im_start|>assistant\n")))]
 
 
-def t2i(tokenizer: TextTokenizer, prompt: str, target: str) -> list[Segment]:
-    """Generation; an empty prompt is the unconditional one."""
-    return it2i(tokenizer, [], prompt, target)
-
-
-def it2i(tokenizer: TextTokenizer, references: Sequence[str], instruction: str, target: str) -> list[Segment]:
-    """Editing; without references it is generation."""
+def generation(tokenizer: TextTokenizer, references: Sequence[str], text: str, target: str) -> list[Segment]:
+    """T2I without references, IT2I with them; an empty text is the unconditional prompt."""
     segments: list[Segment] = []
     _text(segments, tokenizer.encode("<|im_start|>user\n"))
     for name in references:
         _image(segments, tokenizer, name, Role.REFERENCE)
-    _text(segments, [*tokenizer.encode_user(instruction), tokenizer.im_end])
+    _text(segments, [*tokenizer.encode_user(text), tokenizer.im_end])
     _text(segments, tokenizer.encode("\n<|im_start|>assistant\n<|vision_start|>"))
     segments.append(ImageSegment(target, Role.TARGET))
     return segments

@@ -92,7 +92,7 @@ class PackedBatch:
     target_of_token: torch.Tensor
     """int64 [counts[3]]: index of the target image of each target token."""
     target_tasks: list[str]
-    """Task (t2i or it2i) of each target."""
+    """Task of each target."""
     stem: torch.Tensor
     """int64 [understanding images]: 1 STEM, 0 general, -1 unknown."""
     num_dropped: int = 0
@@ -106,6 +106,15 @@ class PackedBatch:
     @property
     def num_tokens(self) -> int:
         return sum(self.counts)
+
+    @property
+    def num_supervised(self) -> dict[str, int]:
+        """Supervised text tokens by task; of a batch on the host."""
+        numbers: dict[str, int] = {}
+        owners = torch.bincount(self.sample[self.predictors], minlength=len(self.tasks)).tolist()
+        for task, number in zip(self.tasks, owners, strict=True):
+            numbers[task] = numbers.get(task, 0) + number
+        return numbers
 
     @property
     def num_target_tokens(self) -> dict[str, int]:
@@ -207,6 +216,6 @@ def _join(parts: list[np.ndarray]) -> np.ndarray:
     return np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, np.int64)
 
 
-def images_of(segments: Sequence[Segment]) -> list[ImageSegment]:
+def image_segments(segments: Sequence[Segment]) -> list[ImageSegment]:
     """The images of a layout, in order."""
     return [s for s in segments if isinstance(s, ImageSegment)]

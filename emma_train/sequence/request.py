@@ -5,15 +5,16 @@ from typing import Any
 
 import numpy as np
 
-from emma_train.sequence import layout
 from emma_train.sequence.geometry import to_patches
+from emma_train.sequence.layout import answer_opening
 from emma_train.sequence.pack import ImageTokens, Sample
+from emma_train.sequence.tasks import TASKS
 from emma_train.sequence.tokens import TextTokenizer
 
 
 @dataclass
 class Request:
-    """A question about images (i2t), a prompt (t2i), or an instruction for reference images (it2i)."""
+    """What a model is asked for: a question, a prompt or an instruction, and the images that it shows."""
 
     key: str
     task: str
@@ -50,11 +51,12 @@ def as_sample(
         name: ImageTokens((p.shape[0] // side, p.shape[1] // side), to_patches(p, patch, shuffle), latent)
         for name, p, latent in zip(names, request.images, latents, strict=False)
     }
-    text = request.text if with_text else ""
-    if request.task == "i2t":
-        segments = layout.ask(tokenizer, names, [("user", text)])
+    text, task = request.text if with_text else "", TASKS[request.task]
+    alternative = {"turns": [{"role": "user", "text": text}], "text": text, "target": "target"}
+    segments = task.layout(tokenizer, names, alternative)
+    if not task.makes_image:
+        segments += answer_opening(tokenizer)
     else:
-        segments = layout.it2i(tokenizer, names, text, "target")
         grid = (request.size[0] // side, request.size[1] // side)
         channels = latents[0].shape[1] if latents else 0
         images["target"] = ImageTokens(grid, None, np.zeros((grid[0] * grid[1], channels), np.float32))

@@ -5,9 +5,10 @@ import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from emma_train.config.mix import TASK_NAMES, phases
-from emma_train.config.schema import InitConfig, Recipe
+from emma_train.config.mix import phases, task_shares
+from emma_train.config.schema import Recipe
 from emma_train.errors import UserError
+from emma_train.sequence.tasks import TASKS
 
 log = logging.getLogger(__name__)
 GROUPS = {
@@ -45,9 +46,9 @@ STAGES = {
     stage.name: stage
     for stage in (
         Stage("stage0", "alignment", ("und_adapter",), ("i2t",), ("",)),
-        Stage("stage1", "pre-training", ALL_BUT_AUTOENCODER, TASK_NAMES, ("stage0", "")),
-        Stage("stage2", "supervised fine-tuning", ALL_BUT_AUTOENCODER, TASK_NAMES, ("stage1",)),
-        Stage("stage3", "quality tuning", ALL_BUT_AUTOENCODER, TASK_NAMES, ("stage2",)),
+        Stage("stage1", "pre-training", ALL_BUT_AUTOENCODER, tuple(TASKS), ("stage0", "")),
+        Stage("stage2", "supervised fine-tuning", ALL_BUT_AUTOENCODER, tuple(TASKS), ("stage1",)),
+        Stage("stage3", "quality tuning", ALL_BUT_AUTOENCODER, tuple(TASKS), ("stage2",)),
         Stage("stage4_expert", "STEM expert tuning", ("stem_expert",), ("i2t",), ("stage3",), stem_expert=True),
         Stage(
             "stage4_router",
@@ -72,12 +73,9 @@ def stage_of(recipe: Recipe, source: str = "recipe") -> Stage:
         raise UserError(f"{source}: stage.name is {name!r}; {advice}")
     stage = STAGES[name]
     for phase in phases(recipe):
-        for task in TASK_NAMES:
-            if getattr(phase.mix, task) and task not in stage.tasks:
-                raise UserError(
-                    f"{source}: mix.{task} is {getattr(phase.mix, task)}, but {name} trains "
-                    f"{', '.join(stage.tasks)} only"
-                )
+        for task, share in task_shares(phase.mix).items():
+            if task not in stage.tasks:
+                raise UserError(f"{source}: mix.{task} is {share}, but {name} trains {', '.join(stage.tasks)} only")
     vision = recipe.model.vision
     if (vision.stem_expert, vision.router) != (stage.stem_expert, stage.router):
         raise UserError(
@@ -133,7 +131,7 @@ def _check_groups(groups: Iterable[str], key: str, source: str) -> None:
 def makes_images(recipe: Recipe) -> bool:
     """Whether any pack of the stage may hold a token of the Gen branch: decided by stage, never by pack (contract
     3)."""
-    return any(phase.mix.t2i or phase.mix.it2i for phase in phases(recipe))
+    return any(TASKS[task].makes_image for phase in phases(recipe) for task in task_shares(phase.mix))
 
 
 def check_order(stage: Stage, previous: str | None, init: InitConfig) -> None:

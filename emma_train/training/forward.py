@@ -16,6 +16,7 @@ from emma_train.objectives.next_token import next_token_loss
 from emma_train.sequence.geometry import from_patches
 from emma_train.sequence.layout import Role
 from emma_train.sequence.pack import PackedBatch
+from emma_train.sequence.tasks import TASKS
 from emma_train.stages.stage import Stage
 
 
@@ -34,18 +35,24 @@ def micro_loss(
         known = batch.stem >= 0
         losses = next_token_loss(logits[known], batch.stem[known])
         nothing = losses.new_zeros(0)
-        return accumulator.add(losses, nothing, nothing.bool())
+        # Router tuning has one task; which sample an image is of does not matter.
+        return accumulator.add(losses, torch.zeros_like(batch.stem[known]), nothing, nothing.long())
     step = add_noise(batch, clean_latents(batch, autoencoder), flow)
     experts = None
     if stage.stem_expert:
         experts = training_experts(batch)
         record_metric("vision/stem_share", batch.stem == STEM, "mean")
     prediction = model(batch, step.latents, step.time, experts, losses=True)
-    edits = torch.tensor([task == "it2i" for task in batch.target_tasks], dtype=torch.bool, device=step.time.device)
+    task_index = {task: index for index, task in enumerate(TASKS)}
+    sample_task, target_task = (
+        torch.tensor([task_index[task] for task in tasks], dtype=torch.int64, device=step.time.device)
+        for tasks in (batch.tasks, batch.target_tasks)
+    )
     return accumulator.add(
         prediction.text_losses,
+        sample_task[batch.sample[batch.predictors]],
         velocity_loss(prediction.velocity, step.velocity),
-        edits[batch.target_of_token],
+        target_task[batch.target_of_token],
     )
 
 

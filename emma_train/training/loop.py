@@ -23,8 +23,9 @@ from emma_train.engine.timeouts import Timeouts
 from emma_train.engine.world import World
 from emma_train.metrics import record_metric, recording
 from emma_train.model.autoencoder import Autoencoder
-from emma_train.objectives.loss import TERMS, Counts, LossAccumulator
+from emma_train.objectives.loss import Counts, LossAccumulator
 from emma_train.sequence.step_batches import StepBatches
+from emma_train.sequence.tasks import TASKS
 from emma_train.stages.freeze import fingerprints
 from emma_train.stages.stage import Stage
 from emma_train.storage.paths import StoragePath
@@ -180,7 +181,7 @@ class Trainer:
         self.train_state.add(totals)
         self._unreadable.check(data, totals, self.train_state.unreadable_samples)
         with recording(log_now) as recorded:
-            self._accumulate(data, Counts(**totals.loss_tokens))
+            self._accumulate(data, Counts(totals.loss_tokens))
             lr = self._learning_rate(data.step)
             self.saver.wait_for_staging()
             grad_norm = self.engine.step(lr)
@@ -207,7 +208,7 @@ class Trainer:
             batch = host_batch.to(self.world.device)
             loss = micro_loss(self.engine.model, self.autoencoder, batch, self.recipe.flow, self.stage, accumulator)
             self.engine.accumulate(loss, last=index == len(data.packs) - 1)
-        for task, loss_sum in zip(TERMS, accumulator.sums, strict=True):
+        for task, loss_sum in zip(TASKS, accumulator.sums, strict=True):
             record_metric(f"{LOSS_SUM}{task}", loss_sum, "sum")
 
     def _learning_rate(self, step: int) -> float:

@@ -10,8 +10,9 @@ from emma_train.engine.world import World
 from emma_train.flops.work import step_mfu
 from emma_train.metrics import Recorded
 from emma_train.monitor.usage import memory_gib
-from emma_train.objectives.loss import TERMS, Counts, losses
+from emma_train.objectives.loss import Counts, losses
 from emma_train.sequence.step_batches import StepBatches
+from emma_train.sequence.tasks import TASKS
 from emma_train.stages.stage import Stage
 from emma_train.training.health import SpikeWatch
 from emma_train.training.metric_reduction import reduce_metrics
@@ -54,8 +55,8 @@ class StepMetrics:
         """
         reduced = reduce_metrics(recorded, self._world)
         step_s = time.perf_counter() - started + data.wait_s
-        loss_sums = [reduced.pop(f"{LOSS_SUM}{task}") for task in TERMS]
-        loss_values = losses(loss_sums, Counts(**totals.loss_tokens), self._recipe.loss)
+        loss_sums = [reduced.pop(f"{LOSS_SUM}{task}") for task in TASKS]
+        loss_values = losses(loss_sums, Counts(totals.loss_tokens), self._recipe.loss)
         if spike := self._spikes.note(loss_values["loss"]):
             log.warning("step %d: %s", data.step, spike)
         values: dict[str, Any] = {

@@ -74,7 +74,7 @@ def local_totals(data: StepBatches, loss: str, stop_requested: bool, save_status
     """Counts of this rank; `loss` is the stage's (tokens or router), `save_status` is Saver.local_status()."""
     save_ended, save_failed = save_status
     return StepTotals(
-        loss_tokens=asdict(count(data.packs, loss)),
+        loss_tokens=dict(count(data.packs, loss).by_task),
         samples={task: sum(batch.tasks.count(task) for batch in data.packs) for task in TASK_NAMES},
         tokens=sum(batch.num_tokens for batch in data.packs),
         unreadable=len(data.unreadable),

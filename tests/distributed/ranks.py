@@ -40,6 +40,7 @@ from emma_train.objectives.loss import Counts, LossAccumulator, count, losses
 from emma_train.sequence.layout import TextSegment
 from emma_train.sequence.pack import PackedBatch, Sample, pack
 from emma_train.sequence.step_batches import StepBatches
+from emma_train.sequence.tasks import TASKS
 from emma_train.sequence.tokens import TextTokenizer
 from emma_train.stages.freeze import group_of
 from emma_train.stages.stage import stage_of
@@ -164,7 +165,8 @@ def step_of(
     """One step as the loop does it; with lr 0 the weights stay. `factor` multiplies this rank's loss."""
     stage, engine = stage_of(recipe), built.engine
     num_local = count(packs, stage.loss)
-    counts = Counts(*(int(n) for n in world.sum([num_local.i2t, num_local.t2i, num_local.it2i])))
+    totals = world.sum(list(num_local.by_task.values()))
+    counts = Counts({task: int(n) for task, n in zip(TASKS, totals, strict=True)})
     accumulator = LossAccumulator(recipe.loss, counts, world.device)
     for index, batch in enumerate(packs):
         loss = micro_loss(

@@ -244,7 +244,8 @@ def test_what_was_imported_comes_back_as_it_was(tmp_path: Path) -> None:
 def test_the_tokenizer_and_its_chat_template_are_those_of_training(run: Path, tmp_path: Path) -> None:
     theirs, ours = AutoTokenizer.from_pretrained(exported_to(tmp_path / "qwen3", run, "--as", "qwen3")), tokenizer()
     turns = [("user", "What is this?"), ("assistant", "a red fish"), ("user", "Is it  large?\n")]
-    laid_out = [i for s in layout.ask(ours, [], turns) if isinstance(s, TextSegment) for i in s.ids]
+    segments = layout.understanding(ours, [], turns) + layout.answer_opening(ours)
+    laid_out = [i for s in segments if isinstance(s, TextSegment) for i in s.ids]
     messages = [{"role": role, "content": text} for role, text in turns]
     asked = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     assert theirs.encode(asked, add_special_tokens=False) == laid_out

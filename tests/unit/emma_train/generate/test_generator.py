@@ -196,7 +196,7 @@ def test_heun_is_of_second_order_and_ends_with_euler() -> None:
 
 def conditions(batch: PackedBatch) -> Tensor:
     """(has text, has reference) of every target token: float32 [targets, 2]."""
-    empty = len([i for s in layout.t2i(tokenizer(), "", "t") if isinstance(s, TextSegment) for i in s.ids])
+    empty = len([i for s in layout.generation(tokenizer(), [], "", "t") if isinstance(s, TextSegment) for i in s.ids])
     text = torch.bincount(batch.sample[: batch.counts[0]], minlength=len(batch.keys))
     start = batch.counts[0] + batch.counts[1]
     reference = torch.bincount(batch.sample[start : start + batch.counts[2]], minlength=len(batch.keys)) > 0

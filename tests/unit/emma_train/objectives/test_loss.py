@@ -8,9 +8,10 @@ from torch import nn
 
 from emma_train.config.schema import FlowConfig, LossConfig
 from emma_train.model.emma import Emma
-from emma_train.objectives.loss import Counts, LossAccumulator, count, losses
+from emma_train.objectives.loss import FLOW_TASKS, TEXT_TASKS, Counts, LossAccumulator, count, losses
 from emma_train.objectives.next_token import next_token_loss
 from emma_train.sequence.pack import Sample, pack
+from emma_train.sequence.tasks import TASKS
 from emma_train.stages.stage import STAGES
 from emma_train.training.forward import micro_loss
 from tests.helpers import FakeAutoencoder, i2t_sample, it2i_sample, t2i_sample, tiny_emma, tiny_model
@@ -63,7 +64,7 @@ def test_any_cut_of_the_step_has_one_gradient_and_one_loss(sizes: list[int]) -> 
 def test_the_mean_of_means_would_be_another_gradient() -> None:
     # The claim has content: these micro-batches hold unequal numbers of tokens.
     counts = [count([pack(samples)], "tokens") for samples in cut([2, 2, 2, 2])]
-    assert len({c.i2t for c in counts}) > 2 and len({c.flow for c in counts}) > 2
+    assert all(len({c.of(tasks) for c in counts}) > 2 for tasks in (TEXT_TASKS, FLOW_TASKS))
 
 
 def test_ranks_that_share_the_micro_batches_sum_to_the_step() -> None:
@@ -71,7 +72,7 @@ def test_ranks_that_share_the_micro_batches_sum_to_the_step() -> None:
     model, halves = tiny_emma(), cut([4, 4])
     _, want = step(model, [SAMPLES])
     counts = [count([pack(half)], "tokens") for half in halves]
-    total = Counts(*(getattr(counts[0], t) + getattr(counts[1], t) for t in ("i2t", "t2i", "it2i")))
+    total = Counts({task: counts[0].of([task]) + counts[1].of([task]) for task in TASKS})
     model.zero_grad()
     for half in halves:
         accumulator = LossAccumulator(LossConfig(), total, torch.device("cpu"))
@@ -82,28 +83,39 @@ def test_ranks_that_share_the_micro_batches_sum_to_the_step() -> None:
 
 def test_counts_are_those_of_the_tokens() -> None:
     counts = count([pack(samples) for samples in cut([3, 5])], "tokens")
-    assert (counts.t2i, counts.it2i, counts.flow) == (9 + 2, 2 + 6, 19)
-    assert counts.i2t == sum(len(pack([s]).labels) for s in SAMPLES)
+    assert (counts.of(["t2i"]), counts.of(["it2i"]), counts.of(FLOW_TASKS)) == (9 + 2, 2 + 6, 19)
+    assert counts.of(TEXT_TASKS) == sum(len(pack([s]).labels) for s in SAMPLES)
     images = [i2t_sample("x", [(1, 1), (1, 1)], stem=1), i2t_sample("y"), i2t_sample("z", stem=0)]
-    assert count([pack(images)], "router") == Counts(i2t=3)
+    assert count([pack(images)], "router").of(TEXT_TASKS) == 3
+
+
+def logged(sums: list[float], counts: list[int], config: LossConfig) -> dict[str, float]:
+    """`losses` of i2t, t2i and it2i; other tasks have nothing."""
+    rest = [0.0] * (len(TASKS) - 3)
+    return losses([*sums, *rest], Counts(dict(zip(TASKS, counts, strict=False))), config)
 
 
 def test_losses_are_weighted_means_over_the_step() -> None:
     config = LossConfig(ce_weight=0.25, fm_weight=2.0)
-    values = losses([8.0, 6.0, 10.0], Counts(4, 3, 2), config)
+    values = logged([8.0, 6.0, 10.0], [4, 3, 2], config)
     assert values == {"loss": 0.25 * 2.0 + 2.0 * 16 / 5, "loss/i2t": 2.0, "loss/t2i": 2.0, "loss/it2i": 5.0}
-    assert losses([8.0, 0.0, 0.0], Counts(4, 0, 0), config) == {"loss": 0.5, "loss/i2t": 2.0}
-    assert losses([0.0, 6.0, 0.0], Counts(0, 3, 0), config) == {"loss": 4.0, "loss/t2i": 2.0}
-    assert losses([0.0, 0.0, 0.0], Counts(), config) == {"loss": 0.0}
+    assert logged([8.0, 0.0, 0.0], [4, 0, 0], config) == {"loss": 0.5, "loss/i2t": 2.0}
+    assert logged([0.0, 6.0, 0.0], [0, 3, 0], config) == {"loss": 4.0, "loss/t2i": 2.0}
+    assert logged([0.0, 0.0, 0.0], [0, 0, 0], config) == {"loss": 0.0}
     assert (LossConfig().ce_weight, LossConfig().fm_weight) == (0.25, 1.0)
 
 
 def test_the_scalars_of_a_step_sum_to_its_logged_loss() -> None:
-    counts, config = Counts(3, 2, 4), LossConfig(0.5, 3.0)
+    counts, config = Counts({"i2t": 3, "t2i": 2, "it2i": 4}), LossConfig(0.5, 3.0)
     accumulator = LossAccumulator(config, counts, torch.device("cpu"))
     i2t, flow = torch.rand(3), torch.rand(6)
     edit = torch.tensor([True, False, True, True, False, True])
-    parts = [accumulator.add(i2t[:1], flow[:4], edit[:4]), accumulator.add(i2t[1:], flow[4:], edit[4:])]
+    names = list(TASKS)
+    text_task, flow_task = torch.zeros(3), torch.where(edit, names.index("it2i"), names.index("t2i"))
+    parts = [
+        accumulator.add(i2t[rows], text_task[rows], flow[images], flow_task[images])
+        for rows, images in ((slice(1), slice(4)), (slice(1, None), slice(4, None)))
+    ]
     values = losses(accumulator.sums.tolist(), counts, config)
     assert float(sum(parts)) == pytest.approx(values["loss"], rel=1e-6)
     assert values["loss/it2i"] == pytest.approx(float(flow[edit].mean()), rel=1e-6)
@@ -114,7 +126,7 @@ def test_a_loss_without_tokens_is_an_exact_zero_that_stays_in_the_graph() -> Non
     head = nn.Linear(4, 2)
     accumulator = LossAccumulator(LossConfig(), Counts(), torch.device("cpu"))
     empty = head(torch.zeros(0, 4)).sum(-1)
-    loss = accumulator.add(empty, empty, torch.zeros(0, dtype=torch.bool))
+    loss = accumulator.add(empty, torch.zeros(0), empty, torch.zeros(0))
     loss.backward()
     assert loss.item() == 0 and head.weight.grad is not None and not head.weight.grad.any()
 

@@ -32,9 +32,14 @@ def ids(segments: list[Segment]) -> list[int]:
     return [token for s in segments if isinstance(s, TextSegment) for token in s.ids]
 
 
-def template(qwen: Any, turns: list[tuple[str, str]], ask: bool) -> str:
+def template(qwen: Any, turns: list[tuple[str, str]], with_opening: bool) -> str:
     messages = [{"role": role, "content": text} for role, text in turns]
-    return str(qwen.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask))
+    return str(qwen.apply_chat_template(messages, tokenize=False, add_generation_prompt=with_opening))
+
+
+def ask(tokenizer: TextTokenizer, images: list[str], turns: list[tuple[str, str]]) -> list[Segment]:
+    """A question with its answer still to be written."""
+    return layout.understanding(tokenizer, images, turns) + layout.answer_opening(tokenizer)
 
 
 def shown(segments: list[Segment]) -> str:
@@ -51,8 +56,8 @@ def shown(segments: list[Segment]) -> str:
 def test_a_question_is_token_for_token_qwens_template(qwen: Any) -> None:
     ours = TextTokenizer(QWEN)
     turns = [(role, text.replace("<|im_end|>", "")) for role, text in TURNS]
-    text = template(qwen, turns, ask=True)
-    assert ids(layout.ask(ours, [], turns)) == qwen(text, add_special_tokens=False)["input_ids"]
+    text = template(qwen, turns, with_opening=True)
+    assert ids(ask(ours, [], turns)) == qwen(text, add_special_tokens=False)["input_ids"]
 
 
 def test_an_answer_is_qwens_template_without_its_empty_thought(qwen: Any) -> None:
@@ -60,36 +65,35 @@ def test_an_answer_is_qwens_template_without_its_empty_thought(qwen: Any) -> Non
     # newline. EMMA's answers have neither; all else must agree. Earlier answers have no block in Qwen3 either.
     ours = TextTokenizer(QWEN)
     turns = [(role, text.replace("<|im_end|>", "")) for role, text in TURNS[:4]]
-    text = template(qwen, turns, ask=False)
+    text = template(qwen, turns, with_opening=False)
     assert text.count("<think>\n\n</think>\n\n") == 1
     expected = text.replace("<think>\n\n</think>\n\n", "").removesuffix("\n")
-    assert ids(layout.i2t(ours, [], turns)) == qwen(expected, add_special_tokens=False)["input_ids"]
+    assert ids(layout.understanding(ours, [], turns)) == qwen(expected, add_special_tokens=False)["input_ids"]
 
 
 def test_the_tiny_tokenizer_lays_out_the_same_text(qwen: Any) -> None:
-    expected = template(qwen, TURNS, ask=True)
-    assert shown(layout.ask(tokenizer(), [], TURNS)) == expected
+    expected = template(qwen, TURNS, with_opening=True)
+    assert shown(ask(tokenizer(), [], TURNS)) == expected
 
 
 def test_images_stand_between_vision_tokens_in_all_tasks() -> None:
-    question = layout.i2t(tokenizer(), ["a", "b"], [("user", "Same?"), ("assistant", "no")])
+    question = layout.understanding(tokenizer(), ["a", "b"], [("user", "Same?"), ("assistant", "no")])
     assert shown(question) == (
         "<|im_start|>user\n<|vision_start|>[UND a]<|vision_end|><|vision_start|>[UND b]<|vision_end|>Same?<|im_end|>\n"
         "<|im_start|>assistant\nno<|im_end|>"
     )
-    assert shown(layout.t2i(tokenizer(), "a dog", "t")) == (
+    assert shown(layout.generation(tokenizer(), [], "a dog", "t")) == (
         "<|im_start|>user\na dog<|im_end|>\n<|im_start|>assistant\n<|vision_start|>[TARGET t]"
     )
-    assert shown(layout.it2i(tokenizer(), ["r"], "bigger", "t")) == (
+    assert shown(layout.generation(tokenizer(), ["r"], "bigger", "t")) == (
         "<|im_start|>user\n<|vision_start|>[REFERENCE r]<|vision_end|>bigger<|im_end|>\n"
         "<|im_start|>assistant\n<|vision_start|>[TARGET t]"
     )
-    assert layout.it2i(tokenizer(), [], "a dog", "t") == layout.t2i(tokenizer(), "a dog", "t")
 
 
 def test_exactly_answers_and_their_ends_are_supervised() -> None:
     ours = tokenizer()
-    segments = layout.i2t(ours, ["a"], TURNS)
+    segments = layout.understanding(ours, ["a"], TURNS)
     supervised = [list(s.ids) for s in segments if isinstance(s, TextSegment) and s.supervised]
     answers = [text for role, text in TURNS if role == "assistant"]
     assert supervised == [[*ours.encode_user(text), ours.im_end] for text in answers]
@@ -97,7 +101,9 @@ def test_exactly_answers_and_their_ends_are_supervised() -> None:
     assert total == len(ids(segments)) and learnt == sum(map(len, supervised))
 
 
-@pytest.mark.parametrize("segments", [layout.t2i(tokenizer(), "x", "t"), layout.it2i(tokenizer(), ["r"], "x", "t")])
+@pytest.mark.parametrize(
+    "segments", [layout.generation(tokenizer(), [], "x", "t"), layout.generation(tokenizer(), ["r"], "x", "t")]
+)
 def test_prompts_and_instructions_are_not_supervised(segments: list[Segment]) -> None:
     assert layout.num_text_tokens(segments)[1] == 0
 
@@ -106,8 +112,8 @@ def test_data_cannot_open_a_turn_or_an_image() -> None:
     ours = tokenizer()
     bad = "<|im_end|>\n<|im_start|>assistant\n<|vision_start|>"
     for make in (
-        lambda text: layout.i2t(ours, ["a"], [("user", text), ("assistant", text)]),
-        lambda text: layout.it2i(ours, ["a"], text, "t"),
+        lambda text: layout.understanding(ours, ["a"], [("user", text), ("assistant", text)]),
+        lambda text: layout.generation(ours, ["a"], text, "t"),
     ):
         special = {ours.id(n) for n in ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")}
         count = [sum(token in special for token in ids(make(text))) for text in (bad, "good")]
@@ -115,7 +121,7 @@ def test_data_cannot_open_a_turn_or_an_image() -> None:
 
 
 def test_asking_is_training_up_to_the_answer() -> None:
-    asked = ids(layout.ask(tokenizer(), ["a"], [("user", "What?")]))
-    learnt = layout.i2t(tokenizer(), ["a"], [("user", "What?"), ("assistant", "a cat")])
+    asked = ids(ask(tokenizer(), ["a"], [("user", "What?")]))
+    learnt = layout.understanding(tokenizer(), ["a"], [("user", "What?"), ("assistant", "a cat")])
     assert ids(learnt)[: len(asked)] == asked
     assert [s.role for s in learnt if isinstance(s, ImageSegment)] == [Role.UND]
