@@ -1,4 +1,4 @@
-"""The command `emma-data`: makes data sets and says what is in them."""
+"""The command `emma-data`: make data sets, check them, and show what is in them."""
 
 import argparse
 import logging
@@ -13,12 +13,12 @@ from emma_train.errors import RunError, UserError
 
 TINY_TOKENIZER = Path(__file__).parents[1] / "recipes" / "tiny" / "assets" / "tokenizer" / "tokenizer.json"
 
-TORCHRUN = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
-"""What torchrun tells a process of its place, and what holds without it."""
+RANK_VARIABLES = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
+"""Environment variables that torchrun sets, and their values without torchrun."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code: 0 done, 1 a check or storage failed, 2 bad input (one line)."""
+    """Run one command. Exit codes: 0 done, 1 a check or storage failed, 2 bad usage or input."""
     arguments = build_parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
@@ -162,7 +162,7 @@ def run_cache_latents(arguments: argparse.Namespace) -> int:
     check_range("--batch-size", arguments.batch_size, 1, 65_536)
     autoencoder = AutoencoderConfig(path=str(arguments.autoencoder), chunk=arguments.batch_size)
     images = [ImageConfig(mode=arguments.mode, side=side) for side in arguments.side]
-    rank, size, local = (int(os.environ.get(name, one)) for name, one in TORCHRUN.items())
+    rank, size, local = (int(os.environ.get(name, one)) for name, one in RANK_VARIABLES.items())
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     for folder in shard_folders(arguments.folder):
         cache_latents(folder, autoencoder, images, device, rank, size)
@@ -186,10 +186,10 @@ def run_stats(arguments: argparse.Namespace) -> int:
 
     from data_pipelines.shards.stats import details, folder_stats, overview
 
-    found = {name: folder_stats(folder) for name, folder in readable_folders(arguments.folder).items()}
+    stats_by_name = {name: folder_stats(folder) for name, folder in readable_folders(arguments.folder).items()}
     console = Console()
-    console.print(overview(arguments.folder, found))
-    for name, stats in found.items():
+    console.print(overview(arguments.folder, stats_by_name))
+    for name, stats in stats_by_name.items():
         console.print(f"\n[bold]{name}[/bold]")
         for table in details(stats):
             console.print(table)
@@ -197,7 +197,7 @@ def run_stats(arguments: argparse.Namespace) -> int:
 
 
 def readable_folders(folder: str) -> dict[str, str]:
-    """Folders of shards by name: those of shard_folders, or the URL of a remote one."""
+    """Folders of shards by name: those of `shard_folders`, or the URL of a remote folder."""
     from emma_train.storage.urls import display_url, is_local, local_path
 
     if not is_local(folder):
@@ -206,20 +206,22 @@ def readable_folders(folder: str) -> dict[str, str]:
 
 
 def shard_folders(folder: Path) -> list[Path]:
-    """The folder itself if it holds shards, else its subfolders that do (the splits). UserError where none does."""
+    """The folder itself if it has shards, else its subfolders that have (the splits). Raises UserError if none has."""
     if any(folder.glob("*.tar")):
         return [folder]
-    found = sorted(path.parent for path in folder.glob("*/*.tar"))
-    if not found:
+    subfolders = sorted(path.parent for path in folder.glob("*/*.tar"))
+    if not subfolders:
         raise UserError(f"{folder}: no *.tar in it or in its subfolders; give a folder of shards")
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(subfolders))
 
 
 def check_range(option: str, value: int, low: int, high: int) -> None:
+    """Raise UserError where the value of an option is not in [low, high]."""
     if not low <= value <= high:
         raise UserError(f"{option} is {value}; give a number from {low} to {high}")
 
 
 def require_file(path: Path, option: str) -> None:
+    """Raise UserError where the tokenizer that an option names is not a file."""
     if not path.is_file():
         raise UserError(f"{option} {path}: no such file; give the path of a tokenizer.json")

@@ -26,7 +26,6 @@ DEFINED_OFTEN = {
 }
 """Public names that several files may define, and why."""
 NOT_YET: tuple[str, ...] = (
-    "data_pipelines/cli",
     "data_pipelines/emoji",
     "data_pipelines/shards",
     "emma_train/checkpoint",
