@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from emma_train.config.mix import phases, task_shares
-from emma_train.config.schema import Recipe
+from emma_train.config.schema import InitConfig, Recipe
 from emma_train.errors import UserError
 from emma_train.sequence.tasks import TASKS
 
