@@ -113,11 +113,11 @@ def run_import_shards(arguments: argparse.Namespace) -> int:
 
 def run_import_fluent_emoji(arguments: argparse.Namespace) -> int:
     from data_pipelines.emoji.concepts import WORLDS, Amounts
-    from data_pipelines.emoji.npm import DRAWINGS, UNICODE_TABLE, fetch
+    from data_pipelines.emoji.npm import DRAWINGS, UNICODE_TABLE, fetch_package
     from data_pipelines.shards.build_index import index_folder
 
     try:
-        from data_pipelines.emoji.build import Settings, build_set, provenance
+        from data_pipelines.emoji.build import BuildSettings, build_set, provenance
         from data_pipelines.emoji.drawings import read_catalogue
     except ModuleNotFoundError as error:
         raise UserError(f"importing drawings needs {error.name}; pip install 'emma-train[data]'") from error
@@ -133,10 +133,10 @@ def run_import_fluent_emoji(arguments: argparse.Namespace) -> int:
             check_range("--samples", count, 0, 100_000_000)
         world = replace(world, train=Amounts(*arguments.samples))
     with tempfile.TemporaryDirectory() as temporary:
-        package = arguments.package or fetch(DRAWINGS, Path(temporary))
-        table = arguments.unicode_table or fetch(UNICODE_TABLE, Path(temporary)) / "data-by-emoji.json"
+        package = arguments.package or fetch_package(DRAWINGS, Path(temporary))
+        table = arguments.unicode_table or fetch_package(UNICODE_TABLE, Path(temporary)) / "data-by-emoji.json"
         catalogue = read_catalogue(package, table)
-        settings = Settings(arguments.size, arguments.seed, arguments.quality, arguments.shard_samples)
+        settings = BuildSettings(arguments.size, arguments.seed, arguments.quality, arguments.shard_samples)
         splits = build_set(catalogue, world, arguments.out, settings)
     for name in splits:
         index_folder(arguments.out / name, arguments.tokenizer, provenance(catalogue, world, settings, name))

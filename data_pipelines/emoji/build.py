@@ -1,4 +1,5 @@
-"""`fluentui-emoji` -> a data set of three splits: single drawings, edit pairs and STEM images."""
+"""Builds the emoji data set from the npm package `fluentui-emoji`: single drawings, edit pairs and STEM images, in
+three splits."""
 
 import hashlib
 import logging
@@ -11,14 +12,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data_pipelines.emoji.concepts import Amounts, World
-from data_pipelines.emoji.drawings import Catalogue, Drawing, select
-from data_pipelines.emoji.edits import EDITS, Pool, make_edit
+from data_pipelines.emoji.concepts import Amounts, EmojiWorld
+from data_pipelines.emoji.drawings import Catalogue, Drawing, select_drawings
+from data_pipelines.emoji.edits import EDITS, DrawingPool, make_edit
 from data_pipelines.emoji.records import RecordMaker
-from data_pipelines.emoji.rng import generator, pick
-from data_pipelines.emoji.scenes import BACKGROUNDS, BIG, PLACED, SMALL, Layer, Scene
-from data_pipelines.emoji.splits import SPLITS, allowed, split_drawings
-from data_pipelines.emoji.stem import Stem, make_stem
+from data_pipelines.emoji.scenes import BACKGROUNDS, BIG_SIZES, OFF_CENTRE_SIZE, SMALL_SIZE, Layer, Scene
+from data_pipelines.emoji.seeded_rng import pick, seeded_generator
+from data_pipelines.emoji.splits import SPLITS, allowed_drawings, split_drawings
+from data_pipelines.emoji.stem import StemImage, make_stem
 from data_pipelines.shards.write import Record, ShardWriter, webp
 from emma_train.errors import UserError
 
@@ -29,33 +30,39 @@ STEM_ATTEMPTS = 200
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How images are made and packed. `side` in pixels, `quality` is WebP's, `shard_samples` records per tar."""
+class BuildSettings:
+    """How images are rendered and stored; written to the manifest under these names."""
 
     side: int = 128
+    """Pixels."""
     seed: int = 0
     quality: int = 70
+    """WebP quality."""
     shard_samples: int = 1000
+    """Records per tar."""
 
 
-def build_set(catalogue: Catalogue, world: World, out: Path, settings: Settings) -> dict[str, Amounts]:
-    """Writes `out/SPLIT/*.tar` for the three splits; returns what each holds. Refuses a folder that has shards."""
+def build_set(catalogue: Catalogue, world: EmojiWorld, out: Path, settings: BuildSettings) -> dict[str, Amounts]:
+    """Write `out/SPLIT/*.tar` for the three splits; returns the number of records of each by kind.
+
+    Raises UserError if `out` already has shards.
+    """
     if any(out.glob("*/*.tar")):
         raise UserError(f"{out}: already holds shards; give an empty folder or remove them")
-    drawings = select(catalogue.drawings, world.concepts, world.tones)
+    drawings = select_drawings(catalogue.drawings, world.concepts, world.tones)
     report_unmatched(catalogue, drawings)
     split = split_drawings(drawings)
     maker = RecordMaker(settings.side, catalogue.version, world.captions, world.scene_captions)
     done = {}
     for name in SPLITS:
-        own = [d for d in drawings if split[d] == name]
-        pool = Pool(allowed(drawings, split, name))
+        drawings_of_split = [d for d in drawings if split[d] == name]
+        pool = DrawingPool(allowed_drawings(drawings, split, name))
         amounts: Amounts = getattr(world, name)
-        if not own:
-            log.warning("%s: none of the %d drawings falls in it, so it is left out", name, len(drawings))
+        if not drawings_of_split:
+            log.warning("%s: none of the %d drawings belongs to it, so it is left out", name, len(drawings))
             continue
         with ShardWriter(out / name, max_samples=settings.shard_samples) as writer:
-            for key, record, images in records(name, own, pool, amounts, maker, settings.seed):
+            for key, record, images in make_records(name, drawings_of_split, pool, amounts, maker, settings.seed):
                 files = {name: webp(image, settings.quality) for name, image in images.items()}
                 writer.write(key, record, files)
                 if writer.samples % 1000 == 0:
@@ -65,8 +72,8 @@ def build_set(catalogue: Catalogue, world: World, out: Path, settings: Settings)
     return done
 
 
-def provenance(catalogue: Catalogue, world: World, settings: Settings, split: str) -> dict[str, Any]:
-    """Where a split's images come from and how they were made, for its manifest."""
+def provenance(catalogue: Catalogue, world: EmojiWorld, settings: BuildSettings, split: str) -> dict[str, Any]:
+    """The provenance entry of a split's manifest: sources of its images and the settings they were made with."""
     return {
         "sources": [
             {"dataset": "fluentui-emoji", "version": catalogue.version, "licence": "MIT"},
@@ -79,27 +86,29 @@ def provenance(catalogue: Catalogue, world: World, settings: Settings, split: st
 
 
 def report_unmatched(catalogue: Catalogue, drawings: list[Drawing]) -> None:
-    """Says how many concepts have no group, and names those that matter here."""
+    """Log how many concepts of the package have no group, and which of them this set uses."""
     log.info("%d concepts of the package are not in the Unicode table", len(catalogue.unmatched))
     groupless = sorted({d.concept for d in drawings if d.group is None})
     if groupless:
         log.warning("no question asks for the group of %d concepts: %s", len(groupless), ", ".join(groupless))
 
 
-Made = tuple[str, Record, dict[str, Image.Image]]
+KeyedRecord = tuple[str, Record, dict[str, Image.Image]]
+"""Key, record and images by name."""
 
 
-def records(
-    split: str, own: list[Drawing], pool: Pool, amounts: Amounts, maker: RecordMaker, seed: int
-) -> Iterator[Made]:
-    """All records of a split in the order of their keys' hashes, so that each shard is a fair mix of kinds.
+def make_records(
+    split: str, drawings: list[Drawing], pool: DrawingPool, amounts: Amounts, maker: RecordMaker, seed: int
+) -> Iterator[KeyedRecord]:
+    """All records of a split, in the order of their keys' hashes, so that every shard mixes the kinds evenly.
 
-    Singles and pairs lead with the split's `own` drawings, concept after concept and drawing after drawing.
+    `drawings` are those of this split alone; each single or pair shows one of them. `pool` has all drawings that an
+    image of the split may show.
     """
     by_concept: dict[str, list[Drawing]] = defaultdict(list)
-    for drawing in own:
+    for drawing in drawings:
         by_concept[drawing.concept].append(drawing)
-    turns = list(by_concept.values())
+    concepts = list(by_concept.values())
     stems = distinct_stems(split, amounts.stem, seed)
     jobs = [("single", i) for i in range(amounts.singles)]
     jobs += [("pair", i) for i in range(amounts.pairs)]
@@ -107,48 +116,48 @@ def records(
     keyed = {f"{split}-{kind}-{i:06d}": (kind, i) for kind, i in jobs}
     for key in sorted(keyed, key=lambda k: hashlib.sha256(k.encode()).digest()):
         kind, i = keyed[key]
-        rng = generator(seed, key)
+        rng = seeded_generator(seed, key)
         if kind == "stem":
             yield key, *maker.stem(stems[i])
         elif kind == "single":
-            drawing = turn(turns, i)
+            drawing = take_turn(concepts, i)
             yield key, *maker.single(rng, single_scene(rng, drawing))
         else:
-            wanted = EDIT_KINDS[i % len(EDIT_KINDS)]
-            leads = toned(turns) if wanted == "recolour" else turns
-            lead = turn(leads or turns, i // len(EDIT_KINDS))
-            yield key, *maker.pair(rng, make_edit(rng, wanted, lead, pool), lead)
+            edit_kind = EDIT_KINDS[i % len(EDIT_KINDS)]
+            leads = with_skin_tones(concepts) if edit_kind == "recolour" else concepts
+            lead = take_turn(leads or concepts, i // len(EDIT_KINDS))
+            yield key, *maker.pair(rng, make_edit(rng, edit_kind, lead, pool), lead)
 
 
-def turn(concepts: list[list[Drawing]], i: int) -> Drawing:
-    """The i-th drawing when concepts take turns, and within a concept its drawings."""
+def take_turn(concepts: list[list[Drawing]], i: int) -> Drawing:
+    """The i-th drawing if concepts take turns, and the drawings of a concept do so too."""
     members = concepts[i % len(concepts)]
     return members[i // len(concepts) % len(members)]
 
 
-def toned(concepts: list[list[Drawing]]) -> list[list[Drawing]]:
-    """Only the drawings that come in several skin tones (high contrast comes in one)."""
+def with_skin_tones(concepts: list[list[Drawing]]) -> list[list[Drawing]]:
+    """Only the drawings that exist in several skin tones (those in high contrast exist in one)."""
     colourful = [[d for d in members if d.tone is not None and d.style != "high-contrast"] for members in concepts]
     return [members for members in colourful if members]
 
 
 def single_scene(rng: np.random.Generator, drawing: Drawing) -> Scene:
-    """Half of the images show the drawing big in the centre, a tenth small, the others at a side."""
-    place = pick(rng, ("centre",) * 6 + ("left", "right", "top", "bottom"))
-    size = PLACED if place != "centre" else pick(rng, (*BIG, *BIG, SMALL))
-    return Scene(pick(rng, list(BACKGROUNDS)), (Layer(drawing, place, size),))
+    """A scene of one drawing: usually big in the centre, sometimes small, otherwise at a side."""
+    position = pick(rng, ("centre",) * 6 + ("left", "right", "top", "bottom"))
+    size = OFF_CENTRE_SIZE if position != "centre" else pick(rng, (*BIG_SIZES, *BIG_SIZES, SMALL_SIZE))
+    return Scene(pick(rng, list(BACKGROUNDS)), (Layer(drawing, position, size),))
 
 
-def distinct_stems(split: str, count: int, seed: int) -> list[Stem]:
+def distinct_stems(split: str, count: int, seed: int) -> list[StemImage]:
     """Up to `count` different STEM images whose content belongs to the split (held out or not)."""
     heldout = split != SPLITS[0]
-    found: dict[str, Stem] = {}
+    distinct: dict[str, StemImage] = {}
     for i in range(count * STEM_ATTEMPTS):
-        if len(found) == count:
+        if len(distinct) == count:
             break
-        stem = make_stem(generator(seed, f"{split}-stem/{i}"))
+        stem = make_stem(seeded_generator(seed, f"{split}-stem/{i}"))
         if stem.is_heldout == heldout:
-            found.setdefault(stem.content, stem)
-    if len(found) < count:
-        log.warning("%s: only %d different STEM pictures exist, %d were asked for", split, len(found), count)
-    return list(found.values())
+            distinct.setdefault(stem.content, stem)
+    if len(distinct) < count:
+        log.warning("%s: only %d different STEM images exist, %d were asked for", split, len(distinct), count)
+    return list(distinct.values())

@@ -1,4 +1,5 @@
-"""The worlds a set can be drawn from: which concepts, skin tones and how many records. `tiny` is learnt in minutes."""
+"""The two emoji worlds, tiny and full: their concepts, skin tones and numbers of records. A model learns the tiny one
+in minutes."""
 
 from dataclasses import dataclass, field
 
@@ -42,8 +43,8 @@ class Amounts:
 
 
 @dataclass(frozen=True)
-class World:
-    """What a set is drawn from. `None` for concepts or tones means: all of the package's."""
+class EmojiWorld:
+    """What a data set consists of. None for concepts or tones takes all of the package."""
 
     name: str
     concepts: frozenset[str] | None
@@ -52,12 +53,13 @@ class World:
     heldout_drawings: Amounts
     heldout_concepts: Amounts
     captions: int = field(default=2)
-    """Phrasings of the caption that one image carries."""
+    """Number of different captions of one image."""
     scene_captions: bool = field(default=False)
-    """Whether images with several drawings or a word are painted from text too (a tiny model has enough to do)."""
+    """Whether images with several drawings or a word are t2i targets too; off for the tiny model, which has little
+    capacity."""
 
 
-TINY = World(
+TINY = EmojiWorld(
     name="tiny",
     concepts=frozenset(name for names in TINY_CONCEPTS.values() for name in names),
     tones=frozenset({"default", "light", "medium", "dark"}),
@@ -65,7 +67,7 @@ TINY = World(
     heldout_drawings=Amounts(singles=200, pairs=60, stem=24),
     heldout_concepts=Amounts(singles=80, pairs=20, stem=0),
 )
-FULL = World(
+FULL = EmojiWorld(
     name="full",
     concepts=None,
     tones=None,

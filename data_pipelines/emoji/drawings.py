@@ -1,4 +1,4 @@
-"""The drawings of the `fluentui-emoji` package: names, styles, skin tones, Unicode groups, and their pixels."""
+"""Reads the drawings of the npm package `fluentui-emoji`: names, styles, skin tones, Unicode groups and pixels."""
 
 import io
 import json
@@ -18,7 +18,8 @@ TONES = ("default", "light", "medium-light", "medium", "medium-dark", "dark")
 
 @dataclass(frozen=True)
 class Drawing:
-    """One SVG of the package. `tone` is None where the concept has no skin tones; `group` where the table lacks it."""
+    """One SVG of the package. `tone` is None for a concept without skin tones, `group` for one that is not in the
+    Unicode table."""
 
     concept: str
     style: str
@@ -34,7 +35,7 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Catalogue:
-    """All drawings of a package folder, sorted by concept, style and tone; `unmatched`: concepts of no known group."""
+    """All drawings of a package folder, sorted by concept, style and tone; `unmatched` are concepts without a group."""
 
     drawings: tuple[Drawing, ...]
     unmatched: tuple[str, ...]
@@ -42,9 +43,9 @@ class Catalogue:
 
 
 def read_catalogue(package: Path, unicode_table: Path) -> Catalogue:
-    """Reads the package folder (`icons/STYLE/*.svg`) and names each concept's group from the Unicode table's slugs.
+    """Read a package folder (`icons/STYLE/*.svg`), and the group of each concept from the Unicode table.
 
-    Raises UserError where the folder or the table is not what it should be.
+    Raises UserError if the folder has no drawings or the table cannot be read.
     """
     files = {style: sorted((package / "icons" / style).glob("*.svg")) for style in STYLES}
     if not any(files.values()):
@@ -89,8 +90,8 @@ def is_default(path: Path) -> bool:
 
 
 def split_tone(stem: str, toned: set[str]) -> tuple[str, str | None]:
-    """`waving-hand-dark` -> (`waving-hand`, `dark`). Only names with a `-default` drawing have tones, so that
-    `police-car-light` stays whole."""
+    """`waving-hand-dark` -> (`waving-hand`, `dark`). Only names with a `-default` drawing have tones, so
+    `police-car-light` is not split."""
     for tone in sorted(TONES, key=len, reverse=True):
         base = stem.removesuffix(f"-{tone}")
         if base != stem and base in toned:
@@ -98,8 +99,10 @@ def split_tone(stem: str, toned: set[str]) -> tuple[str, str | None]:
     return stem, None
 
 
-def select(drawings: Iterable[Drawing], concepts: frozenset[str] | None, tones: frozenset[str] | None) -> list[Drawing]:
-    """The drawings of these concepts and tones (None: all). Raises UserError where a wanted concept has no drawing."""
+def select_drawings(
+    drawings: Iterable[Drawing], concepts: frozenset[str] | None, tones: frozenset[str] | None
+) -> list[Drawing]:
+    """The drawings of these concepts and tones (None: all). Raises UserError if a wanted concept has no drawing."""
     kept = [
         d
         for d in drawings
@@ -113,7 +116,10 @@ def select(drawings: Iterable[Drawing], concepts: frozenset[str] | None, tones: 
 
 @lru_cache(maxsize=4096)
 def rasterise(path: Path, side: int) -> Image.Image:
-    """The drawing as an RGBA image of side x side pixels. Shared: do not draw on it. UserError on a broken SVG."""
+    """The drawing as an RGBA image of side x side pixels. The image is cached: do not modify it.
+
+    Raises UserError on a broken SVG.
+    """
     try:
         png = resvg_py.svg_to_bytes(
             svg_string=path.read_text(encoding="utf-8"), width=side, height=side, skip_system_fonts=True

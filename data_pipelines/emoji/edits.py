@@ -1,6 +1,6 @@
-"""Pairs of scenes that differ in one thing, with the instruction for each direction.
+"""Makes edits: two scenes that differ in one thing, with an instruction for each direction.
 
-Both directions share the two scenes, so a reverse instruction leads back to the very pixels it started from.
+Both directions use the same two scenes, so the reverse instruction restores exactly the original pixels.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,27 +9,27 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from data_pipelines.emoji.drawings import Drawing
-from data_pipelines.emoji.rng import pick
 from data_pipelines.emoji.scenes import (
     BACKGROUNDS,
-    BIG,
-    CORNER,
-    PLACED,
+    BIG_SIZES,
+    CORNER_SIZE,
+    OFF_CENTRE_SIZE,
     WORDS,
     Layer,
     Scene,
-    article,
-    noun,
-    where,
-    words,
+    drawing_name,
+    position_phrase,
+    with_article,
+    without_hyphens,
 )
+from data_pipelines.emoji.seeded_rng import pick
 
 LAYOUTS = (("left", "right"), ("top", "bottom"), ("top", "bottom left", "bottom right"))
 
 
 @dataclass(frozen=True)
 class Edit:
-    """`forward` turns `before` into `after`, `backward` turns it back; each has its kind."""
+    """Instruction `forward` (of `kind`) changes `before` into `after`; `backward` (of `back_kind`) changes it back."""
 
     before: Scene
     after: Scene
@@ -40,7 +40,7 @@ class Edit:
 
 
 @dataclass(frozen=True)
-class Pool:
+class DrawingPool:
     """The drawings that the images of one split may show."""
 
     drawings: Sequence[Drawing]
@@ -57,7 +57,7 @@ class Pool:
         ]
 
     def another(self, rng: np.random.Generator, style: str, concepts: set[str]) -> Drawing | None:
-        """A drawing in this style of none of these concepts; concepts with many skin tones come no more often."""
+        """A random drawing in this style of another concept. All concepts are equally likely, with or without tones."""
         free: dict[str, list[Drawing]] = {}
         for drawing in self.drawings:
             if drawing.style == style and drawing.concept not in concepts:
@@ -66,14 +66,16 @@ class Pool:
 
 
 def lone_scene(rng: np.random.Generator, drawing: Drawing) -> Scene:
-    """One drawing, mostly big in the centre."""
+    """One drawing: often big in the centre."""
     background = pick(rng, list(BACKGROUNDS))
-    place = pick(rng, ("centre", "centre", "left", "right", "top", "bottom"))
-    return Scene(background, (Layer(drawing, place, pick(rng, BIG) if place == "centre" else PLACED),))
+    position = pick(rng, ("centre", "centre", "left", "right", "top", "bottom"))
+    return Scene(
+        background, (Layer(drawing, position, pick(rng, BIG_SIZES) if position == "centre" else OFF_CENTRE_SIZE),)
+    )
 
 
-def layered_scene(rng: np.random.Generator, lead: Drawing, pool: Pool, count: int) -> Scene | None:
-    """`count` drawings of different concepts in the lead's style, the lead among them; None if the pool lacks them."""
+def layered_scene(rng: np.random.Generator, lead: Drawing, pool: DrawingPool, count: int) -> Scene | None:
+    """The lead and others of different concepts in its style, `count` in all; None if the pool has too few."""
     shown = [lead]
     while len(shown) < count:
         other = pool.another(rng, lead.style, {d.concept for d in shown})
@@ -83,24 +85,24 @@ def layered_scene(rng: np.random.Generator, lead: Drawing, pool: Pool, count: in
     layout = pick(rng, [names for names in LAYOUTS if len(names) >= count])
     places = [layout[int(i)] for i in sorted(rng.permutation(len(layout))[:count])]
     order = rng.permutation(count)
-    layers = tuple(Layer(shown[int(i)], place, CORNER) for i, place in zip(order, places, strict=True))
+    layers = tuple(Layer(shown[int(i)], position, CORNER_SIZE) for i, position in zip(order, places, strict=True))
     return Scene(pick(rng, list(BACKGROUNDS)), layers)
 
 
-def any_scene(rng: np.random.Generator, lead: Drawing, pool: Pool) -> Scene:
-    """A lone drawing, or now and then two."""
+def any_scene(rng: np.random.Generator, lead: Drawing, pool: DrawingPool) -> Scene:
+    """One drawing, or two in a quarter of the cases."""
     scene = layered_scene(rng, lead, pool, 2) if rng.random() < 0.25 else None
     return scene or lone_scene(rng, lead)
 
 
-def turned(rng: np.random.Generator, edit: Edit) -> Edit:
-    """The edit, or its reverse as often, so that neither image of a record is always the richer one."""
+def randomly_reversed(rng: np.random.Generator, edit: Edit) -> Edit:
+    """The edit or its reverse, with equal probability, so that neither image of a record always shows more."""
     if rng.random() < 0.5:
         return edit
     return Edit(edit.after, edit.before, edit.backward, edit.forward, edit.back_kind, edit.kind)
 
 
-def edit_add(rng: np.random.Generator, lead: Drawing, pool: Pool) -> Edit | None:
+def edit_add(rng: np.random.Generator, lead: Drawing, pool: DrawingPool) -> Edit | None:
     """Add a drawing; the reverse removes it."""
     scene = layered_scene(rng, lead, pool, pick(rng, (2, 2, 3)))
     if scene is None:
@@ -108,41 +110,56 @@ def edit_add(rng: np.random.Generator, lead: Drawing, pool: Pool) -> Edit | None
     gone = int(rng.integers(len(scene.layers)))
     layer = scene.layers[gone]
     fewer = replace(scene, layers=scene.layers[:gone] + scene.layers[gone + 1 :])
-    name = noun(layer.drawing)
-    return Edit(fewer, scene, f"add {article(name)} {where(layer.place)}", f"remove the {name}", "add", "remove")
+    name = drawing_name(layer.drawing)
+    return Edit(
+        fewer,
+        scene,
+        f"add {with_article(name)} {position_phrase(layer.position)}",
+        f"remove the {name}",
+        "add",
+        "remove",
+    )
 
 
-def edit_replace(rng: np.random.Generator, lead: Drawing, pool: Pool) -> Edit | None:
-    """Swap the lead for another concept in the same style, place and size."""
+def edit_replace(rng: np.random.Generator, lead: Drawing, pool: DrawingPool) -> Edit | None:
+    """Replace the lead by another concept in the same style, position and size."""
     scene = any_scene(rng, lead, pool)
     new = pool.another(rng, lead.style, {d.concept for d in scene.drawings})
     if new is None:
         return None
-    return swap(scene, lead, new, "replace", lambda old, now: f"replace the {noun(old)} with {article(noun(now))}")
+    return swap(
+        scene,
+        lead,
+        new,
+        "replace",
+        lambda old, now: f"replace the {drawing_name(old)} with {with_article(drawing_name(now))}",
+    )
 
 
-def edit_recolour(rng: np.random.Generator, lead: Drawing, pool: Pool) -> Edit | None:
+def edit_recolour(rng: np.random.Generator, lead: Drawing, pool: DrawingPool) -> Edit | None:
     """Another skin tone of the same drawing."""
     tones = pool.siblings(lead, "tone")
     if not tones:
         return None
 
     def instruction(_: Drawing, now: Drawing) -> str:
-        skin = "yellow" if now.tone == "default" else words(now.tone or "")
+        skin = "yellow" if now.tone == "default" else without_hyphens(now.tone or "")
         return f"give the {now.concept} {skin} skin"
 
     return swap(any_scene(rng, lead, pool), lead, pick(rng, tones), "recolour", instruction)
 
 
-def edit_style(rng: np.random.Generator, lead: Drawing, pool: Pool) -> Edit | None:
-    """The same lone drawing in another style, at the same place on the same background."""
+def edit_style(rng: np.random.Generator, lead: Drawing, pool: DrawingPool) -> Edit | None:
+    """The same single drawing in another style, at the same position on the same background."""
     styles = pool.siblings(lead, "style")
     if not styles:
         return None
-    return swap(lone_scene(rng, lead), lead, pick(rng, styles), "style", lambda _, now: f"make it {words(now.style)}")
+    return swap(
+        lone_scene(rng, lead), lead, pick(rng, styles), "style", lambda _, now: f"make it {without_hyphens(now.style)}"
+    )
 
 
-def edit_background(rng: np.random.Generator, lead: Drawing, pool: Pool) -> Edit | None:
+def edit_background(rng: np.random.Generator, lead: Drawing, pool: DrawingPool) -> Edit | None:
     scene = any_scene(rng, lead, pool)
     colour = pick(rng, [name for name in BACKGROUNDS if name != scene.background])
     return Edit(
@@ -155,9 +172,9 @@ def edit_background(rng: np.random.Generator, lead: Drawing, pool: Pool) -> Edit
     )
 
 
-def edit_text(rng: np.random.Generator, lead: Drawing, pool: Pool) -> Edit | None:
+def edit_text(rng: np.random.Generator, lead: Drawing, pool: DrawingPool) -> Edit | None:
     """Write a word (the reverse removes it), or change one word for another."""
-    bare = Scene(pick(rng, list(BACKGROUNDS)), (Layer(lead, "top", PLACED),))
+    bare = Scene(pick(rng, list(BACKGROUNDS)), (Layer(lead, "top", OFF_CENTRE_SIZE),))
     word = pick(rng, WORDS)
     written = replace(bare, word=word)
     if rng.random() < 0.5:
@@ -172,7 +189,7 @@ def swap(scene: Scene, old: Drawing, new: Drawing, kind: str, instruction: Calla
     return Edit(scene, replace(scene, layers=layers), instruction(old, new), instruction(new, old), kind, kind)
 
 
-EDITS: dict[str, Callable[[np.random.Generator, Drawing, Pool], Edit | None]] = {
+EDITS: dict[str, Callable[[np.random.Generator, Drawing, DrawingPool], Edit | None]] = {
     "add": edit_add,
     "replace": edit_replace,
     "recolour": edit_recolour,
@@ -182,11 +199,11 @@ EDITS: dict[str, Callable[[np.random.Generator, Drawing, Pool], Edit | None]] = 
 }
 
 
-def make_edit(rng: np.random.Generator, kind: str, lead: Drawing, pool: Pool) -> Edit:
-    """An edit of this kind that shows `lead`; where the pool cannot furnish it (no other tone, say), another kind."""
+def make_edit(rng: np.random.Generator, kind: str, lead: Drawing, pool: DrawingPool) -> Edit:
+    """An edit of this kind that shows `lead`; of another kind if the pool has no drawing for it (another tone, say)."""
     fallbacks = [name for name in ("style", "replace", "background") if name != kind]
     for name in (kind, *fallbacks):
         edit = EDITS[name](rng, lead, pool)
         if edit is not None:
-            return turned(rng, edit)
+            return randomly_reversed(rng, edit)
     raise AssertionError("a background edit is always possible")

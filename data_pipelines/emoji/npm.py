@@ -1,4 +1,4 @@
-"""Fetches an npm package through the npm client that is on the machine."""
+"""Downloads an npm package with the npm client of this machine."""
 
 import json
 import shutil
@@ -12,8 +12,8 @@ DRAWINGS = "fluentui-emoji@1.3.0"
 UNICODE_TABLE = "unicode-emoji-json@0.9.0"
 
 
-def fetch(spec: str, into: Path) -> Path:
-    """Downloads `name@version` and unpacks it; returns the unpacked folder. Raises UserError where npm cannot do it."""
+def fetch_package(spec: str, into: Path) -> Path:
+    """Download `name@version` and unpack it; returns the unpacked folder. UserError if npm is missing or fails."""
     npm = shutil.which("npm")
     if npm is None:
         raise UserError(

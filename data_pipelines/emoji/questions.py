@@ -1,11 +1,11 @@
-"""Questions about an image whose answers are known because the image was made from them."""
+"""Questions about a scene, with answers that are exact because the image was made from the scene."""
 
 from typing import Any
 
 import numpy as np
 
-from data_pipelines.emoji.rng import pick
-from data_pipelines.emoji.scenes import Scene, words
+from data_pipelines.emoji.scenes import Scene, without_hyphens
+from data_pipelines.emoji.seeded_rng import pick
 
 PHRASINGS: dict[str, tuple[str, ...]] = {
     "concept": ("What is this?", "What does it show?", "Name the drawing."),
@@ -17,27 +17,28 @@ PHRASINGS: dict[str, tuple[str, ...]] = {
 }
 
 
-def answers(scene: Scene) -> dict[str, str]:
-    """Kind of question -> answer. Scenes of several drawings have answers only about what they share."""
+def known_answers(scene: Scene) -> dict[str, str]:
+    """Kind of question -> answer. A scene of several drawings only answers what is the same for all of them."""
     known = {"background": scene.background}
     if scene.word:
         known["word"] = scene.word
     if len({d.style for d in scene.drawings}) == 1:
-        known["style"] = words(scene.drawings[0].style)
+        known["style"] = without_hyphens(scene.drawings[0].style)
     if len(scene.layers) == 1:
         drawing = scene.drawings[0]
         known["concept"] = drawing.concept
         if drawing.group is not None:
             known["group"] = drawing.group.lower()
-        known["place"] = scene.layers[0].place
+        known["place"] = scene.layers[0].position
     return known
 
 
-def ask(rng: np.random.Generator, image: str, kind: str, answer: str) -> dict[str, Any]:
-    """One i2t alternative of the record format, in one of the phrasings of its kind."""
-    return i2t(image, pick(rng, PHRASINGS[kind]), answer, kind)
+def make_question(rng: np.random.Generator, image: str, kind: str, answer: str) -> dict[str, Any]:
+    """An i2t alternative with a random phrasing of the question."""
+    return question_alternative(image, pick(rng, PHRASINGS[kind]), answer, kind)
 
 
-def i2t(image: str, question: str, answer: str, kind: str) -> dict[str, Any]:
+def question_alternative(image: str, question: str, answer: str, kind: str) -> dict[str, Any]:
+    """An i2t alternative of the record format."""
     turns = [{"role": "user", "text": question}, {"role": "assistant", "text": answer}]
     return {"images": [image], "turns": turns, "kind": kind}

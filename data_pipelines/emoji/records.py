@@ -1,4 +1,4 @@
-"""Scenes, edits and STEM images as records of the data set: images, tasks with alternatives, and ground truth."""
+"""Makes records of the data set from scenes, edits and STEM images: tasks with alternatives, labels and images."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,41 +8,43 @@ from PIL import Image
 
 from data_pipelines.emoji.drawings import Drawing
 from data_pipelines.emoji.edits import Edit
-from data_pipelines.emoji.questions import answers, ask, i2t
-from data_pipelines.emoji.rng import pick, pick_some
-from data_pipelines.emoji.scenes import Scene, captions, render
-from data_pipelines.emoji.stem import Stem, render_stem
+from data_pipelines.emoji.questions import known_answers, make_question, question_alternative
+from data_pipelines.emoji.scenes import Scene, captions, render_scene
+from data_pipelines.emoji.seeded_rng import pick, pick_some
+from data_pipelines.emoji.stem import StemImage, render_stem
 from data_pipelines.shards.write import Record
 
 
 @dataclass(frozen=True)
 class RecordMaker:
-    """Turns what was drawn by lot into (record, images). `side`: image side in pixels."""
+    """Makes (record, images by name) from scenes, edits and STEM images."""
 
     side: int
+    """Pixels of an image's side."""
     version: str
+    """Version of the npm package."""
     captions: int
-    """Phrasings of the caption that one image carries."""
+    """Number of different captions of one image."""
     scene_captions: bool
     """Whether layered scenes are t2i targets too."""
 
     def single(self, rng: np.random.Generator, scene: Scene) -> tuple[Record, dict[str, Image.Image]]:
         """One drawing: four questions and a few captions."""
-        known = answers(scene)
+        known = known_answers(scene)
         extra = pick(rng, ("background", "place"))
         kinds = [kind for kind in ("concept", "group", "style", extra) if kind in known]
         drawing = scene.drawings[0]
         record: Record = {
-            "i2t": [ask(rng, "img0", kind, known[kind]) for kind in kinds],
+            "i2t": [make_question(rng, "img0", kind, known[kind]) for kind in kinds],
             "t2i": self.t2i(rng, "img0", scene, self.captions),
             **self.common(("img0",), scene_labels(drawing, scene), scene.drawings),
         }
-        return record, {"img0": render(scene, self.side)}
+        return record, {"img0": render_scene(scene, self.side)}
 
     def pair(self, rng: np.random.Generator, edit: Edit, lead: Drawing) -> tuple[Record, dict[str, Image.Image]]:
-        """Two scenes, the instruction for each direction, a question about each, and a caption where one is simple."""
+        """Two scenes, an instruction for each direction, a question about each, and a caption of one that is simple."""
         scenes = {"img0": edit.before, "img1": edit.after}
-        questions = [question(rng, name, scene) for name, scene in scenes.items()]
+        questions = [random_question(rng, name, scene) for name, scene in scenes.items()]
         targets = [name for name, scene in scenes.items() if scene.is_single or self.scene_captions]
         painted = pick(rng, targets) if targets else None
         shown = dict.fromkeys((*edit.before.drawings, *edit.after.drawings))
@@ -62,12 +64,12 @@ class RecordMaker:
             ],
             **self.common(tuple(scenes), labels, tuple(shown)),
         }
-        return record, {name: render(scene, self.side) for name, scene in scenes.items()}
+        return record, {name: render_scene(scene, self.side) for name, scene in scenes.items()}
 
-    def stem(self, stem: Stem) -> tuple[Record, dict[str, Image.Image]]:
+    def stem(self, stem: StemImage) -> tuple[Record, dict[str, Image.Image]]:
         """A formula or chart with its questions."""
         record = {
-            "i2t": [i2t("img0", question, answer, "stem") for question, answer in stem.questions],
+            "i2t": [question_alternative("img0", question, answer, "stem") for question, answer in stem.questions],
             **self.common(("img0",), {"concepts": [], **stem.labels}, ()),
             "tags": ["stem"],
             "provenance": {"dataset": "emma-stem", "version": "1", "licence": "Apache-2.0", "drawings": []},
@@ -92,12 +94,12 @@ class RecordMaker:
         }
 
 
-def question(rng: np.random.Generator, image: str, scene: Scene) -> Record:
-    """One question about the image: if it shows one drawing, as a rule what that is or belongs to."""
-    known = answers(scene)
+def random_question(rng: np.random.Generator, image: str, scene: Scene) -> Record:
+    """A random question about an image; about concept, group or style if it shows one drawing."""
+    known = known_answers(scene)
     kinds = [kind for kind in ("concept", "group", "style") if kind in known] if scene.is_single else list(known)
     kind = pick(rng, kinds)
-    return ask(rng, image, kind, known[kind])
+    return make_question(rng, image, kind, known[kind])
 
 
 def scene_labels(drawing: Drawing, scene: Scene) -> dict[str, Any]:
@@ -109,12 +111,12 @@ def scene_labels(drawing: Drawing, scene: Scene) -> dict[str, Any]:
         "style": drawing.style,
         **({"tone": drawing.tone} if drawing.tone else {}),
         "background": scene.background,
-        "place": layer.place,
-        "size": "small" if layer.is_small else "big" if layer.place == "centre" else "medium",
+        "place": layer.position,
+        "size": "small" if layer.is_small else "big" if layer.position == "centre" else "medium",
     }
 
 
 def scene_truth(scene: Scene) -> dict[str, Any]:
-    """Ground truth about any scene: background, what is where, and the word if there is one."""
-    layers = [[layer.drawing.id, layer.place] for layer in scene.layers]
+    """Ground truth about any scene: background, drawings with their positions, and the word if it has one."""
+    layers = [[layer.drawing.id, layer.position] for layer in scene.layers]
     return {"background": scene.background, "layers": layers, **({"word": scene.word} if scene.word else {})}

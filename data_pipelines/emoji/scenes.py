@@ -1,4 +1,4 @@
-"""Images put together from drawings, so that every caption and answer about them is exact."""
+"""Composes images from drawings, so that every caption and answer about them is exact."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,9 +18,9 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "purple": (188, 160, 236),
     "pink": (250, 186, 214),
 }
-"""Soft colours: black lines and bright drawings both stand out."""
+"""Soft colours, on which both black lines and bright drawings are clearly visible."""
 
-PLACES: dict[str, tuple[float, float]] = {
+POSITIONS: dict[str, tuple[float, float]] = {
     "centre": (0.5, 0.5),
     "left": (0.28, 0.5),
     "right": (0.72, 0.5),
@@ -29,32 +29,33 @@ PLACES: dict[str, tuple[float, float]] = {
     "bottom left": (0.26, 0.74),
     "bottom right": (0.74, 0.74),
 }
-"""Name -> middle of the drawing, as shares of width and height from the top left corner."""
+"""Name -> centre of the drawing (x, y), as fractions of width and height from the top left corner."""
 
-BIG = (0.78, 0.86)
-SMALL = 0.5
-PLACED = 0.55
-CORNER = 0.46
+BIG_SIZES = (0.78, 0.86)
+"""Sides of drawings as fractions of the image's side; so are the next three."""
+SMALL_SIZE = 0.5
+OFF_CENTRE_SIZE = 0.55
+CORNER_SIZE = 0.46
 WORDS = ("HI", "OK", "YES", "NO", "GO", "WOW")
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A drawing somewhere in the image; `size` is its side as a share of the image's."""
+    """A drawing at a position of the image; `size` is its side as a fraction of the image's side."""
 
     drawing: Drawing
-    place: str = "centre"
-    size: float = BIG[1]
+    position: str = "centre"
+    size: float = BIG_SIZES[1]
 
     @property
     def is_small(self) -> bool:
-        """In the centre a drawing is big unless the caption says small; elsewhere there is one size."""
-        return self.place == "centre" and self.size < BIG[0]
+        """Only drawings in the centre come in two sizes: big and small."""
+        return self.position == "centre" and self.size < BIG_SIZES[0]
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A background, the drawings on it, and perhaps a word at the bottom."""
+    """A background, the drawings on it, and optionally a word at the bottom."""
 
     background: str
     layers: tuple[Layer, ...]
@@ -69,75 +70,75 @@ class Scene:
         return tuple(layer.drawing for layer in self.layers)
 
 
-def render(scene: Scene, side: int) -> Image.Image:
+def render_scene(scene: Scene, side: int) -> Image.Image:
     """The scene as an RGB image of side x side pixels; the same scene gives the same pixels."""
     image = Image.new("RGB", (side, side), BACKGROUNDS[scene.background])
     for layer in scene.layers:
         pixels = round(layer.size * side)
         drawing = rasterise(layer.drawing.path, pixels)
-        x, y = (round(share * side - pixels / 2) for share in PLACES[layer.place])
+        x, y = (round(share * side - pixels / 2) for share in POSITIONS[layer.position])
         corner = (min(max(x, 0), side - pixels), min(max(y, 0), side - pixels))
         image.paste(drawing, corner, drawing)
     if scene.word:
         pen = ImageDraw.Draw(image)
-        pen.text((side / 2, side * 0.87), scene.word, fill=(0, 0, 0), font=font(round(side * 0.24)), anchor="mm")
+        pen.text((side / 2, side * 0.87), scene.word, fill=(0, 0, 0), font=load_font(round(side * 0.24)), anchor="mm")
     return image
 
 
 @lru_cache(maxsize=16)
-def font(pixels: int) -> ImageFont.FreeTypeFont:
+def load_font(pixels: int) -> ImageFont.FreeTypeFont:
     """DejaVu Sans Bold, which comes with matplotlib."""
     return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans-Bold.ttf", pixels)
 
 
-def words(name: str) -> str:
-    """A style or tone as a caption says it: `high-contrast` -> `high contrast`."""
+def without_hyphens(name: str) -> str:
+    """A style or tone as a caption writes it: `high-contrast` -> `high contrast`."""
     return name.replace("-", " ")
 
 
-def article(noun: str) -> str:
+def with_article(noun: str) -> str:
     return f"{'an' if noun[:1].lower() in 'aeiou' else 'a'} {noun}"
 
 
-def noun(drawing: Drawing) -> str:
-    """`waving hand with dark skin`; the yellow default tone goes without saying."""
+def drawing_name(drawing: Drawing) -> str:
+    """`waving hand with dark skin`; the yellow default tone is not mentioned."""
     if drawing.tone in (None, "default"):
         return drawing.concept
-    return f"{drawing.concept} with {words(drawing.tone or '')} skin"
+    return f"{drawing.concept} with {without_hyphens(drawing.tone or '')} skin"
 
 
-def where(place: str) -> str:
+def position_phrase(position: str) -> str:
     """`left` -> `on the left`, `bottom right` -> `at the bottom right`."""
-    if place == "centre":
+    if position == "centre":
         return "in the centre"
-    return f"{'on' if place in ('left', 'right') else 'at'} the {place}"
+    return f"{'on' if position in ('left', 'right') else 'at'} the {position}"
 
 
 def captions(scene: Scene) -> list[str]:
-    """All phrasings of what the scene shows, each complete: a painter could paint the scene from any one of them."""
+    """All captions of a scene; each describes it completely."""
     return single_captions(scene) if scene.is_single else [layered_caption(scene)]
 
 
 def single_captions(scene: Scene) -> list[str]:
     (layer,) = scene.layers
     drawing = layer.drawing
-    style = words(drawing.style)
+    style = without_hyphens(drawing.style)
     ground = f"{scene.background} background"
-    whole = article(f"{'small ' if layer.is_small else ''}{style} {noun(drawing)}")
-    centred = layer.place == "centre"
-    skin = "" if drawing.tone in (None, "default") else f", {words(drawing.tone or '')} skin"
-    spot = ", small" if layer.is_small else "" if centred else f", {layer.place}"
+    subject = with_article(f"{'small ' if layer.is_small else ''}{style} {drawing_name(drawing)}")
+    centred = layer.position == "centre"
+    skin = "" if drawing.tone in (None, "default") else f", {without_hyphens(drawing.tone or '')} skin"
+    spot = ", small" if layer.is_small else "" if centred else f", {layer.position}"
     return [
-        f"{whole} on {article(ground)}" + ("" if centred else f", {where(layer.place)}"),
+        f"{subject} on {with_article(ground)}" + ("" if centred else f", {position_phrase(layer.position)}"),
         f"{drawing.concept}{skin}, {style} style, {ground}{spot}",
-        f"{article(ground)} with {whole}" + ("" if centred else f" {where(layer.place)}"),
+        f"{with_article(ground)} with {subject}" + ("" if centred else f" {position_phrase(layer.position)}"),
     ]
 
 
 def layered_caption(scene: Scene) -> str:
-    shown = " and ".join(
-        f"{article(f'{words(layer.drawing.style)} {noun(layer.drawing)}')} {where(layer.place)}"
-        for layer in scene.layers
-    )
+    parts = []
+    for layer in scene.layers:
+        name = f"{without_hyphens(layer.drawing.style)} {drawing_name(layer.drawing)}"
+        parts.append(f"{with_article(name)} {position_phrase(layer.position)}")
     word = f", with the word {scene.word}" if scene.word else ""
-    return f"{shown}, on {article(scene.background)} background{word}"
+    return f"{' and '.join(parts)}, on {with_article(scene.background)} background{word}"

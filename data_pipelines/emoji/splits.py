@@ -1,7 +1,8 @@
-"""Which drawings a model never sees. A pure function of names: no file order, seed or set size moves a drawing.
+"""Decides which drawings are held out. Depends on their names alone, not on file order, seed or size of the set.
 
 `heldout_concepts`: no drawing of the concept is in train. `heldout_drawings`: the concept is known from other styles or
-skin tones, this drawing is not. An image belongs to the split of its least-known drawing.
+skin tones, this drawing is not. An image belongs to the last split, in the order of SPLITS, that one of its drawings
+belongs to.
 """
 
 import hashlib
@@ -18,11 +19,11 @@ SPLITS = (TRAIN, HELDOUT_DRAWINGS, HELDOUT_CONCEPTS)
 CONCEPT_SHARE = 0.08
 DRAWING_SHARE = 0.12
 SALT = "emma-178"
-"""Fixed for ever; chosen so that five concepts of the tiny world, from five groups, are held out."""
+"""Must never change: the splits depend on it. It holds out five concepts of the tiny world, from five groups."""
 
 
 def unit_hash(kind: str, name: str) -> float:
-    """A number in [0, 1) that is a function of the name alone."""
+    """A number in [0, 1) that depends on kind and name alone."""
     digest = hashlib.sha256(f"{SALT}/{kind}/{name}".encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
 
@@ -47,19 +48,14 @@ def split_drawings(drawings: Iterable[Drawing]) -> dict[Drawing, str]:
             continue
         keeper = max(members, key=drawing_hash)
         for drawing in members:
-            held = drawing_hash(drawing) < DRAWING_SHARE and drawing != keeper
-            split[drawing] = HELDOUT_DRAWINGS if held else TRAIN
+            is_heldout = drawing_hash(drawing) < DRAWING_SHARE and drawing != keeper
+            split[drawing] = HELDOUT_DRAWINGS if is_heldout else TRAIN
     return split
 
 
-def image_split(shown: Iterable[Drawing], split: Mapping[Drawing, str]) -> str:
-    """The split of an image (or a pair) that shows these drawings."""
-    return max((split[drawing] for drawing in shown), key=SPLITS.index, default=TRAIN)
+def allowed_drawings(drawings: Iterable[Drawing], split: Mapping[Drawing, str], name: str) -> list[Drawing]:
+    """The drawings that an image of the split `name` may show: those of this split and of the splits before it.
 
-
-def allowed(drawings: Iterable[Drawing], split: Mapping[Drawing, str], name: str) -> list[Drawing]:
-    """What an image of the split `name` may show: its own drawings and, beside them, those of the splits before it.
-
-    Images of `heldout_drawings` thus show seen concepts only.
+    So images of `heldout_drawings` only show concepts that also occur in train.
     """
     return [d for d in drawings if SPLITS.index(split[d]) <= SPLITS.index(name)]

@@ -1,4 +1,4 @@
-"""STEM images with exact answers: formulas, small sums, bar and line charts, drawn by matplotlib."""
+"""Makes STEM images with exact answers: formulas, sums, bar charts and line charts, drawn by matplotlib."""
 
 import io
 from collections.abc import Callable
@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from data_pipelines.emoji.rng import pick
+from data_pipelines.emoji.seeded_rng import pick
 from data_pipelines.emoji.splits import DRAWING_SHARE, unit_hash
 
 DPI = 100
@@ -19,8 +19,8 @@ BAR_COLOURS = ("#d9534f", "#3f7fd1", "#4caf6d")
 
 
 @dataclass(frozen=True)
-class Stem:
-    """What is drawn (`content` names it: the same content is the same image) and what can be asked about it."""
+class StemImage:
+    """An image and the questions about it. `content` identifies it: equal content gives equal pixels."""
 
     content: str
     draw: Callable[[Figure], None]
@@ -29,19 +29,19 @@ class Stem:
 
     @property
     def is_heldout(self) -> bool:
-        """Decided by content, as for drawings: no seen formula or chart comes back as an unseen one."""
+        """Depends on the content alone, so that no content is both in train and held out."""
         return unit_hash("stem", self.content) < DRAWING_SHARE
 
 
-def make_stem(rng: np.random.Generator) -> Stem:
-    return pick(rng, (sum_of_two, formula, bars, bars, line))(rng)
+def make_stem(rng: np.random.Generator) -> StemImage:
+    return pick(rng, (sum_of_two, formula, bar_chart, bar_chart, line_chart))(rng)
 
 
-def render_stem(stem: Stem, side: int) -> Image.Image:
+def render_stem(stem: StemImage, side: int) -> Image.Image:
     """The image as RGB of side x side pixels."""
     buffer = io.BytesIO()
     with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # someone's matplotlibrc must not change the images
+        matplotlib.rcdefaults()  # a user's matplotlibrc must not change the images
         figure = Figure(figsize=(side / DPI, side / DPI), dpi=DPI)
         stem.draw(figure)
         figure.savefig(buffer, format="png")
@@ -49,7 +49,7 @@ def render_stem(stem: Stem, side: int) -> Image.Image:
     return image if image.size == (side, side) else image.resize((side, side), Image.Resampling.LANCZOS)
 
 
-def sum_of_two(rng: np.random.Generator) -> Stem:
+def sum_of_two(rng: np.random.Generator) -> StemImage:
     """`3+4=?`: what is the answer?"""
     first, second = (int(n) for n in rng.integers(1, 10, 2))
     sign = pick(rng, ("+", "-"))
@@ -57,28 +57,28 @@ def sum_of_two(rng: np.random.Generator) -> Stem:
         first, second = second, first
     result = first + second if sign == "+" else first - second
     text = f"{first}{sign}{second}"
-    return Stem(
+    return StemImage(
         content=text,
-        draw=mathtext(f"{text}=?"),
+        draw=draw_mathtext(f"{text}=?"),
         questions=(("What is the result?", str(result)), ("What is the formula?", f"{text}=?")),
         labels={"stem": "sum", "formula": text, "result": result},
     )
 
 
-def formula(rng: np.random.Generator) -> Stem:
+def formula(rng: np.random.Generator) -> StemImage:
     """A short formula: read it as LaTeX."""
     a, b = (int(n) for n in rng.integers(2, 10, 2))
     x = pick(rng, ("x", "y", "n"))
     latex = pick(rng, (rf"\frac{{{a}}}{{{b}}}", f"{x}^{a}", rf"\sqrt{{{a}}}", f"{a}{x}+{b}", f"{x}_{a}"))
-    return Stem(
+    return StemImage(
         content=latex,
-        draw=mathtext(latex),
+        draw=draw_mathtext(latex),
         questions=(("What is the formula?", latex),),
         labels={"stem": "formula", "formula": latex},
     )
 
 
-def bars(rng: np.random.Generator) -> Stem:
+def bar_chart(rng: np.random.Generator) -> StemImage:
     """Three bars of different heights: which is highest or lowest, and how high is one?"""
     values = [int(v) for v in rng.permutation(9)[:3] + 1]
 
@@ -94,7 +94,7 @@ def bars(rng: np.random.Generator) -> Stem:
         axes.spines[["left", "right", "top"]].set_visible(False)
 
     asked = pick(rng, range(3))
-    return Stem(
+    return StemImage(
         content="bars " + " ".join(map(str, values)),
         draw=draw,
         questions=(
@@ -106,7 +106,7 @@ def bars(rng: np.random.Generator) -> Stem:
     )
 
 
-def line(rng: np.random.Generator) -> Stem:
+def line_chart(rng: np.random.Generator) -> StemImage:
     """A line through four points that rises or falls all the way."""
     values = sorted(int(v) for v in rng.permutation(9)[:4] + 1)
     trend = pick(rng, ("rising", "falling"))
@@ -123,7 +123,7 @@ def line(rng: np.random.Generator) -> Stem:
         axes.spines[["right", "top"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_linewidth(2)
 
-    return Stem(
+    return StemImage(
         content="line " + " ".join(map(str, values)),
         draw=draw,
         questions=(("Is the line rising or falling?", trend),),
@@ -131,8 +131,8 @@ def line(rng: np.random.Generator) -> Stem:
     )
 
 
-def mathtext(latex: str) -> Callable[[Figure], None]:
-    """Draws the formula in the middle, as big as fits."""
+def draw_mathtext(latex: str) -> Callable[[Figure], None]:
+    """A function that draws the formula in the middle of a figure, as large as fits."""
 
     def draw(figure: Figure) -> None:
         text = figure.text(0.5, 0.5, f"${latex}$", ha="center", va="center", fontsize=40)

@@ -1,7 +1,7 @@
 """Trains the tiny recipes' tokenizer: byte-level BPE with Qwen's special tokens on the texts of a data set.
 
 `python -m data_pipelines.emoji.tokenizer SET UNICODE_TABLE OUT` reads `SET/*/*.tar` and writes `OUT/tokenizer.json`;
-the names in the Unicode table fill the vocabulary where a small set has too few words.
+the names in the Unicode table add words if a small data set has too few for the vocabulary.
 """
 
 import json
@@ -20,7 +20,7 @@ from emma_train.errors import UserError
 log = logging.getLogger(__name__)
 
 VOCABULARY = 1024
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
 SCAFFOLDING = (
     "user\n", "assistant\n", "system\n", "user", "assistant", "system", "\n", "?", ".", ", ", "\\frac{", "}{", "}",
     "You are a helpful assistant.", "What is the formula?",
@@ -29,16 +29,16 @@ SCAFFOLDING_WEIGHT = 500
 
 
 def train_tokenizer(texts: Sequence[str], extra: Sequence[str] = ()) -> Tokenizer:
-    """A tokenizer of exactly 1,024 tokens. `texts` weigh by how often they occur; `extra` texts count once each.
+    """Train a tokenizer of exactly 1,024 tokens. Repeated `texts` count as often as they occur, `extra` texts once.
 
-    Raises UserError where the texts are too few to learn that many merges from.
+    Raises UserError if the texts are too few to learn that many merges from.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
-        special_tokens=[AddedToken(token, special=True, normalized=False) for token in SPECIAL],
+        special_tokens=[AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )

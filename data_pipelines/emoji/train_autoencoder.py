@@ -1,10 +1,10 @@
-"""Train the demo's tiny DC-AE: a `diffusers.AutoencoderDC` of at most 4 M parameters, 32x, 32 latent channels.
+"""Trains the demo's tiny DC-AE: a `diffusers.AutoencoderDC` of at most 4 M parameters, 32x, 32 latent channels.
 
     python -m data_pipelines.emoji.train_autoencoder --drawings node_modules/fluentui-emoji/icons --out autoencoder
 
-It learns from images that are composed as they are needed: drawings on flat backgrounds, alone or a few together,
-now and then a word, a formula or a chart. Whole concepts are held out, in all their styles and skin tones, and the
-PSNR is that of their drawings, with the weights as they are stored (bf16) and computed in fp32.
+The training images are composed on the fly: one or a few drawings on a flat background, sometimes with a word, and
+formulas and charts. Some concepts are held out, in all styles and skin tones. The PSNR is measured on these, with the
+weights as stored (bf16), in fp32 arithmetic.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from data_pipelines.emoji.drawings import rasterise, split_tone
-from data_pipelines.emoji.scenes import BACKGROUNDS, WORDS, font
+from data_pipelines.emoji.scenes import BACKGROUNDS, WORDS, load_font
 from data_pipelines.emoji.splits import is_heldout_concept
 from data_pipelines.emoji.stem import make_stem, render_stem
 from emma_train.errors import UserError
@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 SIDE = 128
 """Pixels of an image's side; its latent is 32 x 4 x 4."""
 DRAWING_SIDE = 144
-"""Drawings are rasterised a little larger than they are ever shown."""
+"""Pixels of a rasterised drawing, slightly more than an image ever shows."""
 
 ARCHITECTURE: dict[str, Any] = {
     "latent_channels": 32,
@@ -55,29 +55,29 @@ ARCHITECTURE: dict[str, Any] = {
     "downsample_block_type": "conv",
     "upsample_block_type": "pixel_shuffle",
 }
-"""A light encoder (it runs for every image of every task), a heavier decoder, and no attention: 3x3 convolutions
-already see all of a 4 x 4 grid. The first level has no layers, so one convolution goes between 128 and 64 pixels, and
-nothing else runs at full resolution, where a CPU's time would go."""
+"""A small encoder (it runs for every image of every task), a larger decoder, and no attention: on a 4 x 4 grid, 3x3
+convolutions already reach everything. The first level has no layers: at full resolution, which is slow on a CPU, only
+one convolution runs, between 128 and 64 pixels."""
 
-BATCH = 32
+TRAIN_BATCH_SIZE = 32
 MUON_RATE = 3e-3
 ADAM_RATE = 2e-3
-WARM_UP = 100
-"""Steps."""
-AVERAGE = 0.999
-"""Decay of the average of the weights over the steps; the average is what is stored."""
+WARM_UP_STEPS = 100
+AVERAGE_DECAY = 0.999
+"""Decay per step of the moving average of the weights; the average is stored."""
 LATENT_NOISE = 0.05
-"""Of the latents' deviation: a decoder that bears it also bears latents that a model has painted."""
+"""Noise on the latents as a fraction of their standard deviation: the decoder must tolerate the imperfect latents of
+a generating model."""
 
-Pixels = NDArray[np.uint8]
-Draw = Callable[[np.random.Generator], Image.Image]
+PixelArray = NDArray[np.uint8]
+Compose = Callable[[np.random.Generator], Image.Image]
 
 
 @dataclass(frozen=True)
 class Drawings:
     """RGBA drawings: uint8 [N, DRAWING_SIDE, DRAWING_SIDE, 4], and the `style/name` of each."""
 
-    pixels: Pixels
+    pixels: PixelArray
     names: list[str]
 
     def concepts(self) -> list[str]:
@@ -87,9 +87,9 @@ class Drawings:
         return [split_tone(stem, toned)[0].replace("-", " ") for stem in stems]
 
     def split(self) -> tuple["Drawings", "Drawings"]:
-        """The drawings to train on, and those of concepts that the data sets hold out.
+        """(drawings to train on, drawings of the concepts that the data sets hold out).
 
-        Held out with a concept are its drawings of another gender, which look nearly the same.
+        A concept's drawings of another gender look nearly the same, so they are held out too.
         """
         concepts = self.concepts()
         held_out = {without_gender(concept) for concept in concepts if is_heldout_concept(concept)}
@@ -109,7 +109,7 @@ def without_gender(concept: str) -> str:
 def load_drawings(path: Path) -> Drawings:
     """Drawings of a folder of SVGs (STYLE/NAME.svg, as in the npm package), or of X.npy with X_names.json beside it.
 
-    Raises UserError where there are none.
+    Raises UserError if there are none.
     """
     if path.suffix == ".npy" and path.is_file():
         return Drawings(np.load(path), json.loads(path.with_name(f"{path.stem}_names.json").read_text()))
@@ -121,8 +121,8 @@ def load_drawings(path: Path) -> Drawings:
     return Drawings(pixels, [f"{file.parent.name}/{file.stem}" for file in files])
 
 
-class Composer:
-    """Composes RGB images of SIDE x SIDE pixels; an image is a function of the random generator it is given."""
+class ImageComposer:
+    """Composes RGB images of SIDE x SIDE pixels; an image depends on its random generator alone."""
 
     def __init__(self, drawings: Drawings, held_out: bool = False, stems: int = 600):
         self.drawings = drawings
@@ -136,17 +136,17 @@ class Composer:
 
     def any(self, rng: np.random.Generator) -> Image.Image:
         """An image of the training mix."""
-        kinds: list[Draw] = [self.single, self.scene, self.stem]
+        kinds: list[Compose] = [self.single, self.scene, self.stem]
         return kinds[rng.choice(3, p=(0.6, 0.28, 0.12))](rng)
 
     def single(self, rng: np.random.Generator) -> Image.Image:
-        """One drawing, mostly large."""
+        """One drawing that covers at least half of the side."""
         image = background(rng)
         self.paste(image, rng, rng.uniform(0.5, 1.0))
         return image
 
     def scene(self, rng: np.random.Generator) -> Image.Image:
-        """Two or three smaller drawings, and now and then a word."""
+        """Two or three smaller drawings, and sometimes a word."""
         image = background(rng)
         for _ in range(rng.integers(2, 4)):
             self.paste(image, rng, rng.uniform(0.35, 0.58))
@@ -154,7 +154,7 @@ class Composer:
             x, y = (rng.uniform(0.2, 0.87, 2) * SIDE).tolist()
             word = str(rng.choice(WORDS)) if rng.random() < 0.5 else "".join(rng.choice([*ascii_uppercase], 3))
             pen = ImageDraw.Draw(image)
-            pen.text((x, y), word, fill=(0, 0, 0), font=font(int(rng.integers(20, 36))), anchor="mm")
+            pen.text((x, y), word, fill=(0, 0, 0), font=load_font(int(rng.integers(20, 36))), anchor="mm")
         return image
 
     def stem(self, rng: np.random.Generator) -> Image.Image:
@@ -164,15 +164,15 @@ class Composer:
         image.paste(self.stems[rng.integers(len(self.stems))], (x, y))
         return image
 
-    def whole(self, row: int) -> Image.Image:
-        """Drawing number `row` over the whole of a white image: the hardest case."""
+    def alone(self, row: int) -> Image.Image:
+        """Drawing number `row` alone on white, as large as the image: the hardest case."""
         image = Image.new("RGB", (SIDE, SIDE), "white")
         drawing = Image.fromarray(self.drawings.pixels[row]).resize((SIDE, SIDE), Image.Resampling.LANCZOS)
         image.paste(drawing, (0, 0), drawing)
         return image
 
     def paste(self, image: Image.Image, rng: np.random.Generator, share: float) -> None:
-        """Pastes a drawing somewhere into the image, with that share of its side; each concept is as likely."""
+        """Paste a random drawing, with that share of the image's side, anywhere; all concepts are equally likely."""
         rows = self.rows[rng.integers(len(self.rows))]
         side = round(share * SIDE)
         drawing = Image.fromarray(self.drawings.pixels[rows[rng.integers(len(rows))]])
@@ -182,23 +182,24 @@ class Composer:
 
 
 def background(rng: np.random.Generator) -> Image.Image:
-    """One of the data sets' colours, white more often, or any colour."""
+    """A plain image in one of the data sets' colours, most often white, or in any colour."""
     named = ["white", "white", "white", *BACKGROUNDS]
     colour = BACKGROUNDS[str(rng.choice(named))] if rng.random() < 0.7 else tuple(rng.integers(0, 256, 3).tolist())
     return Image.new("RGB", (SIDE, SIDE), colour)
 
 
-class ImageDataset(Dataset[Tensor]):
-    """Images as uint8 [3, SIDE, SIDE], as many as anyone wants: number n is a function of (seed, n)."""
+class ComposedImages(Dataset[Tensor]):
+    """An unlimited number of images, uint8 [3, SIDE, SIDE]; image n depends on (seed, n) alone."""
 
-    def __init__(self, draw: Draw, seed: int):
-        self.draw, self.seed = draw, seed
+    def __init__(self, compose: Compose, seed: int):
+        self.compose = compose
+        self.seed = seed
 
     def __len__(self) -> int:
         return 10**9
 
     def __getitem__(self, index: int) -> Tensor:
-        return to_tensor(self.draw(np.random.default_rng((self.seed, index))))
+        return to_tensor(self.compose(np.random.default_rng((self.seed, index))))
 
     def first(self, count: int) -> Tensor:
         """The first images: uint8 [count, 3, SIDE, SIDE]."""
@@ -210,14 +211,14 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 
 def normalise(images: Tensor) -> Tensor:
-    """uint8 images as fp32 in [-1, 1]: what the autoencoder takes and gives."""
+    """uint8 images as fp32 in [-1, 1], the range of the autoencoder."""
     return images.float().contiguous(memory_format=torch.channels_last).div_(127.5).sub_(1.0)
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum with orthogonalised updates, for the convolutions inside the network.
+    """Momentum with orthogonalised updates (Muon), for the convolutions inside the network.
 
-    In the same 90 seconds it reached 2.6 dB more than AdamW alone. torch.optim.Muon takes matrices only.
+    In 90 seconds it reached 2.6 dB more than AdamW alone. torch.optim.Muon only takes matrices.
     """
 
     def __init__(self, weights: list[nn.Parameter], lr: float, momentum: float = 0.95):
@@ -229,12 +230,12 @@ class Muon(torch.optim.Optimizer):
             for weight in group["params"]:
                 average = self.state[weight].setdefault("average", torch.zeros_like(weight))
                 average.lerp_(weight.grad, 1 - group["momentum"])
-                update = orthogonal(weight.grad.lerp(average, group["momentum"]).flatten(1))
+                update = orthogonalise(weight.grad.lerp(average, group["momentum"]).flatten(1))
                 weight.add_(update.reshape(weight.shape), alpha=-group["lr"])
 
 
-def orthogonal(matrix: Tensor) -> Tensor:
-    """Nearly the orthogonal factor of [rows, columns] (five Newton-Schulz steps), as large as Adam's updates are."""
+def orthogonalise(matrix: Tensor) -> Tensor:
+    """The orthogonal factor of a matrix, approximated by five Newton-Schulz steps, in the size of Adam's updates."""
     wide = matrix.shape[0] <= matrix.shape[1]
     x = (matrix if wide else matrix.T).bfloat16()
     x = x / (x.norm() + 1e-7)
@@ -245,24 +246,24 @@ def orthogonal(matrix: Tensor) -> Tensor:
 
 
 def reconstruct(model: AutoencoderDC, images: Tensor) -> Tensor:
-    """Images in [-1, 1] [N, 3, H, W] through the autoencoder, with a little noise on the latents."""
+    """Encode and decode images [N, 3, H, W] in [-1, 1], with a little noise on the latents."""
     latents = model.encoder(images)
     noise = torch.randn_like(latents) * (LATENT_NOISE * latents.detach().float().std())
     return model.decoder(latents + noise).float()
 
 
-def train(
+def train_autoencoder(
     images: Dataset[Tensor],
     minutes: float,
     seed: int = 0,
     steps: int | None = None,
-    batch: int = BATCH,
+    batch: int = TRAIN_BATCH_SIZE,
     compiled: bool = False,
     report: Callable[[AutoencoderDC], str] = lambda model: "",
 ) -> tuple[AutoencoderDC, list[float]]:
-    """Trains for so many minutes, or steps where they are given. Returns the averaged model, and the loss of each step.
+    """Train for `minutes`, or for `steps` if given. Returns the averaged model and the loss of each step.
 
-    The loss is the root of each image's mean squared error, on average: PSNR, with less weight on easy images.
+    The loss is the mean over images of the root mean squared error. Compared with PSNR, easy images count less.
     """
     torch.manual_seed(seed)
     model = AutoencoderDC(**ARCHITECTURE).to(memory_format=torch.channels_last)
@@ -283,7 +284,7 @@ def train(
             break
         for optimizer, peak in zip(optimizers, peaks, strict=True):
             cosine = math.cos(math.pi / 2 * progress) ** 2
-            optimizer.param_groups[0]["lr"] = peak * min(1, (done + 1) / WARM_UP) * cosine
+            optimizer.param_groups[0]["lr"] = peak * min(1, (done + 1) / WARM_UP_STEPS) * cosine
         target = normalise(drawn)
         with torch.autocast("cpu", torch.bfloat16):
             output = forward(model, target)
@@ -293,7 +294,7 @@ def train(
         for optimizer in optimizers:
             optimizer.step()
         model.zero_grad()
-        decay = min(AVERAGE, (1 + done) / (10 + done))
+        decay = min(AVERAGE_DECAY, (1 + done) / (10 + done))
         torch._foreach_lerp_([*average.parameters()], [p.detach() for p in model.parameters()], 1 - decay)
         losses.append(loss.item())
         if time.monotonic() - logged > 30:
@@ -304,7 +305,7 @@ def train(
 
 @torch.no_grad()
 def psnr(model: AutoencoderDC, images: Tensor) -> Tensor:
-    """The PSNR in dB of each reconstruction, [N], of uint8 images [N, 3, H, W]; values are clipped to an image's."""
+    """PSNR in dB [N] of the reconstructions of uint8 images [N, 3, H, W]; outputs are clipped to the valid range."""
     errors = [
         F.mse_loss(model(x).sample.clamp(-1, 1), x, reduction="none").mean((1, 2, 3)) / 4
         for x in map(normalise, images.split(64))
@@ -313,17 +314,17 @@ def psnr(model: AutoencoderDC, images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def latents(model: AutoencoderDC, images: Tensor) -> Tensor:
+def encode_images(model: AutoencoderDC, images: Tensor) -> Tensor:
     """Latents [N, 32, H/32, W/32] of uint8 images [N, 3, H, W], without the scaling factor."""
     return torch.cat([model.encode(normalise(x)).latent for x in images.split(64)])
 
 
 @torch.no_grad()
 def shrink_latents(model: AutoencoderDC, factor: float) -> None:
-    """Divides the latents by a power of two, in place; the reconstructions stay what they are.
+    """Divide the latents by a power of two, by changing the weights in place; reconstructions do not change.
 
-    The two residual streams have no scale of their own, because all that is added to them is normalised, and so is what
-    leaves the decoder. Training lets them drift to thousands. Exact in bf16: only exponents change.
+    The scale of the two residual streams is arbitrary, because everything that is added to them is normalised, and the
+    decoder's output too; in training it grows to thousands. Exact in bf16: only exponents change.
     """
     model.encoder.conv_in.conv.weight.div_(factor)
     for module in model.modules():
@@ -337,36 +338,36 @@ def shrink_latents(model: AutoencoderDC, factor: float) -> None:
     model.decoder.conv_in.bias.div_(factor)
 
 
-def save(model: AutoencoderDC, out: Path, images: Tensor) -> AutoencoderDC:
-    """Writes diffusers' folder, in bf16, scaled for unit deviation over the images. Returns it as stored, in fp32."""
+def save_autoencoder(model: AutoencoderDC, out: Path, images: Tensor) -> AutoencoderDC:
+    """Write a diffusers folder in bf16, with latents of unit deviation over `images`. Returns it, read back in fp32."""
     stored = deepcopy(model).bfloat16()
-    deviation = float(latents(deepcopy(stored).float(), images).std())
+    deviation = float(encode_images(deepcopy(stored).float(), images).std())
     factor = 2.0 ** round(math.log2(deviation))
     shrink_latents(stored, factor)
     stored.register_to_config(scaling_factor=round(factor / deviation, 6))
     stored.save_pretrained(out)
-    return load(out)
+    return load_autoencoder(out)
 
 
-def load(folder: Path) -> AutoencoderDC:
+def load_autoencoder(folder: Path) -> AutoencoderDC:
     """The autoencoder of a folder, in fp32."""
     model: AutoencoderDC = AutoencoderDC.from_pretrained(folder, torch_dtype=torch.float32, low_cpu_mem_usage=False)
     return model.eval()
 
 
-def held_out_sets(composer: Composer) -> dict[str, Tensor]:
+def held_out_sets(composer: ImageComposer) -> dict[str, Tensor]:
     """Named sets of images, uint8 [N, 3, SIDE, SIDE]: single drawings, scenes, STEM, each style alone on white."""
     sets = {
-        "single": ImageDataset(composer.single, 1).first(256),
-        "scene": ImageDataset(composer.scene, 1).first(256),
-        "stem": ImageDataset(composer.stem, 1).first(2 * len(composer.stems)),
+        "single": ComposedImages(composer.single, 1).first(256),
+        "scene": ComposedImages(composer.scene, 1).first(256),
+        "stem": ComposedImages(composer.stem, 1).first(2 * len(composer.stems)),
     }
-    whole: dict[str, list[Tensor]] = defaultdict(list)
+    by_style: dict[str, list[Tensor]] = defaultdict(list)
     for rows in composer.rows:  # one drawing of each concept and style
         first = {composer.drawings.names[row].split("/")[0]: row for row in reversed(rows)}
         for style, row in first.items():
-            whole[style].append(to_tensor(composer.whole(row)))
-    return sets | {f"whole, {style}": torch.stack(images) for style, images in sorted(whole.items())}
+            by_style[style].append(to_tensor(composer.alone(row)))
+    return sets | {f"whole, {style}": torch.stack(images) for style, images in sorted(by_style.items())}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -379,18 +380,18 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     seen, unseen = load_drawings(options.drawings).split()
-    composer, judge = Composer(seen), Composer(unseen, held_out=True, stems=60)
-    sets = held_out_sets(judge)
+    composer, heldout_composer = ImageComposer(seen), ImageComposer(unseen, held_out=True, stems=60)
+    sets = held_out_sets(heldout_composer)
     log.info("%d drawings to train on, %d of held-out concepts", len(seen.names), len(unseen.names))
-    images = ImageDataset(composer.any, options.seed)
-    model, _ = train(
+    images = ComposedImages(composer.any, options.seed)
+    model, _ = train_autoencoder(
         images,
         options.minutes,
         options.seed,
         compiled=options.compile,
         report=lambda model: f"held out {float(psnr(model, sets['single'][:64]).mean()):.2f} dB",
     )
-    stored = save(model, options.out, images.first(2048))
+    stored = save_autoencoder(model, options.out, images.first(2048))
     log.info("%d parameters, scaling factor %g", stored.num_parameters(), stored.config.scaling_factor)
     for name, held_out in sets.items():
         log.info("PSNR, held out, %s (%d): %.2f dB", name, len(held_out), float(psnr(stored, held_out).mean()))

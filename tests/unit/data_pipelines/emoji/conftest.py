@@ -65,7 +65,7 @@ def read_set() -> Callable[[Path], Records]:
     """(split, key, record, images) of every record of a set."""
 
     def read(folder: Path) -> Records:
-        found = []
+        records = []
         for shard in sorted(folder.glob("*/*.tar")):
             parts: dict[str, dict[str, bytes]] = {}
             with tarfile.open(shard) as tar:
@@ -75,7 +75,7 @@ def read_set() -> Callable[[Path], Records]:
                     assert stream is not None
                     parts.setdefault(key, {})[part] = stream.read()
             for key, files in parts.items():
-                found.append((shard.parent.name, key, json.loads(files.pop("json")), files))
-        return found
+                records.append((shard.parent.name, key, json.loads(files.pop("json")), files))
+        return records
 
     return read

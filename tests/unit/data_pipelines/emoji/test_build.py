@@ -9,16 +9,16 @@ import pytest
 from PIL import Image
 
 from data_pipelines.emoji import splits
-from data_pipelines.emoji.build import Settings, build_set
-from data_pipelines.emoji.concepts import Amounts, World
+from data_pipelines.emoji.build import BuildSettings, build_set
+from data_pipelines.emoji.concepts import Amounts, EmojiWorld
 from data_pipelines.emoji.drawings import Catalogue
 from emma_train.errors import UserError
 
 Records = list[tuple[str, str, dict[str, Any], dict[str, bytes]]]
 ReadSet = Callable[[Path], Records]
 
-WORLD = World("toy", None, None, Amounts(20, 12, 3), Amounts(6, 6, 1), Amounts(4, 6, 0))
-SETTINGS = Settings(side=32, shard_samples=15)
+WORLD = EmojiWorld("toy", None, None, Amounts(20, 12, 3), Amounts(6, 6, 1), Amounts(4, 6, 0))
+SETTINGS = BuildSettings(side=32, shard_samples=15)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def test_twice_the_same_bytes(toy: Path, tmp_path: Path, catalogue: Catalogue, m
 
 
 def test_another_seed_gives_other_images(toy: Path, tmp_path: Path, catalogue: Catalogue) -> None:
-    build_set(catalogue, WORLD, tmp_path / "other", Settings(side=32, shard_samples=15, seed=1))
+    build_set(catalogue, WORLD, tmp_path / "other", BuildSettings(side=32, shard_samples=15, seed=1))
     shard = "train/shard-000000.tar"
     assert (tmp_path / "other" / shard).read_bytes() != (toy / shard).read_bytes()
 

@@ -3,7 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipelines.emoji.drawings import Catalogue, rasterise, read_catalogue, select, split_tone
+from data_pipelines.emoji.drawings import Catalogue, rasterise, read_catalogue, select_drawings, split_tone
 from emma_train.errors import UserError
 
 
@@ -24,10 +24,10 @@ def test_a_name_that_ends_like_a_tone_stays_whole(catalogue: Catalogue) -> None:
 
 
 def test_select_keeps_the_wanted_and_names_the_missing(catalogue: Catalogue) -> None:
-    kept = select(catalogue.drawings, frozenset({"waving hand", "red circle"}), frozenset({"default"}))
+    kept = select_drawings(catalogue.drawings, frozenset({"waving hand", "red circle"}), frozenset({"default"}))
     assert len(kept) == 6
     with pytest.raises(UserError, match="purple cow"):
-        select(catalogue.drawings, frozenset({"purple cow"}), None)
+        select_drawings(catalogue.drawings, frozenset({"purple cow"}), None)
 
 
 def test_rasterise_gives_the_side_asked_for(catalogue: Catalogue) -> None:

@@ -2,16 +2,16 @@ import numpy as np
 import pytest
 
 from data_pipelines.emoji.drawings import Catalogue
-from data_pipelines.emoji.edits import EDITS, Edit, Pool, make_edit
+from data_pipelines.emoji.edits import EDITS, DrawingPool, Edit, make_edit
 from data_pipelines.emoji.records import RecordMaker
-from data_pipelines.emoji.rng import generator
 from data_pipelines.emoji.scenes import Scene
+from data_pipelines.emoji.seeded_rng import seeded_generator
 
 
 def some_edits(catalogue: Catalogue, kind: str) -> list[Edit]:
-    pool = Pool(catalogue.drawings)
+    pool = DrawingPool(catalogue.drawings)
     leads = [d for d in catalogue.drawings if d.tone and d.style == "flat"]
-    return [make_edit(generator(0, f"{kind}/{i}"), kind, leads[i % len(leads)], pool) for i in range(40)]
+    return [make_edit(seeded_generator(0, f"{kind}/{i}"), kind, leads[i % len(leads)], pool) for i in range(40)]
 
 
 @pytest.mark.parametrize("kind", list(EDITS))
@@ -83,17 +83,17 @@ def test_the_reverse_instruction_leads_back_to_the_same_pixels(catalogue: Catalo
     maker = RecordMaker(side=48, version="0", captions=2, scene_captions=True)
     for kind in EDITS:
         edit = some_edits(catalogue, kind)[0]
-        record, images = maker.pair(generator(1, kind), edit, edit.before.drawings[0])
-        there, back = record["it2i"]
-        assert (there["images"], there["target"]) == (["img0"], "img1")
-        assert (back["images"], back["target"]) == (["img1"], "img0")
+        record, images = maker.pair(seeded_generator(1, kind), edit, edit.before.drawings[0])
+        forward, backward = record["it2i"]
+        assert (forward["images"], forward["target"]) == (["img0"], "img1")
+        assert (backward["images"], backward["target"]) == (["img1"], "img0")
         assert set(images) == {"img0", "img1"} == set(record["pictures"])
         swapped = Edit(edit.after, edit.before, edit.backward, edit.forward, edit.back_kind, edit.kind)
-        _, reversed_images = maker.pair(generator(1, kind), swapped, edit.before.drawings[0])
+        _, reversed_images = maker.pair(seeded_generator(1, kind), swapped, edit.before.drawings[0])
         assert np.array_equal(images["img0"], reversed_images["img1"])
         assert np.array_equal(images["img1"], reversed_images["img0"])
 
 
 def test_a_kind_that_the_pool_cannot_furnish_becomes_another(catalogue: Catalogue) -> None:
     lone = [d for d in catalogue.drawings if d.id == "flat/red-circle"]
-    assert make_edit(generator(0, "x"), "recolour", lone[0], Pool(lone)).kind == "background"
+    assert make_edit(seeded_generator(0, "x"), "recolour", lone[0], DrawingPool(lone)).kind == "background"

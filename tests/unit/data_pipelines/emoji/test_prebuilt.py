@@ -37,10 +37,10 @@ def shown_by(records: Records, split: str) -> set[str]:
 def test_splits_are_disjoint_by_drawing_and_by_concept(prebuilt: Records) -> None:
     train = shown_by(prebuilt, "train")
     seen = {concept_of(d) for d in train}
-    held = {c for names in TINY_CONCEPTS.values() for c in names if is_heldout_concept(c)}
+    heldout = {c for names in TINY_CONCEPTS.values() for c in names if is_heldout_concept(c)}
     assert len(seen) == 59
-    assert len(held) == 5
-    assert not seen & held
+    assert len(heldout) == 5
+    assert not seen & heldout
     for split, _, record, _ in prebuilt:
         drawings = set(record["provenance"]["drawings"])
         concepts = {concept_of(d) for d in drawings}
@@ -49,7 +49,7 @@ def test_splits_are_disjoint_by_drawing_and_by_concept(prebuilt: Records) -> Non
             assert drawings - train
             assert concepts <= seen
         if split == "heldout_concepts":
-            assert concepts & held
+            assert concepts & heldout
     unseen_drawings = {d for d in shown_by(prebuilt, "heldout_drawings") if d not in train}
     assert len(unseen_drawings) == 25
     assert len(train) == 194

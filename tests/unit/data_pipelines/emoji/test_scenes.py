@@ -2,8 +2,17 @@ import numpy as np
 import pytest
 
 from data_pipelines.emoji.drawings import Catalogue, Drawing
-from data_pipelines.emoji.questions import answers
-from data_pipelines.emoji.scenes import BACKGROUNDS, PLACED, SMALL, Layer, Scene, article, captions, render
+from data_pipelines.emoji.questions import known_answers
+from data_pipelines.emoji.scenes import (
+    BACKGROUNDS,
+    OFF_CENTRE_SIZE,
+    SMALL_SIZE,
+    Layer,
+    Scene,
+    captions,
+    render_scene,
+    with_article,
+)
 
 SIDE = 64
 
@@ -13,7 +22,7 @@ def named(catalogue: Catalogue, name: str) -> Drawing:
 
 
 def test_captions_say_style_concept_background_and_place(catalogue: Catalogue) -> None:
-    scene = Scene("blue", (Layer(named(catalogue, "flat/red-circle"), "left", PLACED),))
+    scene = Scene("blue", (Layer(named(catalogue, "flat/red-circle"), "left", OFF_CENTRE_SIZE),))
     assert captions(scene) == [
         "a flat red circle on a blue background, on the left",
         "red circle, flat style, blue background, left",
@@ -22,7 +31,7 @@ def test_captions_say_style_concept_background_and_place(catalogue: Catalogue) -
 
 
 def test_captions_say_skin_and_size(catalogue: Catalogue) -> None:
-    scene = Scene("orange", (Layer(named(catalogue, "modern/waving-hand-dark"), "centre", SMALL),))
+    scene = Scene("orange", (Layer(named(catalogue, "modern/waving-hand-dark"), "centre", SMALL_SIZE),))
     assert captions(scene) == [
         "a small modern waving hand with dark skin on an orange background",
         "waving hand, dark skin, modern style, orange background, small",
@@ -41,8 +50,8 @@ def test_a_layered_caption_names_every_drawing_and_the_word(catalogue: Catalogue
 
 
 def test_answers_are_what_the_image_was_made_from(catalogue: Catalogue) -> None:
-    scene = Scene("grey", (Layer(named(catalogue, "high-contrast/blue-fish"), "top", PLACED),))
-    assert answers(scene) == {
+    scene = Scene("grey", (Layer(named(catalogue, "high-contrast/blue-fish"), "top", OFF_CENTRE_SIZE),))
+    assert known_answers(scene) == {
         "background": "grey",
         "style": "high contrast",
         "concept": "blue fish",
@@ -50,27 +59,27 @@ def test_answers_are_what_the_image_was_made_from(catalogue: Catalogue) -> None:
         "place": "top",
     }
     nameless = Scene("grey", (Layer(named(catalogue, "flat/nameless-thing")),))
-    assert "group" not in answers(nameless)
+    assert "group" not in known_answers(nameless)
 
 
 @pytest.mark.parametrize(
     ("place", "row", "column"),
     [("left", 0.5, 0.28), ("right", 0.5, 0.72), ("top", 0.28, 0.5), ("bottom", 0.72, 0.5), ("centre", 0.5, 0.5)],
 )
-def test_the_drawing_is_where_the_caption_says(catalogue: Catalogue, place: str, row: float, column: float) -> None:
-    scene = Scene("white", (Layer(named(catalogue, "flat/red-circle"), place, PLACED),))
-    pixels = np.asarray(render(scene, SIDE)).astype(int)
+def test_the_drawing_is_where_the_caption_says(catalogue: Catalogue, position: str, row: float, column: float) -> None:
+    scene = Scene("white", (Layer(named(catalogue, "flat/red-circle"), position, OFF_CENTRE_SIZE),))
+    pixels = np.asarray(render_scene(scene, SIDE)).astype(int)
     painted = np.argwhere((pixels != BACKGROUNDS["white"]).any(-1)) / SIDE
     assert np.allclose(painted.mean(0), (row, column), atol=0.03)
 
 
 def test_a_word_is_painted_at_the_bottom_only(catalogue: Catalogue) -> None:
-    bare = Scene("green", (Layer(named(catalogue, "flat/red-circle"), "top", PLACED),))
+    bare = Scene("green", (Layer(named(catalogue, "flat/red-circle"), "top", OFF_CENTRE_SIZE),))
     written = Scene("green", bare.layers, "WOW")
-    changed = (np.asarray(render(bare, SIDE)) != np.asarray(render(written, SIDE))).any(-1)
+    changed = (np.asarray(render_scene(bare, SIDE)) != np.asarray(render_scene(written, SIDE))).any(-1)
     assert changed.any()
     assert not changed[: int(SIDE * 0.7)].any()
 
 
 def test_article() -> None:
-    assert (article("orange"), article("flat pizza")) == ("an orange", "a flat pizza")
+    assert (with_article("orange"), with_article("flat pizza")) == ("an orange", "a flat pizza")

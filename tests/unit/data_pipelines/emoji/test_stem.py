@@ -1,23 +1,23 @@
 import numpy as np
 
-from data_pipelines.emoji.rng import generator
-from data_pipelines.emoji.stem import Stem, bars, formula, line, make_stem, render_stem, sum_of_two
+from data_pipelines.emoji.seeded_rng import seeded_generator
+from data_pipelines.emoji.stem import StemImage, bar_chart, formula, line_chart, make_stem, render_stem, sum_of_two
 
 
-def counter_rng(maker, count: int = 40) -> list[Stem]:  # type: ignore[no-untyped-def]
-    return [maker(generator(0, str(i))) for i in range(count)]
+def counter_rng(maker, count: int = 40) -> list[StemImage]:  # type: ignore[no-untyped-def]
+    return [maker(seeded_generator(0, str(i))) for i in range(count)]
 
 
 def test_sums_are_right() -> None:
     for stem in counter_rng(sum_of_two):
-        answers = dict(stem.questions)
+        known_answers = dict(stem.questions)
         first, sign, second = stem.content[0], stem.content[1], stem.content[2]
-        assert answers["What is the result?"] == str(int(first) + int(second) * (1 if sign == "+" else -1))
-        assert answers["What is the formula?"] == stem.content + "=?"
+        assert known_answers["What is the result?"] == str(int(first) + int(second) * (1 if sign == "+" else -1))
+        assert known_answers["What is the formula?"] == stem.content + "=?"
 
 
 def test_bar_answers_are_right() -> None:
-    for stem in counter_rng(bars):
+    for stem in counter_rng(bar_chart):
         values = dict(zip("ABC", stem.labels["values"], strict=True))
         assert len(set(values.values())) == 3
         for question, answer in stem.questions:
@@ -30,7 +30,7 @@ def test_bar_answers_are_right() -> None:
 
 
 def test_line_answers_are_right() -> None:
-    for stem in counter_rng(line):
+    for stem in counter_rng(line_chart):
         steps = np.diff(stem.labels["values"])
         assert (steps > 0).all() if stem.questions[0][1] == "rising" else (steps < 0).all()
 
@@ -46,7 +46,7 @@ def test_formulas_stay_inside_the_image_and_use_it() -> None:
 def test_the_same_content_is_the_same_image_whatever_the_reader_configured() -> None:
     import matplotlib
 
-    stem = make_stem(generator(0, "a"))
+    stem = make_stem(seeded_generator(0, "a"))
     plain = render_stem(stem, 64)
     with matplotlib.rc_context({"figure.facecolor": "red", "font.size": 30}):
         assert np.array_equal(plain, render_stem(stem, 64))

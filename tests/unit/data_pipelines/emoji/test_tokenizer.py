@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipelines.emoji.tokenizer import SPECIAL, main, train_tokenizer
+from data_pipelines.emoji.tokenizer import SPECIAL_TOKENS, main, train_tokenizer
 from emma_train.errors import UserError
 
 WORDS = [a + b + c for a in "bcdfghjklmnprstvwz" for b in "aeiou" for c in ("st", "rk", "nd", "lp", "xt", "mm")]
@@ -12,9 +12,16 @@ WORDS = [a + b + c for a in "bcdfghjklmnprstvwz" for b in "aeiou" for c in ("st"
 def test_exactly_1024_tokens_with_the_chat_in_single_ones() -> None:
     tokenizer = train_tokenizer([f"a {word} on the {word}" for word in WORDS], WORDS)
     assert tokenizer.get_vocab_size() == 1024
-    assert [tokenizer.token_to_id(token) for token in SPECIAL] == [0, 1, 2, 3, 4, 5]
+    assert [tokenizer.token_to_id(token) for token in SPECIAL_TOKENS] == [0, 1, 2, 3, 4, 5]
     text = "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>"
-    assert tokenizer.encode(text).tokens == ["<|im_start|>", "user", "Ċ", *SPECIAL[3:4], *SPECIAL[5:], *SPECIAL[4:5]]
+    assert tokenizer.encode(text).tokens == [
+        "<|im_start|>",
+        "user",
+        "Ċ",
+        "<|vision_start|>",
+        "<|image_pad|>",
+        "<|vision_end|>",
+    ]
     assert len(tokenizer.encode("assistant").ids) == 1
     strange = "naïve 表 \t x"
     assert tokenizer.decode(tokenizer.encode(strange).ids) == strange

@@ -16,19 +16,19 @@ from torch import Tensor
 from data_pipelines.emoji.splits import is_heldout_concept
 from data_pipelines.emoji.train_autoencoder import (
     ARCHITECTURE,
-    Composer,
+    ComposedImages,
     Drawings,
-    ImageDataset,
-    latents,
-    load,
+    ImageComposer,
+    encode_images,
+    load_autoencoder,
     load_drawings,
     normalise,
-    orthogonal,
+    orthogonalise,
     psnr,
-    save,
+    save_autoencoder,
     shrink_latents,
     to_tensor,
-    train,
+    train_autoencoder,
 )
 from emma_train.errors import UserError
 
@@ -37,19 +37,19 @@ WEIGHTS = ASSETS / "autoencoder"
 
 
 @pytest.fixture(scope="module")
-def composer(package: Path) -> Composer:
-    return Composer(load_drawings(package / "icons"), stems=2)
+def composer(package: Path) -> ImageComposer:
+    return ImageComposer(load_drawings(package / "icons"), stems=2)
 
 
-def test_training_lowers_the_loss_and_the_folder_keeps_the_model(composer: Composer, tmp_path: Path) -> None:
-    one = ImageDataset(lambda _: composer.single(np.random.default_rng(5)), seed=0)
-    model, losses = train(one, minutes=1, steps=10, batch=2)
+def test_training_lowers_the_loss_and_the_folder_keeps_the_model(composer: ImageComposer, tmp_path: Path) -> None:
+    one = ComposedImages(lambda _: composer.single(np.random.default_rng(5)), seed=0)
+    model, losses = train_autoencoder(one, minutes=1, steps=10, batch=2)
     assert len(losses) == 10 and losses[-1] < 0.96 * losses[0]
-    images = ImageDataset(composer.any, 0).first(8)
-    stored = save(model, tmp_path, images)
+    images = ComposedImages(composer.any, 0).first(8)
+    stored = save_autoencoder(model, tmp_path, images)
     rounded = model.bfloat16().float()
     assert torch.allclose(stored(normalise(images)).sample, rounded(normalise(images)).sample, atol=1e-4)
-    assert float(latents(stored, images).std() * stored.config.scaling_factor) == pytest.approx(1, abs=1e-3)
+    assert float(encode_images(stored, images).std() * stored.config.scaling_factor) == pytest.approx(1, abs=1e-3)
     assert 0.7 < stored.config.scaling_factor < 1.5
 
 
@@ -59,24 +59,24 @@ def test_shrunk_latents_are_a_power_of_two_smaller_and_images_stay() -> None:
     for weight in model.parameters():  # trained biases are not zero
         weight.data.add_(0.02 * torch.randn_like(weight))
     images = torch.randint(0, 256, (2, 3, 128, 128), dtype=torch.uint8)
-    before, sample = latents(model, images), model(normalise(images)).sample
+    before, sample = encode_images(model, images), model(normalise(images)).sample
     shrink_latents(model, 0.25)
-    assert torch.allclose(latents(model, images), before * 4, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(encode_images(model, images), before * 4, rtol=1e-4, atol=1e-4)
     assert torch.allclose(model(normalise(images)).sample, sample, atol=1e-3)
 
 
-def test_images_are_a_function_of_seed_and_number(composer: Composer) -> None:
-    drawn = ImageDataset(composer.any, 1)
+def test_images_are_a_function_of_seed_and_number(composer: ImageComposer) -> None:
+    drawn = ComposedImages(composer.any, 1)
     assert drawn[3].shape == (3, 128, 128) and drawn[3].dtype == torch.uint8
-    assert torch.equal(drawn[3], ImageDataset(composer.any, 1)[3])
-    assert not torch.equal(drawn[3], drawn[4]) and not torch.equal(drawn[3], ImageDataset(composer.any, 2)[3])
+    assert torch.equal(drawn[3], ComposedImages(composer.any, 1)[3])
+    assert not torch.equal(drawn[3], drawn[4]) and not torch.equal(drawn[3], ComposedImages(composer.any, 2)[3])
 
 
 def test_held_out_concepts_are_held_out_in_all_styles_tones_and_genders() -> None:
     assert not is_heldout_concept("cat")
-    held = next(name for n in range(1000) if is_heldout_concept(name := f"woman x{n}"))
-    bare = held.removeprefix("woman ")
-    names = ["flat/cat", f"modern/{held}", *(f"flat/man-{bare}-{tone}" for tone in ("default", "dark"))]
+    heldout = next(name for n in range(1000) if is_heldout_concept(name := f"woman x{n}"))
+    bare = heldout.removeprefix("woman ")
+    names = ["flat/cat", f"modern/{heldout}", *(f"flat/man-{bare}-{tone}" for tone in ("default", "dark"))]
     names = [name.replace(" ", "-") for name in names]
     seen, unseen = Drawings(np.zeros((4, 1, 1, 4), np.uint8), names).split()
     assert seen.names == ["flat/cat"] and unseen.names == names[1:]
@@ -93,8 +93,8 @@ def test_psnr_of_a_known_error() -> None:
 
 @pytest.mark.parametrize("shape", [(8, 72), (64, 16)])
 def test_orthogonal_makes_singular_values_alike(shape: tuple[int, int]) -> None:
-    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    values = torch.linalg.svdvals(orthogonal(matrix)) / (0.2 * max(shape) ** 0.5)
+    matrix = torch.randn(shape, seeded_generator=torch.Generator().manual_seed(0))
+    values = torch.linalg.svdvals(orthogonalise(matrix)) / (0.2 * max(shape) ** 0.5)
     assert values.min() > 0.5 and values.max() < 1.5
 
 
@@ -104,11 +104,11 @@ def test_a_folder_without_drawings_is_refused(tmp_path: Path) -> None:
 
 
 def test_committed_weights_are_small_and_fit_their_config() -> None:
-    model = load(WEIGHTS)
+    model = load_autoencoder(WEIGHTS)
     assert model.num_parameters() <= 4_000_000
     assert sum(file.stat().st_size for file in WEIGHTS.iterdir()) <= 8_000_000
     assert {key: plain(model.config[key]) for key in ARCHITECTURE} == {key: plain(v) for key, v in ARCHITECTURE.items()}
-    assert latents(model, torch.zeros(1, 3, 64, 128, dtype=torch.uint8)).shape == (1, 32, 2, 4)
+    assert encode_images(model, torch.zeros(1, 3, 64, 128, dtype=torch.uint8)).shape == (1, 32, 2, 4)
 
 
 def test_committed_weights_give_unit_latents_and_good_images_on_the_emoji_set() -> None:
@@ -116,8 +116,8 @@ def test_committed_weights_give_unit_latents_and_good_images_on_the_emoji_set() 
     if not shards:
         pytest.skip("the emoji set is not there")
     images = torch.stack(webp_images(shards[0], 64))
-    model = load(WEIGHTS)
-    assert float(latents(model, images).std() * model.config.scaling_factor) == pytest.approx(1, abs=0.1)
+    model = load_autoencoder(WEIGHTS)
+    assert float(encode_images(model, images).std() * model.config.scaling_factor) == pytest.approx(1, abs=0.1)
     assert float(psnr(model, images).mean()) >= 22
 
 
@@ -129,5 +129,5 @@ def plain(value: Any) -> Any:
 def webp_images(shard: Path, count: int) -> list[Tensor]:
     with tarfile.open(shard) as tar:
         streams = (tar.extractfile(member) for member in tar if member.name.endswith(".webp"))
-        found = [to_tensor(Image.open(io.BytesIO(s.read())).convert("RGB")) for s in streams if s is not None]
-    return found[:count]
+        matches = [to_tensor(Image.open(io.BytesIO(s.read())).convert("RGB")) for s in streams if s is not None]
+    return matches[:count]

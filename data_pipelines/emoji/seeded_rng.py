@@ -1,4 +1,4 @@
-"""Random draws as a function of (seed, key): records are the same whatever was made before them."""
+"""Random numbers as a function of (seed, key), so that a record does not depend on the records made before it."""
 
 import hashlib
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ import numpy as np
 T = TypeVar("T")
 
 
-def generator(seed: int, key: str) -> np.random.Generator:
+def seeded_generator(seed: int, key: str) -> np.random.Generator:
     return np.random.default_rng(int.from_bytes(hashlib.sha256(f"{seed}/{key}".encode()).digest()[:16], "big"))
 
 
