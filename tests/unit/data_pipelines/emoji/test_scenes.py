@@ -63,7 +63,7 @@ def test_answers_are_what_the_image_was_made_from(catalogue: Catalogue) -> None:
 
 
 @pytest.mark.parametrize(
-    ("place", "row", "column"),
+    ("position", "row", "column"),
     [("left", 0.5, 0.28), ("right", 0.5, 0.72), ("top", 0.28, 0.5), ("bottom", 0.72, 0.5), ("centre", 0.5, 0.5)],
 )
 def test_the_drawing_is_where_the_caption_says(catalogue: Catalogue, position: str, row: float, column: float) -> None:
