@@ -93,7 +93,7 @@ def test_psnr_of_a_known_error() -> None:
 
 @pytest.mark.parametrize("shape", [(8, 72), (64, 16)])
 def test_orthogonal_makes_singular_values_alike(shape: tuple[int, int]) -> None:
-    matrix = torch.randn(shape, seeded_generator=torch.Generator().manual_seed(0))
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     values = torch.linalg.svdvals(orthogonalise(matrix)) / (0.2 * max(shape) ** 0.5)
     assert values.min() > 0.5 and values.max() < 1.5
 
