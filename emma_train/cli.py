@@ -41,8 +41,9 @@ NOISY_LOGGERS = ("httpx", "filelock", "torch", "PIL", "botocore", "aiobotocore")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Exit codes: 0 done, 1 failed, 2 bad usage or config, 75 stopped by a signal after a
     checkpoint."""
-    parser = _parser()
-    arguments, overrides = parser.parse_known_args(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
+    parser = _parser(words)
+    arguments, overrides = parser.parse_known_args(words)
     takes_overrides = arguments.command in TAKES_OVERRIDES
     wrong = [word for word in overrides if not takes_overrides or word.startswith("-") or "=" not in word]
     if wrong:
@@ -62,13 +63,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(words: list[str]) -> argparse.ArgumentParser:
+    """The parser for a command line. Only a command that it names gets its options, because what they list may take
+    long to import."""
     parser = argparse.ArgumentParser(prog="emma-train", description="Train EMMA: understand, make and edit images.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, module in COMMANDS.items():
         command = commands.add_parser(name, help=module.__doc__, description=module.__doc__)
         command.set_defaults(run=module.run)
-        module.add_arguments(command)
+        if name in words:
+            module.add_arguments(command)
     return parser
 
 

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emma_train.commands.model_arguments import add_model_arguments
-from emma_train.config.mix import TASK_NAMES
 from emma_train.errors import UserError
 
 if TYPE_CHECKING:
@@ -18,6 +17,8 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from emma_train.config.mix import TASK_NAMES
+
     add_model_arguments(parser)
     parser.add_argument("--task", choices=TASK_NAMES, required=True)
     parser.add_argument("--prompt", nargs="+", required=True, help="questions, prompts or instructions")
