@@ -49,7 +49,7 @@ class Check:
 def doctor(folder: Path = Path("runs")) -> int:
     """Print the table of all checks. Returns 0, or 1 if something essential is missing."""
     results = checks(folder)
-    Console().print(_table(results))
+    Console().print(_results_table(results))
     lacking = [check.name for check in results if check.essential and check.status == "missing"]
     if lacking:
         print(f"This machine can't train yet: {', '.join(lacking)}.")
@@ -71,7 +71,7 @@ def checks(folder: Path = Path("runs")) -> list[Check]:
     ]
 
 
-def _table(results: list[Check]) -> Table:
+def _results_table(results: list[Check]) -> Table:
     colour = {"ok": "green", "warn": "yellow", "missing": "red"}
     table = Table(title="emma-train doctor", title_justify="left")
     for column in ("", "check", "status", "found", "what to do"):

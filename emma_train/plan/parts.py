@@ -64,13 +64,13 @@ def sizes_of(model: Emma, stage: Stage, generates: bool) -> Sizes:
     return Sizes(
         stored=sum(p.numel() for p in model.parameters()),
         trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        units=tuple(sorted(_count(unit) - _count(part) for unit, part in zip(units, unused, strict=True))),
-        frozen_units=sum(map(_count, frozen)),
-        unused=sum(map(_count, unused)),
+        units=tuple(sorted(_numel(unit) - _numel(part) for unit, part in zip(units, unused, strict=True))),
+        frozen_units=sum(map(_numel, frozen)),
+        unused=sum(map(_numel, unused)),
     )
 
 
-def _count(parameters: Mapping[str, Tensor]) -> int:
+def _numel(parameters: Mapping[str, Tensor]) -> int:
     return sum(p.numel() for p in parameters.values())
 
 

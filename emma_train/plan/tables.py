@@ -43,16 +43,16 @@ def print_plan(
 
 
 def _parameter_table(plan: Plan) -> Table:
-    table = _table("Parameters: stored, trained, and active for one token", "")
+    table = _titled_table("Parameters: stored, trained, and active for one token", "")
     for column in ("stored", "trained", "text", "understood", "reference", "target"):
         table.add_column(column, justify="right")
     rows = [(p.name, [p.stored, p.trained, *p.active]) for p in plan.parts]
     for name, counts in rows:
-        table.add_row(name, *(_count(n) for n in counts))
+        table.add_row(name, *(_short_count(n) for n in counts))
     table.add_section()
     totals = [sum(column) for column in zip(*(counts for _, counts in rows), strict=True)]
-    table.add_row("model", *(_count(n) for n in totals), style="bold")
-    table.add_row("autoencoder, never trained", _count(plan.autoencoder), *[""] * 5)
+    table.add_row("model", *(_short_count(n) for n in totals), style="bold")
+    table.add_row("autoencoder, never trained", _short_count(plan.autoencoder), *[""] * 5)
     if not plan.has_autoencoder:
         table.caption = f"{plan.recipe.model.autoencoder.path} is not here: counts of dc-ae-f32c32-sana-1.0"
     return table
@@ -61,7 +61,7 @@ def _parameter_table(plan: Plan) -> Table:
 def _token_table(plan: Plan) -> Table:
     """One row per kind of sample. "Token-wise" models have VAE and ViT tokens; understanding has ViT tokens only."""
     columns = ("task, images", "text", "seen", "target", "EMMA", "token-wise at 16x", "ratio", "from")
-    table = _table("Tokens of a mean sample", *columns)
+    table = _titled_table("Tokens of a mean sample", *columns)
     pixels = plan.recipe.model.autoencoder.pixels
     for task, mean in dict.fromkeys(pair for load in plan.loads for pair in load.means.items()):
         image = TASKS[task].image_config(plan.recipe.data)
@@ -83,13 +83,13 @@ def _token_table(plan: Plan) -> Table:
 
 def _step_table(plan: Plan) -> Table:
     slots, loads, lengths = plan.recipe.data.slots, plan.loads, plan.phase_steps
-    table = _table("Steps (FLOPs of one step on all GPUs)", "", *(load.phase.name for load in loads))
+    table = _titled_table("Steps (FLOPs of one step on all GPUs)", "", *(load.phase.name for load in loads))
     work, seconds = [plan.flops(load) for load in loads], [plan.seconds(load) for load in loads]
     shared = slots * plan.recipe.engine.sequence_parallel
     packs = f"{shared / plan.num_gpus:g}" + " (not whole)" * (shared % plan.num_gpus > 0)
     rows: dict[str, list[str]] = {
         "samples a step": ["\n".join(f"{n:,} {task}" for task, n in x.samples.items()) for x in loads],
-        "tokens a step": [_count(x.tokens) for x in loads],
+        "tokens a step": [_short_count(x.tokens) for x in loads],
         "packs a step (slots)": [str(slots)] * len(loads),
         "packs of each GPU": [packs] * len(loads),
         f"tokens a pack (cap {plan.recipe.data.pack_tokens:,})": [f"{x.tokens / slots:,.0f}" for x in loads],
@@ -99,8 +99,8 @@ def _step_table(plan: Plan) -> Table:
         "FLOPs, autoencoder": [_flops(plan.encoding_flops(x)) for x in loads],
         f"step at {plan.mfu:.0%} MFU": [_seconds(s) for s in seconds],
         "steps": [f"{n:,}" for n in lengths],
-        "samples": [_count(n * sum(x.samples.values())) for n, x in zip(lengths, loads, strict=True)],
-        "tokens": [_count(n * x.tokens) for n, x in zip(lengths, loads, strict=True)],
+        "samples": [_short_count(n * sum(x.samples.values())) for n, x in zip(lengths, loads, strict=True)],
+        "tokens": [_short_count(n * x.tokens) for n, x in zip(lengths, loads, strict=True)],
         "time": [_seconds(n * s) for n, s in zip(lengths, seconds, strict=True)],
     }
     for name, values in rows.items():
@@ -116,7 +116,7 @@ def _memory_table(plan: Plan) -> Table:
     worst = max(plan.loads, key=lambda load: plan.memory(load, plan.num_gpus, cap).peak)
     mean, full = (plan.memory(worst, plan.num_gpus, tokens) for tokens in (worst.tokens / slots, cap))
     title = "Memory of a GPU" + f" in phase {worst.phase.name}" * (len(plan.loads) > 1)
-    table = _table(title, "", f"mean pack, {worst.tokens / slots:,.0f} tokens", f"full pack, {cap:,} tokens")
+    table = _titled_table(title, "", f"mean pack, {worst.tokens / slots:,.0f} tokens", f"full pack, {cap:,} tokens")
     for name in full.kept:
         if full.kept[name]:
             table.add_row(name, _gib(mean.kept[name]), _gib(full.kept[name]))
@@ -128,14 +128,14 @@ def _memory_table(plan: Plan) -> Table:
     return table
 
 
-def _table(title: str, *columns: str) -> Table:
+def _titled_table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", caption_justify="left")
     for column in columns:
         table.add_column(column, justify="left" if column == columns[0] else "right")
     return table
 
 
-def _count(n: float) -> str:
+def _short_count(n: float) -> str:
     if n >= 1e9:
         return f"{n / 1e9:,.3f} B"
     if n >= 1e6:

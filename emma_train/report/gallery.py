@@ -37,6 +37,10 @@ class SampleSnapshot:
     samples: list[dict[str, Any]]
 
 
+Cells = dict[int, tuple[SampleSnapshot, dict[str, Any]]]
+"""Samples of one prompt by their column in the grid."""
+
+
 def read_snapshots(label: str, short: str, run: Path, missing: list[str]) -> list[SampleSnapshot]:
     """The sample folders of one run folder in the order of steps. Adds a line to `missing` for what cannot be read."""
     snapshots = []
@@ -80,44 +84,54 @@ def _image_grid(task: Task, snapshots: list[SampleSnapshot]) -> str:
     if not snapshots:
         return ""
     columns = _spread(snapshots, MAX_COLUMNS)
-    rows: dict[tuple[str, str], dict[int, tuple[SampleSnapshot, dict[str, Any]]]] = defaultdict(dict)
+    rows: dict[tuple[str, str], Cells] = defaultdict(dict)
     for i, snapshot in enumerate(columns):
         for sample in snapshot.samples:
             if sample.get("task") == task.name:
                 rows[str(sample.get("prompt", "")), str(sample.get("file", ""))][i] = (snapshot, sample)
     # Prompts with most images first: they show how the model changes.
     shown = sorted(rows.items(), key=lambda item: -len(item[1]))[:MAX_ROWS]
-    latest = [cells[max(cells)] for _, cells in shown]
-    before = any(s.get("reference") for _, s in latest)
-    after = any(s.get("target") for _, s in latest)
+    latest = [cells[max(cells)][1] for _, cells in shown]
+    before, after = (any(sample.get(key) for sample in latest) for key in ("reference", "target"))
+    # A gap stands before the first column of each stage.
+    gaps = [
+        ' class="apart"' if i == 0 or columns[i - 1].label != column.label else "" for i, column in enumerate(columns)
+    ]
+    head = _grid_head(columns, gaps, before, after)
+    body = "".join(_grid_row(prompt, cells, columns, gaps, before, after) for (prompt, _), cells in shown)
+    more = f'<p class="note">{len(shown)} of {len(rows)} prompts are shown.</p>' if len(rows) > len(shown) else ""
+    return (
+        f'<div class="card image-grid" tabindex="0" role="region" aria-label="{escape(task.heading)}">'
+        f"<h3>{escape(task.heading)}</h3><table><thead>{head}</thead><tbody>{body}</tbody></table>{more}</div>"
+    )
 
-    is_new = [i == 0 or columns[i - 1].label != snapshot.label for i, snapshot in enumerate(columns)]
-    gap = [' class="apart"' if new else "" for new in is_new]
+
+def _grid_head(columns: list[SampleSnapshot], gaps: list[str], before: bool, after: bool) -> str:
+    """Two rows: names of the stages, and steps. before, after: columns of reference and true images."""
     stages = "<th></th>" + ("<th></th>" if before else "")
     for label, group in groupby(columns, key=lambda snapshot: snapshot.label):
         stages += f'<th class="stage apart" colspan="{len(list(group))}">{escape(label)}</th>'
     steps = "<th></th>" + ("<th>before</th>" if before else "")
-    for snapshot, apart in zip(columns, gap, strict=True):
-        steps += f"<th{apart}>step {snapshot.step:,}</th>"
+    for snapshot, gap in zip(columns, gaps, strict=True):
+        steps += f"<th{gap}>step {snapshot.step:,}</th>"
     steps += '<th class="apart">from the data</th>' if after else ""
+    return f"<tr>{stages}</tr><tr>{steps}</tr>"
 
-    body = []
-    for ((prompt, _), cells), (snapshot, sample) in zip(shown, latest, strict=True):
-        line = f'<th scope="row">{escape(prompt) or "(no prompt)"}</th>'
-        if before:
-            line += f"<td>{_img(snapshot, sample.get('reference'), f'before the edit: {prompt}')}</td>"
-        for i, column in enumerate(columns):
-            alt = f"made at {column.label}, step {column.step}: {prompt}"
-            line += f"<td{gap[i]}>{_img(column, cells[i][1].get('file'), alt) if i in cells else ''}</td>"
-        if after:
-            line += f'<td class="apart">{_img(snapshot, sample.get("target"), f"from the data: {prompt}")}</td>'
-        body.append(f"<tr>{line}</tr>")
-    more = f'<p class="note">{len(shown)} of {len(rows)} prompts are shown.</p>' if len(rows) > len(shown) else ""
-    return (
-        f'<div class="card image-grid" tabindex="0" role="region" aria-label="{escape(task.heading)}">'
-        f"<h3>{escape(task.heading)}</h3><table><thead><tr>{stages}</tr><tr>{steps}</tr></thead>"
-        f"<tbody>{''.join(body)}</tbody></table>{more}</div>"
-    )
+
+def _grid_row(
+    prompt: str, cells: Cells, columns: list[SampleSnapshot], gaps: list[str], before: bool, after: bool
+) -> str:
+    """The images of one prompt; reference and true image are those of its latest sample."""
+    snapshot, sample = cells[max(cells)]
+    html = f'<th scope="row">{escape(prompt) or "(no prompt)"}</th>'
+    if before:
+        html += f"<td>{_img(snapshot, sample.get('reference'), f'before the edit: {prompt}')}</td>"
+    for i, (column, gap) in enumerate(zip(columns, gaps, strict=True)):
+        alt = f"made at {column.label}, step {column.step}: {prompt}"
+        html += f"<td{gap}>{_img(column, cells[i][1].get('file'), alt) if i in cells else ''}</td>"
+    if after:
+        html += f'<td class="apart">{_img(snapshot, sample.get("target"), f"from the data: {prompt}")}</td>'
+    return f"<tr>{html}</tr>"
 
 
 def _answers(snapshots: list[SampleSnapshot]) -> str:
@@ -129,27 +143,29 @@ def _answers(snapshots: list[SampleSnapshot]) -> str:
     if not cards:
         return ""
     shown = sorted(cards.items(), key=lambda item: -len(item[1]))[: MAX_ROWS + 1]
-    html = []
-    for (question, image), answers in shown:
-        lines = []
-        changes = [b for a, b in zip(answers, answers[1:], strict=False) if _answer(a[1]) != _answer(b[1])]
-        for snapshot, sample in _spread([answers[0], *changes], MAX_COLUMNS):
-            right = is_right(sample)
-            mark = "" if right is None else MARKS[right]
-            lines.append(
-                f'<li><span title="{escape(snapshot.label)}">{escape(snapshot.short)} · {snapshot.step:,}</span>'
-                f"<q>{escape(_answer(sample)) or '(nothing)'}</q>{mark}</li>"
-            )
-        snapshot, sample = answers[-1]
-        truth = sample.get("truth")
-        truth_line = "" if truth is None else f'<p class="truth">truth: {escape(str(truth))}</p>'
-        html.append(
-            f'<div class="card answer">{_img(snapshot, image, f"asked about: {question}")}<div>'
-            f"<h3>{escape(question)}</h3><ol>{''.join(lines)}</ol>"
-            f"{truth_line}</div></div>"
-        )
+    html = "".join(_answer_card(question, image, answers) for (question, image), answers in shown)
     more = f'<p class="note">{len(shown)} of {len(cards)} questions are shown.</p>' if len(cards) > len(shown) else ""
-    return f'<div class="answers">{"".join(html)}</div>{more}'
+    return f'<div class="answers">{html}</div>{more}'
+
+
+def _answer_card(question: str, image: str, answers: list[tuple[SampleSnapshot, dict[str, Any]]]) -> str:
+    """A question with its image, and those answers that differ from the one before."""
+    changes = [b for a, b in zip(answers, answers[1:], strict=False) if _answer(a[1]) != _answer(b[1])]
+    lines = []
+    for snapshot, sample in _spread([answers[0], *changes], MAX_COLUMNS):
+        right = is_right(sample)
+        lines.append(
+            f'<li><span title="{escape(snapshot.label)}">{escape(snapshot.short)} · {snapshot.step:,}</span>'
+            f"<q>{escape(_answer(sample)) or '(nothing)'}</q>{'' if right is None else MARKS[right]}</li>"
+        )
+    snapshot, sample = answers[-1]
+    truth = sample.get("truth")
+    truth_line = "" if truth is None else f'<p class="truth">truth: {escape(str(truth))}</p>'
+    return (
+        f'<div class="card answer">{_img(snapshot, image, f"asked about: {question}")}<div>'
+        f"<h3>{escape(question)}</h3><ol>{''.join(lines)}</ol>"
+        f"{truth_line}</div></div>"
+    )
 
 
 def is_right(sample: dict[str, Any]) -> bool | None:
