@@ -18,6 +18,7 @@ from data_pipelines.shards.tar import groups
 from emma_train.config.schema import AutoencoderConfig, ImageConfig
 from emma_train.model.autoencoder import Autoencoder
 from emma_train.sequence.geometry import image_size
+from emma_train.storage.files import replacing_path
 
 log = logging.getLogger(__name__)
 Item = TypeVar("Item")
@@ -53,9 +54,8 @@ def cache_latents(
             for images in _batches(_images(tar, image_config, autoencoder.pixels), AT_ONCE * autoencoder.chunk):
                 encoded = encoder.encode([image for _, image in images])
                 latents |= {name: latent.cpu().numpy() for (name, _), latent in zip(images, encoded, strict=True)}
-            beside = path.with_name(path.name + ".tmp")
-            save_file(latents, beside, metadata_of(encoder.fingerprint, shard["sha256"], latents))
-            beside.replace(path)
+            with replacing_path(path) as unfinished:
+                save_file(latents, unfinished, metadata_of(encoder.fingerprint, shard["sha256"], latents))
             num += len(latents)
             log.info("%s: %d images", path, len(latents))
     return num

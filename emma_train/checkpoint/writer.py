@@ -22,7 +22,7 @@ from emma_train.errors import RunError
 from emma_train.storage.paths import StoragePath, storage_of
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
+_T = TypeVar("_T")
 VISIBLE_S = 90.0
 """Longest time until the main rank sees a file that another node has written; network file systems cache listings."""
 
@@ -115,7 +115,7 @@ class CheckpointWriter:
         """Call `function` on the main rank. Its failure is raised on every rank."""
         self._on_all(lambda: function() and None if self._world.is_main else None)
 
-    def _on_all(self, function: Callable[[], T]) -> list[T]:
+    def _on_all(self, function: Callable[[], _T]) -> list[_T]:
         """Results of `function` on every rank. A failure on one is raised on every rank."""
         value, error = None, None
         try:

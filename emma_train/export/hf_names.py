@@ -1,5 +1,7 @@
-"""EMMA's sizes and names in terms of the public folders that it starts from: Qwen3ForCausalLM, and SiglipVisionModel
-or SiglipModel."""
+"""Sizes and tensor names of the public models that EMMA starts from, and their names in EMMA.
+
+The models are Qwen3ForCausalLM, and SiglipVisionModel or SiglipModel, as folders of transformers.
+"""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -9,13 +11,12 @@ from emma_train.errors import UserError
 
 LLM, VISION = "llm", "vision"
 PREFIXES = {LLM: "model.", VISION: "vision_model."}
-"""What keys begin with; transformers 5 writes a SiglipVisionModel without, and so does a bare Qwen3Model."""
+"""Usual prefixes of tensor names. A SiglipVisionModel of transformers 5 and a bare Qwen3Model have none."""
 
-Values = Mapping[str, Any]
-Shapes = Mapping[str, tuple[int, ...]]
-
+_Values = Mapping[str, Any]
+_Shapes = Mapping[str, tuple[int, ...]]
 _QWEN = {"input_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm", "mlp": "mlp"}
-# transformers leaves out of a SiglipModel's config.json what is its default.
+# Defaults, which transformers omits from a SiglipModel's config.json.
 _SIGLIP = {
     "hidden_size": 768,
     "intermediate_size": 3072,
@@ -28,32 +29,32 @@ _SIGLIP = {
 }
 
 
-def decoder_config(values: Values, where: str) -> DecoderConfig:
-    """Sizes, rope_theta, eps and tying of a Qwen3's config.json; the first half of the layers is shallow. Raises
-    UserError on what the decoder does not compute."""
-    _expect(values, "model_type", ("qwen3",), where)
-    _expect(values, "hidden_act", ("silu", None), where)
-    _expect(values, "attention_bias", (False, None), where)
-    _expect(values, "use_sliding_window", (False, None), where)
-    # transformers 4 keeps rope_theta beside rope_scaling, transformers 5 inside of rope_parameters.
+def decoder_config(values: _Values, source: str) -> DecoderConfig:
+    """Sizes, rope_theta, eps and tied embeddings of a Qwen3's config.json; the first half of the layers is shared.
+    Raises UserError for a setting that the decoder does not support. `source` names the file in errors."""
+    _expect(values, "model_type", ("qwen3",), source)
+    _expect(values, "hidden_act", ("silu", None), source)
+    _expect(values, "attention_bias", (False, None), source)
+    _expect(values, "use_sliding_window", (False, None), source)
+    # transformers 4 has rope_theta beside rope_scaling, transformers 5 has it in rope_parameters.
     rope = {
         "rope_theta": values.get("rope_theta"),
         **(values.get("rope_scaling") or {}),
         **(values.get("rope_parameters") or {}),
     }
     for key in ("rope_type", "type"):
-        _expect(rope, key, ("default", None), where)
-    layers = int(_need(values, "num_hidden_layers", where))
+        _expect(rope, key, ("default", None), source)
+    layers = int(_need(values, "num_hidden_layers", source))
     return DecoderConfig(
-        hidden=int(_need(values, "hidden_size", where)),
+        hidden=int(_need(values, "hidden_size", source)),
         num_layers=layers,
         num_shared_layers=layers // 2,
-        heads=int(_need(values, "num_attention_heads", where)),
-        kv_heads=int(_need(values, "num_key_value_heads", where)),
+        heads=int(_need(values, "num_attention_heads", source)),
+        kv_heads=int(_need(values, "num_key_value_heads", source)),
         head_dim=int(values.get("head_dim") or 128),
-        intermediate_size=int(_need(values, "intermediate_size", where)),
-        vocab=int(_need(values, "vocab_size", where)),
-        rope_theta=float(_need(rope, "rope_theta", where)),
+        intermediate_size=int(_need(values, "intermediate_size", source)),
+        vocab=int(_need(values, "vocab_size", source)),
+        rope_theta=float(_need(rope, "rope_theta", source)),
         eps=float(values.get("rms_norm_eps", 1e-6)),
         tied=bool(values.get("tie_word_embeddings", False)),
     )
@@ -78,19 +79,19 @@ def qwen3_config(decoder: DecoderConfig) -> dict[str, Any]:
         "hidden_act": "silu",
         "attention_bias": False,
         "use_sliding_window": False,
-        # Of the public Qwen3; what longer texts cost is speed and quality, not an error.
+        # The value of the public Qwen3. Longer texts lose speed and quality, but are no error.
         "max_position_embeddings": 40960,
     }
 
 
-def vision_config(values: Values, where: str) -> VisionConfig:
-    """Sizes of a SigLIP's config.json. Raises UserError on a NaFlex checkpoint or another model."""
-    _expect(values, "model_type", ("siglip", "siglip_vision_model"), where)
+def vision_config(values: _Values, source: str) -> VisionConfig:
+    """Sizes of a SigLIP's config.json. Raises UserError for a NaFlex checkpoint or another model."""
+    _expect(values, "model_type", ("siglip", "siglip_vision_model"), source)
     values = {**_SIGLIP, **values.get("vision_config", values)}
-    _expect(values, "hidden_act", ("gelu_pytorch_tanh",), where)
+    _expect(values, "hidden_act", ("gelu_pytorch_tanh",), source)
     side, patch, layers = int(values["image_size"]), int(values["patch_size"]), int(values["num_hidden_layers"])
     if side % patch:
-        raise UserError(f"{where}: image_size {side} is no multiple of patch_size {patch}")
+        raise UserError(f"{source}: image_size {side} is not a multiple of patch_size {patch}")
     return VisionConfig(
         hidden=int(values["hidden_size"]),
         num_layers=layers,
@@ -104,14 +105,14 @@ def vision_config(values: Values, where: str) -> VisionConfig:
 
 
 def prefix_of(part: str, keys: Iterable[str]) -> str:
-    """What the keys of a folder begin with: the usual prefix, or nothing."""
+    """The prefix of a folder's tensor names: the usual one, or none."""
     return PREFIXES[part] if any(key.startswith(PREFIXES[part]) for key in keys) else ""
 
 
 def stored_name(name: str, prefixes: Mapping[str, str] = PREFIXES) -> tuple[str, str] | None:
-    """Where the start value of a parameter lies: (part, key); None for what no public checkpoint has.
+    """(part, key) of the public tensor that a parameter starts from; None where there is none.
 
-    Both branches of the decoder start from the same LLM, so its keys stand for one or two parameters each.
+    Both branches of the decoder start from the same LLM, so a key of it is used for one or two parameters.
     """
     part, *words = name.split(".")
     match part, words:
@@ -134,43 +135,45 @@ def stored_name(name: str, prefixes: Mapping[str, str] = PREFIXES) -> tuple[str,
 
 
 def und_names(names: Iterable[str]) -> dict[str, str]:
-    """Of parameter names, those that make a Qwen3 of the Und branch, by their key in its folder."""
-    own = (name for name in names if name.startswith("decoder.") and ".gen." not in name)
-    return {stored[1]: name for name in own if (stored := stored_name(name)) is not None}
+    """Names of the Und branch's parameters by their key in a Qwen3 folder."""
+    und = (name for name in names if name.startswith("decoder.") and ".gen." not in name)
+    return {stored[1]: name for name in und if (stored := stored_name(name)) is not None}
 
 
 def is_ignored(part: str, key: str, prefix: str, tied: bool) -> bool:
-    """Whether EMMA has no use for a key on purpose: a tied head, rotary tables, SigLIP's text tower and pooling
-    head."""
+    """Whether EMMA deliberately does not use a public tensor: a tied LM head, rotary tables, SigLIP's text tower and
+    pooling head."""
     if part == LLM:
         return key.endswith("rotary_emb.inv_freq") or (tied and key == "lm_head.weight")
     return key.startswith(("text_model.", "logit_", f"{prefix}head.")) or key.endswith("position_ids")
 
 
-def check_shapes(wanted: Shapes, stored: Shapes, where: str) -> None:
-    """Raise UserError where a tensor is missing, of another shape, or one too many; it names the tensor and both
-    shapes."""
+def check_shapes(wanted: _Shapes, stored: _Shapes, source: str) -> None:
+    """Raise UserError if a tensor is missing, has another shape or is unexpected; it names the tensor and both shapes.
+    `source` names the folder in errors."""
     for key, shape in wanted.items():
         if key not in stored:
             raise UserError(
-                f"{where}: lacks {key}, which its config.json makes {list(shape)}; is a file of the folder missing?"
+                f"{source}: lacks {key}, which its config.json makes {list(shape)}; is a file of the folder missing?"
             )
         if stored[key] != shape:
-            raise UserError(f"{where}: {key} has shape {list(stored[key])}, but its config.json makes it {list(shape)}")
+            raise UserError(
+                f"{source}: {key} has shape {list(stored[key])}, but its config.json makes it {list(shape)}"
+            )
     if extra := sorted(stored.keys() - wanted.keys()):
         raise UserError(
-            f"{where}: holds {extra[0]} of shape {list(stored[extra[0]])}, which a model of its config.json does not "
+            f"{source}: holds {extra[0]} of shape {list(stored[extra[0]])}, which a model of its config.json does not "
             f"have ({len(extra)} such in all)"
         )
 
 
-def _need(values: Values, key: str, where: str) -> Any:
+def _need(values: _Values, key: str, source: str) -> Any:
     if values.get(key) is None:
-        raise UserError(f"{where}: has no {key}")
+        raise UserError(f"{source}: has no {key}")
     return values[key]
 
 
-def _expect(values: Values, key: str, allowed: tuple[Any, ...], where: str) -> None:
+def _expect(values: _Values, key: str, allowed: tuple[Any, ...], source: str) -> None:
     if values.get(key) not in allowed:
         names = " or ".join(str(value) for value in allowed if value is not None)
-        raise UserError(f"{where}: {key} is {values.get(key)!r}; EMMA starts from {names} only")
+        raise UserError(f"{source}: {key} is {values.get(key)!r}; EMMA starts from {names} only")

@@ -1,5 +1,5 @@
-"""An initial export from public Hugging Face folders: both branches from one LLM, SigLIP2 as the encoder, DC-AE beside
-them, and what is new from the seed."""
+"""An initial export from public Hugging Face folders: both branches from one LLM, SigLIP2 as the vision encoder, DC-AE
+as the autoencoder, and all other weights from the seed."""
 
 import dataclasses
 import logging
@@ -23,15 +23,16 @@ from emma_train.sequence.tokens import TextTokenizer
 from emma_train.storage.safetensors_io import Spec, Tensors, read_json
 
 log = logging.getLogger(__name__)
-CONFIG = "config.json"
+CONFIG_FILE = "config.json"
 
 
 def import_pretrained(
     out: Path, llm: Path, vision: Path, autoencoder: Path, tokenizer: Path, overrides: list[str] | None = None
 ) -> Path:
-    """Write an initial export to `out`, one tensor at a time. `overrides` set what the folders leave open, such as
-    model.decoder.num_shared_layers=12. Raises UserError before anything is written where a folder is not what it should
-    be.
+    """Write an initial export to `out`, one tensor at a time. Returns `out`.
+
+    `overrides` set what the folders do not determine, such as model.decoder.num_shared_layers=12. Raises UserError,
+    before anything is written, if a folder holds another model or is incomplete.
     """
     export.check_free(out)
     text = TextTokenizer(tokenizer)
@@ -40,45 +41,45 @@ def import_pretrained(
     with torch.device("meta"):
         shapes = {name: tuple(p.shape) for name, p in Emma(recipe.model).named_parameters()}
     prefixes = {part: hf.prefix_of(part, tensors.specs) for part, (_, tensors) in sources.items()}
-    found = {name: stored for name in shapes if (stored := hf.stored_name(name, prefixes)) is not None}
+    origins = {name: stored for name in shapes if (stored := hf.stored_name(name, prefixes)) is not None}
     for part, (folder, tensors) in sources.items():
-        wanted = {key: shapes[name] for name, (owner, key) in found.items() if owner == part}
+        wanted = {key: shapes[name] for name, (owner, key) in origins.items() if owner == part}
         tied = recipe.model.decoder.tied
         used = {k: s for k, s in tensors.shapes.items() if not hf.is_ignored(part, k, prefixes[part], tied)}
         hf.check_shapes(wanted, used, str(folder))
 
     def value(name: str) -> Tensor:
-        if name not in found:
+        if name not in origins:
             return start_value(name, torch.Size(shapes[name]), recipe.model)
-        part, key = found[name]
+        part, key = origins[name]
         return sources[part][1].read(key)
 
     specs = {name: Spec("F32", shape) for name, shape in shapes.items()}
-    specs |= {name: sources[part][1].specs[key] for name, (part, key) in found.items()}
+    specs |= {name: sources[part][1].specs[key] for name, (part, key) in origins.items()}
     meta = {"stage": "", "step": 0, "config_hash": config_hash(recipe), "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
     meta["sources"] = {"llm": str(llm), "vision": str(vision), "autoencoder": str(autoencoder)}
     export.write_export(out, specs, value, recipe, meta, text.path)
     size = sum(spec.num_bytes for spec in specs.values()) / 1e9
-    log.info("%d tensors from %s and %s, %d new; %.3f GB", len(found), llm, vision, len(shapes) - len(found), size)
+    log.info("%d tensors from %s and %s, %d new; %.3f GB", len(origins), llm, vision, len(shapes) - len(origins), size)
     return out
 
 
 def _recipe(
     name: str, llm: Path, vision: Path, autoencoder: Path, tokenizer: TextTokenizer, overrides: list[str]
 ) -> Recipe:
-    """A recipe of no stage that describes the model."""
-    encoder = hf.vision_config(read_json(vision / CONFIG), str(vision / CONFIG))
-    decoder = hf.decoder_config(read_json(llm / CONFIG), str(llm / CONFIG))
+    """A recipe without a stage that describes the model."""
+    encoder = hf.vision_config(read_json(vision / CONFIG_FILE), str(vision / CONFIG_FILE))
+    decoder = hf.decoder_config(read_json(llm / CONFIG_FILE), str(llm / CONFIG_FILE))
     latents = _autoencoder_config(autoencoder)
     encoder.shuffle, rest = divmod(latents.pixels, encoder.patch)
     if rest:
         raise UserError(
-            f"{autoencoder}: {latents.pixels} pixels per latent are no multiple of the encoder's patch of "
+            f"{autoencoder}: {latents.pixels} pixels per latent are not a multiple of the encoder's patch of "
             f"{encoder.patch} ({vision}); their grids cannot be fused"
         )
     if tokenizer.vocab > decoder.vocab:
         raise UserError(
-            f"{tokenizer.path}: has {tokenizer.vocab} tokens, more than the {decoder.vocab} of {llm / CONFIG}"
+            f"{tokenizer.path}: has {tokenizer.vocab} tokens, more than the {decoder.vocab} of {llm / CONFIG_FILE}"
         )
     sizes: dict[str, VisionConfig | DecoderConfig | AutoencoderConfig]
     sizes = {"vision": encoder, "decoder": decoder, "autoencoder": latents}
@@ -97,12 +98,12 @@ def _recipe(
 
 
 def _autoencoder_config(folder: Path) -> AutoencoderConfig:
-    """What an AutoencoderDC's folder holds, its weights compared with its config.json. Raises UserError."""
+    """The config of an AutoencoderDC folder, after its weights were compared with its config.json. Raises UserError."""
     from diffusers import AutoencoderDC
 
-    values = read_json(folder / CONFIG)
+    values = read_json(folder / CONFIG_FILE)
     if values.get("_class_name") != "AutoencoderDC":
-        raise UserError(f"{folder / CONFIG}: is a {values.get('_class_name')}; EMMA needs an AutoencoderDC")
+        raise UserError(f"{folder / CONFIG_FILE}: is a {values.get('_class_name')}; EMMA needs an AutoencoderDC")
     with torch.device("meta"):
         model = AutoencoderDC.from_config(values)
     wanted = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}

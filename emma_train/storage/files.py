@@ -1,4 +1,4 @@
-"""Local files that are replaced as a whole: after a crash a file has its old content or its new, never a part."""
+"""Local files that are replaced at once: after a crash a file has its old content or its new, never a part."""
 
 import os
 from collections.abc import Iterator
@@ -15,10 +15,19 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A binary file that takes the name `path`, flushed to disk, when the block ends without an error."""
-    unfinished = path.with_name(path.name + ".new")
-    with open(unfinished, "wb") as file:
+    """A binary file that replaces the file `path` when the block ends without an error."""
+    with replacing_path(path) as unfinished, open(unfinished, "wb") as file:
         yield file
-        file.flush()
-        os.fsync(file.fileno())
+
+
+@contextmanager
+def replacing_path(path: Path) -> Iterator[Path]:
+    """A path at which the block writes a file, which is then flushed to disk and replaces the file `path`."""
+    unfinished = path.with_name(path.name + ".new")
+    yield unfinished
+    descriptor = os.open(unfinished, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
     os.replace(unfinished, path)

@@ -1,4 +1,4 @@
-"""A checkpoint is whole or it is not there."""
+"""A folder is a complete checkpoint, or it is not used."""
 
 import hashlib
 import json
@@ -125,7 +125,7 @@ def test_commit_writes_meta_then_renames_then_points(checkpoints: Path, monkeypa
 
 
 @pytest.mark.parametrize("crash", ["meta.json", "rename", "latest"])
-def test_a_crash_at_any_point_of_commit_leaves_a_whole_newest(
+def test_a_crash_at_any_point_of_commit_leaves_a_valid_newest(
     checkpoints: Path, monkeypatch: pytest.MonkeyPatch, crash: str
 ) -> None:
     def dies(name: str) -> Callable[..., None]:
@@ -158,10 +158,10 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["a new step", "a step that is there"])
-def test_a_kill_before_any_operation_of_a_save_leaves_a_whole_checkpoint(
+def test_a_kill_before_any_operation_of_a_save_leaves_a_valid_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: bool
 ) -> None:
-    """Every file operation of writing, committing and pruning in turn is the one that does not happen any more."""
+    """Each file operation of writing, committing and pruning in turn is the first that is not made."""
     operations = ("replace", "fsync", "unlink", "rmdir", "mkdir", "open")
     kept = {name: getattr(os, name) for name in operations}
     step = 30 if again else 40
@@ -233,7 +233,7 @@ def replace_frozen(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("tear", FROZEN_TEARS)
-def test_a_checkpoint_is_not_whole_without_the_frozen_weights_that_it_refers_to(checkpoints: Path, tear: str) -> None:
+def test_a_checkpoint_is_not_valid_without_the_frozen_weights_that_it_refers_to(checkpoints: Path, tear: str) -> None:
     digest = write_frozen(checkpoints)
     write(checkpoints, 40, frozen=digest)
     assert folders.newest_checkpoint(checkpoints) == checkpoints / "step-00000040"
@@ -254,6 +254,6 @@ def test_frozen_weights_have_one_name_for_one_content(checkpoints: Path) -> None
     assert len(list((checkpoints / "frozen").iterdir())) == 2
 
 
-def test_a_copied_checkpoint_stays_whole(checkpoints: Path, tmp_path: Path) -> None:
+def test_a_copied_checkpoint_stays_valid(checkpoints: Path, tmp_path: Path) -> None:
     copied = shutil.copytree(checkpoints / "step-00000010", tmp_path / "elsewhere")
     assert folders.find_checkpoint(copied) == copied

@@ -1,4 +1,4 @@
-"""The same in a store, where nothing can be renamed: a checkpoint is what has its meta.json."""
+"""Checkpoints in an object store, which cannot rename: a folder is a checkpoint once it has its meta.json."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -18,16 +18,16 @@ from tests.object_stores import FolderStore, answered, url_of
 
 @pytest.fixture
 def below(tmp_path: Path) -> Path:
-    """The folder in which the store keeps what is in it."""
+    """The local folder in which the object store of the tests keeps its files."""
     return tmp_path / "bucket" / "run"
 
 
 @pytest.fixture
 def checkpoints(below: Path) -> StoragePath:
-    place = parse_path(url_of(below))
+    folder = parse_path(url_of(below))
     for step in (10, 20, 30):
-        write(place, step)
-    return place
+        write(folder, step)
+    return folder
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +67,7 @@ def steps(checkpoints: StoragePath) -> list[int]:
     return [int(folder.name.removeprefix("step-")) for folder in folders.list_steps(checkpoints)]
 
 
-def test_a_checkpoint_is_what_has_its_metadata(checkpoints: StoragePath, below: Path) -> None:
+def test_a_folder_with_metadata_is_a_checkpoint(checkpoints: StoragePath, below: Path) -> None:
     assert names(below) == ["latest", "step-00000010", "step-00000020", "step-00000030"]
     assert (below / "latest").read_text() == "step-00000030\n"
     newest = checkpoints / "step-00000030"
@@ -96,8 +96,8 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["a new step", "a step that is there"])
-def test_a_kill_before_any_request_of_a_save_leaves_a_whole_checkpoint(tmp_path: Path, again: bool) -> None:
-    """Every change of writing, committing and pruning in turn is the one that does not happen any more."""
+def test_a_kill_before_any_request_of_a_save_leaves_a_valid_checkpoint(tmp_path: Path, again: bool) -> None:
+    """Each request of writing, committing and pruning in turn is the first that is not made."""
     step = 30 if again else 40
     for number in range(1000):
         below = tmp_path / str(number)
@@ -150,12 +150,12 @@ def test_a_torn_checkpoint_is_skipped(
 ) -> None:
     change, said = TEARS[tear]
     change(below / "step-00000030")
-    found = folders.find_checkpoint(checkpoints)
-    assert found.name == ("step-00000020" if said else "step-00000030")
+    checkpoint = folders.find_checkpoint(checkpoints)
+    assert checkpoint.name == ("step-00000020" if said else "step-00000030")
     assert "cannot be used" in caplog.text and said in caplog.text
 
 
-def test_what_is_set_aside_is_no_checkpoint_and_goes_when_a_newer_one_is_there(
+def test_a_damaged_checkpoint_that_was_set_aside_is_removed_once_there_is_a_newer_one(
     checkpoints: StoragePath, below: Path
 ) -> None:
     assert storage_of(checkpoints).set_aside(checkpoints / "step-00000030").name == "meta.json.damaged"
@@ -169,7 +169,7 @@ def test_what_is_set_aside_is_no_checkpoint_and_goes_when_a_newer_one_is_there(
     assert names(below) == ["latest", "step-00000040"]
 
 
-def test_frozen_weights_are_what_their_metadata_name_and_go_with_the_last_that_needs_them(
+def test_frozen_weights_need_their_name_in_the_metadata_and_go_with_the_last_checkpoint_that_uses_them(
     checkpoints: StoragePath, below: Path
 ) -> None:
     write(checkpoints, 40, frozen=write_frozen(checkpoints))
@@ -187,10 +187,10 @@ def test_frozen_weights_are_what_their_metadata_name_and_go_with_the_last_that_n
     assert steps(checkpoints) == [50, 40, 30]
 
 
-def test_moving_between_stores_and_folders_changes_nothing(
+def test_moving_between_object_stores_and_local_folders_changes_nothing(
     checkpoints: StoragePath, below: Path, tmp_path: Path
 ) -> None:
-    """A store's checkpoints are whole in a folder (`aws s3 sync`), and a folder's in a store."""
+    """A checkpoint of an object store is valid in a local folder (`aws s3 sync`), and the other way round."""
     write(checkpoints, 40, frozen=write_frozen(checkpoints))
     assert folders.newest_checkpoint(below) == below / "step-00000040"
     assert verify.find_damage(below / "step-00000040") is None
@@ -203,10 +203,10 @@ def test_moving_between_stores_and_folders_changes_nothing(
 
 
 @pytest.mark.parametrize("kind", ["get", "head", "list"])
-def test_a_store_that_fails_for_a_while_is_not_taken_for_an_empty_or_damaged_one(
+def test_an_object_store_that_fails_is_not_taken_for_an_empty_or_damaged_one(
     checkpoints: StoragePath, below: Path, kind: str
 ) -> None:
-    """A run that began anew, or pruned by what it did not see, would cost everything."""
+    """Otherwise a run would start from the beginning, or remove checkpoints that it needs."""
 
     def failing(asked: str, path: str) -> None:
         if asked == kind:
@@ -219,7 +219,7 @@ def test_a_store_that_fails_for_a_while_is_not_taken_for_an_empty_or_damaged_one
         lambda: folders.find_checkpoint(checkpoints),
         lambda: prune(checkpoints, TrainConfig(steps=99, keep=1)),
     ]
-    if kind != "list":  # which only saves requests where a checkpoint is known
+    if kind != "list":  # listing only saves requests when a checkpoint is known
         calls.append(lambda: verify.find_damage(checkpoints / "step-00000030"))
     for call in calls:
         with pytest.raises(RunError, match=r"^folder://.*: the object store fails \(ConnectionError\)$"):

@@ -1,4 +1,4 @@
-"""What stays and what goes; never the newest whole checkpoint."""
+"""Which checkpoints are kept and removed; the newest valid one is always kept."""
 
 from pathlib import Path
 
@@ -59,7 +59,7 @@ def test_prune_keeps_the_newest(checkpoints: Path, keep: int, left: list[int]) -
     assert names(checkpoints) == ["latest", *(folders.step_name(step) for step in left)]
 
 
-def test_a_torn_folder_does_not_push_out_the_whole_one_that_a_run_needs(checkpoints: Path) -> None:
+def test_a_torn_folder_does_not_replace_the_valid_one_that_a_run_needs(checkpoints: Path) -> None:
     # A run that resumed from 20 because 30 is torn, and saves at 25 with keep=1.
     truncate(checkpoints / "step-00000030")
     write(checkpoints, 25)
@@ -67,7 +67,7 @@ def test_a_torn_folder_does_not_push_out_the_whole_one_that_a_run_needs(checkpoi
     assert folders.newest_checkpoint(checkpoints) == checkpoints / "step-00000025"
 
 
-def test_a_damaged_one_is_there_to_be_looked_at_until_a_newer_one_is(checkpoints: Path) -> None:
+def test_a_damaged_one_can_be_inspected_until_there_is_a_newer_one(checkpoints: Path) -> None:
     storage_of(checkpoints).set_aside(checkpoints / "step-00000030")
     write(checkpoints, 25)
     prune(checkpoints, TrainConfig(steps=99, keep=1))
@@ -98,7 +98,7 @@ def test_frozen_weights_stay_as_long_as_a_checkpoint_refers_to_them(checkpoints:
     assert folders.newest_checkpoint(checkpoints) == checkpoints / "step-00000060"
 
 
-def test_nothing_is_removed_where_nothing_is_whole(checkpoints: Path) -> None:
+def test_nothing_is_removed_where_nothing_is_valid(checkpoints: Path) -> None:
     for step in (10, 20, 30):
         truncate(checkpoints / folders.step_name(step))
     before = names(checkpoints)

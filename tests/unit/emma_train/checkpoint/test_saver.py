@@ -1,4 +1,4 @@
-"""The rules of saving that need no processes."""
+"""Rules of saving, tested without processes."""
 
 import errno
 from pathlib import Path
@@ -41,17 +41,17 @@ def test_staging_copies_into_buffers_that_it_keeps() -> None:
     staging = Staging(torch.device("cpu"))
     tensors = {"a": torch.ones(3), "b": torch.zeros(2, 2, dtype=torch.bfloat16), "c": torch.tensor(7.0)}
     first = staging.copy(tensors)
-    places = {name: value.data_ptr() for name, value in first.items()}
+    addresses = {name: value.data_ptr() for name, value in first.items()}
     for tensor in tensors.values():
         tensor += 1
     assert [float(first[name].flatten()[0]) for name in "abc"] == [1, 0, 7]
     second = staging.copy(tensors)
-    assert {name: value.data_ptr() for name, value in second.items()} == places
+    assert {name: value.data_ptr() for name, value in second.items()} == addresses
     assert all(torch.equal(second[name], tensors[name]) for name in tensors)
     assert staging.copy({"a": torch.ones(5)})["a"].shape == (5,)
 
 
-def test_the_state_names_every_parameter_once_and_says_which_learn() -> None:
+def test_the_state_names_every_parameter_once_and_says_which_are_trainable() -> None:
     model = {"a.weight": torch.ones(2), "b.weight": torch.ones(3)}
     moments = {f"a.weight.{key}": torch.zeros(2) for key in ("step", "exp_avg", "exp_avg_sq")}
     engine = SimpleNamespace(state=lambda: {"model": model, "optimizer": moments})
@@ -76,7 +76,7 @@ def test_moments_made_for_a_checkpoint_do_not_change_the_first_step() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
 
 
-def test_an_error_is_told_in_one_line() -> None:
+def test_an_error_becomes_one_line() -> None:
     full = OSError(errno.ENOSPC, "No space left on device", "/data/run")
     assert one_line(full) == "No space left on device: /data/run"
     assert one_line(ValueError("two\n  lines")) == "two lines"

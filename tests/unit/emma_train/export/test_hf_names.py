@@ -66,7 +66,7 @@ class Sources(NamedTuple):
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Sources:
-    """One folder per model, and in folder/sharded the same in many files, the vision tower inside of a SiglipModel."""
+    """One folder per model; in folder/sharded the same models in many files, the vision tower in a SiglipModel."""
     folder = tmp_path_factory.mktemp("public")
     made = Sources(
         folder,
@@ -81,7 +81,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Sources:
 
 
 def imported(out: Path, folder: Path, *overrides: str, **parts: Path) -> tuple[Emma, Recipe]:
-    """Import the three models below `folder` and load what came out."""
+    """Import the three models below `folder` and load the result."""
     paths = {name: parts.get(name, folder / name) for name in ("llm", "vision", "autoencoder")}
     import_pretrained(out, **paths, tokenizer=paths["llm"], overrides=list(overrides))
     model, recipe, meta = load_model(out, CPU, use_ema=True)
@@ -91,12 +91,12 @@ def imported(out: Path, folder: Path, *overrides: str, **parts: Path) -> tuple[E
 
 @torch.no_grad()
 def text_difference(model: Emma, llm: Qwen3ForCausalLM) -> float:
-    """Largest difference of logits over both branches and a text that lies in either in part."""
+    """Largest difference of logits: a text in one branch, in the other, and divided between both."""
     ids, decoder = torch.randint(0, VOCAB, (40,)), model.decoder
     want = llm(ids[None]).logits[0]
     assert want.std() > 0.1
-    plan, place = MaskPlan(torch.ones(40, 40).tril().bool()), torch.arange(40)
-    outputs = [decoder.logits(decoder(decoder.embed_tokens(ids), split, place, plan)) for split in (40, 0, 17)]
+    plan, positions = MaskPlan(torch.ones(40, 40).tril().bool()), torch.arange(40)
+    outputs = [decoder.logits(decoder(decoder.embed_tokens(ids), split, positions, plan)) for split in (40, 0, 17)]
     return max(float((got - want).abs().max()) for got in outputs)
 
 
@@ -116,7 +116,7 @@ def vision_difference(model: Emma, tower: SiglipVisionModel) -> float:
 
 @torch.no_grad()
 def latent_difference(recipe: Recipe, reference: AutoencoderDC) -> float:
-    """`recipe` as loaded from the export, so its autoencoder is the export's."""
+    """Largest difference of latents. `recipe` is loaded from the export, so its autoencoder is the export's."""
     image = torch.from_numpy(make_image(2, 3))
     (got,) = Autoencoder(recipe.model.autoencoder, CPU).encode([image])
     want = reference.encode(image.permute(2, 0, 1)[None].float() / 127.5 - 1.0).latent[0]
@@ -177,7 +177,7 @@ def test_an_untied_head_and_its_layout_of_transformers_4(sources: Sources, tmp_p
     assert text_difference(model, llm) <= 1e-5 and vision_difference(model, sources.vision) <= 1e-5
 
 
-def test_bf16_weights_stay_bf16_and_what_is_new_starts_from_the_seed(sources: Sources, tmp_path: Path) -> None:
+def test_bf16_weights_stay_bf16_and_new_ones_start_from_the_seed(sources: Sources, tmp_path: Path) -> None:
     llm = public.llm(tmp_path / "llm").bfloat16()
     llm.save_pretrained(tmp_path / "llm")
     imported(tmp_path / "out", sources.folder, "model.seed=7", llm=tmp_path / "llm")
@@ -202,7 +202,7 @@ def test_an_import_is_the_same_to_the_last_byte_and_may_be_repeated(sources: Sou
     imported(tmp_path / "c", sources.folder, autoencoder=tmp_path / "a" / "autoencoder")
 
 
-def test_what_is_stored_for_nothing_is_ignored(sources: Sources, tmp_path: Path) -> None:
+def test_tensors_without_use_are_ignored(sources: Sources, tmp_path: Path) -> None:
     public.llm(tmp_path / "llm")
     extra = {"lm_head.weight": torch.zeros(VOCAB, 32), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}
     public.change(tmp_path / "llm", lambda tensors: {**tensors, **extra})
@@ -222,7 +222,7 @@ FILES = {"autoencoder": "diffusion_pytorch_model.safetensors"}
     ("part", "key", "shape"), [("llm", UP, [48, 32]), ("vision", FC1, [48, 32]), ("autoencoder", LATENT, [8, 3, 3, 3])]
 )
 @pytest.mark.parametrize("how", ["missing", "misshaped", "extra", "truncated"])
-def test_a_tensor_that_is_not_as_it_should_be_is_named_with_both_shapes(
+def test_a_wrong_tensor_is_named_with_both_shapes(
     sources: Sources, tmp_path: Path, part: str, key: str, shape: list[int], how: str
 ) -> None:
     folder, file = tmp_path / part, FILES.get(part, "model.safetensors")
@@ -270,11 +270,11 @@ def test_an_extra_layer_and_a_missing_file_are_named(sources: Sources, tmp_path:
         ("llm", {"vocab_size": 300}, "has 1024 tokens, more than the 300"),
         ("vision", {"model_type": "siglip2_vision_model"}, "model_type is 'siglip2_vision_model'"),
         ("vision", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-        ("vision", {"patch_size": 15}, "image_size 64 is no multiple of patch_size 15"),
+        ("vision", {"patch_size": 15}, "image_size 64 is not a multiple of patch_size 15"),
         ("autoencoder", {"_class_name": "AutoencoderKL"}, "is a AutoencoderKL; EMMA needs an AutoencoderDC"),
     ],
 )
-def test_a_model_that_emma_is_not_made_of_is_refused(
+def test_an_unsupported_model_is_refused(
     sources: Sources, tmp_path: Path, part: str, changes: dict[str, Any], said: str
 ) -> None:
     getattr(public, part)(tmp_path / part)
@@ -287,7 +287,7 @@ def test_a_model_that_emma_is_not_made_of_is_refused(
 
 def test_grids_that_cannot_be_fused_are_refused(sources: Sources, tmp_path: Path) -> None:
     public.vision(tmp_path / "vision", patch_size=12, image_size=48)
-    with pytest.raises(UserError, match="32 pixels per latent are no multiple of the encoder's patch of 12"):
+    with pytest.raises(UserError, match="32 pixels per latent are not a multiple of the encoder's patch of 12"):
         imported(tmp_path / "out", sources.folder, vision=tmp_path / "vision")
 
 
@@ -315,16 +315,14 @@ def test_the_und_part_at_full_size_has_the_names_and_shapes_of_transformers_qwen
 def test_every_name_at_full_size_has_one_origin() -> None:
     with torch.device("meta"):
         names = [n for n, _ in Emma(ModelConfig(vision=VisionConfig(stem_expert=True, router=True))).named_parameters()]
-    found = {name: stored for name in names if (stored := hf.stored_name(name)) is not None}
-    keys = [key for part, key in set(found.values()) if part == hf.LLM]
-    assert (
-        len(keys) == 36 * 11 + 2 and len([part for part, _ in set(found.values()) if part == hf.VISION]) == 27 * 16 + 5
-    )
-    new = {name.split(".")[0] + "." + name.split(".")[1] for name in names if name not in found}
+    origins = {name: stored for name in names if (stored := hf.stored_name(name)) is not None}
+    stored = [part for part, _ in set(origins.values())]
+    assert (stored.count(hf.LLM), stored.count(hf.VISION)) == (36 * 11 + 2, 27 * 16 + 5)
+    new = {name.split(".")[0] + "." + name.split(".")[1] for name in names if name not in origins}
     assert {n for n in new if n.startswith(("vision.", "decoder."))} == {"vision.stem_layers", "vision.router"}
-    assert found["decoder.layers.20.gen.q_norm.weight"] == ("llm", "model.layers.20.self_attn.q_norm.weight")
-    assert found["decoder.layers.3.shared.k_proj.weight"] == ("llm", "model.layers.3.self_attn.k_proj.weight")
-    assert found["decoder.layers.3.und.mlp_norm.weight"] == ("llm", "model.layers.3.post_attention_layernorm.weight")
+    assert origins["decoder.layers.20.gen.q_norm.weight"] == ("llm", "model.layers.20.self_attn.q_norm.weight")
+    assert origins["decoder.layers.3.shared.k_proj.weight"] == ("llm", "model.layers.3.self_attn.k_proj.weight")
+    assert origins["decoder.layers.3.und.mlp_norm.weight"] == ("llm", "model.layers.3.post_attention_layernorm.weight")
     plain = hf.stored_name("vision.layers.26.out_proj.bias", {"llm": "", "vision": ""})
     assert plain == ("vision", "encoder.layers.26.self_attn.out_proj.bias")
     assert hf.stored_name("decoder.lm_head.weight") == ("llm", "lm_head.weight")

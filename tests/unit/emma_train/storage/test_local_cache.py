@@ -1,4 +1,4 @@
-"""Copies of remote shards: each is fetched once per machine, appears whole, and all of them stay within the limit."""
+"""Copies of remote shards: each is fetched once per machine, is complete, and all of them stay within the limit."""
 
 import errno
 import multiprocessing
@@ -38,8 +38,8 @@ def copies(folder: Path) -> set[str]:
 def test_a_copy_is_made_once_and_read_from_then_on(tmp_path: Path) -> None:
     cache, made = LocalCache(tmp_path, 10_000), []
     for offset, size in ((0, 10), (990, 10), (500, 1)):
-        found = cache.read("a", offset, size, source("a", fetched=lambda: made.append(1)))
-        assert found == content("a")[offset : offset + size]
+        data = cache.read("a", offset, size, source("a", fetched=lambda: made.append(1)))
+        assert data == content("a")[offset : offset + size]
     assert made == [1]
     assert copies(tmp_path) == {"a"}
 
@@ -67,19 +67,19 @@ def test_a_copy_may_go_while_another_process_reads_it(tmp_path: Path) -> None:
         assert len(copies(tmp_path)) == 1
 
 
-def test_a_limit_below_one_shard_is_told(tmp_path: Path) -> None:
+def test_a_limit_below_one_shard_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data\.cache_gib=.* holds less than one shard of 0\.00 GiB; raise it"):
         LocalCache(tmp_path, 999).read("a", 0, 1, source("a"))
     assert copies(tmp_path) == set()
 
 
-def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"data\.cache_dir .*file/cache: cannot be made"):
         LocalCache(tmp_path / "file" / "cache", 1000)
 
 
-def test_a_disk_that_is_full_is_told_as_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*words: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -104,7 +104,7 @@ def test_a_fetch_that_fails_leaves_nothing_and_may_be_tried_again(tmp_path: Path
     assert cache.read("a", 0, 1000, source("a")) == content("a")
 
 
-def test_what_a_killed_process_left_is_neither_read_nor_kept_for_ever(tmp_path: Path) -> None:
+def test_unfinished_copies_of_a_killed_process_are_not_read_and_are_removed(tmp_path: Path) -> None:
     (tmp_path / "a.part").write_bytes(bytes(1000))
     (tmp_path / "b.part").write_bytes(bytes(1000))
     old = time.time() - 3600
@@ -146,7 +146,7 @@ def test_processes_of_a_machine_share_copies_within_the_limit(tmp_path: Path, li
 
 
 def test_a_remote_file_is_known_by_its_version(tmp_path: Path) -> None:
-    """Written anew under the same name, it is another file: no copy is out of date."""
+    """A file that is written again under the same name has another version, so no copy is out of date."""
     memory, url = fsspec.filesystem("memory"), "memory://cache-test/shard.tar"
     reader = ShardReader(cache=LocalCache(tmp_path, 10_000))
     memory.pipe_file("/cache-test/shard.tar", content("one"))

@@ -1,4 +1,4 @@
-"""Bytes come right from a store that is slow, fails or lies, or the failure is told; secrets are never."""
+"""A slow or failing server gives correct bytes or an error without secrets."""
 
 import logging
 import os
@@ -33,7 +33,7 @@ def http(folder: Path, fault: Fault = lambda number, path: "") -> AbstractContex
     return serving(folder, fault)
 
 
-def test_a_local_file_is_read_by_range_whole_and_forward(folder: Path) -> None:
+def test_a_local_file_is_read_by_range_in_full_and_in_sequence(folder: Path) -> None:
     for url in (str(folder / "set" / "a.bin"), f"file://{folder}/set/a.bin"):
         assert QUICK.read_range(url, 100, 50) == CONTENT[100:150]
         assert QUICK.read(url) == CONTENT
@@ -42,7 +42,7 @@ def test_a_local_file_is_read_by_range_whole_and_forward(folder: Path) -> None:
             assert file.read(7) + file.read(20_000) == CONTENT
 
 
-def test_a_remote_file_is_read_by_range_whole_and_forward() -> None:
+def test_a_remote_file_is_read_by_range_in_full_and_in_sequence() -> None:
     fsspec.filesystem("memory").pipe_file("/storage/a.bin", CONTENT)
     url = "memory://storage/a.bin"
     assert QUICK.read_range(url, 100, 50) == CONTENT[100:150]
@@ -59,13 +59,13 @@ def test_http_ranges_ask_for_no_more_than_they_need(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["500", "503", "429", "408", "short", "reset"])
-def test_what_may_pass_is_tried_again_until_it_does(folder: Path, kind: str) -> None:
+def test_a_temporary_failure_is_tried_again_until_it_passes(folder: Path, kind: str) -> None:
     with http(folder, lambda number, path: kind if number <= 3 else "") as server:
         assert QUICK.read_range(f"{server.url}/set/a.bin", 10, 1000) == CONTENT[10:1010]
         assert len(server.gets) == 4
 
 
-def test_an_answer_that_does_not_come_in_time_is_asked_for_again(folder: Path) -> None:
+def test_an_answer_that_is_too_late_is_requested_again(folder: Path) -> None:
     with http(folder, lambda number, path: "slow" if number == 1 else "") as server:
         server.slow_s = 3.0
         assert (
@@ -85,24 +85,24 @@ def test_waits_double_up_to_half_a_minute_and_are_jittered(folder: Path, monkeyp
 
 
 @pytest.mark.parametrize(
-    ("status", "told"), [("404", "no such file"), ("403", "the server answers 403"), ("401", "401")]
+    ("status", "reason"), [("404", "no such file"), ("403", "the server answers 403"), ("401", "401")]
 )
-def test_what_cannot_pass_is_told_at_once(folder: Path, status: str, told: str) -> None:
+def test_a_permanent_failure_is_an_error_at_once(folder: Path, status: str, reason: str) -> None:
     with http(folder, lambda number, path: status) as server:
-        with pytest.raises(StorageError, match=told) as caught:
+        with pytest.raises(StorageError, match=reason) as caught:
             QUICK.read_range(f"{server.url}/set/a.bin", 0, 5)
         assert len(server.gets) == 1
         assert caught.value.missing == (status == "404")
 
 
-def test_a_server_that_ignores_ranges_is_told(folder: Path) -> None:
+def test_a_server_that_ignores_ranges_is_an_error(folder: Path) -> None:
     with http(folder, lambda number, path: "whole") as server, pytest.raises(StorageError, match="sends whole files"):
         QUICK.read_range(f"{server.url}/set/a.bin", 10, 5)
 
 
 def test_no_message_holds_a_password_or_a_signature(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Neither the error, nor what it came from, nor the warnings of the tries before it."""
-    caplog.set_level(logging.DEBUG, logger="data_pipelines")
+    """Neither the error, nor its cause, nor the warnings of earlier tries."""
+    caplog.set_level(logging.DEBUG, logger="emma_train")
     with http(folder, lambda number, path: "503" if number < 3 else "403") as server:
         host = server.url.removeprefix("http://")
         url = f"http://someone:hunter2@{host}/set/a.bin?X-Amz-Signature=abcdef&sig=topsecret"
@@ -113,7 +113,7 @@ def test_no_message_holds_a_password_or_a_signature(folder: Path, caplog: pytest
     assert not any(secret in text for secret in ("someone", "hunter2", "abcdef", "topsecret", "X-Amz"))
 
 
-def test_a_missing_local_file_is_told_without_another_try(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_local_file_is_an_error_without_another_try(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module.time, "sleep", lambda seconds: pytest.fail("waited"))
     with pytest.raises(StorageError, match=r"none\.tar: cannot be read: no such file") as caught:
         QUICK.read_range(str(tmp_path / "none.tar"), 0, 5)
@@ -133,13 +133,13 @@ def test_a_stale_handle_of_a_network_file_system_is_opened_again(folder: Path, m
     assert QUICK.read_range(str(folder / "set" / "a.bin"), 0, 5) == CONTENT[:5]
 
 
-def test_files_that_are_open_are_bounded(tmp_path: Path) -> None:
+def test_the_number_of_open_files_is_limited(tmp_path: Path) -> None:
     """A data set has more shards than a process may have open files."""
     for number in range(400):
         (tmp_path / f"{number}").write_bytes(b"x")
         QUICK.read_range(str(tmp_path / f"{number}"), 0, 1)
-    mine = [link for link in Path("/proc/self/fd").iterdir() if str(tmp_path) in _target(link)]
-    assert 0 < len(mine) <= 256
+    links = [link for link in Path("/proc/self/fd").iterdir() if str(tmp_path) in _target(link)]
+    assert 0 < len(links) <= 256
 
 
 def _target(link: Path) -> str:
@@ -162,7 +162,7 @@ def test_a_file_of_a_folder(folder_url: str, expected: str) -> None:
     assert join_url(folder_url, "a.tar") == expected
 
 
-def test_shown_urls_keep_what_a_person_needs() -> None:
+def test_displayed_urls_have_no_secrets() -> None:
     assert display_url("s3://key:secret@bucket/set/a.tar") == "s3://bucket/set/a.tar"
     assert display_url("https://u:p@host:8080/a.tar?token=1#x") == "https://host:8080/a.tar"
     assert display_url("/data/a.tar") == "/data/a.tar"
@@ -177,6 +177,6 @@ def test_a_scheme_without_its_package_names_the_extra(monkeypatch: pytest.Monkey
         QUICK.read_range("s3://bucket/a.tar", 0, 5)
 
 
-def test_an_unknown_scheme_is_told() -> None:
+def test_an_unknown_scheme_is_an_error() -> None:
     with pytest.raises(UserError, match="fsspec knows no file system nonsense://"):
         QUICK.read_range("nonsense://bucket/a.tar", 0, 5)
