@@ -1,4 +1,4 @@
-"""Activation checkpointing: a layer keeps its input alone, and backward runs it once more."""
+"""Activation checkpointing: a layer keeps only its input, and backward runs the layer again."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -12,10 +12,10 @@ from emma_train.model.emma import Emma
 
 
 def checkpoint_activations(model: Emma, mode: str) -> None:
-    """Have layers of the decoder and the vision encoder computed again in backward; `mode` as in `chosen`.
+    """Checkpoint layers of the decoder and the vision encoder; `mode` as in `checkpointed_layers`.
 
-    It comes after compiling and before sharding, and wraps `forward` alone. So parameters keep their names, and the
-    second run falls between the hooks of the layer's FSDP unit: on weights that are gathered for the layer's gradients
+    Call it after compiling and before sharding. Only `forward` is wrapped, so parameters keep their names, and the
+    second run happens between the hooks of the layer's FSDP unit, with weights that are gathered for its gradients
     anyway.
     """
     for stack in (model.decoder.layers, model.vision.layers, model.vision.stem_layers):
@@ -23,7 +23,7 @@ def checkpoint_activations(model: Emma, mode: str) -> None:
 
 
 def checkpoint_layers(layers: Sequence[nn.Module], mode: str) -> None:
-    """The same for one stack of layers."""
+    """Checkpoint the layers of one stack."""
     for index in checkpointed_layers(len(layers), mode):
         layers[index].forward = partial(
             checkpoint,
@@ -35,5 +35,5 @@ def checkpoint_layers(layers: Sequence[nn.Module], mode: str) -> None:
 
 
 def checkpointed_layers(num_layers: int, mode: str) -> range:
-    """Indexes of the layers of a stack that are computed again: none, every second (selective), all (full)."""
+    """Indexes of the layers of a stack that are checkpointed: none, every second (selective), all (full)."""
     return {"none": range(0), "selective": range(0, num_layers, 2), "full": range(num_layers)}[mode]

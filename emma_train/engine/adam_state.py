@@ -1,4 +1,4 @@
-"""AdamW's state by parameter name, the same for every engine; hyperparameters are the recipe's and are not kept."""
+"""AdamW's state of a parameter, the same for every engine. Checkpoints hold no hyperparameters: the recipe has them."""
 
 from typing import Any
 
@@ -9,8 +9,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def adam_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
-    """`step` and both moments of a parameter; zeros before its first step, so that a checkpoint can be loaded into
-    them."""
+    """`step` and both moments of a parameter. Before the first step they are created as zeros, so that a checkpoint can
+    be loaded into them."""
     state: dict[str, Any] = optimizer.state[parameter]
     if not state:
         on_device = optimizer.defaults["fused"] or optimizer.defaults["capturable"]

@@ -1,7 +1,8 @@
 """DeepSpeed ZeRO-1/2/3 on gloo/CPU and NCCL/CUDA: fp32 master weights and reduction, bf16 or fp32 compute.
 
-DeepSpeed keeps what trains as runs of fp32 values, which are seen by parameter name here (engine/fragment.py). What is
-frozen it keeps in compute precision alone, so its fp32 values stay beside it in host memory, divided among the ranks.
+DeepSpeed keeps the trainable parameters of a group as one flat fp32 tensor; here they are views of it by parameter name
+(engine/flat_shard.py). It keeps frozen parameters in compute precision only, so this engine keeps their fp32 values in
+host memory, divided among the ranks.
 """
 
 import os
@@ -22,25 +23,25 @@ from emma_train.errors import UserError
 from emma_train.model.emma import Emma, Prediction
 
 BUCKET = 2**26
-"""Gradients that are reduced at once: 256 MiB in float32."""
-KEPT = 10**9
-"""Parameters that ZeRO-3 may hold gathered."""
+"""Gradient values that are reduced at once: 256 MiB in float32."""
+MAX_GATHERED = 10**9
+"""Parameters that ZeRO-3 may keep gathered."""
 
 
 class Run(NamedTuple):
-    """Where the optimizer has this rank's fp32 values of a parameter."""
+    """Where this rank's fp32 values of a parameter lie in the optimizer's memory."""
 
     flat: Tensor
-    """1-D, of many parameters."""
+    """1-D tensor with the values of many parameters."""
     first: int
-    """Of the run in `flat`."""
+    """Index of the first value in `flat`."""
     start: int
-    """Of the run in the parameter."""
+    """Index of the first value in the flattened parameter."""
     length: int
 
 
 class DeepSpeedEngine:
-    """A model under ZeRO and its optimizer (engine/protocol.py)."""
+    """A model under DeepSpeed ZeRO and its optimizer (engine/protocol.py)."""
 
     def __init__(
         self, model: Emma, config: EngineConfig, max_grad_norm: float, world: World, make_optimizer: MakeOptimizer
@@ -60,8 +61,8 @@ class DeepSpeedEngine:
         group_of = {id(p): number for number, g in enumerate(self._adam.param_groups) for p in g["params"]}
         root = _Root(model)
         if config.zero_stage == 3:
-            # What belongs to no layer is used all over the model: gathered from the start of forward to its end, and
-            # again for backward, as the root unit of FSDP is.
+            # Parameters outside of layers are used all over the model. They stay gathered from the start of forward to
+            # its end, and again in backward, as the root unit of FSDP does.
             for parameter in _outside_layers(model):
                 deepspeed.zero.register_external_parameter(root, parameter)
             if not any(p.requires_grad for p in model.vision.parameters()):
@@ -70,18 +71,19 @@ class DeepSpeedEngine:
         self._deepspeed, self._zero, _, _ = deepspeed.initialize(
             model=root, optimizer=self._adam, config=settings, dist_init_required=False
         )
-        self.model = cast(nn.Module, _Front(model, self._deepspeed))
+        self.model = cast(nn.Module, _ModelThroughDeepSpeed(model, self._deepspeed))
         self._parameters = dict(model.named_parameters())
-        self._runs = {n: self._run(p, group_of[id(p)]) for n, p in self._parameters.items() if p.requires_grad}
+        self._runs = {n: self._run_of(p, group_of[id(p)]) for n, p in self._parameters.items() if p.requires_grad}
         self._shapes = shapes
         self.weights: dict[str, Tensor] = {
-            name: self._fragment(name) if name in self._runs else _share(shape, world) for name, shape in shapes.items()
+            name: self._flat_shard(name) if name in self._runs else _even_share(shape, world)
+            for name, shape in shapes.items()
         }
 
     def accumulate(self, loss: Tensor, last: bool) -> None:
         self._deepspeed.set_gradient_accumulation_boundary(last)
-        # ZeRO averages over ranks; the loss account has divided by the counts of the whole step already. Those that
-        # share a pack have its whole loss.
+        # ZeRO averages over ranks, but the loss is divided by the token counts of the full step already. Ranks that
+        # share a pack all have its full loss.
         self._deepspeed.backward(loss * self._world.dp_size, scale_wrt_gas=False)
 
     def step(self, lr: float) -> float:
@@ -95,13 +97,13 @@ class DeepSpeedEngine:
         if self._stage < 3:
             self._zero.update_lp_params()
             for name in frozen:
-                _gather(cast(FlatShard, self.weights[name]), self._parameters[name], self._world)
+                _gather_into(self._parameters[name], cast(FlatShard, self.weights[name]), self._world)
             return
         self.reshard()
         for name, parameter in self._parameters.items():
-            own = cast(FlatShard, self.weights[name]).to_local()
-            part: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
-            part.data[: len(own)].copy_(own)
+            values = cast(FlatShard, self.weights[name]).to_local()
+            partition: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
+            partition.data[: len(values)].copy_(values)
 
     def reshard(self) -> None:
         if self._stage == 3:
@@ -111,17 +113,17 @@ class DeepSpeedEngine:
         optimizer: dict[str, Any] = {}
         for name, run in self._runs.items():
             optimizer[f"{name}.step"] = adam_state(self._adam, run.flat)["step"]
-            optimizer |= {f"{name}.{moment}": self._fragment(name, moment) for moment in MOMENTS}
+            optimizer |= {f"{name}.{moment}": self._flat_shard(name, moment) for moment in MOMENTS}
         return {"model": dict(self.weights), "optimizer": optimizer}
 
     def close(self) -> None:
-        """Hooks on parameters, and a list of models of this process, would hold the model for ever."""
+        """Remove hooks on parameters and clear a global list of models: both would keep the model in memory."""
         from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 
         self._deepspeed.destroy()
         FWD_MODULE_STACK.clear()
 
-    def _run(self, parameter: Tensor, group: int) -> Run:
+    def _run_of(self, parameter: Tensor, group: int) -> Run:
         zero: Any = self._zero
         if self._stage == 3:
             number, first, padded = zero.grad_position[zero.get_param_id(parameter)]
@@ -129,34 +131,34 @@ class DeepSpeedEngine:
             length = min(padded, parameter.ds_numel - start)  # type: ignore[attr-defined]
             return Run(zero.fp32_partitioned_groups_flat[number], first, start, length)
         (flat,) = self._adam.param_groups[group]["params"]
-        place: Any = parameter._hp_mapping  # type: ignore[attr-defined]
-        if place is None:
+        mapping: Any = parameter._hp_mapping  # type: ignore[attr-defined]
+        if mapping is None:
             return Run(flat, 0, 0, 0)
-        mine, its = place.hp_fragment_address, place.lp_fragment_address
-        return Run(flat, mine.start, its.start, mine.numel)
+        in_flat, in_parameter = mapping.hp_fragment_address, mapping.lp_fragment_address
+        return Run(flat, in_flat.start, in_parameter.start, in_flat.numel)
 
-    def _fragment(self, name: str, moment: str | None = None) -> FlatShard:
-        """This rank's fp32 values of a parameter that trains, or of one of its moments: the optimizer's own memory."""
+    def _flat_shard(self, name: str, moment: str | None = None) -> FlatShard:
+        """This rank's fp32 values of a trainable parameter or of one of its moments: a view of optimizer memory."""
         flat, first, start, length = self._runs[name]
         values = flat if moment is None else adam_state(self._adam, flat)[moment]
         return FlatShard(values.detach()[first : first + length], start, self._shapes[name])
 
 
 class _Root(nn.Module):
-    """What DeepSpeed sees: any method of the model as a forward pass of its own, with plain tensors coming out."""
+    """The module that DeepSpeed wraps: its forward pass calls any method of the model and returns plain tensors."""
 
     def __init__(self, model: Emma) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, method: str, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        found = getattr(self.model, method)(*args, **kwargs)
-        values = found._asdict() if isinstance(found, Prediction) else {"found": found}
+        result = getattr(self.model, method)(*args, **kwargs)
+        values = result._asdict() if isinstance(result, Prediction) else {"result": result}
         return {name: value for name, value in values.items() if value is not None}
 
 
-class _Front:
-    """What we see: the model, with its calls led through DeepSpeed."""
+class _ModelThroughDeepSpeed:
+    """The model for the rest of the trainer: forward passes go through DeepSpeed, all else to the model itself."""
 
     def __init__(self, model: Emma, engine: Any) -> None:
         self._model, self._engine = model, engine
@@ -166,31 +168,30 @@ class _Front:
         return Prediction(**{name: values.get(name) for name in Prediction._fields})
 
     def route(self, *args: Any, **kwargs: Any) -> Tensor:
-        found: Tensor = self._engine("route", *args, **kwargs)["found"]
-        return found
+        logits: Tensor = self._engine("route", *args, **kwargs)["result"]
+        return logits
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
 
 def settings_of(model: Emma, config: EngineConfig, max_grad_norm: float, device: torch.device) -> dict[str, Any]:
-    """DeepSpeed's own configuration."""
+    """DeepSpeed's configuration."""
     zero: dict[str, Any] = {
         "stage": config.zero_stage,
         "reduce_bucket_size": BUCKET,
         "contiguous_gradients": True,
-        # Vectors are too small to be gathered one by one; matrices are not kept.
+        # Keep vectors gathered, which are too small to be gathered one by one, but no matrices.
         "stage3_param_persistence_threshold": max(p.numel() for p in model.parameters() if p.ndim == 1),
-        # What is needed again soon may stay gathered, or not.
-        "stage3_max_reuse_distance": 0 if config.reshard_after_forward else KEPT,
-        "stage3_max_live_parameters": KEPT,
-        # It would replace torch's linear for the whole process.
+        "stage3_max_reuse_distance": 0 if config.reshard_after_forward else MAX_GATHERED,
+        "stage3_max_live_parameters": MAX_GATHERED,
+        # True would replace torch.nn.functional.linear in the whole process.
         "memory_efficient_linear": False,
     }
     if config.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": device.type == "cuda"}
     return {
-        # How many packs make a step is said at every backward.
+        # `accumulate` sets the accumulation boundary itself.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "bf16": {"enabled": config.precision == "bf16"},
@@ -204,7 +205,7 @@ def settings_of(model: Emma, config: EngineConfig, max_grad_norm: float, device:
 
 
 def import_deepspeed(device: torch.device) -> Any:
-    """The package, told which device to use. Raises UserError where it is not installed."""
+    """The deepspeed package, set up for a device type. Raises UserError where it is not installed."""
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     os.environ.setdefault("LOCAL_RANK", "0")
     try:
@@ -214,23 +215,23 @@ def import_deepspeed(device: torch.device) -> Any:
             f"engine.kind is deepspeed, which cannot be imported ({error}); "
             f"install it (pip install -c constraints.txt -e '.[deepspeed]') or set engine.kind=fsdp"
         ) from None
-    # The vision encoder gives its tensors in a dataclass, where ZeRO-3 does not find them; what backward needs of its
-    # own parameters is gathered by the root.
+    # The vision encoder returns a dataclass, in which ZeRO-3 finds no tensors and warns. It is harmless: the root
+    # gathers what backward needs of its parameters.
     deepspeed.utils.logger.addFilter(lambda record: "unknown inputs or outputs" not in record.getMessage())
-    # Reductions in shared memory serve inference on CPUs alone, and would need a C++ compiler at run time.
+    # Reductions in shared memory are for inference on CPUs, and would need a C++ compiler at run time.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
 
 def _materialise_in_parts(model: Emma, settings: dict[str, Any], device: torch.device) -> None:
-    """Memory for a model on the meta device, of which every rank keeps its part: whole for one module at a time."""
+    """Allocate a model that is on the meta device and partition it among the ranks, one module after the other."""
     import deepspeed
 
     for module in reversed(list(model.modules())):
         module.to_empty(device=device, recurse=False)
-        own = list(module.parameters(recurse=False))
-        if own:
-            deepspeed.zero.Init(module=module, config_dict_or_path=settings, dtype=own[0].dtype)
+        parameters = list(module.parameters(recurse=False))
+        if parameters:
+            deepspeed.zero.Init(module=module, config_dict_or_path=settings, dtype=parameters[0].dtype)
 
 
 def _outside_layers(model: Emma) -> Iterator[nn.Parameter]:
@@ -239,18 +240,18 @@ def _outside_layers(model: Emma) -> Iterator[nn.Parameter]:
             yield parameter
 
 
-def _share(shape: torch.Size, world: World) -> FlatShard:
-    """Host memory for this rank's even share of a parameter."""
+def _even_share(shape: torch.Size, world: World) -> FlatShard:
+    """Uninitialised host memory for this rank's share of a parameter that is divided evenly among the ranks."""
     count = -(-shape.numel() // world.size)
     start = min(world.rank * count, shape.numel())
     return FlatShard(torch.empty(min(count, shape.numel() - start)), start, shape)
 
 
-def _gather(share: FlatShard, parameter: Tensor, world: World) -> None:
-    """Fill a whole parameter from all ranks' shares."""
+def _gather_into(parameter: Tensor, share: FlatShard, world: World) -> None:
+    """Fill a parameter from the shares of all ranks."""
     count = -(-parameter.numel() // world.size)
-    whole = parameter.new_empty(count * world.size)
-    own = whole.new_zeros(count)
-    own[: len(share.to_local())].copy_(share.to_local())
-    dist.all_gather_into_tensor(whole, own)
-    parameter.copy_(whole[: parameter.numel()].view_as(parameter))
+    values = parameter.new_empty(count * world.size)
+    padded_share = values.new_zeros(count)
+    padded_share[: len(share.to_local())].copy_(share.to_local())
+    dist.all_gather_into_tensor(values, padded_share)
+    parameter.copy_(values[: parameter.numel()].view_as(parameter))

@@ -1,5 +1,5 @@
-"""Where this rank's part of a tensor lies in the whole: for shards of FSDP, for runs of values as ZeRO cuts them, and
-for whole tensors, with one vocabulary."""
+"""Where this rank's values lie in a full tensor, for all kinds: FSDP shards (DTensor), runs of values as ZeRO cuts them
+(FlatShard), and full tensors."""
 
 from collections.abc import Iterator, Sequence
 from math import prod
@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from emma_train.engine.torch_private import local_size_and_offset, make_wrapper_tensor
 
 aten = torch.ops.aten
 _ALIKE = (aten.detach.default, aten.clone.default, aten._to_copy.default, aten.zeros_like.default)
@@ -19,8 +20,8 @@ _ALIKE = (aten.detach.default, aten.clone.default, aten._to_copy.default, aten.z
 class FlatShard(torch.Tensor):
     """A run of a tensor's values in flattened order, [start, start + len(values)): what ZeRO gives to one rank.
 
-    Its shape is that of the whole tensor, as with a DTensor; `to_local()` is the 1-D tensor of the run, which may be
-    empty. torch.distributed.checkpoint saves it and loads into it as the boxes that the run consists of.
+    Its shape is that of the full tensor, as with a DTensor. `to_local()` is the 1-D tensor of the run, which may be
+    empty. torch.distributed.checkpoint saves it and loads into it as the rectangles that the run consists of.
     """
 
     _run: Tensor
@@ -28,33 +29,34 @@ class FlatShard(torch.Tensor):
 
     @staticmethod
     def __new__(cls, values: Tensor, start: int, shape: torch.Size) -> "FlatShard":
-        fragment: FlatShard = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=values.dtype, device=values.device)
-        fragment._run, fragment.start = values.detach(), start
-        return fragment
+        shard: FlatShard = make_wrapper_tensor(cls, shape, values.dtype, values.device)
+        shard._run = values.detach()
+        shard.start = start
+        return shard
 
     def to_local(self) -> Tensor:
         return self._run
 
     def as_rectangles(self) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], Tensor]]:
-        """(offset, size, values) of every box, as views."""
+        """(offset, size, values) of every rectangle; values are views."""
         first = 0
         for offset, size in as_rectangles(self.shape, self.start, self.start + len(self._run)):
             yield offset, size, self._run[first : first + prod(size)].view(size)
             first += prod(size)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        return f"Fragment({self.start}:{self.start + len(self._run)} of {tuple(self.shape)})"
+        return f"FlatShard({self.start}:{self.start + len(self._run)} of {tuple(self.shape)})"
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        """Copies and value-wise copying; nothing that would need the rest of the tensor."""
+        """Only copies: all other operations would need values that other ranks have."""
         if func in _ALIKE:
-            own: FlatShard = args[0]
-            return FlatShard(func(own._run, **(kwargs or {})), own.start, own.shape)
+            shard: FlatShard = args[0]
+            return FlatShard(func(shard._run, **(kwargs or {})), shard.start, shard.shape)
         if func is aten.copy_.default and isinstance(args[1], FlatShard) and args[0].start == args[1].start:
             args[0]._run.copy_(args[1]._run)
             return args[0]
-        raise NotImplementedError(f"{func} needs more of a tensor than this rank's run of it")
+        raise NotImplementedError(f"{func} needs values of a FlatShard that other ranks have")
 
     def __create_write_items__(self, fqn: str, object: Any) -> list[WriteItem]:
         properties = TensorProperties.create_from_tensor(self._run)
@@ -75,33 +77,33 @@ class FlatShard(torch.Tensor):
 
 
 def local_chunks(tensor: Tensor) -> list[tuple[tuple[slice, ...], Tensor]]:
-    """This rank's part of a tensor: (place in the whole tensor, values), values being views to read or write."""
+    """This rank's part of a tensor: (slices of the full tensor, values), where values are views to read or write."""
     if isinstance(tensor, FlatShard):
         return [(_slices(offset, size), values) for offset, size, values in tensor.as_rectangles()]
     if isinstance(tensor, DTensor):
-        size, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+        size, offset = local_size_and_offset(tensor)
         return [(_slices(offset, size), tensor.to_local())] if prod(size) else []
     return [((), tensor)]
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's values as one plain tensor: of a shard, a fragment, a ZeRO-3 parameter or a whole tensor."""
+    """This rank's values as one plain tensor: of a DTensor, a FlatShard, a ZeRO-3 parameter or a full tensor."""
     tensor = getattr(tensor, "ds_tensor", tensor).detach()
     return tensor.to_local() if isinstance(tensor, DTensor | FlatShard) else tensor
 
 
 def as_rectangles(shape: Sequence[int], start: int, stop: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """(offset, size) of the boxes that values [start, stop) of a flattened tensor make up, in order.
+    """(offset, size) of the rectangles that values [start, stop) of a flattened tensor consist of, in order.
 
-    At most one box and, on either side, one for every further dimension.
+    There is at most one with full rows, and before and after it one for every further dimension.
     """
     if start >= stop:
         return []
     if len(shape) == 1:
         return [((start,), (stop - start,))]
     inner = prod(shape[1:])
-    first, last = -(-start // inner), stop // inner  # whole rows are [first, last)
-    if first > last:  # all within one row
+    first, last = -(-start // inner), stop // inner  # full rows are [first, last)
+    if first > last:  # all inside one row
         return [((last, *o), (1, *s)) for o, s in as_rectangles(shape[1:], start - last * inner, stop - last * inner)]
     head = [
         ((first - 1, *o), (1, *s))

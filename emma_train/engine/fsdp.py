@@ -22,6 +22,7 @@ from emma_train.engine.adam_state import adam_state, set_learning_rate
 from emma_train.engine.flat_shard import local
 from emma_train.engine.grad_norm import global_norm
 from emma_train.engine.protocol import MakeOptimizer
+from emma_train.engine.torch_private import scale_in_place
 from emma_train.engine.world import World
 from emma_train.errors import UserError
 from emma_train.model.decoder import DecoderLayer
@@ -34,20 +35,21 @@ class FsdpEngine:
     def __init__(
         self, model: Emma, config: EngineConfig, max_grad_norm: float, world: World, make_optimizer: MakeOptimizer
     ) -> None:
-        """`model` is on the meta device. Raises UserError where the ranks cannot be divided as the recipe says."""
+        """`model` is on the meta device. Raises UserError where the number of ranks does not fit engine.replicate."""
         shard(model, config, world)
         model.to_empty(device="cpu" if config.offload_optimizer else world.device)
         self.model: nn.Module = model
-        # Held from here on: while a unit is gathered, the model's own names stand for gathered copies.
+        # Kept from here on: while a unit is gathered, the model's parameters are the gathered copies.
         self.weights: dict[str, Tensor] = dict(model.named_parameters())
         meshes = {cast(DTensor, weight).device_mesh for weight in self.weights.values()}
         self.groups = [group for mesh in meshes for group in mesh.get_all_groups()]
         self._shards = {name: local(weight) for name, weight in self.weights.items() if weight.requires_grad}
         self._adam = make_optimizer(self._shards)
-        self._clip, self._sequence = max_grad_norm, world.sp_size
+        self._max_grad_norm = max_grad_norm
+        self._sp_size = world.sp_size
         self._every_micro_step = config.reduce_every_micro_step
         self._units = [m for m in model.modules() if isinstance(m, FSDPModule)]
-        # Units that do not train have no gradient to hold back; torch fails on those that did not even run.
+        # Frozen units have no gradient to reduce, and torch fails on units that did not run.
         self._trained = [m for m in self._units if any(p.requires_grad for p in m.parameters())]
 
     def accumulate(self, loss: Tensor, last: bool) -> None:
@@ -55,7 +57,7 @@ class FsdpEngine:
         for module in self._trained:
             module.set_requires_gradient_sync(last or self._every_micro_step, recurse=False)
         self.model.set_is_last_backward(last)
-        (loss / self._sequence).backward()  # all ranks that share a pack have its whole loss
+        (loss / self._sp_size).backward()  # every rank that shares a pack has the loss of the full pack
 
     def step(self, lr: float) -> float:
         gradients = {name: cast(DTensor, g) for name in self._shards if (g := self.weights[name].grad) is not None}
@@ -63,8 +65,8 @@ class FsdpEngine:
         if isfinite(norm):
             for name, gradient in gradients.items():
                 self._shards[name].grad = gradient.to_local()
-            if 0 < self._clip < norm:
-                torch._foreach_mul_([g.to_local() for g in gradients.values()], self._clip / (norm + 1e-6))
+            if 0 < self._max_grad_norm < norm:
+                scale_in_place([g.to_local() for g in gradients.values()], self._max_grad_norm / (norm + 1e-6))
             set_learning_rate(self._adam, lr)
             self._adam.step()
         self._adam.zero_grad(set_to_none=True)
@@ -73,7 +75,7 @@ class FsdpEngine:
         return norm
 
     def sync_compute_weights(self) -> None:
-        self.reshard()  # the next forward gathers anew
+        self.reshard()  # the next forward pass gathers the new weights
 
     def reshard(self) -> None:
         for unit in self._units:
@@ -81,24 +83,24 @@ class FsdpEngine:
 
     def state(self) -> dict[str, dict[str, Any]]:
         optimizer: dict[str, Any] = {}
-        for name, own in self._shards.items():
-            for key, value in adam_state(self._adam, own).items():
-                spread = value if key == "step" else _as_shard_of(cast(DTensor, self.weights[name]), value)
-                optimizer[f"{name}.{key}"] = spread
+        for name, shard_ in self._shards.items():
+            weight = cast(DTensor, self.weights[name])
+            for key, value in adam_state(self._adam, shard_).items():
+                optimizer[f"{name}.{key}"] = value if key == "step" else _with_placement_of(weight, value)
         return {"model": {name: weight.detach() for name, weight in self.weights.items()}, "optimizer": optimizer}
 
     def close(self) -> None:
-        pass  # Python finds it all
+        pass  # nothing outlives the engine: the garbage collector frees it all
 
 
 def shard(model: Emma, config: EngineConfig, world: World) -> None:
-    """Shard in place: the vision encoder and every decoder layer are units, the rest belongs to the root.
+    """Shard in place: the vision encoder and every decoder layer are FSDP units, the rest belongs to the root.
 
-    Every rank runs every unit in every micro-step (contract 3); where the Gen branch rests in the whole stage, its part
-    of a layer is a unit apart, which is then never gathered. Gradients are summed, not averaged: the loss account has
-    divided by the counts of the whole step already.
+    Every rank runs every unit in every micro-step (contract 3). In a stage that skips the Gen branch, the Gen part of a
+    layer is a unit of its own, which is never gathered. Gradients are summed, not averaged: the loss is divided by the
+    token counts of the full step already.
     """
-    mesh, whole = make_meshes(config, world)
+    mesh, unsharded_mesh = make_meshes(config, world)
     on_gpu = world.device.type == "cuda"
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     policy: dict[str, Any] = {
@@ -107,18 +109,18 @@ def shard(model: Emma, config: EngineConfig, world: World) -> None:
         "reshard_after_forward": config.reshard_after_forward,
     }
     layers = [layer for layer in model.decoder.layers if isinstance(layer, DecoderLayer)]
-    resting = [list(layer.gen.values()) for layer in layers if layer.skip_gen_branch and len(layer.gen)]
-    whole_units: list[nn.Module] = [model.vision, *layers]
-    for unit in (*resting, *([module] for module in whole_units)):
+    skipped_units = [list(layer.gen.values()) for layer in layers if layer.skip_gen_branch and len(layer.gen)]
+    units: list[nn.Module] = [model.vision, *layers]
+    for unit in (*skipped_units, *([module] for module in units)):
         trains = any(p.requires_grad for module in unit for p in module.parameters())
-        fully_shard(unit, mesh=mesh if trains or config.frozen == "sharded" else whole, **policy)
-    # The root would be gathered again at once for backward; None is FSDP's word for leaving it as it is.
+        fully_shard(unit, mesh=mesh if trains or config.frozen == "sharded" else unsharded_mesh, **policy)
+    # Backward needs the root at once again. None, not True, is FSDP's value for keeping it gathered until then.
     policy["reshard_after_forward"] = None if config.reshard_after_forward else False
     fully_shard(model, mesh=mesh, **policy)
     register_fsdp_forward_method(model, "route")
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            # gloo has no pre-multiplied sum, and both setters reach one module only.
+            # gloo has no pre-multiplied sum. Both setters apply to one module only.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     if config.prefetch:
@@ -126,28 +128,31 @@ def shard(model: Emma, config: EngineConfig, world: World) -> None:
 
 
 def make_meshes(config: EngineConfig, world: World) -> tuple[DeviceMesh, DeviceMesh]:
-    """(what is sharded, what every rank keeps whole): ranks as replicas x shards. Raises UserError."""
-    kind, copies = world.device.type, config.replicate
-    if world.size % copies:
-        raise UserError(f"engine.replicate is {copies}, which does not divide {world.size} processes")
+    """(mesh of sharded units, mesh of units that every rank keeps in full), as replicas x shards.
+
+    Raises UserError where the number of ranks is no multiple of engine.replicate.
+    """
+    kind, replicas = world.device.type, config.replicate
+    if world.size % replicas:
+        raise UserError(f"engine.replicate is {replicas}, which does not divide {world.size} processes")
     names = ("replicate", "shard")
-    plain = init_device_mesh(kind, (world.size,), mesh_dim_names=names[1:])
-    mesh = plain if copies == 1 else init_device_mesh(kind, (copies, world.size // copies), mesh_dim_names=names)
+    flat = init_device_mesh(kind, (world.size,), mesh_dim_names=names[1:])
+    mesh = flat if replicas == 1 else init_device_mesh(kind, (replicas, world.size // replicas), mesh_dim_names=names)
     if config.frozen == "sharded":
         return mesh, mesh
     return mesh, init_device_mesh(kind, (world.size, 1), mesh_dim_names=names)
 
 
 def gather_ahead(layers: Sequence[nn.Module], count: int) -> None:
-    """Have every layer start to gather the `count` after it, in forward and in backward."""
+    """Let every layer start to gather the next `count` layers, in forward and in backward order."""
     units = [cast(FSDPModule, layer) for layer in layers]
     for index, unit in enumerate(units):
         unit.set_modules_to_forward_prefetch(units[index + 1 : index + 1 + count])
         unit.set_modules_to_backward_prefetch(units[max(0, index - count) : index][::-1])
 
 
-def _as_shard_of(weight: DTensor, own: Tensor) -> DTensor:
-    """A plain tensor of this rank, as a shard of a whole that is spread as a weight is."""
+def _with_placement_of(weight: DTensor, shard_: Tensor) -> DTensor:
+    """A plain tensor of this rank as a shard of a tensor with the shape and the placement of `weight`."""
     return DTensor.from_local(
-        own, weight.device_mesh, weight.placements, run_check=False, shape=weight.shape, stride=weight.stride()
+        shard_, weight.device_mesh, weight.placements, run_check=False, shape=weight.shape, stride=weight.stride()
     )

@@ -1,4 +1,4 @@
-"""What the loop asks of an engine; the only seam between training and sharding."""
+"""The protocol between training and sharding: everything that the rest of the trainer calls on an engine."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
@@ -8,41 +8,44 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 MakeOptimizer = Callable[[Mapping[str, Tensor]], torch.optim.Optimizer]
-"""An optimizer over plain tensors by parameter name; `lr_scale` of each of its groups multiplies the step's learning
-rate."""
+"""Makes an optimizer over plain tensors by parameter name. The `lr_scale` of each of its groups multiplies the learning
+rate of the step."""
 
 
 class Engine(Protocol):
-    """A sharded model with its optimizer. It is made with values that mean nothing: write `weights`, then `refresh`."""
+    """A sharded model with its optimizer.
+
+    Parameters are uninitialised after construction: fill `weights`, then call `sync_compute_weights`.
+    """
 
     model: nn.Module
-    """Call it for a forward pass; parameters may be shards."""
+    """Call it for a forward pass. Its parameters may be shards."""
     groups: list[dist.ProcessGroup]
-    """Of its collectives, beside the default group."""
+    """Process groups of the engine's collectives, without the default group."""
     weights: dict[str, Tensor]
-    """fp32 value of every parameter, of which a rank holds its part (engine/fragment.py). Reading and writing them
+    """fp32 values of every parameter by name; a rank holds its shards (engine/flat_shard.py). Reading and writing them
     needs no communication."""
 
     def accumulate(self, loss: Tensor, last: bool) -> None:
-        """Backward of one micro-batch; gradients are summed over ranks by the last one of the step."""
+        """Backward pass of one micro-batch. The last one of a step (`last`) sums the gradients over ranks."""
 
     def step(self, lr: float) -> float:
-        """Clip to optimizer.clip, update, forget the gradients; returns the global gradient norm before clipping.
+        """Clip to optimizer.max_grad_norm, update, drop the gradients. Returns the global norm before clipping.
 
-        Where the norm is not finite nothing moves but the gradients, which are forgotten.
+        If the norm is not finite, weights and optimizer state do not change; the gradients are dropped.
         """
 
     def sync_compute_weights(self) -> None:
-        """After `weights` were written: have the model compute with them."""
+        """Copy `weights` (fp32) into the parameters that forward uses. Call it after writing `weights`."""
 
     def reshard(self) -> None:
-        """Before the model's own parameters are read: give up gathered copies of them."""
+        """Free gathered copies of parameters. Call it before reading the parameters of `model`."""
 
     def state(self) -> dict[str, dict[str, Any]]:
-        """What a checkpoint holds: `model` by parameter name, and `optimizer` by names that all engines share.
+        """Tensors of a checkpoint: `model` by parameter name, and `optimizer` by names that all engines share.
 
-        Tensors are the engine's own memory: loading into them, and then `refresh`, goes on from a checkpoint.
+        They are the engine's own memory: to resume, load into them, then call `sync_compute_weights`.
         """
 
     def close(self) -> None:
-        """After the last step: let go of what would outlive the engine."""
+        """Free what would outlive the engine. Call it after the last step."""

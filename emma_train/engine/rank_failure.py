@@ -1,7 +1,7 @@
-"""Which rank is gone, when the others can no longer talk to it.
+"""Which rank failed, when the others can no longer reach it.
 
-A rank that fails leaves its last words in the store of the process group. One that lost contact says so there, waits
-for the others to do the same, and names those who said something else or nothing.
+Every rank that fails writes its error into the store of the default process group. A rank that lost contact with others
+writes that, waits until the others have written something, and names the ranks that wrote another error or nothing.
 """
 
 import os
@@ -10,67 +10,71 @@ from collections.abc import Mapping
 
 import torch.distributed as dist
 
+from emma_train.engine.torch_private import default_store
 from emma_train.errors import RankFailure
 
 PATIENCE_S = 10.0
-"""How long the others may take to notice."""
-_SIGNS = ("gloo", "NCCL", "Connection closed by peer", "Connection reset", "Timed out waiting")
-_CONTACT = "lost contact"
+"""How long the other ranks may take to notice the failure."""
+_LOST_CONTACT_TEXTS = ("gloo", "NCCL", "Connection closed by peer", "Connection reset", "Timed out waiting")
+_LOST_CONTACT = "lost contact"
 
 
 def is_lost_contact(error: BaseException) -> bool:
-    """Whether an error says that other ranks cannot be reached, rather than what is wrong here."""
+    """Whether an error means that other ranks cannot be reached, rather than that this rank failed."""
     if isinstance(error, dist.DistError):
         return True
-    return type(error) is RuntimeError and any(sign in str(error) for sign in _SIGNS)
+    return type(error) is RuntimeError and any(text in str(error) for text in _LOST_CONTACT_TEXTS)
 
 
 def report_failure(error: BaseException, rank: int, size: int) -> RankFailure | None:
-    """Leave this rank's last words; where contact was lost, who is to blame."""
+    """Publish the error of this rank. If it lost contact, return the error to raise instead, which names the ranks that
+    failed (without a text on all ranks but one, so that it is printed once)."""
     if size == 1:
         return None
-    lost = is_lost_contact(error)
+    lost_contact = is_lost_contact(error)
     key = f"emma/end/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/"
     try:
-        store = dist.distributed_c10d._get_default_store()
-        text = _CONTACT if lost else (str(error).strip().splitlines() or [type(error).__name__])[0]
-        store.set(f"{key}{rank}", text)
-        if not lost:
+        store = default_store()
+        message = _LOST_CONTACT if lost_contact else (str(error).strip().splitlines() or [type(error).__name__])[0]
+        store.set(f"{key}{rank}", message)
+        if not lost_contact:
             return None
-        said = _gather(store, key, size)
+        messages = _gather_messages(store, key, size)
+        without_contact = [other for other, text in messages.items() if text == _LOST_CONTACT]
         store.set(f"{key}{rank}/read", "")
-        if rank == 0:  # whose process may hold the store
-            _wait_for(store, [f"{key}{other}/read" for other, words in said.items() if words == _CONTACT])
+        if rank == 0:  # its process may hold the store, which the others still read
+            _wait_for_keys(store, [f"{key}{other}/read" for other in without_contact])
     except dist.DistError:
         return RankFailure(f"rank 0 of {size} died: the store that it keeps does not answer")
-    if rank != min(other for other, words in said.items() if words == _CONTACT):
-        return RankFailure()
-    return RankFailure(describe(said, size))
+    return RankFailure(describe_failure(messages, size)) if rank == min(without_contact) else RankFailure()
 
 
-def describe(said: Mapping[int, str], size: int) -> str:
-    """What ended a run, from the last words of the ranks that had any."""
-    parts = [f"rank {rank} of {size} failed: {words}" for rank, words in sorted(said.items()) if words != _CONTACT]
-    silent = [str(rank) for rank in range(size) if rank not in said]
+def describe_failure(messages: Mapping[int, str], size: int) -> str:
+    """One line about what ended a run, from the last message of every rank that wrote one."""
+    parts = [
+        f"rank {rank} of {size} failed: {text}" for rank, text in sorted(messages.items()) if text != _LOST_CONTACT
+    ]
+    silent = [str(rank) for rank in range(size) if rank not in messages]
     if silent:
         few = ", ".join(silent[:8]) + (f" and {len(silent) - 8} more" if silent[8:] else "")
-        who, hang = ("ranks", "hang") if silent[1:] else ("rank", "hangs")
-        parts.append(f"{who} {few} of {size} died or {hang}: no answer in {PATIENCE_S:g} s")
+        ranks, hang = ("ranks", "hang") if silent[1:] else ("rank", "hangs")
+        parts.append(f"{ranks} {few} of {size} died or {hang}: no answer in {PATIENCE_S:g} s")
     return "; ".join(parts) or f"all {size} ranks lost contact at once, as when a network fails"
 
 
-def _gather(store: dist.Store, key: str, size: int) -> dict[int, str]:
+def _gather_messages(store: dist.Store, key: str, size: int) -> dict[int, str]:
+    """Messages by rank, of the ranks that write one in time."""
     deadline = time.monotonic() + PATIENCE_S
-    said: dict[int, str] = {}
-    while len(said) < size and time.monotonic() < deadline:
+    messages: dict[int, str] = {}
+    while len(messages) < size and time.monotonic() < deadline:
         for rank in range(size):
-            if rank not in said and store.check([f"{key}{rank}"]):
-                said[rank] = store.get(f"{key}{rank}").decode()
+            if rank not in messages and store.check([f"{key}{rank}"]):
+                messages[rank] = store.get(f"{key}{rank}").decode()
         time.sleep(0.1)
-    return said
+    return messages
 
 
-def _wait_for(store: dist.Store, keys: list[str]) -> None:
+def _wait_for_keys(store: dist.Store, keys: list[str]) -> None:
     deadline = time.monotonic() + PATIENCE_S
     while not all(store.check([key]) for key in keys) and time.monotonic() < deadline:
         time.sleep(0.1)

@@ -1,54 +1,55 @@
-"""How long ranks wait for each other: long until the first step is done, and shorter from step to step."""
+"""How long ranks wait for each other: long until the first step is done, shorter in every later step."""
 
 import faulthandler
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
 
 import torch.distributed as dist
 
+from emma_train.engine.torch_private import set_group_timeout
 from emma_train.engine.world import World
 
 
 class Timeouts:
-    """Time-outs of the collectives of training. A rank in which a step takes longer writes its stack to stderr, so that
-    a hang tells where each of the ranks was."""
+    """Timeouts of the collectives of training. A rank whose step takes longer writes its stack to stderr, so that the
+    logs of a hang show where every rank was."""
 
     def __init__(self, world: World, groups: Sequence[dist.ProcessGroup], long_s: int, step_s: int) -> None:
-        """`groups`: those of the training collectives beside the default group; their time-out is `long_s` so far."""
+        """`groups`: process groups of the engine, without the default group; their timeout is `long_s` at first."""
         self._groups = [None, world.host_group, *groups]
-        self._long_s, self._step_s = long_s, step_s
-        self._limit_s = long_s
+        self._long_s = long_s
+        self._step_s = step_s
+        self._current_s = long_s
 
     def use_step_timeout(self) -> None:
-        """From now on a step may take the shorter time."""
+        """Use the step timeout from here on."""
         self._set(self._step_s)
 
     @contextmanager
     def relaxed(self) -> Iterator[None]:
-        """Within, ranks may wait for the longer time: one of them may be writing for all."""
-        before = self._limit_s
+        """Use the long timeout inside this block, where one rank may write files while the others wait."""
+        before = self._current_s
         self._set(self._long_s)
         yield
         self._set(before)
 
     def restore(self) -> None:
-        """Back to the longer time, and no stacks."""
+        """Use the long timeout again, and write no more stacks."""
         self._set(self._long_s)
         faulthandler.cancel_dump_traceback_later()
 
     def _set(self, seconds: int) -> None:
-        # Where stderr is no file, as under a test's capture, there is nowhere to write to.
-        if _has_descriptor():
+        if _stderr_is_file():
             faulthandler.dump_traceback_later(seconds, exit=False)
-        if seconds != self._limit_s:
+        if seconds != self._current_s:
             for group in self._groups:
-                dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
-            self._limit_s = seconds
+                set_group_timeout(group, seconds)
+            self._current_s = seconds
 
 
-def _has_descriptor() -> bool:
+def _stderr_is_file() -> bool:
+    """faulthandler needs a file descriptor; a test that captures stderr may have none."""
     try:
         sys.stderr.fileno()
     except (AttributeError, OSError, ValueError):

@@ -1,4 +1,4 @@
-"""The processes of a run: who am I, on which device, and the few host-side collectives that the loop needs."""
+"""The processes of a run: this rank, its device, and the few host-side collectives that the loop needs."""
 
 import logging
 import os
@@ -29,9 +29,9 @@ class World:
     size: int
     device: torch.device
     host_group: dist.ProcessGroup
-    """gloo group for host-side values, apart from the groups of the training collectives."""
+    """gloo group for host-side values, separate from the groups of the training collectives."""
     sp_size: int = 1
-    """Ranks in a row that compute the same packs, each its part of their tokens (engine/ulysses.py)."""
+    """Number of consecutive ranks that share a pack: each computes a part of its tokens (engine/ulysses.py)."""
 
     @property
     def is_main(self) -> bool:
@@ -39,32 +39,28 @@ class World:
 
     @property
     def dp_rank(self) -> int:
-        """Which of the `readers` this rank is: ranks that compute the same packs are one."""
+        """Data-parallel rank; the ranks that share a pack have the same."""
         return self.rank // self.sp_size
 
     @property
     def dp_size(self) -> int:
+        """Number of data-parallel ranks."""
         return self.size // self.sp_size
 
-    def of_packs(self, sums: Sequence[float]) -> list[float]:
-        """Sums over ranks of what was counted in packs, each pack once; a part of a pack counts as one."""
-        return [float(-(-value // self.sp_size)) for value in sums]
-
     def sum(self, values: Sequence[float]) -> list[float]:
-        """Sum host values over ranks, in float64. Touches no device."""
+        """Sum host values over ranks, in float64. Does not use the device."""
         tensor = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(tensor, group=self.host_group)
         return tensor.tolist()
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's value, by rank, on all ranks. Values are pickled; for what is rare and small."""
+        """The values of all ranks, in rank order, on every rank. Values are pickled: use it for small, rare ones."""
         values: list[T] = [value] * self.size
         dist.all_gather_object(values, value, group=self.host_group)
         return values
 
     def on_main(self, function: Callable[[], T]) -> T:
-        """What `function` gives on the main rank, for every rank; a UserError or RunError is raised on every rank
-        alike."""
+        """Call `function` on the main rank; every rank returns its value, or raises its UserError or RunError."""
         box: list[T | UserError | RunError | None] = [None]
         if self.is_main:
             try:
@@ -76,19 +72,15 @@ class World:
             raise box[0]
         return box[0]  # type: ignore[return-value]
 
-    def barrier(self) -> None:
-        """Wait for every rank."""
-        dist.barrier(group=self.host_group)
-
 
 @contextmanager
 def join(device: str, timeout_s: int, traces: Path | None = None) -> Iterator[World]:
-    """Join the processes that torchrun or SLURM started, or be the only one; leave cleanly whatever happens.
+    """Join the process group that torchrun or SLURM started, or one of a single process; leave it at the end.
 
-    NCCL writes what it was at when it timed out to `traces` with the rank behind it. Raises LostRanks where others are
-    gone.
+    When a collective times out, NCCL writes its last collectives to the file `traces` + rank. Raises RankFailure where
+    other ranks cannot be reached.
     """
-    # Of torch's own making: its deprecated collectives, and views that we never write to in place.
+    # Torch warns of its own code: collectives that it deprecates, and views that are never written to in place.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
     warnings.filterwarnings("ignore", message=".*returned a view tensor")
     kind = pick_device(device)
@@ -104,22 +96,23 @@ def join(device: str, timeout_s: int, traces: Path | None = None) -> Iterator[Wo
     try:
         yield World(rank, size, local, dist.new_group(backend="gloo", timeout=timeout))
     except Exception as error:
-        if (lost := report_failure(error, rank, size)) is not None:
-            raise lost from error
+        if (failure := report_failure(error, rank, size)) is not None:
+            raise failure from error
         raise
     finally:
         dist.destroy_process_group()
 
 
-def share_packs(world: World, ranks: int) -> World:
-    """The same world, with so many ranks to a pack. Raises UserError where they do not divide it."""
-    if world.size % ranks:
-        raise UserError(f"engine.sequence_parallel is {ranks}, which does not divide {world.size} processes")
-    return replace(world, sp_size=ranks)
+def share_packs(world: World, sp_size: int) -> World:
+    """The same world with `sp_size` ranks to a pack. Raises UserError where the number of ranks is no multiple."""
+    if world.size % sp_size:
+        raise UserError(f"engine.sequence_parallel is {sp_size}, which does not divide {world.size} processes")
+    return replace(world, sp_size=sp_size)
 
 
 def record_flights(traces: Path | None) -> None:
-    """Have NCCL keep its last collectives and write them out when one times out; what is set already stays."""
+    """Let NCCL keep its last collectives and write them to a file when one times out. Variables that are set already
+    stay as they are."""
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
     if traces is not None:
@@ -128,7 +121,7 @@ def record_flights(traces: Path | None) -> None:
 
 
 def pick_device(device: str) -> str:
-    """cpu or cuda. Raises UserError where cuda is asked for and absent."""
+    """Resolve auto to cpu or cuda. Raises UserError where `device` is cuda and there is none."""
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError(
             f"engine.device is cuda, but torch sees no CUDA device on {socket.gethostname()}; use engine.device=auto"

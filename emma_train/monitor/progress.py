@@ -3,7 +3,6 @@
 import logging
 import time
 from collections.abc import Mapping
-from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn
@@ -11,7 +10,7 @@ from rich.progress import Progress as RichProgress
 
 from emma_train.monitor.console import stderr_console
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 class Progress:
@@ -31,11 +30,14 @@ class Progress:
         every_steps: int = 100,
         every_seconds: float = 30.0,
     ) -> None:
-        self.stage, self.total = stage, total
-        self._start_step, self._start_time = start_step, time.monotonic()
-        self._every_steps, self._every_seconds = every_steps, every_seconds
-        self._said_step: int | None = None
-        self._said_time = self._start_time
+        self.stage = stage
+        self.total = total
+        self._start_step = start_step
+        self._start_time = time.monotonic()
+        self._every_steps = every_steps
+        self._every_seconds = every_seconds
+        self._logged_step: int | None = None
+        self._logged_time = self._start_time
         self._detail = ""
         console = console or stderr_console()
         self._live: RichProgress | None = None
@@ -52,54 +54,47 @@ class Progress:
             self._live.start()
 
     def update(self, step: int, values: Mapping[str, float | int | str] | None = None) -> None:
-        """`step` steps are done. values: the metrics of this step, where they were read; else the last ones stay."""
+        """`step` steps are done. values: the metrics of this step where it is logged; else the last ones stay."""
         if values:
-            self._detail = describe(values)
+            self._detail = loss_and_speed(values)
         detail = "  ".join(filter(None, [self._detail, f"eta {duration(self._eta(step))}"]))
         if self._live is not None:
             self._live.update(self._task, completed=step, detail=detail)
         elif self._is_due(step):
-            self._said_step, self._said_time = step, time.monotonic()
-            logger.info("%s  step %d/%d  %s", self.stage, step, self.total, detail)
+            self._logged_step, self._logged_time = step, time.monotonic()
+            log.info("%s  step %d/%d  %s", self.stage, step, self.total, detail)
 
     def close(self) -> None:
-        """Leaves the line as it is. Safe to call twice."""
+        """Stop the live bar, which stays on the terminal as it is. May be called twice."""
         if self._live is not None:
             self._live.stop()
 
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
     def _eta(self, step: int) -> float | None:
-        done = step - self._start_step  # steps before a resume took no time of this process
-        return (time.monotonic() - self._start_time) / done * (self.total - step) if done > 0 else None
+        num_steps = step - self._start_step  # steps before a resume took no time of this process
+        if num_steps <= 0:
+            return None
+        return (time.monotonic() - self._start_time) / num_steps * (self.total - step)
 
     def _is_due(self, step: int) -> bool:
-        if self._said_step is None or step >= self.total:
-            return step != self._said_step
-        return step - self._said_step >= self._every_steps or time.monotonic() - self._said_time >= self._every_seconds
+        if self._logged_step is None or step >= self.total:
+            return step != self._logged_step
+        seconds = time.monotonic() - self._logged_time
+        return step - self._logged_step >= self._every_steps or seconds >= self._every_seconds
 
 
-def describe(values: Mapping[str, float | int | str]) -> str:
-    """The few words of a step's metrics that fit on a line: the loss and the speed."""
+def loss_and_speed(values: Mapping[str, float | int | str]) -> str:
+    """The metrics of a step that the bar shows."""
     parts = []
-    loss, tokens, samples = (values.get(name) for name in ("loss", "tokens_per_s", "samples_per_s"))
+    loss, tokens = values.get("loss"), values.get("tokens_per_s")
     if isinstance(loss, int | float):
         parts.append(f"loss {loss:.4g}")
     if isinstance(tokens, int | float):
         parts.append(f"{si(tokens)} tokens/s")
-    elif isinstance(samples, int | float):
-        parts.append(f"{si(samples)} samples/s")
     return "  ".join(parts)
 
 
 def si(value: float) -> str:
-    """A number with three digits and a unit prefix: 12345 -> "12.3k"."""
+    """A number with three digits and an SI prefix: 12345 -> "12.3k"."""
     for size, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size * 0.9995:
             return f"{value / size:.3g}{prefix}"
@@ -107,7 +102,7 @@ def si(value: float) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds as people read them: "0:42", "12:05", "3:07:00", "2 d 03:00"; "?" for None."""
+    """Seconds as "0:42", "12:05", "3:07:00" or "2 d 03:00"; "?" for None."""
     if seconds is None or not seconds < float("inf"):
         return "?"
     minutes, second = divmod(max(0, round(seconds)), 60)

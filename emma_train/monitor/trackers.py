@@ -11,17 +11,17 @@ from typing import Any, Protocol
 from emma_train.errors import UserError
 from emma_train.storage.files import replacing
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 Values = dict[str, float | int | str]
 
 
 class Tracker(Protocol):
-    """Takes what a run measures. One process (rank 0) owns it."""
+    """Receives the metrics and images of a run. Only rank 0 has one."""
 
     @property
     def run_id(self) -> str | None:
-        """The name under which a tracker can go on with this run after a restart, None where it needs none."""
+        """The id with which the tracker continues this run after a restart; None if it needs none."""
 
     def log(self, step: int, values: Values) -> None:
         """Metrics of one optimizer step."""
@@ -30,14 +30,14 @@ class Tracker(Protocol):
         """Sample images of one step, one caption each."""
 
     def finish(self, exit_code: int) -> None:
-        """The run ends; 0 means well."""
+        """The run ends with this exit code."""
 
 
 class JsonlTracker:
     """Appends one flushed JSON line per step to `path`, the source of truth of a run.
 
-    On a resume at step k, records of later steps are dropped: they will be computed again. A last line torn by a crash
-    is dropped too. Values that are not finite are written as null, so that each line is strict JSON.
+    On a resume after step k, records of later steps are dropped, because those steps run again. An incomplete last line
+    (after a crash) is dropped too. Values that are not finite are written as null, so that every line is strict JSON.
     """
 
     run_id: str | None = None
@@ -53,16 +53,17 @@ class JsonlTracker:
         self._file.flush()
 
     def images(self, step: int, name: str, paths: list[Path], captions: list[str]) -> None:
-        """Nothing to do: the images lie in the run folder already."""
+        """Nothing to do: the images are in the run folder already."""
 
     def finish(self, exit_code: int) -> None:
         self._file.close()
 
 
 class WandbTracker:
-    """Logs to Weights & Biases: offline below the run folder, unless WANDB_MODE or WANDB_API_KEY say otherwise.
+    """Logs to Weights & Biases: offline below the run folder, unless WANDB_MODE or WANDB_API_KEY is set.
 
-    Every failure is logged once as a warning; if wandb cannot start, `run_id` stays as given and calls do nothing.
+    Every kind of failure is logged once as a warning. If wandb cannot start, `run_id` stays as given and calls do
+    nothing.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class WandbTracker:
         self._guard("start", lambda: self._start(run_folder, project, name, config, group))
 
     def _start(self, run_folder: Path, project: str, name: str, config: dict[str, Any], group: str | None) -> None:
-        import wandb  # a third of a second, and optional
+        import wandb  # takes a third of a second, and not every run needs it
 
         mode: Any = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
         run_folder.mkdir(parents=True, exist_ok=True)
@@ -92,11 +93,11 @@ class WandbTracker:
             dir=str(run_folder),
             id=self.run_id,
             mode=mode,
-            # Offline, one id may have several folders; the server joins them when they are synced.
+            # Offline, a resumed run gets a second folder with the same id; the server joins them at `wandb sync`.
             resume="allow" if self.run_id and mode in ("online", "shared") else None,
             settings=wandb.Settings(silent=mode != "online", finish_timeout=300.0),
         )
-        # wandb's own step may only grow; after a resume the same steps come again, so the x axis is ours.
+        # wandb's built-in step can only increase, but a resumed run repeats steps: use our own as the x axis.
         run.define_metric("step", hidden=True)
         run.define_metric("*", step_metric="step")
         self._run, self.run_id = run, run.id
@@ -122,7 +123,7 @@ class WandbTracker:
 
 
 class Trackers:
-    """Several trackers as one; an empty list is what ranks other than 0 hold. The failure of one touches no other."""
+    """Several trackers as one. A failure of one does not affect the others."""
 
     def __init__(self, trackers: Sequence[Tracker]) -> None:
         self.trackers = list(trackers)
@@ -130,7 +131,7 @@ class Trackers:
 
     @property
     def run_id(self) -> str | None:
-        """The first id that a tracker has; a checkpoint keeps it."""
+        """The id of the first tracker that has one; checkpoints keep it."""
         return next((tracker.run_id for tracker in self.trackers if tracker.run_id is not None), None)
 
     def log(self, step: int, values: Values) -> None:
@@ -159,8 +160,9 @@ def make_trackers(
 ) -> Trackers:
     """The trackers of a run: metrics.jsonl always, and W&B for `kind` "wandb".
 
-    resume_step: the step of the checkpoint that the run goes on from, 0 for a fresh start, None to keep every record.
-    run_id: W&B's id of the run before a restart. name: as shown, by default the run folder's. group: a pipeline's name.
+    resume_step: step of the checkpoint that the run continues, 0 for a new run, None to keep every record.
+    run_id: W&B's id of the run before a restart. name: shown by W&B, by default that of the run folder. group: name of
+    the pipeline. Raises UserError for another kind.
     """
     if kind not in ("jsonl", "wandb"):
         raise UserError(f"tracker.kind: {kind!r} is not known; use jsonl or wandb")
@@ -171,7 +173,7 @@ def make_trackers(
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The whole JSON objects of a file; torn lines (the last one of a run that was killed) are left out."""
+    """The JSON objects of a file. Incomplete lines, as a killed run may leave at the end, are skipped."""
     records = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
@@ -184,7 +186,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 class _Guard:
-    """Runs calls that must not stop training: the first failure of each kind is logged, later ones are silent."""
+    """Runs calls whose failure must not stop training. Logs the first failure of each kind of call."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -193,12 +195,10 @@ class _Guard:
     def __call__(self, what: str, call: Callable[[], None]) -> None:
         try:
             call()
-        except Exception as error:  # whatever a tracker raises
+        except Exception as error:  # a tracker may raise anything
             if what not in self._failed:
                 self._failed.add(what)
-                logger.warning(
-                    "%s: %s failed (%s: %s); training goes on", self._name, what, type(error).__name__, error
-                )
+                log.warning("%s: %s failed (%s: %s); training goes on", self._name, what, type(error).__name__, error)
 
 
 def _step(record: dict[str, Any]) -> float:

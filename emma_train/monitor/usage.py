@@ -1,4 +1,4 @@
-"""What a step used of this rank's memory."""
+"""Memory that this rank uses."""
 
 import resource
 

@@ -1,5 +1,5 @@
-"""The one function that states and enforces the order: meta build -> freeze -> compile -> recompute -> shard ->
-optimizer -> weights -> EMA."""
+"""Builds all that training needs, in the one right order: model on the meta device -> freeze -> compile -> activation
+checkpointing -> shard -> optimizer -> weights -> EMA."""
 
 import gc
 import logging
@@ -49,20 +49,21 @@ class TrainingParts:
     num_parameters: int
     """Parameters of the model, without the autoencoder."""
     handoff: HandOff | None
-    """What was taken over from the previous stage; None at a start from the seed or a resume."""
+    """What was loaded from the previous stage; None at a start from the seed or a resume."""
     parent: dict[str, Any] | None
-    """Where the weights came from: path, stage and step; None likewise."""
+    """Path, stage and step of the checkpoint or export that the weights came from; None as above."""
 
 
 def build(recipe: Recipe, stage: Stage, world: World, resuming: bool) -> TrainingParts:
-    """A sharded model with its weights, optimizer and EMA. Raises UserError on a stage out of order or a wrong source.
+    """A sharded model with its weights, optimizer and EMA.
 
-    When `resuming`, weights are left for checkpoint.store.load_training to fill.
+    When `resuming`, weights stay uninitialised: checkpoint.dcp.load_training fills them. Raises UserError where the
+    stage cannot follow that of init.from, or init.from does not fit the recipe's model.
     """
     select_backend(
         recipe.attention.backend, world.device, torch.bfloat16 if recipe.engine.precision == "bf16" else torch.float32
     )
-    gc.collect()  # a stage before this one may have left its model in cycles
+    gc.collect()  # frees the model of a previous stage, which may be part of reference cycles
     source, parent = None, None
     if not resuming:
         source, parent = find_source(recipe, world)
@@ -100,7 +101,7 @@ def build(recipe: Recipe, stage: Stage, world: World, resuming: bool) -> Trainin
 
 def find_source(recipe: Recipe, world: World) -> tuple[StoragePath | None, dict[str, Any] | None]:
     """The checkpoint or export that init.from names, with its path, stage and step; every rank calls it. Raises
-    UserError where there is none that is whole."""
+    UserError where there is none, or only incomplete ones."""
     if not recipe.init.source:
         return None, None
     given = parse_path(recipe.init.source)
@@ -117,28 +118,28 @@ def stored_config(source: StoragePath) -> dict[str, Any]:
     return config
 
 
-def load_previous_stage(own: Mapping[str, Tensor], recipe: Recipe, source: StoragePath) -> HandOff:
+def load_previous_stage(weights: Mapping[str, Tensor], recipe: Recipe, source: StoragePath) -> HandOff:
     """Fill the weights from the previous stage; new modules are cloned or start from the seed."""
     load: Callable[[Mapping[str, str], Mapping[str, Tensor]], None]
     if export.is_export(source):
         load, stored = partial(export.load_export_weights, source), export.export_shapes(source)
     else:
         load, stored = partial(dcp.load_checkpoint_weights, source), dcp.tensor_shapes(source)
-    shapes = {name: tuple(weight.shape) for name, weight in own.items()}
+    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
     plan = plan_handoff(shapes, stored, recipe.model.vision, recipe.init.ema, str(recipe.init.source))
     check_settings(stored_config(source), recipe)
-    load(plan.loaded, own)
-    # A clone is read once more: its parts need not lie on the ranks that have those of the original.
-    load({name: plan.loaded[origin] for name, origin in plan.cloned.items()}, own)
-    set_initial(own, recipe.model, plan.initial)
+    load(plan.loaded, weights)
+    # Clones are read again, not copied: their shards may lie on other ranks than those of the original.
+    load({name: plan.loaded[origin] for name, origin in plan.cloned.items()}, weights)
+    set_initial(weights, recipe.model, plan.initial)
     return plan
 
 
 @torch.no_grad()
 def set_initial(weights: Mapping[str, Tensor], config: ModelConfig, names: Sequence[str]) -> None:
-    """Start values from the recipe's seed, one whole tensor at a time, of which a rank takes its part without
-    communication."""
+    """Fill the named weights with start values from the recipe's seed. Every rank computes each full tensor and copies
+    its own part, so no communication is needed."""
     for name in names:
         value = start_value(name, weights[name].shape, config)
-        for place, own in local_chunks(weights[name]):
-            own.copy_(value[place])
+        for slices, chunk in local_chunks(weights[name]):
+            chunk.copy_(value[slices])

@@ -7,13 +7,15 @@ import torch
 from torch import Tensor
 
 from emma_train.engine.flat_shard import local
+from emma_train.engine.torch_private import lerp_in_place
 
 
 class Ema:
     """ema <- decay * ema + (1 - decay) * weight, after every optimizer step. Frozen parameters have no average."""
 
     def __init__(self, weights: Mapping[str, Tensor], decay: float, device: str = "auto") -> None:
-        """`weights`: this rank's part of what trains, by name; `device`: cpu keeps the averages in host memory."""
+        """`weights`: this rank's shards of the trainable parameters, by name. `device`: cpu keeps the averages in host
+        memory, auto beside the weights."""
         self.decay = decay
         self._weights = {name: weight.detach() for name, weight in weights.items()}
         copied = {name: weight.clone() for name, weight in self._weights.items()}
@@ -26,17 +28,11 @@ class Ema:
         weights = [local(w) for w in self._weights.values()]
         if averages and averages[0].device != weights[0].device:
             weights = [w.to(averages[0].device) for w in weights]
-        torch._foreach_lerp_(averages, weights, 1.0 - self.decay)
-
-    @torch.no_grad()
-    def restart(self) -> None:
-        """Start again from the weights as they are now."""
-        for name, weight in self._weights.items():
-            local(self.averages[name]).copy_(local(weight))
+        lerp_in_place(averages, weights, 1.0 - self.decay)
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """Within, the model's weights are the averages."""
+        """Inside this block the model's weights are the averages."""
         self._swap()
         try:
             yield
@@ -46,7 +42,7 @@ class Ema:
     @torch.no_grad()
     def _swap(self) -> None:
         for name, weight in self._weights.items():
-            mine, average = local(weight), local(self.averages[name])
-            kept = mine.clone()
-            mine.copy_(average)
-            average.copy_(kept)
+            weight_values, average = local(weight), local(self.averages[name])
+            before = weight_values.clone()
+            weight_values.copy_(average)
+            average.copy_(before)

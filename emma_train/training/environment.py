@@ -1,4 +1,4 @@
-"""What environment.json says: where, when and with what a run was made."""
+"""environment.json: where, when and with which versions a run was made."""
 
 import os
 import platform
@@ -29,7 +29,7 @@ PACKAGES = (
 
 
 def environment(world: "World") -> dict[str, Any]:
-    """Where and with what a run was made."""
+    """Content of environment.json."""
     cuda = torch.cuda.is_available()
     return {
         "command": " ".join(sys.argv),
@@ -47,7 +47,7 @@ def environment(world: "World") -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """Git commit of the code, with + where it was changed; None outside a checkout."""
+    """Git commit of the code, followed by + if files have changed; None outside of a checkout."""
     here = Path(__file__).parent
     try:
         head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10)

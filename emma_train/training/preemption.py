@@ -1,4 +1,4 @@
-"""Being asked to stop: finish the step, save, exit 75. Asked again later, or late with that, exit at once."""
+"""Stopping on a signal: finish the step, save, exit 75. A second signal, or too long a save, exits at once."""
 
 import contextlib
 import logging
@@ -13,26 +13,26 @@ log = logging.getLogger(__name__)
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 EXIT_PREEMPTED = 75
 SAME_REQUEST_S = 5.0
-"""A cluster and torchrun often both pass on one request; what comes this soon after the first is no second one."""
+"""A cluster and torchrun often both forward one request: a signal this soon after the first is not a second request."""
 
 
 class StopRequest:
-    """Set by SIGTERM, SIGUSR1 or SIGINT while it is entered. The loop shares it with all ranks at the next step.
+    """Set by SIGTERM, SIGUSR1 or SIGINT inside its `with` block. The loop shares it with all ranks at the next step.
 
-    A thread of its own looks at the signals, so that a second one and the deadline end the process even where the
-    training thread waits for another rank or for storage and will not come back.
+    A separate thread watches the signals, so that a second signal or the deadline ends the process even while the
+    training thread waits for another rank or for storage.
     """
 
     def __init__(self) -> None:
         self.asked = False
         self.within_s = 240.0
-        """Seconds from the first request until the process ends, whatever it is doing."""
+        """Seconds from the first request after which the process ends in any case."""
 
     def __enter__(self) -> "StopRequest":
         self._signals, written = os.pipe()
         os.set_blocking(written, False)
         self._written, self._written_before = written, signal.set_wakeup_fd(written, warn_on_full_buffer=False)
-        # The wake-up file gets the number; handlers only keep the default from killing the process.
+        # The wake-up file gets the signal number. The handlers only prevent the default action, which ends the process.
         self._before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
         self._watcher = threading.Thread(target=self._watch, name="signals", daemon=True)
         self._watcher.start()
@@ -53,7 +53,7 @@ class StopRequest:
         while True:
             left_s = max(0.0, asked_at + self.within_s - time.monotonic()) if self.asked else None
             if not select.select([self._signals], [], [], left_s)[0]:
-                _leave(f"no checkpoint within {self.within_s:g} s (train.stop_within_s): ending with the one before")
+                _exit_now(f"no checkpoint within {self.within_s:g} s (train.stop_within_s): ending with the one before")
             numbers = os.read(self._signals, 64)
             if not numbers:
                 return
@@ -63,19 +63,19 @@ class StopRequest:
                 name = signal.Signals(asked[0]).name
                 log.warning("%s: stopping after this step, with a checkpoint; once more stops at once", name)
             elif asked and time.monotonic() - asked_at > SAME_REQUEST_S:
-                _leave(f"{signal.Signals(asked[0]).name} again: stopping at once, with the checkpoint before")
+                _exit_now(f"{signal.Signals(asked[0]).name} again: stopping at once, with the checkpoint before")
 
 
-def _leave(why: str) -> None:
-    log.error(why)
+def _exit_now(reason: str) -> None:
+    log.error(reason)
     logging.shutdown()
     os._exit(EXIT_PREEMPTED)
 
 
-def _forget() -> None:
-    """A forked loader worker that is told to end must not tell the trainer so."""
+def _detach_worker() -> None:
+    """In a forked loader worker: a signal to the worker must not wake the trainer's watcher."""
     with contextlib.suppress(ValueError):
         signal.set_wakeup_fd(-1)
 
 
-os.register_at_fork(after_in_child=_forget)
+os.register_at_fork(after_in_child=_detach_worker)

@@ -1,4 +1,4 @@
-"""The run folder: what is written before step 0, beside the metrics, and at the end."""
+"""The run folder: its paths, and the files that training writes beside metrics and checkpoints."""
 
 import json
 import logging
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 class RunFolder:
-    """Paths of one run. Raises UserError where no installed package opens train.checkpoints."""
+    """Paths of one run. Raises UserError where no installed package can open train.checkpoints."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.path = Path(recipe.run.root) / recipe.run.name
@@ -36,19 +36,19 @@ class RunFolder:
         return self.path / "samples" / f"step-{step:08d}"
 
     def check_checkpoints(self, world: World) -> None:
-        """Every rank calls it. Raises UserError or RunError on all where one of them cannot write checkpoints."""
-        found: Exception | None = None
+        """Every rank calls it. Raises UserError or RunError on all ranks if one of them cannot write checkpoints."""
+        problem: Exception | None = None
         try:
             storage_of(self.checkpoints).check_writable(self.checkpoints, f"probe-{world.rank}")
         except (UserError, RunError) as error:
-            found = type(error)(f"train.checkpoints: {error}")
-        for trouble in world.gather(found):
-            if trouble is not None:
-                raise trouble
+            problem = type(error)(f"train.checkpoints: {error}")
+        for of_rank in world.gather(problem):
+            if of_rank is not None:
+                raise of_rank
 
     def check_new(self) -> None:
-        """Raise UserError where the run is about to begin anew though it has checkpoints: where train.checkpoints said
-        when it was last started."""
+        """Raise UserError if the run would start from step 0 although it has checkpoints in another folder: that of
+        train.checkpoints when the run was last started."""
         former = folders.checkpoints_of_run(self.path)
         if former != self.checkpoints and folders.list_steps(former):
             raise UserError(
@@ -57,7 +57,7 @@ class RunFolder:
             )
 
     def prepare(self, recipe: Recipe, world: World) -> None:
-        """Write the resolved recipe and the environment; main rank only. Raises UserError where the disk refuses."""
+        """Write the resolved recipe and the environment; main rank only. Raises UserError where that fails."""
         try:
             storage_of(self.checkpoints).make_folder(self.checkpoints, parents=True)
             (self.path / "logs").mkdir(parents=True, exist_ok=True)
@@ -70,7 +70,7 @@ class RunFolder:
             ) from None
 
     def write_summary(self, values: dict[str, Any]) -> None:
-        """Write summary.json. Where storage refuses it a warning says so, as with what follows: training goes on."""
+        """Write summary.json. A failure is logged as a warning and does not stop training, here and below."""
         try:
             write_atomic(self.summary, json.dumps(values, indent=1) + "\n")
         except OSError as error:
@@ -85,7 +85,7 @@ class RunFolder:
             log.warning("%s: cannot be written (%s)", self.bad_samples, error.strerror)
 
     def forget_unreadable(self, after: int) -> None:
-        """Drop unreadable samples of steps that will be done again, and a line that a crash tore; main rank only."""
+        """Remove the samples of steps that will run again, and incomplete lines; main rank only."""
         if not self.bad_samples.exists():
             return
         kept = []

@@ -1,10 +1,10 @@
-"""One job per run folder: a second one that starts while the first is alive is refused.
+"""One job per run folder: a second one fails to start while the first is alive.
 
-The main rank holds a POSIX lock on the file `lock`, which the kernel gives back however the process ends, and which NFS
-passes to its server. Where the lock cannot tell (a file system without locks, or one that keeps them to a node), the
-heartbeat does: the holder touches the file every few seconds, and who wants the folder looks whether that still moves.
+The main rank holds a POSIX lock on the file `lock`. The kernel releases it however the process ends, and NFS forwards
+it to the server. Some file systems have no locks, or keep them local to a node. For those there is a heartbeat: the
+holder touches the file every few seconds, and a second job checks whether its time stamp still changes.
 
-The kernel also gives a POSIX lock back when the process closes the file a second time: nothing else here may open it.
+The kernel also releases a POSIX lock when the process closes any other descriptor of the file: open it nowhere else.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ FILE = "lock"
 
 
 class RunLock:
-    """Holds a run folder while it is entered. Raises UserError where another job has it, or it cannot be written."""
+    """Holds a run folder inside its `with` block. Raises UserError if another job has it, or it cannot be written."""
 
     def __init__(self, run: Path, heartbeat_s: float = HEARTBEAT_S) -> None:
         self._path, self._heartbeat_s = run / FILE, heartbeat_s
@@ -50,26 +50,26 @@ class RunLock:
     ) -> None:
         self._released.set()
         with contextlib.suppress(OSError):
-            os.ftruncate(self._descriptor, 0)  # an empty file says that nobody has to be waited for
+            os.ftruncate(self._descriptor, 0)  # an empty file means that no heartbeat must be waited for
         os.close(self._descriptor)
 
     def _take(self) -> None:
-        holder, alone = self._holder(), self._lock()
-        here = holder.get("host") == socket.gethostname()
-        if alone is False and (here or not holder):
+        holder, locked = self._holder(), self._lock()
+        same_host = holder.get("host") == socket.gethostname()
+        if locked is False and (same_host or not holder):
             self._refuse()
-        if holder and not (here and alone):
-            # A kernel knows its own processes only; of others the heartbeat tells.
-            if self._beats(3 if alone else 12) or (self._lock() is False and alone):
+        if holder and not (same_host and locked):
+            # The kernel may know only processes of this host: watch the heartbeat of others.
+            if self._beats(3 if locked else 12) or (self._lock() is False and locked):
                 self._refuse()
-            log.warning("%s: taken over from a job that is gone (%s)", self._path, _told(holder))
-        me = {"host": socket.gethostname(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID")}
-        text = json.dumps({**me, "since": time.strftime("%Y-%m-%dT%H:%M:%S%z")}).encode()
+            log.warning("%s: taken over from a job that is gone (%s)", self._path, _describe_holder(holder))
+        this_job = {"host": socket.gethostname(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID")}
+        text = json.dumps({**this_job, "since": time.strftime("%Y-%m-%dT%H:%M:%S%z")}).encode()
         os.ftruncate(self._descriptor, 0)
         os.pwrite(self._descriptor, text, 0)
 
     def _refuse(self) -> NoReturn:
-        holder = _told(self._holder())
+        holder = _describe_holder(self._holder())
         os.close(self._descriptor)
         raise UserError(
             f"{self._path.parent}: is being trained by another job ({holder}); stop it, or choose another run.name. "
@@ -77,9 +77,9 @@ class RunLock:
         )
 
     def _lock(self) -> bool | None:
-        """True: the kernel gave the lock. False: another process has it. None: the file system knows no locks."""
+        """True: the kernel gave the lock. False: another process has it. None: the file system has no locks."""
         try:
-            # Of the process and not of the open file, so that loader workers which outlive a crash do not hold it.
+            # lockf, not flock: its lock belongs to the process, so loader workers that outlive a crash do not keep it.
             fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
         except OSError as error:
@@ -87,18 +87,18 @@ class RunLock:
 
     def _holder(self) -> dict[str, str]:
         try:
-            found = json.loads(os.pread(self._descriptor, 4096, 0))
-            return found if isinstance(found, dict) else {}
+            holder = json.loads(os.pread(self._descriptor, 4096, 0))
+            return holder if isinstance(holder, dict) else {}
         except ValueError:
             return {}
 
     def _beats(self, beats: int) -> bool:
-        """Whether the holder's heartbeat moves within so many. Compares the storage's clock with itself alone."""
+        """Whether the holder touches the file within `beats` heartbeats. Compares time stamps of the storage only."""
         before = os.stat(self._path).st_mtime_ns
         deadline = time.monotonic() + beats * self._heartbeat_s
         while time.monotonic() < deadline:
             time.sleep(self._heartbeat_s / 5)
-            # Opened anew, for network file systems ask their server then.
+            # Open it anew: network file systems then ask their server.
             with open(self._path, "rb") as file:
                 if os.fstat(file.fileno()).st_mtime_ns != before:
                     return True
@@ -106,11 +106,11 @@ class RunLock:
 
     def _beat(self) -> None:
         while not self._released.wait(self._heartbeat_s):
-            with contextlib.suppress(OSError):  # storage that comes back is touched again
+            with contextlib.suppress(OSError):  # the next beat may succeed
                 os.utime(self._path)
 
 
-def _told(holder: dict[str, str]) -> str:
+def _describe_holder(holder: dict[str, str]) -> str:
     if not holder:
         return "which left no name"
     job = f", SLURM job {holder['job']}" if holder.get("job") else ""

@@ -6,8 +6,8 @@ from emma_train.config.schema import ScheduleConfig
 
 
 def learning_rate(step: int, peak: float, total_steps: int, schedule: ScheduleConfig) -> float:
-    """Rate of optimizer step `step` (from 1 to total_steps): linear warm-up, then constant or cosine to min_ratio *
-    peak."""
+    """Learning rate of optimizer step `step` (1 to total_steps): linear warm-up, then constant, or a cosine down to
+    min_ratio * peak."""
     if step <= schedule.warmup_steps:
         return peak * step / schedule.warmup_steps
     if schedule.kind == "constant":

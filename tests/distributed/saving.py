@@ -281,7 +281,7 @@ def vanishing(root: Path, what: str, steps: int) -> tuple[list[int], list[str]]:
                 here.rename(away) if job.step == 8 else away.rename(here)
             if world.is_main and what == "frozen" and job.step == 8:
                 shutil.rmtree(root / "checkpoints" / "frozen")
-            world.barrier()
+            dist.barrier(group=world.host_group)
             if job.saver.due(job.step):
                 begun.append(job.step)
                 job.save()
@@ -341,7 +341,7 @@ def _ended(job: Job) -> None:
     running = job.saver._running
     if running is not None and running.thread is not None:
         running.thread.join(20)
-    job.world.barrier()
+    dist.barrier(group=job.world.host_group)
 
 
 def _break(owner: Any, name: str, when: Callable[[], bool]) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from emma_train.engine.rank_failure import describe
+from emma_train.engine.rank_failure import describe_failure
 from tests.distributed.ranks import end_in_step, limits_in_turn, out_of_step
 from tests.distributed.spawn import run_ranks
 from tests.helpers import recipe_values, tiny_recipe, write_recipe
@@ -40,12 +40,12 @@ def test_the_others_end_and_name_the_rank(tmp_path: Path, how: str, victim: int,
         assert time.monotonic() - started >= STEP_TIMEOUT_S
 
 
-def test_last_words_are_put_in_one_line() -> None:
+def test_messages_of_ranks_become_one_line() -> None:
     contact = "lost contact"
-    assert describe({0: contact, 2: contact}, 3).startswith("rank 1 of 3 died or hangs")
-    assert describe({0: contact, 1: "out of memory", 2: contact}, 3) == "rank 1 of 3 failed: out of memory"
-    assert describe({5: contact}, 20).startswith("ranks 0, 1, 2, 3, 4, 6, 7, 8 and 11 more of 20 died or hang")
-    assert describe({0: contact, 1: contact}, 2) == "all 2 ranks lost contact at once, as when a network fails"
+    assert describe_failure({0: contact, 2: contact}, 3).startswith("rank 1 of 3 died or hangs")
+    assert describe_failure({0: contact, 1: "out of memory", 2: contact}, 3) == "rank 1 of 3 failed: out of memory"
+    assert describe_failure({5: contact}, 20).startswith("ranks 0, 1, 2, 3, 4, 6, 7, 8 and 11 more of 20 died or hang")
+    assert describe_failure({0: contact, 1: contact}, 2) == "all 2 ranks lost contact at once, as when a network fails"
 
 
 @pytest.mark.parametrize("kind", ["fsdp", "deepspeed"])

@@ -1,4 +1,4 @@
-"""Runs of flattened values as boxes, and stored as what a whole tensor is stored as."""
+"""Runs of flattened values as rectangles, and stored as what a full tensor is stored as."""
 
 from math import prod
 from pathlib import Path
@@ -21,30 +21,31 @@ def runs(draw: Any) -> tuple[tuple[int, ...], int, int]:
 
 
 @given(runs())
-def test_boxes_are_the_run_in_its_order(run: tuple[tuple[int, ...], int, int]) -> None:
+def test_rectangles_are_the_run_in_its_order(run: tuple[tuple[int, ...], int, int]) -> None:
     shape, start, stop = run
-    whole = torch.arange(prod(shape)).view(shape)
-    found = as_rectangles(shape, start, stop)
-    parts = [whole[tuple(slice(o, o + n) for o, n in zip(*box, strict=True))].flatten() for box in found]
-    assert torch.equal(torch.cat([*parts, whole.flatten()[:0]]), whole.flatten()[start:stop])
-    assert len(found) <= 2 * len(shape) - 1
+    full = torch.arange(prod(shape)).view(shape)
+    rectangles = as_rectangles(shape, start, stop)
+    slices = [tuple(slice(o, o + n) for o, n in zip(*rectangle, strict=True)) for rectangle in rectangles]
+    parts = [full[rectangle].flatten() for rectangle in slices]
+    assert torch.equal(torch.cat([*parts, full.flatten()[:0]]), full.flatten()[start:stop])
+    assert len(rectangles) <= 2 * len(shape) - 1
 
 
 @given(runs())
 def test_pieces_write_through_to_the_run(run: tuple[tuple[int, ...], int, int]) -> None:
     shape, start, stop = run
-    whole = torch.randn(shape)
-    fragment = FlatShard(torch.zeros(stop - start), start, whole.shape)
-    for place, own in local_chunks(fragment):
-        own.copy_(whole[place])
-    assert torch.equal(local(fragment), whole.flatten()[start:stop])
+    full = torch.randn(shape)
+    shard = FlatShard(torch.zeros(stop - start), start, full.shape)
+    for slices, chunk in local_chunks(shard):
+        chunk.copy_(full[slices])
+    assert torch.equal(local(shard), full.flatten()[start:stop])
 
 
-def cut(whole: torch.Tensor, ends: list[int]) -> list[FlatShard]:
+def cut(full: torch.Tensor, ends: list[int]) -> list[FlatShard]:
     """The same tensor as several ranks hold it."""
-    values = whole.flatten()
+    values = full.flatten()
     return [
-        FlatShard(values[a:b].clone(), a, whole.shape) for a, b in zip([0, *ends], [*ends, len(values)], strict=True)
+        FlatShard(values[a:b].clone(), a, full.shape) for a, b in zip([0, *ends], [*ends, len(values)], strict=True)
     ]
 
 
@@ -54,30 +55,30 @@ def save(path: Path, state: dict[str, Any]) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("shape", [(7,), (5, 3), (3, 4, 2), (2, 3, 3, 2)])
-def test_a_fragment_loads_its_run_of_a_tensor_that_was_saved_whole(tmp_path: Path, shape: tuple[int, ...]) -> None:
-    whole = torch.randn(shape)
-    save(tmp_path / "whole", {"x": whole})
-    for fragment in cut(torch.zeros(shape), [2, whole.numel() - 3]):
-        dcp.load({"x": fragment}, checkpoint_id=tmp_path / "whole", no_dist=True)
-        end = fragment.start + len(local(fragment))
-        assert torch.equal(local(fragment), whole.flatten()[fragment.start : end])
+def test_a_flat_shard_loads_its_run_of_a_tensor_that_was_saved_in_full(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    full = torch.randn(shape)
+    save(tmp_path / "whole", {"x": full})
+    for shard in cut(torch.zeros(shape), [2, full.numel() - 3]):
+        dcp.load({"x": shard}, checkpoint_id=tmp_path / "whole", no_dist=True)
+        end = shard.start + len(local(shard))
+        assert torch.equal(local(shard), full.flatten()[shard.start : end])
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_fragment_that_is_all_of_a_tensor_is_saved_as_the_tensor(tmp_path: Path) -> None:
-    whole = torch.randn(5, 3)
-    save(tmp_path / "run", {"x": FlatShard(whole.flatten(), 0, whole.shape)})
+def test_a_flat_shard_that_is_all_of_a_tensor_is_saved_as_the_tensor(tmp_path: Path) -> None:
+    full = torch.randn(5, 3)
+    save(tmp_path / "run", {"x": FlatShard(full.flatten(), 0, full.shape)})
     read = torch.zeros(5, 3)
     dcp.load({"x": read}, checkpoint_id=tmp_path / "run", no_dist=True)
-    assert torch.equal(read, whole)
+    assert torch.equal(read, full)
 
 
-def test_copies_stay_fragments_and_nothing_else_is_computed_with_them() -> None:
-    fragment = FlatShard(torch.arange(4.0), 2, torch.Size([3, 3]))
-    copied = fragment.clone()
+def test_copies_stay_flat_shards_and_nothing_else_is_computed_with_them() -> None:
+    shard = FlatShard(torch.arange(4.0), 2, torch.Size([3, 3]))
+    copied = shard.clone()
     local(copied)[0] = 9.0
     assert isinstance(copied, FlatShard)
-    assert (copied.start, copied.shape, local(fragment)[0], local(copied)[0]) == (2, (3, 3), 0.0, 9.0)
-    assert local(fragment.to(torch.float64)).dtype == torch.float64
-    with pytest.raises(NotImplementedError, match="needs more of a tensor than this rank's run of it"):
-        fragment + 1
+    assert (copied.start, copied.shape, local(shard)[0], local(copied)[0]) == (2, (3, 3), 0.0, 9.0)
+    assert local(shard.to(torch.float64)).dtype == torch.float64
+    with pytest.raises(NotImplementedError, match="needs values of a FlatShard that other ranks have"):
+        shard + 1

@@ -12,7 +12,8 @@ from emma_train.monitor.progress import Progress, duration, si
 
 def test_off_a_terminal_it_logs_the_first_the_last_and_every_nth_step(caplog: pytest.LogCaptureFixture) -> None:
     console = Console(file=io.StringIO())
-    with caplog.at_level(logging.INFO), Progress("stage1", 100, console=console, every_steps=40) as progress:
+    progress = Progress("stage1", 100, console=console, every_steps=40)
+    with caplog.at_level(logging.INFO):
         for step in range(1, 101):
             progress.update(step, {"loss": 1.25, "tokens_per_s": 12345.0} if step % 10 == 1 else None)
     said = [record.getMessage() for record in caplog.records]
@@ -24,11 +25,13 @@ def test_off_a_terminal_it_logs_the_first_the_last_and_every_nth_step(caplog: py
 def test_on_a_terminal_it_draws_one_line_and_logs_nothing(caplog: pytest.LogCaptureFixture) -> None:
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, width=120)
-    with caplog.at_level(logging.INFO), Progress("stage2", 10, start_step=4, console=console) as progress:
-        progress.update(10, {"loss": 0.5, "samples_per_s": 7.0})
+    with caplog.at_level(logging.INFO):
+        progress = Progress("stage2", 10, start_step=4, console=console)
+        progress.update(10, {"loss": 0.5, "tokens_per_s": 7.0})
+        progress.close()
     assert not caplog.records
     drawn = out.getvalue()
-    assert "stage2" in drawn and "10/10" in drawn and "loss 0.5" in drawn and "7 samples/s" in drawn
+    assert "stage2" in drawn and "10/10" in drawn and "loss 0.5" in drawn and "7 tokens/s" in drawn
 
 
 def test_log_lines_stand_above_the_bar_and_neither_overwrites_the_other() -> None:

@@ -1,0 +1,62 @@
+"""Every use that the trainer makes of torch's private API. After an upgrade of torch, look here first."""
+
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.utils import _triton
+
+
+def default_store() -> dist.Store:
+    """The key-value store of the default process group."""
+    store: dist.Store = dist.distributed_c10d._get_default_store()
+    return store
+
+
+def set_group_timeout(group: dist.ProcessGroup | None, seconds: int) -> None:
+    """Change how long collectives of a group may take; None is the default group."""
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
+
+def local_size_and_offset(tensor: DTensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Size and offset of this rank's shard in the full tensor."""
+    return compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+
+
+def make_wrapper_tensor(cls: type, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Any:
+    """A tensor of a subclass with a shape and no memory of its own."""
+    return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+
+
+def norms(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """2-norm of each tensor, all in one kernel."""
+    return list(torch._foreach_norm(list(tensors)))
+
+
+def scale_in_place(tensors: Sequence[Tensor], factor: float) -> None:
+    """tensor <- factor * tensor, for all in one kernel."""
+    torch._foreach_mul_(list(tensors), factor)
+
+
+def lerp_in_place(tensors: Sequence[Tensor], ends: Sequence[Tensor], weight: float) -> None:
+    """tensor <- tensor + weight * (end - tensor), for all in one kernel."""
+    torch._foreach_lerp_(list(tensors), list(ends), weight)
+
+
+def has_triton() -> bool:
+    return bool(_triton.has_triton())
+
+
+def raise_recompile_limit(limit: int) -> None:
+    """Allow torch.compile at least so many graphs of one function."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
+
+
+def num_compiled_graphs() -> int:
+    """Graphs that torch.compile has made in this process."""
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
