@@ -40,6 +40,8 @@ class MixConfig:
     """Share of generation samples in every optimizer step."""
     it2i: int = setting(0)
     """Share of editing samples in every optimizer step."""
+    recon: int = setting(0)
+    """Share of reconstruction samples in every optimizer step (RecA, arXiv 2509.07295; not in the paper's mix)."""
 
 
 @dataclass

@@ -67,7 +67,10 @@ class Emma(nn.Module):
         vision = self.vision(self.pixels(batch), seen, experts)
         semantic = vision.features
         text = self.decoder.embed_tokens(batch.text_ids)
-        und = self.und_adapter(semantic[:num_und], latents[:num_und])
+        und_latents = latents[:num_und]
+        if batch.semantic_only is not None:
+            und_latents = und_latents.masked_fill(batch.semantic_only[:, None], 0.0)
+        und = self.und_adapter(semantic[:num_und], und_latents)
         gen = self.gen_adapter.forward_images(semantic[num_und:], latents[num_und:], time)
         grids = [*seen, *batch.grids[Role.TARGET]]
         visual = torch.cat([und, gen])

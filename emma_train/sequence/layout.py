@@ -4,6 +4,8 @@ Qwen's chat template, with an image as <|vision_start|> its visual tokens <|visi
   I2T   user: image(s) and question; assistant: answer. Only answers (and their <|im_end|>) are supervised.
   T2I   user: prompt; assistant: <|vision_start|> and the noised target.
   IT2I  user: reference image(s) and instruction; assistant: <|vision_start|> and the noised target.
+  recon user: understanding image without its latent, and a fixed text; assistant: <|vision_start|> and the same image,
+        noised (RecA, arXiv 2509.07295).
 """
 
 from collections.abc import Sequence
@@ -38,6 +40,8 @@ class ImageSegment:
 
     name: str
     role: Role
+    semantic_only: bool = False
+    """Whether the model sees the semantic half of an understanding image only, with zeros for the latent half."""
 
 
 Segment = TextSegment | ImageSegment
@@ -65,12 +69,22 @@ def answer_opening(tokenizer: TextTokenizer) -> list[Segment]:
     return [TextSegment(tuple(tokenizer.encode("<|im_start|>assistant\n")))]
 
 
-def generation(tokenizer: TextTokenizer, references: Sequence[str], text: str, target: str) -> list[Segment]:
-    """T2I without references, IT2I with them; an empty text is the unconditional prompt."""
+def generation(
+    tokenizer: TextTokenizer,
+    images: Sequence[str],
+    text: str,
+    target: str,
+    role: Role = Role.REFERENCE,
+    semantic_only: bool = False,
+) -> list[Segment]:
+    """T2I without images, IT2I with references, recon with the semantic half of understanding images.
+
+    An empty text is the unconditional prompt.
+    """
     segments: list[Segment] = []
     _text(segments, tokenizer.encode("<|im_start|>user\n"))
-    for name in references:
-        _image(segments, tokenizer, name, Role.REFERENCE)
+    for name in images:
+        _image(segments, tokenizer, name, role, semantic_only)
     _text(segments, [*tokenizer.encode_user(text), tokenizer.im_end])
     _text(segments, tokenizer.encode("\n<|im_start|>assistant\n<|vision_start|>"))
     segments.append(ImageSegment(target, Role.TARGET))
@@ -83,9 +97,11 @@ def num_text_tokens(segments: Sequence[Segment]) -> tuple[int, int]:
     return sum(len(s.ids) for s in texts), sum(len(s.ids) for s in texts if s.supervised)
 
 
-def _image(segments: list[Segment], tokenizer: TextTokenizer, name: str, role: Role) -> None:
+def _image(
+    segments: list[Segment], tokenizer: TextTokenizer, name: str, role: Role, semantic_only: bool = False
+) -> None:
     _text(segments, [tokenizer.id("<|vision_start|>")])
-    segments.append(ImageSegment(name, role))
+    segments.append(ImageSegment(name, role, semantic_only))
     _text(segments, [tokenizer.id("<|vision_end|>")])
 
 

@@ -95,6 +95,8 @@ class PackedBatch:
     """Task of each target."""
     stem: torch.Tensor
     """int64 [understanding images]: 1 STEM, 0 general, -1 unknown."""
+    semantic_only: torch.Tensor | None = None
+    """bool [understanding tokens]: whether the model must not see the token's latent; None if it may see all."""
     num_dropped: int = 0
     """Samples of the plan that could not be read."""
 
@@ -143,6 +145,7 @@ def pack(samples: Sequence[Sample], num_dropped: int = 0) -> PackedBatch:
     text_ids: list[int] = []
     supervised: list[tuple[int, int, int]] = []
     images: dict[Role, list[ImageTokens]] = {role: [] for role in Role}
+    semantic_only: list[torch.Tensor] = []
     owners: list[Sample] = []
     for index, sample in enumerate(samples):
         place = 0
@@ -157,6 +160,8 @@ def pack(samples: Sequence[Sample], num_dropped: int = 0) -> PackedBatch:
                 group, length = int(segment.role), pixels.grid[0] * pixels.grid[1]
                 causal = segment.role is Role.UND
                 images[segment.role].append(pixels)
+                if segment.role is Role.UND:
+                    semantic_only.append(torch.full((length,), segment.semantic_only))
                 if segment.role is Role.TARGET:
                     owners.append(sample)
             positions = np.arange(place, place + length)
@@ -202,6 +207,7 @@ def pack(samples: Sequence[Sample], num_dropped: int = 0) -> PackedBatch:
         ),
         target_tasks=[s.task for s in owners],
         stem=torch.tensor([p.stem for p in images[Role.UND]], dtype=torch.int64),
+        semantic_only=torch.cat(semantic_only) if any(part.any() for part in semantic_only) else None,
         num_dropped=num_dropped,
     )
 

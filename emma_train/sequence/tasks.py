@@ -77,6 +77,16 @@ def _text_to_image(tokenizer: TextTokenizer, images: Sequence[str], alternative:
     return layout.generation(tokenizer, images, alternative["text"], alternative["target"])
 
 
+RECONSTRUCTION_PROMPT = "Describe the image in detail."
+"""Ours: one fixed prompt, where RecA's code draws one of a list."""
+
+
+def _reconstruction(tokenizer: TextTokenizer, images: Sequence[str], alternative: Alternative) -> list[Segment]:
+    # Its own latent in the condition would give the target away.
+    prompt, target = RECONSTRUCTION_PROMPT, alternative["target"]
+    return layout.generation(tokenizer, images, prompt, target, Role.UND, semantic_only=True)
+
+
 TASKS = {
     task.name: task
     for task in (
@@ -112,6 +122,21 @@ TASKS = {
             condition=Role.REFERENCE,
             layout=_text_to_image,
             typical_text=(64, 0),
+        ),
+        # Every target of a t2i alternative can be reconstructed, so no other records and no new index are needed.
+        Task(
+            name="recon",
+            title="reconstruction (recon)",
+            heading="Reconstructed images",
+            color="c-pink",
+            loss="flow",
+            images="gen",
+            condition=Role.UND,
+            layout=_reconstruction,
+            typical_text=(18, 0),
+            records="t2i",
+            shows_target=True,
+            fixed_text=True,
         ),
     )
 }

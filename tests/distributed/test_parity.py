@@ -122,7 +122,7 @@ def test_a_checkpoint_says_how_many_processes_wrote_it(runs: dict[int, Path]) ->
         assert (meta["world_size"], meta["step"], meta["done"]["seen"]) == (
             size,
             STEPS,
-            {"i2t": 6 * STEPS, "t2i": 6 * STEPS, "it2i": 6 * STEPS},
+            {"i2t": 6 * STEPS, "t2i": 6 * STEPS, "it2i": 6 * STEPS, "recon": 0},
         )
 
 

@@ -95,7 +95,7 @@ def test_inspect_says_what_the_checkpoint_is(run: Path) -> None:
     meta = json.loads(run_command("inspect", str(run), "--json").out)
     assert (meta["stage"], meta["step"], meta["world_size"]) == ("stage1", STEPS, 1)
     assert meta["data"]["step"] == STEPS
-    assert meta["done"]["seen"] == {"i2t": 12 * STEPS, "t2i": 12 * STEPS, "it2i": 0}
+    assert meta["done"]["seen"] == {"i2t": 12 * STEPS, "t2i": 12 * STEPS, "it2i": 0, "recon": 0}
     assert meta["config_hash"] in (run / "config.yaml").read_text().splitlines()[0]
     assert sum(meta["trainable"].values()) == json.loads((run / "summary.json").read_text())["parameters"]
     printed = run_command("inspect", str(run)).out
