@@ -102,11 +102,11 @@ def add_shards(parser: argparse.ArgumentParser) -> None:
 
 def run_import_shards(arguments: argparse.Namespace) -> int:
     from data_pipelines.shards.build_index import index_folder
-    from data_pipelines.shards.fetch import bring
+    from data_pipelines.shards.fetch import fetch_shards
 
     require_file(arguments.tokenizer, "--tokenizer")
     check_range("--workers", arguments.workers, 1, 4096)
-    provenance = bring(arguments.out, arguments.sources, arguments.workers)
+    provenance = fetch_shards(arguments.out, arguments.sources, arguments.workers)
     index_folder(arguments.out, arguments.tokenizer, provenance, arguments.workers)
     return 0
 
@@ -149,7 +149,7 @@ def run_index(arguments: argparse.Namespace) -> int:
     require_file(arguments.tokenizer, "--tokenizer")
     check_range("--workers", arguments.workers, 1, 4096)
     for folder in shard_folders(arguments.folder):
-        index_folder(folder, arguments.tokenizer, workers=arguments.workers, again=arguments.again)
+        index_folder(folder, arguments.tokenizer, workers=arguments.workers, force=arguments.again)
     return 0
 
 

@@ -59,13 +59,13 @@ def write_shards(
 ) -> Path:
     """Tars of `per_shard` records each, or of so many in turn, with index and manifest; returns the folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    left, sizes = list(contents), repeat(per_shard) if isinstance(per_shard, int) else cycle(per_shard)
+    remaining, sizes = list(contents), repeat(per_shard) if isinstance(per_shard, int) else cycle(per_shard)
     for number, size in enumerate(sizes):
-        if not left:
+        if not remaining:
             break
-        own, left = left[:size], left[size:]
+        of_shard, remaining = remaining[:size], remaining[size:]
         with tarfile.open(folder / f"shard-{number:06d}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
-            for key, record, images in own:
+            for key, record, images in of_shard:
                 for name, data in {"json": json.dumps(record).encode(), **images}.items():
                     member = tarfile.TarInfo(f"{key}.{name}")
                     member.size = len(data)
@@ -78,10 +78,10 @@ def write_shards(
 def damage(tar: Path, member: str, how_many: int = 64) -> None:
     """Overwrite the last bytes of a member; the tar keeps its size."""
     with tarfile.open(tar) as archive:
-        found = archive.getmember(member)
+        info = archive.getmember(member)
     with open(tar, "r+b") as file:
-        file.seek(found.offset_data + found.size - min(how_many, found.size))
-        file.write(b"\xff" * min(how_many, found.size))
+        file.seek(info.offset_data + info.size - min(how_many, info.size))
+        file.write(b"\xff" * min(how_many, info.size))
 
 
 def _seed(key: str) -> int:

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from data_pipelines.planner import sources
-from data_pipelines.shards.index import INDEX_COLUMNS
+from data_pipelines.shards.index import INDEX_SCHEMA
 from tests.helpers import tokenizer
 
 TASKS = ("i2t", "t2i", "it2i")
@@ -72,7 +72,7 @@ def rows(shard: int, task: str, sizes: list[int]) -> pa.Table:
         "heights": _lists(sides, images),
         "tags": pa.array([[]] * num, pa.list_(pa.string())),
     }
-    return pa.table({name: columns[name].cast(INDEX_COLUMNS.field(name).type) for name in sources.PLANNED})
+    return pa.table({name: columns[name].cast(INDEX_SCHEMA.field(name).type) for name in sources.PLANNED})
 
 
 def _lists(values: np.ndarray, length: int) -> pa.ListArray:

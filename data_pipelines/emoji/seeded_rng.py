@@ -6,17 +6,17 @@ from typing import TypeVar
 
 import numpy as np
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 def seeded_generator(seed: int, key: str) -> np.random.Generator:
     return np.random.default_rng(int.from_bytes(hashlib.sha256(f"{seed}/{key}".encode()).digest()[:16], "big"))
 
 
-def pick(rng: np.random.Generator, options: Sequence[T]) -> T:
+def pick(rng: np.random.Generator, options: Sequence[_T]) -> _T:
     return options[int(rng.integers(len(options)))]
 
 
-def pick_some(rng: np.random.Generator, options: Sequence[T], count: int) -> list[T]:
+def pick_some(rng: np.random.Generator, options: Sequence[_T], count: int) -> list[_T]:
     """Up to `count` different options in a random order."""
     return [options[int(i)] for i in rng.permutation(len(options))[:count]]

@@ -34,7 +34,7 @@ class StemImage:
 
 
 def make_stem(rng: np.random.Generator) -> StemImage:
-    return pick(rng, (sum_of_two, formula, bar_chart, bar_chart, line_chart))(rng)
+    return pick(rng, (sum_of_two, formula, bar_chart_image, bar_chart_image, line_chart_image))(rng)
 
 
 def render_stem(stem: StemImage, side: int) -> Image.Image:
@@ -78,7 +78,7 @@ def formula(rng: np.random.Generator) -> StemImage:
     )
 
 
-def bar_chart(rng: np.random.Generator) -> StemImage:
+def bar_chart_image(rng: np.random.Generator) -> StemImage:
     """Three bars of different heights: which is highest or lowest, and how high is one?"""
     values = [int(v) for v in rng.permutation(9)[:3] + 1]
 
@@ -106,7 +106,7 @@ def bar_chart(rng: np.random.Generator) -> StemImage:
     )
 
 
-def line_chart(rng: np.random.Generator) -> StemImage:
+def line_chart_image(rng: np.random.Generator) -> StemImage:
     """A line through four points that rises or falls all the way."""
     values = sorted(int(v) for v in rng.permutation(9)[:4] + 1)
     trend = pick(rng, ("rising", "falling"))

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines.shards.images import images_of, load_image, open_image
+from data_pipelines.shards.images import image_members, load_image, open_image
 from data_pipelines.shards.index import read_columns, read_manifest
 from data_pipelines.shards.record import read_record
 from data_pipelines.shards.tar import read_group
@@ -57,7 +57,7 @@ def _read_request(
         members = read_group(
             storage.read_range(join_url(folder, shard["name"]), row["offset"], row["size"], shard["sha256"])
         )
-        record, files = read_record(members), images_of(members)
+        record, files = read_record(members), image_members(members)
         alternative = record[TASKS[task].record_key][number]
         image_config = TASKS[task].image_config(data)
         target = _load_image(files[alternative["target"]], image_config, pixels) if "target" in alternative else None

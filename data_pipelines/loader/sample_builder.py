@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.planner.candidates import SampleRef
-from data_pipelines.shards.images import images_of, load_image, open_image
+from data_pipelines.shards.images import image_members, load_image, open_image
 from data_pipelines.shards.record import lacks_text, read_record
 from emma_train.config.schema import DataConfig, ImageConfig
 from emma_train.sequence.geometry import image_size, to_patches
@@ -48,7 +48,7 @@ class SampleBuilder:
         if planned.max_tokens:
             image_config = replace(image_config, max_tokens=min(image_config.max_tokens, planned.max_tokens))
         shown = {image.name for image in image_segments(segments) if image.role is not Role.TARGET}
-        files, images = images_of(members), {}
+        files, images = image_members(members), {}
         for name in dict.fromkeys(image.name for image in image_segments(segments)):
             latent = find_latent(name, image_config)
             # The model sees no patches of a target; the autoencoder does not need them where the latent is cached.

@@ -1,4 +1,4 @@
-"""Makes index and manifest of a folder of shards: one pass over each tar, in parallel, going on where it stopped."""
+"""Makes the indexes and the manifest of a folder of shards: reads each tar once, in parallel; can be resumed."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_pipelines.shards.images import image_name, image_parts, open_image
-from data_pipelines.shards.index import INDEX_COLUMNS, MANIFEST, SCHEMA_VERSION, index_path
+from data_pipelines.shards.index import INDEX_SCHEMA, MANIFEST, SCHEMA_VERSION, index_path
 from data_pipelines.shards.record import layouts, read_record, tags_of
 from data_pipelines.shards.tar import BrokenTar, Group, Readable, groups
 from emma_train.errors import UserError
@@ -30,28 +30,29 @@ from emma_train.storage.files import replacing, write_atomic
 
 log = logging.getLogger(__name__)
 ROWS_AT_ONCE = 1024
-ENTRY = b"emma_shard"
-"""Where an index keeps its shard's entry of the manifest, so that a second run need not read the tar."""
+ENTRY_KEY = b"emma_shard"
+"""Metadata key of the index under which it stores the shard's manifest entry, so that a second run need not read the
+tar."""
 
 
 @dataclass
-class Indexed:
-    """A shard whose index is written."""
+class IndexedShard:
+    """A shard that has an index."""
 
     entry: dict[str, Any]
-    """The shard in the manifest."""
+    """The shard's entry in the manifest."""
     hashes: np.ndarray = field(repr=False)
-    """uint64 of each key."""
+    """uint64: hashes of all keys, each once, in ascending order."""
 
 
 def index_folder(
-    folder: Path, tokenizer: Path | str, provenance: dict[str, Any] | None = None, workers: int = 1, again: bool = False
+    folder: Path, tokenizer: Path | str, provenance: dict[str, Any] | None = None, workers: int = 1, force: bool = False
 ) -> dict[str, Any]:
     """Write the index of every tar of a folder and its manifest; returns the manifest.
 
-    An index that is of the same tar and tokenizer already is kept, unless `again`. A record that cannot be used is left
-    out, counted and told. `provenance` None keeps that of the manifest before. Raises UserError on a broken tar and on
-    a key that occurs twice, when all other shards are done.
+    An existing index of the same tar and tokenizer is kept, unless `force`. Records that cannot be used are left out,
+    counted and logged. `provenance` None keeps that of the previous manifest. Raises UserError on a broken tar and on
+    a key that occurs twice, after all other shards are done.
     """
     folder, text = Path(folder), TextTokenizer(tokenizer)
     tars = sorted(folder.glob("*.tar"))
@@ -60,8 +61,8 @@ def index_folder(
     provenance = _provenance(folder) if provenance is None else provenance
     unfinished = {"schema": SCHEMA_VERSION, "unfinished": True, "provenance": provenance}
     write_atomic(folder / MANIFEST, json.dumps(unfinished, indent=1) + "\n")
-    shards, problems = _index_all(tars, text.path, again, workers)
-    problems += _twice(folder, shards)
+    shards, problems = _index_all(tars, text.path, force, workers)
+    problems += _duplicate_keys(folder, shards)
     if problems:
         more = f" (and {len(problems) - 1} more problems: {'; '.join(problems[1:5])})" if problems[1:] else ""
         raise UserError(problems[0] + more)
@@ -84,39 +85,39 @@ def index_folder(
     return manifest
 
 
-def index_shard(tar: Path, tokenizer: Path, again: bool = False) -> Indexed:
-    """The index of one tar: the one that lies beside it where that is valid, or a new one. Raises UserError."""
+def index_shard(tar: Path, tokenizer: Path, force: bool = False) -> IndexedShard:
+    """Index one tar, or keep its index if that is valid. Raises UserError."""
     text = _tokenizer(tokenizer)
-    entry = None if again else _valid(tar, text.sha256)
+    entry = None if force else _valid_entry(tar, text.sha256)
     if entry is None:
         entry = _write_index(tar, text)
     index = index_path(tar)
     keys = pq.read_table(index, columns=["key"])["key"].to_numpy()
     digests = (hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest() for key in keys)
     hashes = np.unique(np.frombuffer(b"".join(digests), np.uint64))
-    return Indexed({**entry, "index_sha256": hashlib.sha256(index.read_bytes()).hexdigest()}, hashes)
+    return IndexedShard({**entry, "index_sha256": hashlib.sha256(index.read_bytes()).hexdigest()}, hashes)
 
 
-def _index_all(tars: list[Path], tokenizer: Path, again: bool, workers: int) -> tuple[list[Indexed], list[str]]:
-    """What came of each tar, in their order: indexes, and what is wrong with the rest."""
-    done: dict[Path, Indexed | str] = {}
-    told = time.monotonic()
-    for tar, result in _results(tars, tokenizer, again, min(workers, len(tars))):
+def _index_all(tars: list[Path], tokenizer: Path, force: bool, workers: int) -> tuple[list[IndexedShard], list[str]]:
+    """The indexed shards, and the error messages of the others, both in the order of the tars."""
+    done: dict[Path, IndexedShard | str] = {}
+    last_logged = time.monotonic()
+    for tar, result in _results(tars, tokenizer, force, min(workers, len(tars))):
         done[tar] = result
-        if time.monotonic() > told + 10:
-            told = time.monotonic()
+        if time.monotonic() > last_logged + 10:
+            last_logged = time.monotonic()
             log.info("%s: %d of %d shards indexed", tar.parent, len(done), len(tars))
     results = [done[tar] for tar in tars]
-    return [r for r in results if isinstance(r, Indexed)], [r for r in results if isinstance(r, str)]
+    return [r for r in results if isinstance(r, IndexedShard)], [r for r in results if isinstance(r, str)]
 
 
-def _results(tars: list[Path], tokenizer: Path, again: bool, workers: int) -> Iterator[tuple[Path, Indexed | str]]:
+def _results(tars: list[Path], tokenizer: Path, force: bool, workers: int) -> Iterator[tuple[Path, IndexedShard | str]]:
     if workers == 1:
-        yield from ((tar, _told(tar, tokenizer, again)) for tar in tars)
+        yield from ((tar, _index_or_error(tar, tokenizer, force)) for tar in tars)
         return
-    # Spawned: a fork would copy the threads' locks of the tokenizer and of pyarrow.
+    # Spawned: a fork would copy locks that threads of the tokenizer or of pyarrow may hold.
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        futures = {pool.submit(_told, tar, tokenizer, again): tar for tar in tars}
+        futures = {pool.submit(_index_or_error, tar, tokenizer, force): tar for tar in tars}
         try:
             for future in as_completed(futures):
                 yield futures[future], future.result()
@@ -129,10 +130,10 @@ def _results(tars: list[Path], tokenizer: Path, again: bool, workers: int) -> It
             pool.shutdown(cancel_futures=True)
 
 
-def _told(tar: Path, tokenizer: Path, again: bool) -> Indexed | str:
-    """index_shard, whose error is a result like others."""
+def _index_or_error(tar: Path, tokenizer: Path, force: bool) -> IndexedShard | str:
+    """index_shard, which returns its error message instead of raising."""
     try:
-        return index_shard(tar, tokenizer, again)
+        return index_shard(tar, tokenizer, force)
     except UserError as error:
         return str(error)
 
@@ -142,12 +143,15 @@ def _tokenizer(path: Path) -> TextTokenizer:
     return TextTokenizer(path)
 
 
-def _valid(tar: Path, tokenizer: str) -> dict[str, Any] | None:
-    """The entry of an index that is of this tar and tokenizer. A tar that is younger than its index is hashed."""
+def _valid_entry(tar: Path, tokenizer: str) -> dict[str, Any] | None:
+    """The manifest entry in the tar's index; None if the index is missing or of another tar or tokenizer.
+
+    A tar that was modified after its index was written is hashed to compare it.
+    """
     index = index_path(tar)
     try:
         metadata = pq.read_metadata(index).metadata or {}
-        entry: dict[str, Any] = json.loads(metadata[ENTRY])
+        entry: dict[str, Any] = json.loads(metadata[ENTRY_KEY])
         known = entry.pop("schema"), entry.pop("tokenizer_sha256"), entry["bytes"]
         if known != (SCHEMA_VERSION, tokenizer, tar.stat().st_size):
             return None
@@ -159,7 +163,7 @@ def _valid(tar: Path, tokenizer: str) -> dict[str, Any] | None:
 
 
 def _write_index(tar: Path, tokenizer: TextTokenizer) -> dict[str, Any]:
-    """Read a tar once and write its index; returns the shard's entry of the manifest."""
+    """Read a tar once and write its index; returns the shard's manifest entry."""
     tables: dict[str, list[pa.Table]] = {task: [] for task in RECORD_KEYS}
     rows: dict[str, list[dict[str, Any]]] = {task: [] for task in RECORD_KEYS}
     tags: dict[str, Counter[str]] = {task: Counter() for task in RECORD_KEYS}
@@ -173,16 +177,16 @@ def _write_index(tar: Path, tokenizer: TextTokenizer) -> dict[str, Any]:
                     raise UserError(f"{tar}: key {group.key} occurs twice; keys are unique in a folder")
                 keys.add(group.key)
                 try:
-                    found = list(_rows(group, tokenizer))
+                    new_rows = list(_record_rows(group, tokenizer))
                 except (KeyError, ValueError, TypeError, AttributeError, OSError) as error:
                     left_out, first = left_out + 1, first or f"record {group.key}: {type(error).__name__}: {error}"
                     continue
-                for row in found:
+                for row in new_rows:
                     task = row["task"]
                     tags[task]["|".join(row["tags"])] += 1
                     rows[task].append(row)
                     if len(rows[task]) >= ROWS_AT_ONCE:
-                        tables[task].append(pa.Table.from_pylist(rows[task], INDEX_COLUMNS))
+                        tables[task].append(pa.Table.from_pylist(rows[task], INDEX_SCHEMA))
                         rows[task] = []
             size, sha256 = file.finish()
     except BrokenTar as error:
@@ -190,7 +194,7 @@ def _write_index(tar: Path, tokenizer: TextTokenizer) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{tar}: cannot be read ({error.strerror})") from None
     for task, rest in rows.items():
-        tables[task].append(pa.Table.from_pylist(rest, INDEX_COLUMNS))
+        tables[task].append(pa.Table.from_pylist(rest, INDEX_SCHEMA))
     joined = {task: pa.concat_tables(parts) for task, parts in tables.items()}
     entry = {
         "name": tar.name,
@@ -202,7 +206,7 @@ def _write_index(tar: Path, tokenizer: TextTokenizer) -> dict[str, Any]:
         **({"left_out_first": first} if left_out else {}),
     }
     stamp = {"schema": SCHEMA_VERSION, "tokenizer_sha256": tokenizer.sha256, **entry}
-    schema = INDEX_COLUMNS.with_metadata({ENTRY: json.dumps(stamp)})
+    schema = INDEX_SCHEMA.with_metadata({ENTRY_KEY: json.dumps(stamp)})
     with replacing(index_path(tar)) as index, pq.ParquetWriter(index, schema, compression="zstd") as writer:
         for table in joined.values():
             if len(table):
@@ -210,9 +214,11 @@ def _write_index(tar: Path, tokenizer: TextTokenizer) -> dict[str, Any]:
     return entry
 
 
-def _rows(group: Group, tokenizer: TextTokenizer) -> Iterator[dict[str, Any]]:
-    """The rows of one record. Raises what a stranger's data may raise."""
-    "/".join((group.key, *group.members)).encode()  # a name that is no UTF-8 cannot be written down
+def _record_rows(group: Group, tokenizer: TextTokenizer) -> Iterator[dict[str, Any]]:
+    """The index rows of one record, one per task. Foreign data can raise many kinds of errors here."""
+    "/".join(
+        (group.key, *group.members)
+    ).encode()  # raises an error if a name is not UTF-8, which the index could not store
     record = read_record(group.members)
     tasks = [task for task in RECORD_KEYS if record.get(task)]
     if not tasks:
@@ -236,14 +242,11 @@ def _rows(group: Group, tokenizer: TextTokenizer) -> Iterator[dict[str, Any]]:
             "widths": [width for width, _ in sizes],
             "heights": [height for _, height in sizes],
             "tags": tags_of(record),
-            "part_names": list(group.members),
-            "part_offsets": [group.offsets[part] for part in group.members],
-            "part_sizes": [len(content) for content in group.members.values()],
         }
 
 
 class HashedFile:
-    """A file that hashes what is read of it."""
+    """A file that counts and hashes the bytes that are read from it."""
 
     def __init__(self, file: Readable) -> None:
         self.file, self.size, self.sha256 = file, 0, hashlib.sha256()
@@ -255,7 +258,7 @@ class HashedFile:
         return data
 
     def finish(self) -> tuple[int, str]:
-        """Size and hash of the whole file; reads what is left."""
+        """Size and sha256 of the whole file; reads what is left of it."""
         while self.read(1 << 20):
             pass
         return self.size, self.sha256.hexdigest()
@@ -266,17 +269,17 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _twice(folder: Path, shards: list[Indexed]) -> list[str]:
-    """Keys that two shards have, a line each. Compares hashes first: a billion keys do not fit into memory."""
+def _duplicate_keys(folder: Path, shards: list[IndexedShard]) -> list[str]:
+    """An error for each key that two shards have. Compares hashes first: a billion keys do not fit in memory."""
     if not shards:
         return []
     hashes = np.concatenate([shard.hashes for shard in shards])
-    owners = np.repeat(np.arange(len(shards)), [len(shard.hashes) for shard in shards])
+    shard_of = np.repeat(np.arange(len(shards)), [len(shard.hashes) for shard in shards])
     order = np.argsort(hashes, kind="stable")
-    hashes, owners = hashes[order], owners[order]
+    hashes, shard_of = hashes[order], shard_of[order]
     problems = []
-    for place in np.flatnonzero(hashes[1:] == hashes[:-1])[:100]:
-        one, other = (shards[owners[place + i]].entry["name"] for i in (0, 1))
+    for index in np.flatnonzero(hashes[1:] == hashes[:-1])[:100]:
+        one, other = (shards[shard_of[index + i]].entry["name"] for i in (0, 1))
         for key in sorted(_keys(folder / one) & _keys(folder / other)):
             problems.append(f"{folder / other}: key {key} occurs twice, in {one} too; keys are unique in a folder")
     return list(dict.fromkeys(problems))
@@ -287,7 +290,7 @@ def _keys(tar: Path) -> set[str]:
 
 
 def _provenance(folder: Path) -> dict[str, Any]:
-    """The provenance in the folder's manifest; empty where there is none yet."""
+    """The provenance in the folder's manifest; empty if there is no manifest yet."""
     path = folder / MANIFEST
     if not path.exists():
         return {}

@@ -1,4 +1,4 @@
-"""Verifies shards against their manifest and index: hashes, checksums, and that every image decodes."""
+"""Verifies shards: hashes and checksums of manifest and index, and that every image decodes and record is usable."""
 
 import hashlib
 import multiprocessing
@@ -22,18 +22,18 @@ from emma_train.storage.urls import display_url, join_url
 
 
 def check_folder(folder: str | Path, workers: int = 1) -> list[str]:
-    """Everything that is wrong with a shard folder, a line each, in the order of its shards. Raises UserError."""
+    """All problems of a shard folder, one line each, in the order of its shards. Raises UserError."""
     shards = read_manifest(folder)["shards"]
     if workers == 1 or len(shards) == 1:
-        found = [check_shard(str(folder), shard) for shard in shards]
+        problems_of_shards = [check_shard(str(folder), shard) for shard in shards]
     else:
         with ProcessPoolExecutor(min(workers, len(shards)), multiprocessing.get_context("spawn")) as pool:
-            found = list(pool.map(check_shard, [str(folder)] * len(shards), shards))
-    return [problem for problems in found for problem in problems]
+            problems_of_shards = list(pool.map(check_shard, [str(folder)] * len(shards), shards))
+    return [problem for problems in problems_of_shards for problem in problems]
 
 
 def check_shard(folder: str, shard: dict[str, Any]) -> list[str]:
-    """What is wrong with one shard of a manifest, a line each; one record in memory at a time."""
+    """All problems of one shard of a manifest, one line each. One record is in memory at a time."""
     tar, index = join_url(folder, shard["name"]), join_url(folder, index_name(shard["name"]))
     storage, problems = ShardReader(), []
     try:
@@ -46,31 +46,33 @@ def check_shard(folder: str, shard: dict[str, Any]) -> list[str]:
         table = pq.read_table(pa.BufferReader(data), columns=["key", "task", "offset", "size", "crc32"])
     except (pa.ArrowException, OSError, ValueError):
         return [*problems, f"{display_url(index)}: is no index that can be read"]
-    places = {row["key"]: (row["offset"], row["size"], row["crc32"]) for row in table.to_pylist()}
+    index_rows = {row["key"]: (row["offset"], row["size"], row["crc32"]) for row in table.to_pylist()}
     try:
         with storage.open(tar) as raw:
             file = HashedFile(raw)
             try:
                 for group in groups(file):
-                    if group.key in places:  # others were left out of the index
-                        problems += _check_group(display_url(tar), group, places.pop(group.key))
+                    if group.key in index_rows:  # the index leaves out records that cannot be used
+                        problems += _check_group(display_url(tar), group, index_rows.pop(group.key))
             except BrokenTar as error:
                 problems.append(f"{display_url(tar)}: broken tar, it {error}")
             if file.finish() != (shard["bytes"], shard["sha256"]):
                 problems.append(f"{display_url(tar)}: content differs from its sha256 in the manifest")
     except (StorageError, OSError) as error:
         return [*problems, str(error) if isinstance(error, StorageError) else f"{display_url(tar)}: {error.strerror}"]
-    return problems + [f"{display_url(tar)}: record {key} of the index is not in it" for key in places]
+    return problems + [f"{display_url(tar)}: record {key} of the index is not in it" for key in index_rows]
 
 
-def _check_group(tar: str, group: Group, place: tuple[int, int, int]) -> Iterator[str]:
-    if (group.offset, group.size, group.crc32) != place:
+def _check_group(tar: str, group: Group, index_row: tuple[int, int, int]) -> Iterator[str]:
+    if (group.offset, group.size, group.crc32) != index_row:
         yield f"{tar}: record {group.key} differs from its crc32"
         return
     for part in image_parts(group.members):
         try:
             image = open_image(group.members[part])
-            image.draft("RGB", (image.width // 8, image.height // 8))  # every byte is read, few pixels are made
+            image.draft(
+                "RGB", (image.width // 8, image.height // 8)
+            )  # decode at 1/8 size: reads every byte, but is fast
             image.load()
         except (OSError, ValueError, SyntaxError) as error:
             yield f"{tar}: image {group.key}.{part} cannot be read ({error})"

@@ -1,4 +1,4 @@
-"""DC-AE latents of every image of a shard folder, computed once: it never trains, so they never change."""
+"""Encodes every image of a shard folder with DC-AE and stores the latents. DC-AE never trains, so once is enough."""
 
 import logging
 from collections.abc import Iterator
@@ -11,9 +11,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from data_pipelines.shards.images import images_of, load_image, open_image
+from data_pipelines.shards.images import image_members, load_image, open_image
 from data_pipelines.shards.index import read_manifest
-from data_pipelines.shards.latents import fits, latents_path, metadata_of, transform_name
+from data_pipelines.shards.latents import is_current, latents_metadata, latents_path, transform_name
 from data_pipelines.shards.tar import groups
 from emma_train.config.schema import AutoencoderConfig, ImageConfig
 from emma_train.model.autoencoder import Autoencoder
@@ -21,9 +21,9 @@ from emma_train.sequence.geometry import image_size
 from emma_train.storage.files import replacing_path
 
 log = logging.getLogger(__name__)
-Item = TypeVar("Item")
+_T = TypeVar("_T")
 AT_ONCE = 16
-"""Batches of the encoder that are decoded before it runs, so that images of one size find each other."""
+"""Number of batches of images that are loaded before the encoder runs, so that images of one size form batches."""
 
 
 def cache_latents(
@@ -36,10 +36,8 @@ def cache_latents(
 ) -> int:
     """Write the latents of each shard beside it, one file per transform; returns the number of images encoded.
 
-    Of `size` processes each takes every size-th shard; they need not know of each other.
-
-    A file that is of this autoencoder already is kept. float32, so that cached and online encoding agree. Raises
-    UserError.
+    Process `rank` of `size` takes every size-th shard. A current file is kept. Latents are stored in float32, so that
+    cached and online encoding give the same numbers. Raises UserError.
     """
     encoder = Autoencoder(autoencoder, device)
     manifest = read_manifest(folder)
@@ -48,24 +46,24 @@ def cache_latents(
         tar = folder / shard["name"]
         for image_config in {transform_name(i): i for i in image_configs}.values():
             path = Path(latents_path(tar, transform_name(image_config)))
-            if path.is_file() and fits(_metadata(path), encoder.fingerprint, shard["sha256"]):
+            if path.is_file() and is_current(_metadata(path), encoder.fingerprint, shard["sha256"]):
                 continue
             latents: dict[str, np.ndarray] = {}
             for images in _batches(_images(tar, image_config, autoencoder.pixels), AT_ONCE * autoencoder.chunk):
                 encoded = encoder.encode([image for _, image in images])
                 latents |= {name: latent.cpu().numpy() for (name, _), latent in zip(images, encoded, strict=True)}
             with replacing_path(path) as unfinished:
-                save_file(latents, unfinished, metadata_of(encoder.fingerprint, shard["sha256"], latents))
+                save_file(latents, unfinished, latents_metadata(encoder.fingerprint, shard["sha256"], latents))
             num += len(latents)
             log.info("%s: %d images", path, len(latents))
     return num
 
 
 def _images(tar: Path, image_config: ImageConfig, pixels: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every image of a shard as the stream will show it; those that cannot be decoded are told and passed over."""
+    """(key/name, pixels) of every image of a shard, resized as in training. Logs and skips broken images."""
     with open(tar, "rb") as file:
         for group in groups(file):
-            for name, data in images_of(group.members).items():
+            for name, data in image_members(group.members).items():
                 try:
                     with open_image(data) as image:
                         pixels_of_it = load_image(image, *image_size(*image.size, image_config, pixels))
@@ -75,7 +73,7 @@ def _images(tar: Path, image_config: ImageConfig, pixels: int) -> Iterator[tuple
                 yield f"{group.key}/{name}", torch.from_numpy(pixels_of_it.copy())
 
 
-def _batches(items: Iterator[Item], size: int) -> Iterator[list[Item]]:
+def _batches(items: Iterator[_T], size: int) -> Iterator[list[_T]]:
     while batch := list(islice(items, size)):
         yield batch
 
@@ -84,5 +82,5 @@ def _metadata(path: Path) -> dict[str, str]:
     try:
         with safe_open(path, framework="numpy") as file:
             return file.metadata() or {}
-    except SafetensorError:  # a torn copy
+    except SafetensorError:  # an incomplete copy
         return {}

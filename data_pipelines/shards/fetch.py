@@ -1,4 +1,4 @@
-"""Shards of others, brought to a local folder as they are: from paths, URLs, and what a command prints (pipe:)."""
+"""Copies existing shards unchanged to a local folder: from paths, URLs and the output of commands (pipe:)."""
 
 import hashlib
 import json
@@ -21,16 +21,16 @@ from emma_train.storage.urls import display_url
 
 log = logging.getLogger(__name__)
 PIPE = "pipe:"
-LISTED = "sources.json"
-"""In the folder: a hash of each source, so that another list cannot be mixed in when the command is run again."""
+SOURCES_FILE = "sources.json"
+"""File in the folder with a hash of each source, so that a second run with other sources is refused."""
 
 
-def bring(out: Path, sources: Sequence[str], workers: int) -> dict[str, Any]:
+def fetch_shards(out: Path, sources: Sequence[str], workers: int) -> dict[str, Any]:
     """Copy every source to `out/shard-000000.tar`, ... in the order given; returns the provenance for the manifest.
 
-    A source is a path, a URL that fsspec opens, or `pipe:COMMAND`, whose output is the shard; braces count as in
-    webdataset (`set-{000..099}.tar`). What was brought already stays. Raises UserError, and RunError where a source
-    does not come.
+    A source is a path, a URL that fsspec opens, or `pipe:COMMAND`, whose output is the shard; braces are expanded as in
+    webdataset (`set-{000..099}.tar`). Shards that exist already are kept. Raises UserError, and RunError if a source
+    cannot be copied.
     """
     expanded = [one for source in sources for one in _expanded(source)]
     hashes = [hashlib.sha256(source.encode()).hexdigest()[:16] for source in expanded]
@@ -38,40 +38,40 @@ def bring(out: Path, sources: Sequence[str], workers: int) -> dict[str, Any]:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{out}: cannot be made ({error.strerror}); give a folder that can be written") from None
-    listed = out / LISTED
-    if listed.exists() and json.loads(listed.read_text()) != hashes:
+    sources_file = out / SOURCES_FILE
+    if sources_file.exists() and json.loads(sources_file.read_text()) != hashes:
         raise UserError(f"{out}: holds shards of other sources; give the same ones again, or a new folder")
-    if not listed.exists() and any(out.glob("*.tar")):
-        raise UserError(f"{out}: holds shards that were not brought by this command; give a new folder")
-    write_atomic(listed, json.dumps(hashes) + "\n")
+    if not sources_file.exists() and any(out.glob("*.tar")):
+        raise UserError(f"{out}: holds shards that this command did not write; give a new folder")
+    write_atomic(sources_file, json.dumps(hashes) + "\n")
     targets = [out / f"shard-{number:06d}.tar" for number in range(len(expanded))]
     missing = [(source, tar) for source, tar in zip(expanded, targets, strict=True) if not tar.exists()]
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        problems = [problem for problem in pool.map(lambda pair: _bring_one(*pair), missing) if problem]
+        problems = [problem for problem in pool.map(lambda pair: _fetch_one(*pair), missing) if problem]
     if problems:
         raise RunError(
-            f"{len(problems)} of {len(expanded)} shards did not come; the first: {problems[0]}; run it again"
+            f"{len(problems)} of {len(expanded)} shards could not be copied; the first: {problems[0]}; run it again"
         )
-    return {"sources": [_named(source) for source in expanded]}
+    return {"sources": [_display_name(source) for source in expanded]}
 
 
 def _expanded(source: str) -> list[str]:
     try:
         return list(braceexpand(source))
-    except ValueError:  # a brace that is none of its own
+    except ValueError:  # a brace that is part of the name
         return [source]
 
 
-def _bring_one(source: str, tar: Path) -> str | None:
-    """What kept a source from coming, or None."""
+def _fetch_one(source: str, tar: Path) -> str | None:
+    """Copy one source; returns an error message, or None."""
     part = tar.with_suffix(".tar.part")
     try:
         with open(part, "wb") as file:
             if source.startswith(PIPE):
-                # Its words to stderr go to the terminal as they are: they may hold secrets, so no message repeats them.
+                # stderr goes to the terminal; it may contain secrets, so no message repeats it.
                 code = subprocess.run(source.removeprefix(PIPE), shell=True, stdout=file, check=False).returncode
                 if code or not file.seek(0, os.SEEK_END):
-                    return f"{_named(source)} ended with exit code {code} and wrote {file.tell():,} bytes"
+                    return f"{_display_name(source)} ended with exit code {code} and wrote {file.tell():,} bytes"
             else:
                 with ShardReader().open(source) as remote:
                     shutil.copyfileobj(remote, file, 16 << 20)
@@ -84,10 +84,10 @@ def _bring_one(source: str, tar: Path) -> str | None:
         return f"{tar}: {error.strerror}"
     finally:
         part.unlink(missing_ok=True)
-    log.info("%s: %s, %.1f MB", tar.name, _named(source), tar.stat().st_size / 1e6)
+    log.info("%s: %s, %.1f MB", tar.name, _display_name(source), tar.stat().st_size / 1e6)
     return None
 
 
-def _named(source: str) -> str:
-    """A source as messages and manifests may show it: of a command its program alone."""
+def _display_name(source: str) -> str:
+    """A source without secrets, for messages and manifests: of a command only its program."""
     return f"{PIPE}{source.removeprefix(PIPE).split()[0]} ..." if source.startswith(PIPE) else display_url(source)

@@ -1,7 +1,7 @@
-"""The index beside a shard and the manifest of a folder: all that a planner needs, without opening a tar.
+"""Reads the index of a shard and the manifest of a folder. A planner needs only these and opens no tar.
 
 shard-000000.tar              plain WebDataset: one group {key}.json + {key}.NAME.webp per record
-shard-000000.idx.parquet      one row per (record, task): where its bytes are, and how long each alternative is
+shard-000000.idx.parquet      one row per (record, task): the range of its bytes, the length of each alternative
 manifest.json                 schema, tokenizer, and each shard's size, rows, tags and hash
 """
 
@@ -22,9 +22,9 @@ from emma_train.storage.urls import display_url, is_local, join_url, local_path
 SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 SIZES_CHECKED = 1000
-"""Of so many shards at most, spread over the folder, the size is looked at when a manifest is read: every rank does it,
-and a question takes a file server its time."""
-INDEX_COLUMNS = pa.schema(
+"""The sizes of at most this many shards, spread over the folder, are checked when a manifest is read. Every rank does
+so, and each check is a request to the file server."""
+INDEX_SCHEMA = pa.schema(
     [
         ("key", pa.string()),
         ("task", pa.string()),
@@ -38,15 +38,12 @@ INDEX_COLUMNS = pa.schema(
         ("widths", pa.list_(pa.int32())),
         ("heights", pa.list_(pa.int32())),
         ("tags", pa.list_(pa.string())),
-        ("part_names", pa.list_(pa.string())),
-        ("part_offsets", pa.list_(pa.int64())),
-        ("part_sizes", pa.list_(pa.int64())),
     ]
 )
 """`offset` and `size` bound the record's group in the tar, `crc32` is of these bytes. `text_tokens`,
 `supervised_tokens`, `context` (images shown) and `target` (image to make, -1 for none) have one entry per
-alternative; images are numbered in the order of their names. `part_offsets` count from `offset`: a part is the bytes
-[offset + part_offset, + part_size) of the tar. Rows of one task stand together, in the order of the tar."""
+alternative; images are numbered in the order of their names. Rows of one task are consecutive, in the order of the tar.
+Indexes of version 0.1 have three more columns, which nothing reads."""
 
 
 def index_path(tar: Path | str) -> Path:
@@ -67,19 +64,19 @@ def read_columns(
     storage: ShardReader | None = None,
     version: str = "",
 ) -> pa.Table:
-    """All index rows of one task of a shard, of all columns or of some.
+    """All index rows of one task of a shard; all columns, or those given.
 
-    `version` is the index's hash in the manifest, by which a cached copy of a remote index is known. Raises UserError,
-    and RunError where the store does not answer.
+    `version` is the hash of the index in the manifest, which identifies a cached copy of a remote index. Raises
+    UserError, and RunError if an object store does not answer.
     """
     storage, url = storage or ShardReader(), join_url(folder, index_name(shard))
     try:
         source = pa.OSFile(url) if is_local(url) else pa.BufferReader(storage.read(url, version))
-        # Rows of one task fill row groups of their own, so that the others are neither read nor decoded.
+        # Each task has its own row groups, so that other tasks are neither read nor decoded.
         file = pq.ParquetFile(source)
-        if set(columns or INDEX_COLUMNS.names) - set(file.schema_arrow.names):
+        if set(columns or INDEX_SCHEMA.names) - set(file.schema_arrow.names):
             raise UserError(f"{display_url(url)}: is of another version; index again")
-        return file.read_row_groups(_groups_of(file, task), list(columns or INDEX_COLUMNS.names), use_threads=False)
+        return file.read_row_groups(_groups_of(file, task), list(columns or INDEX_SCHEMA.names), use_threads=False)
     except StorageError as error:
         raise (RunError if not error.permanent else UserError)(str(error)) from None
     except (OSError, pa.ArrowException) as error:
@@ -87,14 +84,14 @@ def read_columns(
 
 
 def read_manifest(folder: str | Path, storage: ShardReader | None = None) -> dict[str, Any]:
-    """The manifest of a shard folder. Raises UserError where there is none, it is of another version, or a local shard
-    or index that it lists is not there in full."""
+    """The manifest of a shard folder. Raises UserError if it is missing or of another version, or if a local shard or
+    index that it lists is missing or has another size."""
     url = join_url(folder, MANIFEST)
     try:
         manifest = json.loads((storage or ShardReader()).read(url))
     except StorageError as error:
-        told = f"{display_url(url)}: cannot read (no such file)" if error.missing else str(error)
-        raise UserError(f"{told}; `emma-data index {display_url(folder)} --tokenizer FILE` makes it") from None
+        reason = f"{display_url(url)}: cannot read (no such file)" if error.missing else str(error)
+        raise UserError(f"{reason}; `emma-data index {display_url(folder)} --tokenizer FILE` makes it") from None
     except ValueError as error:
         raise UserError(f"{display_url(url)}: not valid JSON ({error}); `emma-data index` makes it anew") from None
     if manifest.get("unfinished"):
@@ -109,10 +106,10 @@ def read_manifest(folder: str | Path, storage: ShardReader | None = None) -> dic
 
 
 def _check_files(folder: Path, manifest: dict[str, Any]) -> None:
-    there, shards = set(os.listdir(folder)), manifest["shards"]
+    names, shards = set(os.listdir(folder)), manifest["shards"]
     for shard in shards:
         for name in (shard["name"], index_name(shard["name"])):
-            if name not in there:
+            if name not in names:
                 raise UserError(
                     f"{folder / name}: missing, but {folder / MANIFEST} lists it; bring it back or index again"
                 )
@@ -123,7 +120,7 @@ def _check_files(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def _groups_of(file: pq.ParquetFile, task: str) -> list[int]:
-    """Row groups that hold a task."""
+    """Row groups with rows of a task."""
     number = file.schema_arrow.names.index("task")
     statistics = [file.metadata.row_group(i).column(number).statistics for i in range(file.num_row_groups)]
     return [i for i, s in enumerate(statistics) if s is not None and s.min == task]

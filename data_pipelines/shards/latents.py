@@ -1,7 +1,7 @@
-"""Latents beside a shard (`emma-data cache-latents`): where they are, and whether they are of this autoencoder.
+"""Reads cached latents (written by `emma-data cache-latents`) from the file beside a shard.
 
-They are a safetensors file whose header says of each image where its latent lies and what its checksum is, so that
-one image is one read, of a local file or a remote one.
+It is a safetensors file. Its header has the position and checksum of each image's latent, so that reading a latent is
+one read of a local or remote file.
 """
 
 import json
@@ -22,36 +22,36 @@ from emma_train.storage.urls import display_url, replace_suffix
 
 log = logging.getLogger(__name__)
 FIRST_READ = 1 << 18
-"""Bytes of a file that are asked for first: the header of a thousand images or two."""
+"""Bytes of the first read of a file: the header of one or two thousand images."""
 
 
 def transform_name(image_config: ImageConfig) -> str:
-    """What was done to an image before it was encoded; part of the name of its cached latent."""
+    """Names how an image is resized before it is encoded; part of the name of the file of latents."""
     return f"{image_config.mode}-{image_config.side}" + (
         f"-{image_config.max_tokens}" if image_config.mode == "native" else ""
     )
 
 
 def latents_path(shard: str | Path, transform: str) -> str:
-    """Path or URL of the latents beside a shard, for one transform."""
+    """Path or URL of the file of latents of a shard, for one transform."""
     return replace_suffix(str(shard), ".tar", f".{transform}.latents.safetensors")
 
 
-def metadata_of(fingerprint: str, shard: str, latents: dict[str, np.ndarray]) -> dict[str, str]:
-    """Metadata of a file of latents: the autoencoder's fingerprint, the shard's sha256, a checksum of each latent."""
+def latents_metadata(fingerprint: str, shard: str, latents: dict[str, np.ndarray]) -> dict[str, str]:
+    """Metadata of a file of latents: fingerprint of the autoencoder, sha256 of the shard, checksum of each latent."""
     checksums = {name: crc32(latent.tobytes()) for name, latent in latents.items()}
     return {"autoencoder": fingerprint, "shard_sha256": shard, "crc32": json.dumps(checksums)}
 
 
-def fits(metadata: dict[str, str], fingerprint: str, shard: str) -> bool:
-    """Whether a file of latents is of this autoencoder (its fingerprint) and this shard (its sha256)."""
+def is_current(metadata: dict[str, str], fingerprint: str, shard: str) -> bool:
+    """Whether a file of latents was made with this autoencoder (fingerprint) from this shard (sha256)."""
     return (metadata.get("autoencoder"), metadata.get("shard_sha256")) == (fingerprint, shard) and "crc32" in metadata
 
 
 def cached_latent(url: str, name: str, fingerprint: str, shard: str, storage: ShardReader) -> np.ndarray | None:
-    """float32 [tokens, channels] of an image, or None where it is not cached, made from something else or damaged:
-    then it is encoded anew, from the image itself."""
-    table = _table(url, fingerprint, shard, storage)
+    """float32 [tokens, channels] of an image; None if it is not cached, not current or damaged. The image itself must
+    be encoded then."""
+    table = _read_table(url, fingerprint, shard, storage)
     if table is None or (row := table.row(name)) is None:
         return None
     try:
@@ -60,18 +60,18 @@ def cached_latent(url: str, name: str, fingerprint: str, shard: str, storage: Sh
             if crc32(data) == table.crc32[row]:
                 return np.frombuffer(data, "<f4").reshape(table.shapes[row])
             storage.forget(url, table.version)
-        log.warning("%s: the latent of %s is damaged; encoded anew", display_url(url), name)
+        log.warning("%s: the latent of %s is damaged; the image is encoded again", display_url(url), name)
     except StorageError as error:
-        log.warning("%s; the latent of %s is encoded anew", error, name)
+        log.warning("%s; the image %s is encoded again", error, name)
     return None
 
 
 @dataclass(frozen=True, eq=False)
-class _Table:
-    """Where the latents of a file lie. Arrays, because a worker holds those of a whole shuffle window."""
+class _LatentTable:
+    """Positions of the latents in a file. As arrays, because a worker keeps those of a whole shuffle window."""
 
     version: str
-    """Tells local copies of the file from those of other autoencoders."""
+    """Identifies a local copy of the file; differs between autoencoders."""
     names: np.ndarray
     """Hashes, ascending."""
     offsets: np.ndarray
@@ -86,17 +86,17 @@ class _Table:
 
 
 @lru_cache(maxsize=256)
-def _table(url: str, fingerprint: str, shard: str, storage: ShardReader) -> _Table | None:
-    """What a file holds; None where there is none that fits."""
+def _read_table(url: str, fingerprint: str, shard: str, storage: ShardReader) -> _LatentTable | None:
+    """The positions of a file's latents; None if there is no current file."""
     version = blake2b(f"{fingerprint} {shard}".encode(), digest_size=8).hexdigest()
     try:
         values, start = _read_header(url, version, storage)
         metadata = values.pop("__metadata__", {})
-        if not fits(metadata, fingerprint, shard):
+        if not is_current(metadata, fingerprint, shard):
             return None
         checksums = json.loads(metadata["crc32"])
         names = sorted(values, key=_hash)
-        return _Table(
+        return _LatentTable(
             version,
             np.array([_hash(name) for name in names], np.uint64),
             np.array([start + values[name]["data_offsets"][0] for name in names], np.int64),
@@ -105,9 +105,9 @@ def _table(url: str, fingerprint: str, shard: str, storage: ShardReader) -> _Tab
         )
     except StorageError as error:
         if not error.missing:
-            log.warning("%s; its images are encoded anew", error)
+            log.warning("%s; its images are encoded again", error)
     except (ValueError, KeyError, AttributeError) as error:
-        log.warning("%s: is no file of latents (%s); its images are encoded anew", display_url(url), error)
+        log.warning("%s: is not a file of latents (%s); its images are encoded again", display_url(url), error)
     return None
 
 
@@ -116,7 +116,7 @@ def _hash(name: str) -> np.uint64:
 
 
 def _read_header(url: str, version: str, storage: ShardReader) -> tuple[dict[str, Any], int]:
-    """The header of a safetensors file, and where its data begins."""
+    """The header of a safetensors file, and the offset of its data."""
     size = storage.size(url)
     data = storage.read_range(url, 0, min(size, FIRST_READ), version)
     length = int.from_bytes(data[:8], "little")

@@ -1,4 +1,4 @@
-"""What shard folders hold, from manifests and indexes alone: samples, lengths, images, tags."""
+"""Statistics of shard folders, from manifests and indexes alone: samples, lengths, images, tags."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from emma_train.storage.shard_reader import ShardReader
 
 PERCENTILES = (5, 50, 95, 99, 100)
 ASPECTS = (("4:1 +", 2.6), ("2:1", 1.6), ("4:3", 1.15), ("1:1", 1 / 1.15), ("3:4", 1 / 1.6), ("1:2", 1 / 2.6))
-"""Names and lowest width / height of the bands of aspect ratio; what is narrower is 1:4 or beyond."""
+"""(name, lowest width / height) of the bands of aspect ratio; narrower images are 1:4 or beyond."""
 BARS = " ▁▂▃▄▅▆▇█"
 
 
@@ -27,23 +27,23 @@ class TaskStats:
 
     samples: int = 0
     text_tokens: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
-    """Of every alternative."""
+    """Of each alternative."""
     supervised_tokens: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
     alternatives: int = 0
     images: int = 0
-    """Shown or made, of every alternative."""
+    """Shown and target images, summed over alternatives."""
     tags: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass
 class FolderStats:
-    """What a folder holds."""
+    """Statistics of a folder."""
 
     manifest: dict[str, Any]
     records: int
     tasks: dict[str, TaskStats]
     widths: np.ndarray
-    """Of every image of a record, for each task that uses the record."""
+    """Of every image; an image counts once for each task that uses its record."""
     heights: np.ndarray
     stem: int
     """Records with the tag stem."""
@@ -82,7 +82,7 @@ def folder_stats(folder: str | Path, storage: ShardReader | None = None) -> Fold
 
 
 def overview(title: str, folders: dict[str, FolderStats]) -> Table:
-    """A line a folder: records, and how many of them each task can use."""
+    """One line per folder: records, and how many of them each task can use."""
     table = _table(f"{title}: records, and how many of them each task can use",
                    "split", "shards", "kB", "records", *RECORD_KEYS, "stem", "left out")  # fmt: skip
     for name, stats in folders.items():

@@ -1,7 +1,7 @@
-"""A WebDataset tar as records: the members that share a key and stand together, in one pass, one record in memory.
+"""Reads a WebDataset tar record by record: a record is the consecutive members with one key. One record is in memory.
 
-Python's tarfile keeps every header that it has seen and takes 10 us for each; shards of others have a hundred thousand,
-and a reader opens thousands of records a second.
+Python's tarfile is not used, because it keeps all headers in memory and takes 10 us for each: a shard can have a
+hundred thousand, and a reader opens thousands of records per second.
 """
 
 from collections.abc import Iterator
@@ -10,85 +10,84 @@ from typing import Protocol
 
 try:
     from isal.isal_zlib import crc32
-except ImportError:  # no wheel for this platform: the same numbers, at a fifth of the speed
+except ImportError:  # no wheel for this platform; zlib gives the same numbers at a fifth of the speed
     from zlib import crc32
 
-BLOCK = 512
-REGULAR, LONG_NAME, PAX = (b"0", b"\0"), b"L", (b"x", b"X")
-CHUNK = 16 << 20
+TAR_BLOCK = 512
+REGULAR_TYPES, LONG_NAME_TYPE, PAX_TYPES = (b"0", b"\0"), b"L", (b"x", b"X")
+TAR_READ_BYTES = 16 << 20
 
 
 class BrokenTar(Exception):
-    """An archive that ends too early or is none."""
+    """The file is cut off or is not a tar. The message completes "broken tar, it ..."."""
 
 
 class Readable(Protocol):
-    """A file that is read from its start to its end."""
+    """A file that is read from start to end."""
 
     def read(self, size: int, /) -> bytes: ...
 
 
 @dataclass
 class Group:
-    """One record of a tar: its members' bytes and where they lie."""
+    """One record of a tar: its members and the range of bytes they occupy."""
 
     key: str
     offset: int
-    """Of its first header in the tar."""
+    """Of its first header, in the tar."""
     size: int = 0
-    """To the end of its last member's padding."""
+    """Number of bytes up to the end of its last member's padding."""
     crc32: int = 0
     """Of these bytes."""
     members: dict[str, bytes] = field(default_factory=dict)
     """Content by the name after the key: json, img0.webp, ..."""
-    offsets: dict[str, int] = field(default_factory=dict)
-    """Where each content begins, counted from the group's offset."""
 
 
 def groups(file: Readable) -> Iterator[Group]:
-    """Records of a tar, in order; what has no name of a WebDataset member is passed over. Raises BrokenTar."""
+    """Records of a tar, in order. Members without a WebDataset name are ignored. Raises BrokenTar."""
     group: Group | None = None
-    between: list[bytes] = []
+    headers: list[bytes] = []
     for offset, name, content, raw in _members(file):
         key, part = split_name(name)
         if not part:
-            between += raw
+            headers += raw
             continue
         if group is None or key != group.key:
             if group is not None:
                 yield group
-            group, between = Group(key, offset), []
-        for piece in (*between, *raw):
+            group, headers = Group(key, offset), []
+        for piece in (*headers, *raw):
             group.crc32 = crc32(piece, group.crc32)
             group.size += len(piece)
-        between = []
+        headers = []
         group.members[part] = content
-        group.offsets[part] = group.size - len(raw[-1])
     if group is not None:
         yield group
 
 
 def read_group(data: bytes) -> dict[str, memoryview]:
-    """Members of one record from its bytes alone, by the name after the key. Nothing is copied or verified."""
-    members, at, override = {}, 0, _Override()
+    """Members of one record by the name after the key, from the record's bytes. Copies and verifies nothing."""
+    members, position, override = {}, 0, _Override()
     view = memoryview(data)
-    while at + BLOCK <= len(data):
-        name, size, kind = _header(data[at : at + BLOCK])
+    while position + TAR_BLOCK <= len(data):
+        name, size, kind = _header(data[position : position + TAR_BLOCK])
         name, size = override.name or name, size if override.size is None else override.size
-        content = view[at + BLOCK : at + BLOCK + size]
-        at += BLOCK + size + -size % BLOCK
+        content = view[position + TAR_BLOCK : position + TAR_BLOCK + size]
+        position += TAR_BLOCK + size + -size % TAR_BLOCK
         if override.takes(kind, content):
             continue
         override = _Override()
         part = split_name(name)[1]
-        if part and kind in REGULAR:
+        if part and kind in REGULAR_TYPES:
             members[part] = content
     return members
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """Key and part of a member as webdataset splits them, at the first dot of the file's name; two empty strings for
-    what is none (a hidden file, no extension, __meta__)."""
+    """(key, part) of a member's name, split at the first dot of the file name, as webdataset does.
+
+    Two empty strings for a name that is not of a record: a hidden file, no extension, or __meta__.
+    """
     folder, slash, file = name.rpartition("/")
     stem, _, part = file.partition(".")
     if not stem or not part or (stem.startswith("__") and stem.endswith("__")):
@@ -97,43 +96,43 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def _members(file: Readable) -> Iterator[tuple[int, str, bytes, list[bytes]]]:
-    """(offset, name, content, all of its bytes) of each member; the name of a folder, link or the like is empty."""
-    start, at, raw, override = 0, 0, [], _Override()
-    while (block := file.read(BLOCK)).strip(b"\0"):
-        if len(block) < BLOCK:
-            raise BrokenTar(f"ends within the header at byte {at}")
+    """(offset, name, content, all bytes including headers) of each member. The name is empty if it is not a file."""
+    start, position, raw, override = 0, 0, [], _Override()
+    while (block := file.read(TAR_BLOCK)).strip(b"\0"):
+        if len(block) < TAR_BLOCK:
+            raise BrokenTar(f"ends within the header at byte {position}")
         try:
             name, size, kind = _header(block)
-            whole = int(block[148:156].strip(b" \0"), 8) == sum(block) - sum(block[148:156]) + 8 * ord(" ")
+            is_header = int(block[148:156].strip(b" \0"), 8) == sum(block) - sum(block[148:156]) + 8 * ord(" ")
         except ValueError:
-            whole = False
-        if not whole:
-            raise BrokenTar(f"has no tar header at byte {at}")
+            is_header = False
+        if not is_header:
+            raise BrokenTar(f"has no tar header at byte {position}")
         name, size = override.name or name, size if override.size is None else override.size
-        padded = _exactly(file, size + -size % BLOCK)
-        at += BLOCK + len(padded)
+        padded = _exactly(file, size + -size % TAR_BLOCK)
+        position += TAR_BLOCK + len(padded)
         if len(padded) < size:
-            raise BrokenTar(f"ends within {name}, at byte {at}")
+            raise BrokenTar(f"ends within {name}, at byte {position}")
         raw += [block, padded]
         content = padded[:size]
         if override.takes(kind, content):
             continue
-        yield start, name if kind in REGULAR else "", content, raw
-        start, raw, override = at, [], _Override()
+        yield start, name if kind in REGULAR_TYPES else "", content, raw
+        start, raw, override = position, [], _Override()
 
 
 class _Override:
-    """Name and size that an extended header (pax, GNU) gives to the member after it."""
+    """Name and size of the next member, from an extended header (pax or GNU) before it."""
 
     def __init__(self) -> None:
         self.name = ""
         self.size: int | None = None
 
     def takes(self, kind: bytes, content: bytes | memoryview) -> bool:
-        """Whether this is such a header; it is remembered."""
-        if kind == LONG_NAME:
+        """Whether this member is an extended header; if so, keeps its values."""
+        if kind == LONG_NAME_TYPE:
             self.name = _text(bytes(content))
-        elif kind in PAX:
+        elif kind in PAX_TYPES:
             values = _pax(bytes(content))
             self.name = values.get("path", self.name)
             self.size = int(values["size"]) if "size" in values else self.size
@@ -148,7 +147,7 @@ def _header(block: bytes) -> tuple[str, int, bytes]:
     if block[257:263] == b"ustar\0" and block[345]:
         name = f"{_text(block[345:500])}/{name}"
     digits = block[124:136]
-    # The first bit of a size says that it is no octal text but a number (GNU, for sizes over 8 GiB).
+    # If the first bit is set, the size is a binary number and not octal text (GNU, for sizes over 8 GiB).
     size = int.from_bytes(digits[1:], "big") if digits[0] & 0x80 else int(digits.strip(b" \0") or b"0", 8)
     return name, size, block[156:157]
 
@@ -169,11 +168,11 @@ def _pax(data: bytes) -> dict[str, str]:
 
 
 def _exactly(file: Readable, size: int) -> bytes:
-    """`size` bytes, or what is left; in pieces, so that a size that is a lie costs no memory."""
-    if size <= CHUNK:
+    """`size` bytes, or fewer at the end of the file. Reads in pieces, so that a wrong size allocates no memory."""
+    if size <= TAR_READ_BYTES:
         return file.read(size)
     pieces = []
-    while size > 0 and (piece := file.read(min(size, CHUNK))):
+    while size > 0 and (piece := file.read(min(size, TAR_READ_BYTES))):
         pieces.append(piece)
         size -= len(piece)
     return b"".join(pieces)

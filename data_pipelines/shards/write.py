@@ -1,4 +1,4 @@
-"""Shards on disk: plain WebDataset tars, the same bytes for the same records, whole or not there at all."""
+"""Writes shards: plain WebDataset tars. The same records give the same bytes, and no incomplete shard remains."""
 
 import io
 import json
@@ -24,9 +24,9 @@ def compact_json(record: Record) -> bytes:
 
 
 class ShardWriter:
-    """Writes records to `folder/PREFIX-000000.tar`, ... A shard gets its name when it is whole; until then `.tmp`.
+    """Writes records to `folder/PREFIX-000000.tar`, ... A shard has the suffix `.tmp` until it is complete.
 
-    A shard is closed at `max_samples` records, or once it holds `max_bytes` of content.
+    A shard is closed at `max_samples` records, or once it has `max_bytes` of content.
     """
 
     def __init__(self, folder: Path, prefix: str = "shard", max_samples: int = 1000, max_bytes: int = 256 << 20):
@@ -56,7 +56,7 @@ class ShardWriter:
             self._temporary.unlink(missing_ok=True)
 
     def write(self, key: str, record: Record, images: dict[str, bytes]) -> None:
-        """Appends one record; `images` maps `img0`, ... to WebP bytes. A key has no dots: tar groups end there."""
+        """Append one record; `images` maps `img0`, ... to WebP bytes. A key has no dots: they end keys."""
         if "." in key or "/" in key:
             raise ValueError(f"key {key!r} has a dot or a slash")
         if self._tar is None:
@@ -79,7 +79,7 @@ class ShardWriter:
 
     def _start(self) -> None:
         self._stream = self._temporary.open("wb")
-        # No clock, no user: the bytes are a function of the records.
+        # Fixed time and user, so that the bytes only depend on the records.
         self._tar = webdataset.TarWriter(self._stream, user="emma", group="emma", mtime=0, encoder=False)
         self._open_samples = 0
         self._open_bytes = 0

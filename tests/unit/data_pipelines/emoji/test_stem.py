@@ -1,7 +1,15 @@
 import numpy as np
 
 from data_pipelines.emoji.seeded_rng import seeded_generator
-from data_pipelines.emoji.stem import StemImage, bar_chart, formula, line_chart, make_stem, render_stem, sum_of_two
+from data_pipelines.emoji.stem import (
+    StemImage,
+    bar_chart_image,
+    formula,
+    line_chart_image,
+    make_stem,
+    render_stem,
+    sum_of_two,
+)
 
 
 def counter_rng(maker, count: int = 40) -> list[StemImage]:  # type: ignore[no-untyped-def]
@@ -17,7 +25,7 @@ def test_sums_are_right() -> None:
 
 
 def test_bar_answers_are_right() -> None:
-    for stem in counter_rng(bar_chart):
+    for stem in counter_rng(bar_chart_image):
         values = dict(zip("ABC", stem.labels["values"], strict=True))
         assert len(set(values.values())) == 3
         for question, answer in stem.questions:
@@ -30,7 +38,7 @@ def test_bar_answers_are_right() -> None:
 
 
 def test_line_answers_are_right() -> None:
-    for stem in counter_rng(line_chart):
+    for stem in counter_rng(line_chart_image):
         steps = np.diff(stem.labels["values"])
         assert (steps > 0).all() if stem.questions[0][1] == "rising" else (steps < 0).all()
 

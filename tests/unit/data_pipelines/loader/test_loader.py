@@ -344,7 +344,7 @@ def test_a_pack_of_which_only_some_latents_are_cached_encodes_all(tmp_path: Path
     cached = [batch for step in Stream(recipe, 0, 1, mark).steps(1, 2) for batch in step.packs]
     assert all(batch.latents is not None for batch in cached)
     (folder / "shard-000001.square-64.latents.safetensors").unlink()
-    latents._table.cache_clear()
+    latents._read_table.cache_clear()
     mixed = [batch for step in Stream(recipe, 0, 1, mark).steps(1, 2) for batch in step.packs]
     kinds = {batch.latents is None for batch in mixed}
     assert True in kinds

@@ -17,7 +17,7 @@ from data_pipelines.planner.candidates import SampleRef
 from data_pipelines.planner.planner import Planner
 from data_pipelines.shards.encode_latents import cache_latents
 from data_pipelines.shards.images import load_image
-from data_pipelines.shards.latents import latents_path, metadata_of, transform_name
+from data_pipelines.shards.latents import latents_metadata, latents_path, transform_name
 from emma_train.config.schema import ImageConfig, Recipe
 from emma_train.model.autoencoder import Autoencoder
 from emma_train.sequence.layout import Role, TextSegment
@@ -280,7 +280,7 @@ def test_an_image_that_came_after_the_cache_is_encoded_online(tmp_path: Path, au
     folder = write_shards(other, [prompt("p000", side=64)])
     _, planned = plan_one(folder, "t2i")
     others = {"p001/img0": np.zeros((4, 32), np.float32)}
-    metadata = metadata_of(autoencoder.fingerprint, planned.shard, others)
+    metadata = latents_metadata(autoencoder.fingerprint, planned.shard, others)
     save_file(others, latents_path(folder / "shard-000000.tar", "square-64"), metadata)
     pixels = reader_of(recipe, autoencoder.fingerprint).read(planned).images["img0"]
     assert pixels.latent is None

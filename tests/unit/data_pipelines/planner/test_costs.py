@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from data_pipelines.planner.costs import CostModel, SampleCosts, sample_costs
-from data_pipelines.shards.index import INDEX_COLUMNS, read_columns
+from data_pipelines.shards.index import INDEX_SCHEMA, read_columns
 from emma_train.config.schema import DecoderConfig, ImageConfig, ModelConfig
 from emma_train.sequence.geometry import image_size
 from emma_train.sequence.seeds import choice_of
@@ -44,8 +44,8 @@ def random_rows(task: str, seed: int, num: int = 40) -> pa.Table:
                 "tags": [],
             }
         )
-    columns = [name for name in INDEX_COLUMNS.names if name in rows[0]]
-    return pa.Table.from_pylist(rows, pa.schema([INDEX_COLUMNS.field(name) for name in columns]))
+    columns = [name for name in INDEX_SCHEMA.names if name in rows[0]]
+    return pa.Table.from_pylist(rows, pa.schema([INDEX_SCHEMA.field(name) for name in columns]))
 
 
 @pytest.mark.parametrize("task", ["i2t", "t2i", "it2i"])
@@ -97,7 +97,7 @@ def test_images_of_an_understanding_sample_shrink_to_what_its_text_leaves_them()
     )
     for name, value in (("task", "i2t"), ("offset", 0), ("size", 1), ("crc32", 0), ("target", [-1])):
         table = table.append_column(name, pa.array([value] * 4))
-    table = table.cast(pa.schema([INDEX_COLUMNS.field(name) for name in table.column_names]))
+    table = table.cast(pa.schema([INDEX_SCHEMA.field(name) for name in table.column_names]))
     native = ImageConfig(mode="native", max_tokens=4096)
     costs = sample_costs([table], [SHARD], 0, cost_model("i2t", native, tokens=2000))
     assert costs.max_tokens.tolist() == [0, 500, 0, 0]
@@ -113,7 +113,7 @@ def test_cost_is_work_in_tokens_of_the_decoder() -> None:
     def costs(task: str, text: int, shown: int) -> SampleCosts:
         row = {"text_tokens": [text], "context": [[0] * shown], "widths": [512], "heights": [512], "target": [-1]}
         table = pa.Table.from_pylist([{**row, "key": "a", "task": task, "offset": 0, "size": 1, "crc32": 0}])
-        table = table.cast(pa.schema([INDEX_COLUMNS.field(name) for name in table.column_names]))
+        table = table.cast(pa.schema([INDEX_SCHEMA.field(name) for name in table.column_names]))
         return sample_costs([table], [SHARD], 0, cost_model(task, ImageConfig(side=512)))
 
     decoder = DecoderConfig()

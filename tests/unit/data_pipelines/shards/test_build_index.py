@@ -16,10 +16,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from data_pipelines.shards import build_index as indexing
+from data_pipelines.shards import build_index
 from data_pipelines.shards.build_index import index_folder
 from data_pipelines.shards.index import index_path, read_columns, read_manifest
 from data_pipelines.shards.record import CAPTION_QUESTION
+from data_pipelines.shards.tar import read_group
 from emma_train.errors import UserError
 from tests.helpers import ASSETS, tokenizer
 from tests.shards import edit, every_task, png, prompt, question, write_shards
@@ -43,8 +44,8 @@ def jpeg(width: int, height: int) -> bytes:
 
 
 def rows(folder: Path, shard: str, task: str) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = read_columns(folder, shard, task).to_pylist()
-    return found
+    result: list[dict[str, Any]] = read_columns(folder, shard, task).to_pylist()
+    return result
 
 
 def test_processes_and_order_do_not_change_a_byte(tmp_path: Path) -> None:
@@ -61,8 +62,8 @@ def test_a_second_run_reads_no_tar_and_a_third_only_the_one_that_changed(
 ) -> None:
     folder = write_shards(tmp_path, every_task(4), per_shard=4)
     before, written = (folder / "manifest.json").read_text(), []
-    real = indexing._write_index
-    monkeypatch.setattr(indexing, "_write_index", lambda tar, text: (written.append(tar.name), real(tar, text))[1])
+    real = build_index._write_index
+    monkeypatch.setattr(build_index, "_write_index", lambda tar, text: (written.append(tar.name), real(tar, text))[1])
     index_folder(folder, TOKENIZER)
     assert written == []
     # A younger tar of the same content (a copy, a checkout) is hashed, and its index stays.
@@ -78,29 +79,30 @@ def test_a_second_run_reads_no_tar_and_a_third_only_the_one_that_changed(
     manifest = index_folder(folder, TOKENIZER)
     assert written == ["shard-000001.tar"]
     assert manifest["shards"][1]["sha256"] == hashlib.sha256(data).hexdigest()
-    index_folder(folder, TOKENIZER, again=True)
+    index_folder(folder, TOKENIZER, force=True)
     assert written[1:] == [f"shard-00000{i}.tar" for i in range(3)]
 
 
 def test_an_index_of_another_tokenizer_or_a_torn_one_is_written_again(tmp_path: Path) -> None:
     folder = write_shards(tmp_path / "set", every_task(4), per_shard=4)
     index = index_path(folder / "shard-000000.tar")
-    whole = index.read_bytes()
-    index.write_bytes(whole[: len(whole) // 2])
+    complete = index.read_bytes()
+    index.write_bytes(complete[: len(complete) // 2])
     index_folder(folder, TOKENIZER)
-    assert index.read_bytes() == whole
+    assert index.read_bytes() == complete
     other = json.loads((TOKENIZER / "tokenizer.json").read_text())
     other["model"]["merges"] = other["model"]["merges"][:-40]
     (tmp_path / "tokenizer.json").write_text(json.dumps(other))
     manifest = index_folder(folder, tmp_path / "tokenizer.json")
     assert (
-        json.loads(pq.read_metadata(index).metadata[indexing.ENTRY])["tokenizer_sha256"] == manifest["tokenizer_sha256"]
+        json.loads(pq.read_metadata(index).metadata[build_index.ENTRY_KEY])["tokenizer_sha256"]
+        == manifest["tokenizer_sha256"]
     )
 
 
 def test_an_interrupted_run_goes_on_and_keeps_provenance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_shards(tmp_path, every_task(4), per_shard=4, index=False)
-    real, written = indexing._write_index, []
+    real, written = build_index._write_index, []
 
     def killed_at_the_third(tar: Path, text: Any) -> dict[str, Any]:
         if len(written) == 2:
@@ -108,12 +110,12 @@ def test_an_interrupted_run_goes_on_and_keeps_provenance(tmp_path: Path, monkeyp
         written.append(tar.name)
         return real(tar, text)
 
-    monkeypatch.setattr(indexing, "_write_index", killed_at_the_third)
+    monkeypatch.setattr(build_index, "_write_index", killed_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         index_folder(folder, TOKENIZER, {"from": "here"})
     with pytest.raises(UserError, match="indexing was interrupted; run `emma-data index` again"):
         read_manifest(folder)
-    monkeypatch.setattr(indexing, "_write_index", lambda tar, text: (written.append(tar.name), real(tar, text))[1])
+    monkeypatch.setattr(build_index, "_write_index", lambda tar, text: (written.append(tar.name), real(tar, text))[1])
     manifest = index_folder(folder, TOKENIZER)
     assert written == [f"shard-00000{i}.tar" for i in range(3)]
     assert manifest["provenance"] == {"from": "here"}
@@ -136,7 +138,7 @@ def _die(tar: Path, tokenizer: Path, again: bool) -> None:
 
 def test_a_process_that_dies_is_told_and_what_is_done_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_shards(tmp_path, every_task(4), per_shard=4, index=False)
-    monkeypatch.setattr(indexing, "_told", _die)
+    monkeypatch.setattr(build_index, "_told", _die)
     with pytest.raises(UserError, match="an indexing process died .*fewer --workers, it goes on"):
         index_folder(folder, TOKENIZER, workers=2)
 
@@ -233,7 +235,7 @@ def test_the_manifest_counts_tag_combinations_of_each_task(tmp_path: Path) -> No
     assert total["t2i"] == total["it2i"] == {"": 1}
 
 
-def test_every_part_of_every_record_is_found_by_its_range(tmp_path: Path) -> None:
+def test_every_record_is_read_by_its_range(tmp_path: Path) -> None:
     folder = write_shards(tmp_path, every_task(6), per_shard=7)
     num = 0
     for shard in read_manifest(folder)["shards"]:
@@ -242,10 +244,9 @@ def test_every_part_of_every_record_is_found_by_its_range(tmp_path: Path) -> Non
             expected = {m.name: tar.extractfile(m).read() for m in tar}  # type: ignore[union-attr]
         for task in ("i2t", "t2i", "it2i"):
             for row in rows(folder, shard["name"], task):
-                for part, offset, size in zip(*(row[f"part_{c}"] for c in ("names", "offsets", "sizes")), strict=True):
-                    start = row["offset"] + offset
-                    assert data[start : start + size] == expected[f"{row['key']}.{part}"]
-                    num += 1
+                members = read_group(data[row["offset"] : row["offset"] + row["size"]])
+                assert all(content == expected[f"{row['key']}.{part}"] for part, content in members.items())
+                num += len(members)
     assert num == 6 * (2 + 2 + 3)
 
 
@@ -271,9 +272,9 @@ def test_memory_of_indexing_does_not_grow_with_the_size_of_records(tmp_path: Pat
         write_shards(
             folder, [(k, r, {**p, **pad}) for k, r, p in map(prompt, (f"p{i:03d}" for i in range(number)))], index=False
         )
-        index_folder(folder, TOKENIZER, again=True)
+        index_folder(folder, TOKENIZER, force=True)
         tracemalloc.start()
-        index_folder(folder, TOKENIZER, again=True)
+        index_folder(folder, TOKENIZER, force=True)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < peaks[0] + 300_000 < 3_000_000

@@ -65,8 +65,11 @@ def test_what_does_not_come_is_told_and_the_rest_stays(
     sources = [str(theirs / "shard-000000.tar"), breaks, str(theirs / "shard-000002.tar")]
     out = tmp_path / "out"
     assert import_shards(out, *sources) == 1
-    told = capsys.readouterr().err
-    assert "1 of 3 shards did not come; the first: pipe:head ... ended with exit code 1 and wrote 4,000 bytes" in told
+    message = capsys.readouterr().err
+    assert (
+        "1 of 3 shards could not be copied; the first: pipe:head ... ended with exit code 1 and wrote 4,000 bytes"
+        in message
+    )
     assert sorted(path.name for path in out.glob("*.tar*")) == ["shard-000000.tar", "shard-000002.tar"]
     flag.touch()
     assert import_shards(out, *sources) == 0
@@ -81,7 +84,7 @@ def test_other_sources_do_not_mix_with_those_of_a_folder(
     assert import_shards(tmp_path / "a", other) == 2
     assert "holds shards of other sources" in capsys.readouterr().err
     assert import_shards(theirs, one) == 2
-    assert "holds shards that were not brought by this command" in capsys.readouterr().err
+    assert "holds shards that this command did not write" in capsys.readouterr().err
     assert not (theirs / "sources.json").exists()
     assert len(json.loads((tmp_path / "a" / "sources.json").read_text())) == 1
 

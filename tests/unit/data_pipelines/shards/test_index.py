@@ -14,7 +14,7 @@ import webdataset
 from data_pipelines.shards.build_index import index_folder
 from data_pipelines.shards.check import check_folder
 from data_pipelines.shards.images import image_parts
-from data_pipelines.shards.index import index_path, read_manifest
+from data_pipelines.shards.index import INDEX_SCHEMA, index_path, read_columns, read_manifest
 from data_pipelines.shards.tar import groups, read_group
 from emma_train.errors import UserError
 from tests.helpers import ASSETS, tokenizer
@@ -31,14 +31,14 @@ def folder(tmp_path: Path) -> Path:
 
 def by_tarfile(tar: Path) -> dict[str, dict[str, bytes]]:
     """Members by key and part, as Python's own tar reader sees them."""
-    found: dict[str, dict[str, bytes]] = {}
+    members: dict[str, dict[str, bytes]] = {}
     with tarfile.open(tar) as archive:
         for member in archive:
             key, _, part = member.name.partition(".")
             stream = archive.extractfile(member)
             assert stream is not None
-            found.setdefault(key, {})[part] = stream.read()
-    return found
+            members.setdefault(key, {})[part] = stream.read()
+    return members
 
 
 @pytest.mark.parametrize("split", ["train", "heldout_drawings", "heldout_concepts"])
@@ -213,3 +213,11 @@ def test_a_file_that_is_no_tar_is_named(tmp_path: Path) -> None:
 def test_a_folder_without_tars_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds no \*\.tar"):
         index_folder(tmp_path, ASSETS / "tokenizer")
+
+
+def test_an_index_with_columns_of_an_older_version_is_read() -> None:
+    """Indexes of version 0.1 have columns part_names, part_offsets and part_sizes, which nothing uses."""
+    index = EMOJI / "heldout_concepts" / "shard-000000.idx.parquet"
+    assert "part_names" in pq.read_schema(index).names
+    table = read_columns(EMOJI / "heldout_concepts", "shard-000000.tar", "i2t")
+    assert table.column_names == INDEX_SCHEMA.names and len(table) > 0

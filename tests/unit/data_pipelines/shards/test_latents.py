@@ -7,7 +7,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from data_pipelines.shards import latents
-from data_pipelines.shards.latents import cached_latent, latents_path, metadata_of
+from data_pipelines.shards.latents import cached_latent, latents_metadata, latents_path
 from emma_train.storage.local_cache import LocalCache
 from emma_train.storage.shard_reader import ShardReader
 from tests.servers import serving
@@ -22,13 +22,13 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = np.random.default_rng(0)
     values = {f"p{i:05d}/img0": rng.standard_normal((1 + i % 3, 4), dtype=np.float32) for i in range(NUM)}
     path = Path(latents_path(tmp_path_factory.mktemp("latents") / "shard-000000.tar", "square-64"))
-    save_file(values, path, metadata_of(MARK, SHARD, values))
+    save_file(values, path, latents_metadata(MARK, SHARD, values))
     return path
 
 
 @pytest.fixture(autouse=True)
 def fresh() -> None:
-    latents._table.cache_clear()
+    latents._read_table.cache_clear()
 
 
 def copy_of(file: Path, folder: Path) -> Path:
@@ -46,12 +46,12 @@ def test_every_latent_is_the_one_that_was_written(file: Path, tmp_path: Path, fa
     with serving(file.parent) as server:
         url = f"{server.url}/{file.name}?token=secret" if far else str(file)
         for name, value in list(load_file(file).items())[:: 100 if far else 1]:
-            found = cached_latent(url, name, MARK, SHARD, storage)
-            assert found is not None
-            np.testing.assert_array_equal(found, value)
+            latent = cached_latent(url, name, MARK, SHARD, storage)
+            assert latent is not None
+            np.testing.assert_array_equal(latent, value)
         assert cached_latent(url, "p99999/img0", MARK, SHARD, storage) is None
-    whole = sum(path.stat().st_size for path in (tmp_path / "cache").glob("*.safetensors"))
-    assert whole == (file.stat().st_size if far and cached else 0)
+    uncut = sum(path.stat().st_size for path in (tmp_path / "cache").glob("*.safetensors"))
+    assert uncut == (file.stat().st_size if far and cached else 0)
 
 
 def test_the_name_beside_a_shard_keeps_the_query_of_its_url() -> None:
@@ -78,7 +78,7 @@ def test_a_flipped_byte_costs_one_latent_and_is_told(
     data[at + 3] ^= 1
     path.write_bytes(data)
     assert cached_latent(str(path), name, MARK, SHARD, ShardReader()) is None
-    assert f"{path}: the latent of {name} is damaged; encoded anew" in caplog.text
+    assert f"{path}: the latent of {name} is damaged; the image is encoded again" in caplog.text
     assert cached_latent(str(path), other, MARK, SHARD, ShardReader()) is not None
 
 
