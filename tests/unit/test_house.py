@@ -33,8 +33,6 @@ NOT_YET: tuple[str, ...] = (
     "emma_train/stages",
     "tests/bench",
     "tests/integration",
-    "tests/unit/data_pipelines/emoji",
-    "tests/unit/data_pipelines/shards",
     "tests/unit/emma_train/checkpoint",
     "tests/unit/emma_train/config",
     "tests/unit/emma_train/export",

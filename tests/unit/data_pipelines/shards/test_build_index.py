@@ -138,7 +138,7 @@ def _die(tar: Path, tokenizer: Path, again: bool) -> None:
 
 def test_a_process_that_dies_is_told_and_what_is_done_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_shards(tmp_path, every_task(4), per_shard=4, index=False)
-    monkeypatch.setattr(build_index, "_told", _die)
+    monkeypatch.setattr(build_index, "_index_or_error", _die)
     with pytest.raises(UserError, match="an indexing process died .*fewer --workers, it goes on"):
         index_folder(folder, TOKENIZER, workers=2)
 
