@@ -118,7 +118,11 @@ def test_wandb_runs_offline_and_holds_what_was_logged(tmp_path: Path, monkeypatc
     assert again.run_id == first.run_id
     files = sorted((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
     assert files and all(f.name == f"run-{first.run_id}.wandb" for f in files)
-    records = [record for file in files for record in wandb_records(file)]
+    deadline = time.monotonic() + 20
+    records: list[Any] = []
+    while sum(r.HasField("exit") for r in records) < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)  # W&B's own process may still be writing
+        records = [record for file in files for record in wandb_records(file)]
     runs = [r.run for r in records if r.HasField("run")]
     assert (runs[0].project, runs[0].run_group, runs[0].display_name) == ("emma", "demo", "stage1")
     rows = [
