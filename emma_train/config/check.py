@@ -16,7 +16,7 @@ SHAREABLE = ("q_proj", "k_proj", "v_proj", "o_proj", "mlp", "input_norm", "mlp_n
 
 
 def check_recipe(recipe: Recipe, source: str) -> None:
-    """Raise UserError on the first contradiction in a recipe."""
+    """Raise UserError on the first mistake in a recipe; `source` names the recipe in the message."""
     _check_values(recipe, source)
     check_model(recipe, source)
     _check_engine(recipe.engine, source)
@@ -63,7 +63,7 @@ def _problem(value: Any, facts: Facts) -> str:
 
 
 def check_world(slots: int, world: int) -> None:
-    """Raise UserError where `world` ranks cannot share the slots evenly."""
+    """Raise UserError if the slots of a step cannot be divided evenly among `world` ranks."""
     if slots % world:
         fits = ", ".join(str(n) for n in range(1, slots + 1) if slots % n == 0)
         raise UserError(f"data.slots is {slots}, which {world} processes cannot share evenly; it fits {fits} processes")
@@ -77,20 +77,25 @@ def _check_sequence(recipe: Recipe, source: str) -> None:
             f"divide kv_heads ({decoder.kv_heads}) or be a multiple of them"
         )
     if ranks > 1 and recipe.engine.compile:
-        raise UserError(f"{source}: engine.compile cannot see through engine.sequence_parallel; set one of them")
+        raise UserError(f"{source}: engine.compile does not work with engine.sequence_parallel; set one of them")
 
 
 def _check_engine(engine: EngineConfig, source: str) -> None:
     if engine.debug_lockstep and engine.compile:
-        raise UserError(f"{source}: engine.debug_lockstep watches modules one by one; set engine.compile=false")
+        raise UserError(
+            f"{source}: engine.debug_lockstep compares modules one by one, which compiled layers hide; "
+            "set engine.compile=false"
+        )
     if engine.kind == "fsdp":
         return
     for key, usual in (("replicate", 1), ("frozen", "sharded")):
         if (value := getattr(engine, key)) != usual:
-            raise UserError(f"{source}: engine.{key} is {value}, which engine.kind=deepspeed does not know; drop it")
+            raise UserError(
+                f"{source}: engine.{key} is {value}, which engine.kind=deepspeed does not support; leave it out"
+            )
     if engine.compile and engine.zero_stage == 3:
         raise UserError(
-            f"{source}: engine.compile cannot see through ZeRO-3, which gathers weights inside of a layer; "
+            f"{source}: engine.compile does not work with ZeRO-3, which gathers weights inside a layer; "
             f"set engine.zero_stage=2 or engine.kind=fsdp"
         )
 
@@ -101,7 +106,7 @@ def _check_mix(recipe: Recipe, phase: PhaseConfig, source: str) -> None:
     if any(share < 0 for share in shares.values()) or total == 0:
         raise UserError(f"{source}: {name} needs shares of 0 or more, and at least one above 0 (mix.i2t=1)")
     if recipe.data.samples_per_step and recipe.data.mix_by == "tokens":
-        raise UserError(f"{source}: data.mix_by=tokens takes what the packs hold; leave out data.samples_per_step")
+        raise UserError(f"{source}: data.mix_by=tokens fills the packs by tokens; leave out data.samples_per_step")
     if recipe.data.samples_per_step % total:
         fits = recipe.data.samples_per_step // total * total or total
         raise UserError(
@@ -112,13 +117,11 @@ def _check_mix(recipe: Recipe, phase: PhaseConfig, source: str) -> None:
         if 0 < count < recipe.data.slots:
             raise UserError(
                 f"{source}: {count} {task} samples per step cannot reach each of {recipe.data.slots} slots "
-                f"(data.slots); "
-                f"raise data.samples_per_step or lower data.slots"
+                f"(data.slots); raise data.samples_per_step or lower data.slots"
             )
-    weights = [source.weight for source in phase.sources]
-    if any(weight is not None for weight in weights) and not all(
-        weight is not None and weight > 0 for weight in weights
-    ):
+    weights = [entry.weight for entry in phase.sources]
+    has_weights = any(weight is not None for weight in weights)
+    if has_weights and not all(weight is not None and weight > 0 for weight in weights):
         raise UserError(
             f"{source}: the sources of phase {phase.name} have weights {weights}; give each one above 0, or none"
         )
@@ -143,13 +146,12 @@ def _check_keeping(recipe: Recipe, source: str) -> None:
 
 
 def check_model(recipe: Recipe, source: str) -> None:
-    """Raise UserError on the first contradiction in the model section."""
+    """Raise UserError on the first mistake in the model section."""
     vision, decoder = recipe.model.vision, recipe.model.decoder
     if recipe.model.autoencoder.pixels != vision.patch * vision.shuffle:
         raise UserError(
             f"{source}: model.autoencoder.pixels is {recipe.model.autoencoder.pixels}, but vision.patch * "
-            f"vision.shuffle is "
-            f"{vision.patch * vision.shuffle}; both grids must agree to be fused channel by channel"
+            f"vision.shuffle is {vision.patch * vision.shuffle}; both grids must agree to be fused channel by channel"
         )
     if not 0 <= decoder.num_shared_layers <= decoder.num_layers:
         raise UserError(

@@ -1,5 +1,7 @@
-"""Recipe file + `extends:` + `key=value` overrides -> a checked dataclass. Every mistake is one line that says what
-to do."""
+"""Load a recipe: file, `extends:` and `key=value` overrides become a checked dataclass.
+
+A mistake raises UserError: one line that says what is wrong and what to do.
+"""
 
 import dataclasses
 import difflib
@@ -47,13 +49,13 @@ def _read(path: Path, children: tuple[Path, ...] = ()) -> tuple[dict[str, Any], 
     values = with_current_names(values, str(path))
     if base is None:
         return values, used
-    inherited, used_there = _read(path.parent / str(base), (*children, path.resolve()))
+    inherited, used_by_base = _read(path.parent / str(base), (*children, path.resolve()))
     merged = OmegaConf.to_container(OmegaConf.merge(inherited, values))
-    return cast(dict[str, Any], merged), [*used_there, *used]
+    return cast(dict[str, Any], merged), [*used_by_base, *used]
 
 
 def is_pipeline(path: Path) -> bool:
-    """Whether the file lists stages rather than being one. Raises UserError."""
+    """Whether the file lists several stages, and is not the recipe of one. Raises UserError."""
     return "pipeline" in load_yaml(path)
 
 
@@ -65,7 +67,7 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
 
 
 def load_pipeline(path: Path, overrides: list[str] | None = None) -> tuple[Pipeline, list[str]]:
-    """A pipeline, and the overrides that are meant for each of its stages. Raises UserError."""
+    """A pipeline, and the overrides for each of its stages: those of all keys but run.*. Raises UserError."""
     for_pipeline = [o for o in overrides or [] if o.startswith("run.")]
     stages = [o for o in overrides or [] if not o.startswith("run.")]
     pipeline = _build(Pipeline, path, for_pipeline)
@@ -100,7 +102,7 @@ def load_stages(path: Path, overrides: list[str] | None = None) -> list[tuple[Pa
 
 
 def to_yaml(recipe: Recipe) -> str:
-    """The resolved recipe as it may be written in a file and loaded again."""
+    """The complete recipe as YAML, which can be loaded again."""
     return yaml.safe_dump(as_dict(recipe), sort_keys=False, allow_unicode=True)
 
 
@@ -124,7 +126,7 @@ def from_dict(values: dict[str, Any], source: str, overrides: list[str] | None =
 
 
 def config_hash(recipe: Recipe) -> str:
-    """Twelve hex digits that change with any value of the recipe."""
+    """Hash of all values of the recipe: 12 hex digits."""
     return hashlib.sha256(json.dumps(as_dict(recipe), sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -9,7 +9,7 @@ TASK_NAMES = tuple(f.name for f in fields(MixConfig))
 
 
 def phases(recipe: Recipe) -> list[PhaseConfig]:
-    """The recipe's phases; a stage without any is one phase over all its steps."""
+    """The phases of the recipe. A recipe without phases has one, which lasts for all its steps."""
     if recipe.data.phases:
         return [PhaseConfig(p.name, p.steps, p.mix, p.sources or recipe.data.sources) for p in recipe.data.phases]
     return [PhaseConfig(recipe.stage.name, recipe.train.steps, recipe.mix, recipe.data.sources)]

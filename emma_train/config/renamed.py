@@ -38,7 +38,7 @@ def old_keys(values: Any, prefix: str = "") -> list[str]:
 def with_current_names(values: Any, source: str = "config", prefix: str = "") -> Any:
     """The same plain values with every renamed key under its current name.
 
-    Raises UserError where a key has one value under its old name and another under its current one.
+    Raises UserError if a key has one value under its old name and another one under its current name.
     """
     if not isinstance(values, dict):
         return values

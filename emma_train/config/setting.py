@@ -1,4 +1,4 @@
-"""Facts about a config field, kept in its metadata: what values it may have, and what a resume and a hand-off ask.
+"""Facts about a config field, kept in its metadata: allowed values, and the rules of a resume and a hand-off.
 
 Read by the checks (config/check.py), the resume rule (training/resume_rule.py), the hand-off rule (stages/handoff.py),
 stored configs (config/stored.py) and the reference (config/reference.py).
@@ -15,7 +15,7 @@ from omegaconf import MISSING
 
 Rule = Literal["fixed", "free"]
 UNKNOWN: Any = object()
-"""No value is given for the old behaviour: today's default is it."""
+"""`absent` is not given: a stored config without the key means today's default."""
 
 
 @dataclass(frozen=True)
@@ -26,19 +26,19 @@ class Facts:
     more_than: float | None = None
     at_most: float | None = None
     resume: Rule | None = None
-    """Whether a resumed run must keep the value; None takes the section's rule, and a section without one is fixed."""
+    """fixed: a resumed run keeps the value. free: it may change. None: the rule of the section, by default fixed."""
     handoff: Literal["equal"] | None = None
-    """equal: weights of one value mean nothing with another, so a stage keeps the value of the stage before."""
+    """equal: the value must be that of the stage before, since the weights depend on it."""
     absent: Any = UNKNOWN
-    """What a stored config that lacks the key means: the value of the old behaviour."""
+    """Value of the old behaviour: what a stored config without the key means."""
     set_together: bool = False
-    """Of a section: a recipe that sets one of its keys has set them all."""
+    """For a section: a recipe that sets one of its keys sets all of them, the others to their defaults."""
     key: str = ""
-    """Name in recipes, where it is not the field's."""
+    """Name in recipes, if it differs from the field's."""
 
 
 def setting(default: Any, **facts: Any) -> Any:
-    """A config field with its default and its facts. The default of a required field is MISSING."""
+    """A dataclass field with its default and its facts. The default of a required field is MISSING."""
     metadata = {"facts": Facts(**facts)}
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
@@ -46,7 +46,7 @@ def setting(default: Any, **facts: Any) -> Any:
 
 
 def section(kind: type, **facts: Any) -> Any:
-    """A config field that holds a section: the dataclass `kind` with its defaults."""
+    """A dataclass field that holds a section, the dataclass `kind` with its defaults."""
     return dataclasses.field(default_factory=kind, metadata={"facts": Facts(**facts)})
 
 
@@ -83,7 +83,7 @@ class Setting:
 
     @property
     def old_value(self) -> Any:
-        """What a stored config without this key means."""
+        """The value that a stored config without this key means."""
         return self.default if self.facts.absent is UNKNOWN else copy.deepcopy(self.facts.absent)
 
 

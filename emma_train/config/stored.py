@@ -1,7 +1,7 @@
-"""Configs that a checkpoint or an export keeps: read under today's schema, whatever version wrote them.
+"""Read the config of a checkpoint or export that an older version may have written.
 
-A renamed key counts under its current name. A key that is not there counts as the value of the old behaviour
-(config/setting.py). So a new field, or a new default, shuts no older checkpoint out.
+A renamed key gets its current name. A key that is missing gets the value of the old behaviour (`absent` in
+config/setting.py). So checkpoints stay usable when a field is added or a default changes.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -30,10 +30,10 @@ def from_stored(stored: Mapping[str, Any], source: str) -> Recipe:
 def keep_stored(
     recipe: Recipe, stored: Mapping[str, Any], source: str, applies: Callable[[str, Setting], bool]
 ) -> tuple[Recipe, list[str]]:
-    """The recipe with the stored value of each field to which the rule `applies` and which the recipe leaves unset.
+    """The recipe with the stored value of each field that it does not set and for which `applies(key, field)` is true.
 
-    So a changed default does not change a run that began with the old one. Also returns a line for each such field.
-    Raises UserError where the stored values contradict the recipe's own.
+    So a changed default does not change a run that began with the old one. Also returns a log line for each such field.
+    Raises UserError if the stored values do not fit the values that the recipe sets.
     """
     values, lines = as_dict(recipe), []
     for key, field, section, stored_value in list(_differences(values, complete(stored, source), Recipe)):

@@ -1,4 +1,4 @@
-"""What one stage hands to the next: a pure plan of what is loaded, new and dropped (contract 5)."""
+"""Hand-off of weights from one stage to the next: a pure plan of what is loaded, new and dropped (contract 5)."""
 
 import logging
 from collections.abc import Mapping
@@ -29,17 +29,17 @@ class HandOff:
     """Stored parameters that this stage's model does not have."""
 
     def lines(self) -> list[str]:
-        """What a person wants to read of it, by parameter group."""
+        """Log lines: how many tensors are loaded, new and dropped, with their parameter groups."""
         averaged = sum(stored.startswith("ema.") for stored in self.loaded.values())
         lines = [f"loaded {len(self.loaded)} tensors ({averaged} of them averaged weights)"]
-        for what, names in (
+        for title, names in (
             ("new, cloned", self.cloned),
             ("new, from the seed", self.initial),
             ("dropped", self.dropped),
         ):
             if names:
                 groups = sorted({_group(name) for name in names})
-                lines.append(f"{what}: {len(names)} tensors of {', '.join(groups)}")
+                lines.append(f"{title}: {len(names)} tensors of {', '.join(groups)}")
         return lines
 
 
@@ -48,15 +48,14 @@ def plan_handoff(model: Shapes, stored: Shapes, vision: VisionConfig, use_ema: b
     loaded, cloned, initial = {}, {}, []
     for name, shape in model.items():
         candidates = [f"ema.{name}", f"model.{name}"] if use_ema else [f"model.{name}"]
-        found = next((c for c in candidates if c in stored), None)
-        if found is not None:
-            if stored[found] != shape:
+        tensor = next((candidate for candidate in candidates if candidate in stored), None)
+        if tensor is not None:
+            if stored[tensor] != shape:
                 raise UserError(
-                    f"init.from {source}: {name} has shape {list(stored[found])} there and {list(shape)} in "
-                    f"this recipe; "
-                    "make the model section of both recipes agree"
+                    f"init.from {source}: {name} has shape {list(stored[tensor])} there and {list(shape)} in this "
+                    "recipe; make the model section of both recipes agree"
                 )
-            loaded[name] = found
+            loaded[name] = tensor
         elif (origin := cloned_from(name, vision.num_layers, vision.expert_layers)) is not None:
             cloned[name] = origin
         else:
@@ -72,8 +71,8 @@ def plan_handoff(model: Shapes, stored: Shapes, vision: VisionConfig, use_ema: b
 def recipe_to_start(recipe: Recipe, stored: Mapping[str, Any]) -> Recipe:
     """The recipe to start a stage with from weights whose config is `stored`.
 
-    A model setting that must be equal (config/model_schema.py) and that the recipe leaves unset keeps the stored
-    value, with one log line.
+    A setting that the recipe does not set, and that must be equal (`handoff` in config/model_schema.py), takes the
+    stored value. A log line names it.
     """
     source = f"init.from {recipe.init.source}"
     kept, lines = keep_stored(recipe, stored, source, lambda key, field: field.facts.handoff == "equal")
@@ -83,9 +82,9 @@ def recipe_to_start(recipe: Recipe, stored: Mapping[str, Any]) -> Recipe:
 
 
 def check_settings(stored: Mapping[str, Any], recipe: Recipe) -> None:
-    """Raise UserError where a setting that must be equal differs from that of the stored config.
+    """Raise UserError if a setting that must be equal (`handoff` in config/model_schema.py) is not.
 
-    Shapes do not tell such a difference, though it changes what the weights compute. The order of a list is free.
+    Such a setting changes what the weights compute, often without changing their shapes. The order of a list is free.
     """
     source = f"init.from {recipe.init.source}"
     _check_equal(as_dict(recipe)["model"], complete(stored, source)["model"], ModelConfig, source)

@@ -1,6 +1,6 @@
 """The resume rule: a resumed run keeps the settings that decide what is learned from which data (contract 4).
 
-Which settings those are stands in the metadata of the config fields: `resume` is fixed or free (config/schema.py).
+The metadata of a config field says whether it is one of them: `resume` is fixed or free (config/schema.py).
 """
 
 import logging
@@ -18,10 +18,10 @@ log = logging.getLogger(__name__)
 
 
 def recipe_to_resume(recipe: Recipe, stored: Mapping[str, Any], source: str) -> Recipe:
-    """The recipe to go on with after a checkpoint whose config is `stored`; `source` names it.
+    """The recipe with which to resume a checkpoint whose config is `stored`; `source` names the checkpoint.
 
-    A fixed field that the recipe leaves unset keeps the checkpoint's value, with one log line.
-    Raises UserError where the recipe contradicts the checkpoint.
+    A fixed field that the recipe does not set takes the checkpoint's value. A log line names it.
+    Raises UserError if the recipe contradicts the checkpoint.
     """
     kept, lines = keep_stored(
         recipe, stored, source, lambda key, field: field.rule == "fixed" and not is_allowed(recipe, key)
@@ -33,7 +33,7 @@ def recipe_to_resume(recipe: Recipe, stored: Mapping[str, Any], source: str) -> 
 
 
 def check_resume(recipe: Recipe, stored: Mapping[str, Any], source: str) -> None:
-    """Raise UserError where the recipe contradicts the config of a checkpoint."""
+    """Raise UserError if the recipe contradicts the config of a checkpoint."""
     if differences := contradictions(recipe, stored):
         key, more = differences[0].split(" ")[0], len(differences) - 1
         raise UserError(
@@ -61,7 +61,7 @@ def is_allowed(recipe: Recipe, key: str) -> bool:
 
 
 def _fixed_values(values: Mapping[str, Any], schema: type, prefix: str = "", rule: Rule = "fixed") -> dict[str, Any]:
-    """Dotted key -> value of all that a resumed run keeps. An unknown key follows the rule of its section."""
+    """Dotted key -> value of the fixed fields. A key that is not in the schema follows the rule of its section."""
     fields = {field.key: field for field in settings_of(schema, rule)}
     fixed: dict[str, Any] = {}
     for key, value in values.items():

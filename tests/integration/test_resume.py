@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from emma_train.config.load import load_recipe
 from tests.distributed.spawn import kill_all, run_command, start_command
 from tests.integration.conftest import MakeRecipe
 from tests.runs import checkpoint, differences, learnt, metrics, stored, train
@@ -202,6 +203,15 @@ def test_a_recipe_that_contradicts_the_checkpoint_is_refused_with_the_way_round(
     assert "resume.allow=[optimizer.lr]" in line
     train(recipe, "run.name=other", "train.steps=3", "optimizer.lr=5.0e-4", "resume.allow=[optimizer.lr]")
     assert metrics(recipe.parent / "other")[-1]["lr"] == 5e-4
+
+
+def test_what_the_recipe_does_not_set_stays_as_in_the_checkpoint(recipe: Path) -> None:
+    train(recipe, "run.name=unset", "train.steps=1", "flow.logit_std=0.5")
+    (outcome,) = train(recipe, "run.name=unset", "train.steps=2")
+    assert outcome.err.count("flow.logit_std stays 0.5; the recipe does not set it, and its default is 1.0") == 1
+    assert load_recipe(recipe.parent / "unset" / "config.yaml").flow.logit_std == 0.5
+    (outcome,) = train(recipe, "run.name=unset", "train.steps=3", "flow.logit_std=1.0", code=2)
+    assert "flow.logit_std is 1.0 in the recipe and 0.5 in the checkpoint" in outcome.err
 
 
 @pytest.mark.parametrize("override", ["data.seed=7", "data.samples_per_step=12", "data.slots=3", "mix.it2i=2"])

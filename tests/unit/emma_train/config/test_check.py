@@ -104,7 +104,7 @@ def test_a_world_that_cannot_share_the_slots_is_told_which_could() -> None:
 def test_a_stage_without_phases_is_one_phase_and_a_phase_inherits_sources() -> None:
     (only,) = phases(tiny_recipe())
     assert (only.name, only.steps, only.mix) == ("stage1", 4, MixConfig(1, 1, 1))
-    own = [{"path": "own"}]
-    listed = phases(tiny_recipe(data__phases=[{"name": "a", "steps": 2}, {"name": "b", "steps": 3, "sources": own}]))
+    other = [{"path": "own"}]
+    listed = phases(tiny_recipe(data__phases=[{"name": "a", "steps": 2}, {"name": "b", "steps": 3, "sources": other}]))
     assert [(p.name, p.steps) for p in listed] == [("a", 2), ("b", 3)]
     assert listed[0].sources == only.sources and [s.path for s in listed[1].sources] == ["own"]

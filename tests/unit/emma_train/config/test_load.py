@@ -27,10 +27,10 @@ def error_of(path: Path, *overrides: str) -> str:
 
 
 def leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found = {}
+    values_by_key = {}
     for key, value in values.items():
-        found |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return found
+        values_by_key |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return values_by_key
 
 
 def test_own_values_win_over_those_that_are_extended_through_two_files(tmp_path: Path) -> None:
@@ -179,10 +179,10 @@ def test_the_hash_changes_with_any_value() -> None:
                 other = [{"path": "elsewhere"}]
         *sections, leaf = name.split(".")
         changed = as_dict(recipe)
-        place = changed
+        parent = changed
         for section in sections:
-            place = place[section]
-        place[leaf] = other
+            parent = parent[section]
+        parent[leaf] = other
         seen.add(config_hash(from_dict(changed, "test")))
     assert len(names) > 80 and len(seen) == len(names) + 1
 

@@ -41,12 +41,12 @@ def test_the_same_model_is_loaded_whole() -> None:
 def test_averaged_weights_are_preferred_where_they_are_and_wanted() -> None:
     source = stored(PLAIN, averaged=("decoder.",))
     plan = plan_handoff(shapes(PLAIN), source, PLAIN.vision, use_ema=True, source="a")
-    for name, found in plan.loaded.items():
-        assert found == ("ema." if name.startswith("decoder.") else "model.") + name
+    for name, tensor in plan.loaded.items():
+        assert tensor == ("ema." if name.startswith("decoder.") else "model.") + name
     num = sum(name.startswith("decoder.") for name in shapes(PLAIN))
     assert plan.lines() == [f"loaded {len(shapes(PLAIN))} tensors ({num} of them averaged weights)"]
     raw = plan_handoff(shapes(PLAIN), source, PLAIN.vision, use_ema=False, source="a")
-    assert all(found.startswith("model.") for found in raw.loaded.values())
+    assert all(tensor.startswith("model.") for tensor in raw.loaded.values())
 
 
 def test_the_stem_expert_starts_as_a_clone_and_the_router_from_the_seed() -> None:
