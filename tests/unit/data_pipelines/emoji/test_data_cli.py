@@ -22,6 +22,7 @@ def sources(package: Path) -> list[str]:
     return ["--package", str(package), "--unicode-table", str(package / "data-by-emoji.json")]
 
 
+@pytest.mark.seconds
 def test_import_writes_shards_indexes_and_a_manifest_with_provenance(imported: Path) -> None:
     train = imported / "train"
     assert len(list(train.glob("*.tar"))) == len(list(train.glob("*.idx.parquet"))) == 2
@@ -30,6 +31,7 @@ def test_import_writes_shards_indexes_and_a_manifest_with_provenance(imported: P
     assert provenance["side"] == 32
 
 
+@pytest.mark.seconds
 def test_stats_counts_records_and_tasks(imported: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["stats", str(imported)]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
@@ -38,6 +40,7 @@ def test_stats_counts_records_and_tasks(imported: Path, capsys: pytest.CaptureFi
     assert [numbers[name] for name in ("shards", "records", "i2t", "it2i", "stem")] == ["2", "16", "16", "6", "2"]
 
 
+@pytest.mark.seconds
 def test_check_passes_a_whole_set_and_fails_a_damaged_one(
     imported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -53,6 +56,7 @@ def test_check_passes_a_whole_set_and_fails_a_damaged_one(
     assert "shard-000000" in capsys.readouterr().out
 
 
+@pytest.mark.seconds
 def test_index_keeps_the_provenance(imported: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(imported / "train", copy)

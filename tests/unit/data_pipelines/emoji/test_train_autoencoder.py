@@ -41,6 +41,7 @@ def composer(package: Path) -> ImageComposer:
     return ImageComposer(load_drawings(package / "icons"), stems=2)
 
 
+@pytest.mark.seconds
 def test_training_lowers_the_loss_and_the_folder_keeps_the_model(composer: ImageComposer, tmp_path: Path) -> None:
     one = ComposedImages(lambda _: composer.single(np.random.default_rng(5)), seed=0)
     model, losses = train_autoencoder(one, minutes=1, steps=10, batch=2)

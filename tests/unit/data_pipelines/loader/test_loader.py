@@ -177,6 +177,7 @@ def begun(small: Path, straight: list[StepBatches]) -> dict[str, Any]:
     return state
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize(("size", "workers"), RESUMED)
 def test_a_run_goes_on_bit_for_bit_on_other_ranks_and_workers(
     small: Path, straight: list[StepBatches], begun: dict[str, Any], size: int, workers: int
@@ -322,6 +323,7 @@ def test_a_bug_is_not_taken_for_a_dead_worker() -> None:
         dead_worker(RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nshape"))
 
 
+@pytest.mark.seconds
 def test_a_request_to_stop_does_not_reach_the_workers(small: Path) -> None:
     """A cluster sends it to every process of a job; the trainer still needs packs for the step that it is in."""
     steps = Stream(recipe_of(small, data__workers=2), 0, 1, None).steps(1, 60)

@@ -298,6 +298,7 @@ def test_remote_latents_are_taken_like_local_ones(tmp_path: Path) -> None:
     assert all(pack.latents is not None for step in far for pack in step.packs)
 
 
+@pytest.mark.seconds
 def test_s3_is_read_through_its_usual_credentials(folder: Path) -> None:
     with s3_serving() as system:
         for path in folder.iterdir():

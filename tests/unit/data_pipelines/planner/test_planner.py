@@ -69,6 +69,7 @@ def test_slots_of_the_emoji_set_cost_the_same_within_five_percent(mix: dict[str,
     assert 1.0 <= worst <= 1.05
 
 
+@pytest.mark.seconds
 @given(samples=st.sampled_from([6, 12, 24, 36, 60]), start=st.integers(0, 4))
 def test_an_epoch_takes_each_sample_once_for_each_task(small: Path, samples: int, start: int) -> None:
     per_task = samples // 3
@@ -359,6 +360,7 @@ def test_a_substitute_is_another_that_fits_and_the_same_for_everyone(small: Path
             assert substitute.num_tokens <= sample.num_tokens and substitute.num_visual <= sample.num_visual
 
 
+@pytest.mark.seconds
 def test_the_plan_of_a_billion_samples_takes_little_memory() -> None:
     """10,000 shards of 100,000 rows: a window of the index is in memory, never the whole."""
     with synthetic(10**9, rows_per_shard=100_000):

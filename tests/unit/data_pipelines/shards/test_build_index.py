@@ -48,6 +48,7 @@ def rows(folder: Path, shard: str, task: str) -> list[dict[str, Any]]:
     return result
 
 
+@pytest.mark.seconds
 def test_processes_and_order_do_not_change_a_byte(tmp_path: Path) -> None:
     folders = [write_shards(tmp_path / name, every_task(8), per_shard=5, index=False) for name in "ab"]
     for folder, workers in zip(folders, (1, 2), strict=True):
@@ -122,6 +123,7 @@ def test_an_interrupted_run_goes_on_and_keeps_provenance(tmp_path: Path, monkeyp
     assert read_manifest(folder) == manifest
 
 
+@pytest.mark.seconds
 def test_a_broken_tar_is_told_when_all_others_are_done(tmp_path: Path) -> None:
     folder = write_shards(tmp_path, every_task(4), per_shard=4, index=False)
     for number in (0, 1):
@@ -136,6 +138,7 @@ def _die(tar: Path, tokenizer: Path, again: bool) -> None:
     os._exit(9)
 
 
+@pytest.mark.seconds
 def test_a_process_that_dies_is_told_and_what_is_done_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_shards(tmp_path, every_task(4), per_shard=4, index=False)
     monkeypatch.setattr(build_index, "_index_or_error", _die)
@@ -143,6 +146,7 @@ def test_a_process_that_dies_is_told_and_what_is_done_stays(tmp_path: Path, monk
         index_folder(folder, TOKENIZER, workers=2)
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_key_in_two_shards_is_told_with_both(tmp_path: Path, workers: int) -> None:
     contents = [prompt(f"p{i:03d}") for i in (0, 1, 2, 3, 1, 4)]

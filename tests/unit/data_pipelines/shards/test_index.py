@@ -181,6 +181,7 @@ def test_check_finds_each_kind_of_damage_and_nothing_in_a_whole_folder(folder: P
     assert any("shard-000002.idx.parquet: content differs" in problem for problem in check_folder(folder))
 
 
+@pytest.mark.seconds
 def test_processes_find_the_same_problems_in_the_same_order(folder: Path) -> None:
     damage(folder / "shard-000000.tar", "q000.img0.png")
     (folder / "shard-000001.tar").write_bytes(bytes((folder / "shard-000001.tar").stat().st_size))

@@ -157,6 +157,7 @@ def test_what_is_written_loads_as_the_same_recipe(tmp_path: Path) -> None:
     assert from_dict(as_dict(recipe), "checkpoint") == recipe
 
 
+@pytest.mark.seconds
 def test_the_hash_changes_with_any_value() -> None:
     recipe = tiny_recipe(init={"from": "a"})
     before, values = config_hash(recipe), as_dict(recipe)

@@ -34,6 +34,7 @@ def test_vectors_are_kept_by_zero_3_and_matrices_are_not() -> None:
     assert model.decoder.embed_tokens.weight.numel() > limit
 
 
+@pytest.mark.seconds
 def test_importing_the_engine_does_not_import_the_package() -> None:
     """Everything else must work without it, and its import takes a second."""
     import subprocess

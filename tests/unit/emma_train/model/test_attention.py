@@ -94,6 +94,7 @@ def test_spans_and_dense_agree_in_value_and_gradient(seed: int) -> None:
         torch.testing.assert_close(got, want, rtol=1e-5, atol=5e-6)
 
 
+@pytest.mark.seconds
 @settings(max_examples=25)
 @given(st.integers(0, 10**6))
 def test_flex_and_dense_agree_in_value_and_gradient(seed: int) -> None:
@@ -105,6 +106,7 @@ def test_flex_and_dense_agree_in_value_and_gradient(seed: int) -> None:
         torch.testing.assert_close(mine, want, rtol=1e-5, atol=5e-6)
 
 
+@pytest.mark.seconds
 def test_fifty_packs_run_one_compiled_flex_kernel() -> None:
     torch._dynamo.reset()
     counters.clear()

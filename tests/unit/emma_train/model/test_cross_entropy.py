@@ -82,6 +82,7 @@ def peak_of(form: str) -> int:
     return int(subprocess.run(command, cwd=root, env={"PYTHONPATH": str(root)}, check=True, capture_output=True).stdout)
 
 
+@pytest.mark.seconds
 def test_memory_stays_far_below_the_logits_of_all_tokens() -> None:
     logits = 4 * TOKENS * VOCAB
     fused, whole = peak_of("fused"), peak_of("plain")

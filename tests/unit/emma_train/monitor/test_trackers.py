@@ -99,6 +99,7 @@ def test_wandb_that_raises_at_every_call_stops_nothing(
     assert len(lines(tmp_path / "metrics.jsonl")) == 1
 
 
+@pytest.mark.seconds
 def test_wandb_runs_offline_and_holds_what_was_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb")
     for name in ("WANDB_MODE", "WANDB_API_KEY"):
