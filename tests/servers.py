@@ -1,4 +1,4 @@
-"""Servers on loopback, for tests of what lies elsewhere: files over HTTP, slow, cut short or not at all; S3."""
+"""Servers on loopback for tests of remote files: HTTP with slow, short or failed answers, and S3."""
 
 import threading
 import time

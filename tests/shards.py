@@ -1,4 +1,4 @@
-"""Small shard folders, written member by member, for tests that break them or count what comes out."""
+"""Writes small shard folders, for tests that damage them or count their samples."""
 
 import io
 import json
@@ -57,7 +57,7 @@ def every_task(num: int, side: int = 32) -> list[Content]:
 def write_shards(
     folder: Path, contents: Iterable[Content], per_shard: int | Sequence[int] = 1000, index: bool = True
 ) -> Path:
-    """Tars of `per_shard` records each, or of so many in turn, with index and manifest; returns the folder."""
+    """Write tars of `per_shard` records (or a cycle of sizes), with index and manifest; returns the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     remaining, sizes = list(contents), repeat(per_shard) if isinstance(per_shard, int) else cycle(per_shard)
     for number, size in enumerate(sizes):

@@ -1,7 +1,7 @@
-"""A data set of any size that exists as an index alone: rows are made up when they are asked for.
+"""A data set of any size that only has an index; its rows are computed when they are read.
 
 Lengths are those of Stage 1: images of 512 pixels, answers of 20 to 4,000 tokens (lognormal, mean about 190), prompts
-of 15 to 400 (mean about 90). Nothing can be read from it but plans.
+of 15 to 400 (mean about 90). It can be planned but not read.
 """
 
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ TEXT = {"i2t": (4.8, 0.9, 20, 4000), "t2i": (4.3, 0.6, 15, 400), "it2i": (3.9, 0
 
 @contextmanager
 def synthetic(rows_per_task: int, rows_per_shard: int = 10_000) -> Iterator[None]:
-    """Any folder holds so many rows of each task while this is open."""
+    """Within the block, every folder has this many rows of each task."""
     num_shards, rest = divmod(rows_per_task, rows_per_shard)
     sizes = [rows_per_shard] * num_shards + [rest] * (rest > 0)
     manifest = {

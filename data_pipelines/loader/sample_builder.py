@@ -1,4 +1,4 @@
-"""From a record to a sample: the planned alternative, less what chance drops, with its images at their size."""
+"""Builds a sample from a record: the planned alternative, after condition dropout, with resized images."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -27,17 +27,17 @@ class SampleError(Exception):
     def __init__(self, reason: str, unreachable: bool = False) -> None:
         super().__init__(reason)
         self.unreachable = unreachable
-        """Its bytes did not come, after all tries; the fault may be the store's."""
+        """Its bytes could not be fetched after all retries; the object store may be down."""
 
 
 class SampleBuilder:
-    """Makes samples as the plan wants them. Everything random is drawn from (seed, epoch, key, what is drawn)."""
+    """Builds planned samples. Everything random is a function of (seed, epoch, sample key, what is drawn)."""
 
     def __init__(self, data: DataConfig, tokenizer: TextTokenizer, patch: int, shuffle: int) -> None:
         self.data, self.tokenizer, self.patch, self.shuffle = data, tokenizer, patch, shuffle
 
     def sample(self, planned: SampleRef, members: Mapping[str, memoryview], find_latent: FindLatent) -> Sample:
-        """The sample of a record. Raises BadSample, or whatever a stranger's data makes a library raise."""
+        """The sample of a record. Raises SampleError, and any error that a library raises on foreign data."""
         record, task = read_record(members), TASKS[planned.task]
         alternative = record[task.record_key][planned.alternative]
         if lack := lacks_text(alternative, planned.task):
@@ -77,7 +77,7 @@ class SampleBuilder:
     def _pixels(
         self, data: memoryview, image_config: ImageConfig, decode: bool
     ) -> tuple[tuple[int, int], np.ndarray | None]:
-        """Grid of visual tokens, and the patches where they are wanted."""
+        """Grid of visual tokens (rows, columns), and the patches if `decode`."""
         pixels = self.patch * self.shuffle
         with open_image(data) as image:
             height, width = image_size(*image.size, image_config, pixels)

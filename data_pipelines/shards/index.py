@@ -52,7 +52,7 @@ def index_path(tar: Path | str) -> Path:
 
 
 def index_name(tar: str) -> str:
-    """Name of the index beside a shard of that name."""
+    """Name or URL of the index of a shard."""
     return tar.removesuffix(".tar") + ".idx.parquet"
 
 
@@ -93,7 +93,7 @@ def read_manifest(folder: str | Path, storage: ShardReader | None = None) -> dic
         reason = f"{display_url(url)}: cannot read (no such file)" if error.missing else str(error)
         raise UserError(f"{reason}; `emma-data index {display_url(folder)} --tokenizer FILE` makes it") from None
     except ValueError as error:
-        raise UserError(f"{display_url(url)}: not valid JSON ({error}); `emma-data index` makes it anew") from None
+        raise UserError(f"{display_url(url)}: not valid JSON ({error}); `emma-data index` writes it again") from None
     if manifest.get("unfinished"):
         raise UserError(f"{display_url(url)}: indexing was interrupted; run `emma-data index` again, it goes on")
     if manifest.get("schema") != SCHEMA_VERSION:

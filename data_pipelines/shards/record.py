@@ -1,4 +1,4 @@
-"""What a record says: the alternatives of each task, and how one is laid out as text and images."""
+"""Reads a record: the alternatives of each task, and the layout of an alternative as text and images."""
 
 import json
 from collections.abc import Mapping
@@ -10,11 +10,11 @@ from emma_train.sequence.tasks import RECORD_KEYS, TASKS
 from emma_train.sequence.tokens import TextTokenizer
 
 CAPTION_QUESTION = "Describe this picture."
-"""What a caption answers, where a caption pair is trained as understanding."""
+"""The question that a caption answers, if a caption pair is used for understanding."""
 
 
 def read_record(members: Mapping[str, bytes | memoryview]) -> dict[str, Any]:
-    """The record of a group: its JSON, where that has a list of alternatives for a task, or else a caption pair.
+    """The record of a group: its JSON if that lists alternatives of a task, otherwise a caption pair.
 
     A caption pair is one image and one or more .txt: each caption is an alternative of i2t, as the answer to
     CAPTION_QUESTION, and of t2i. Any other group is a record without tasks. Raises ValueError.
@@ -48,7 +48,7 @@ def layouts(record: dict[str, Any], task: str, tokenizer: TextTokenizer) -> list
 
 
 def alternative_layout(alternative: dict[str, Any], task: str, tokenizer: TextTokenizer) -> list[Segment]:
-    """The layout of one alternative as it stands in the record."""
+    """The layout of one alternative, without condition dropout."""
     return TASKS[task].layout(tokenizer, TASKS[task].shown_images(alternative), alternative)
 
 

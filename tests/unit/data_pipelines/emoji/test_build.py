@@ -1,4 +1,4 @@
-"""A whole small set from the toy package."""
+"""Builds a small data set from the toy package: same bytes every time, the right amounts, complete records."""
 
 import io
 from collections.abc import Callable

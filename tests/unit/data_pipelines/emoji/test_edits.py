@@ -30,7 +30,7 @@ def test_one_thing_changes_and_the_lead_is_there(catalogue: Catalogue, kind: str
 
 
 def apply(scene: Scene, instruction: str) -> dict[str, object]:
-    """What the instruction promises about the scene after it, read from its words alone."""
+    """What an instruction says about the scene after it, from its words alone."""
     words = instruction.split()
     match words:
         case ["add", _, *rest]:

@@ -1,4 +1,4 @@
-"""The set that lives in the repository keeps its promises, record by record."""
+"""Checks every record of the data set in the repository."""
 
 import io
 from collections import Counter, defaultdict

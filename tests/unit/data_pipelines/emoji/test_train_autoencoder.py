@@ -1,4 +1,4 @@
-"""The tiny autoencoder: its training on simple drawings, and the weights that are in the repository."""
+"""The tiny autoencoder: training on simple drawings, and the weights in the repository."""
 
 import io
 import tarfile
@@ -123,7 +123,7 @@ def test_committed_weights_give_unit_latents_and_good_images_on_the_emoji_set() 
 
 
 def plain(value: Any) -> Any:
-    """Tuples as the lists that they are in a JSON file."""
+    """Converts tuples to lists, as in JSON."""
     return [plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 

@@ -1,4 +1,4 @@
-"""Packs of a step are the same on any number of ranks and workers, and what cannot be read is left out and reported."""
+"""Packs do not depend on the number of ranks and workers; unreadable samples are replaced or dropped, and reported."""
 
 import dataclasses
 import json
@@ -128,7 +128,7 @@ def test_a_bad_sample_is_replaced_by_its_first_substitute_that_can_be_read(tmp_p
 
 
 RESUMED = [(1, 0), (1, 4), (2, 1), (4, 2), (3, 3), (6, 0)]
-"""Ranks and workers that go on with what two ranks with two workers each have begun."""
+"""(ranks, workers) that continue a run of two ranks with two workers each."""
 
 
 def ranks_of(
@@ -152,7 +152,7 @@ def ranks_of(
 
 
 def elastic(folder: Path, workers: int) -> Recipe:
-    """Packs that are filled, with dropout of text and references, so that all that is random shows."""
+    """Filled packs with dropout of text and references, so that everything random is tested."""
     return recipe_of(
         folder,
         data__slots=12,
@@ -221,7 +221,7 @@ def test_whatever_the_shards_the_mix_and_the_ranks_a_run_is_the_same(
 
 
 def broken(kind: str, content: Content) -> Content:
-    """A record that the index takes and a reader cannot use."""
+    """A record that can be indexed but not used."""
     key, record, parts = content
     if kind == "half an image":
         parts = {**parts, "img0.png": parts["img0.png"][:1500]}
@@ -289,7 +289,7 @@ def test_a_slot_of_which_nothing_can_be_read_is_a_failure_of_that_step(tmp_path:
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_plan_that_does_not_fit_is_one_clear_line(small: Path, workers: int) -> None:
-    """A new run is told before its model is built; a later phase's first step, which that cannot see, ends the run."""
+    """A new run fails before its model is built. A later step that cannot be packed ends the run when it is reached."""
     stream = Stream(recipe_of(small, data__pack_tokens=50, data__workers=workers), 0, 1, None)
     message = r"^step 1 packs \d+ tokens into one slot[^\n]*$"
     with pytest.raises(UserError, match=message):
@@ -299,7 +299,7 @@ def test_a_plan_that_does_not_fit_is_one_clear_line(small: Path, workers: int) -
 
 
 def test_a_worker_that_is_killed_is_a_failure_and_no_hang(small: Path) -> None:
-    """The kernel kills for memory so; torch notices and the stream tells it in one line."""
+    """As when the kernel kills a process for memory: torch notices it, and the error is one line."""
     steps = Stream(recipe_of(small, data__workers=2, data__prefetch=1), 0, 1, None).steps(1, 10**6)
     assert next(steps).failure is None
     children = multiprocessing.active_children()
@@ -325,7 +325,7 @@ def test_a_bug_is_not_taken_for_a_dead_worker() -> None:
 
 @pytest.mark.seconds
 def test_a_request_to_stop_does_not_reach_the_workers(small: Path) -> None:
-    """A cluster sends it to every process of a job; the trainer still needs packs for the step that it is in."""
+    """A scheduler signals every process of a job; the trainer still needs packs for the current step."""
     steps = Stream(recipe_of(small, data__workers=2), 0, 1, None).steps(1, 60)
     next(steps)
     for child in multiprocessing.active_children():
@@ -336,7 +336,7 @@ def test_a_request_to_stop_does_not_reach_the_workers(small: Path) -> None:
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_pack_of_which_only_some_latents_are_cached_encodes_all(tmp_path: Path, workers: int) -> None:
-    """Its targets, whose pixels a cached latent makes needless, are decoded after all."""
+    """If one image has no latent, all images of the pack are decoded, targets too."""
     folder = write_shards(tmp_path, every_task(12, side=64), per_shard=18)
     tiny = tiny_model().autoencoder
     cache_latents(folder, tiny, [ImageConfig(side=64)], torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""Memory of the stream is the same after five epochs as after one."""
+"""The stream's memory does not grow from the first to the fifth epoch."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""A pack that went through one run of bytes is the pack, and costs a process one open file."""
+"""A pack survives the copy into one buffer, and needs one open file per process."""
 
 import os
 from typing import Any
@@ -23,7 +23,7 @@ def test_a_pack_comes_back_as_it_was(samples: list[Any], shared: bool) -> None:
 
 
 def test_a_pack_from_another_process_holds_one_open_file() -> None:
-    """Read ahead are workers x prefetch packs; a thousand open files are often all that a process may have."""
+    """workers x prefetch packs are read ahead, and a process can often open no more than a thousand files."""
     context = torch.multiprocessing.get_context("fork")
     queue, done = context.Queue(), context.Event()
 
@@ -47,7 +47,7 @@ def test_a_pack_from_another_process_holds_one_open_file() -> None:
 
 
 def test_pinning_moves_the_one_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch can pin only beside an accelerator, so its part is played; tests/gpu does it in earnest."""
+    """torch only pins memory if there is an accelerator, so it is replaced here; tests/gpu tests the real one."""
     pinned: list[int] = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: (pinned.append(tensor.nbytes), tensor.clone())[1])
     batch = pack(mixed_samples())

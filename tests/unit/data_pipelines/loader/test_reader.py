@@ -1,4 +1,4 @@
-"""From a plan to a sample: what is read is what was planned, a bad sample is told apart, draws follow their rates."""
+"""Reading planned samples: the bytes are verified, unusable samples raise SampleError, dropout follows its rates."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -39,7 +39,7 @@ def reader_of(recipe: Recipe, autoencoder_fingerprint: str | None = None) -> Sam
 
 
 def planned_of(recipe: Recipe, num: int) -> Iterator[SampleRef]:
-    """The samples of the first steps that hold `num` of each task of the mix."""
+    """Samples of the first steps, until there are `num` of each task of the mix."""
     plans = Planner(recipe, tokenizer())
     step = 0
     while num > 0:
@@ -182,7 +182,7 @@ def test_a_shard_that_ends_too_early_is_a_bad_sample(tmp_path: Path) -> None:
 
 
 def test_an_image_that_cannot_be_decoded_is_a_bad_sample(tmp_path: Path) -> None:
-    """Its header is whole, so the index took it; its end is missing."""
+    """An image with a complete header, so that it can be indexed, but without its end."""
     key, record, _ = question("q000")
     folder = write_shards(tmp_path, [(key, record, {"img0.png": png(0, 64)[:3000]})])
     recipe, planned = plan_one(folder, "i2t")

@@ -1,4 +1,4 @@
-"""Training data from afar is that of the local folder, sample by sample, whatever the store does on the way."""
+"""Remote shards give the same samples as local ones, also if the server is slow, fails or cuts answers short."""
 
 import errno
 import os
@@ -51,7 +51,7 @@ def assert_same(one: list[StepBatches], other: list[StepBatches]) -> None:
 
 @pytest.fixture
 def memory(folder: Path) -> Iterator[str]:
-    """The folder in fsspec's file system in memory, which forked workers have too."""
+    """The folder in fsspec's in-memory file system, which forked workers inherit."""
     system = fsspec.filesystem("memory")
     for path in folder.iterdir():
         system.pipe_file(f"/remote/{path.name}", path.read_bytes())
@@ -82,7 +82,7 @@ def test_packs_from_another_file_system_are_the_local_ones(
 def test_a_server_that_fails_now_and_then_and_is_slow_changes_nothing(
     folder: Path, server: FileServer, workers: int
 ) -> None:
-    """Of nine answers one is a 503, one cut short, one a connection that breaks; two of all come too late."""
+    """Of every nine answers one is a 503, one is cut short and one breaks the connection; two answers are late."""
     faults = {2: "503", 4: "short", 8: "reset"}
     server.fault = lambda number, path: "slow" if number in (30, 60) else faults.get(number % 9, "")
     server.slow_s = 3.0
@@ -92,7 +92,7 @@ def test_a_server_that_fails_now_and_then_and_is_slow_changes_nothing(
 
 
 def test_a_server_whose_bytes_come_wrong_once_is_asked_again(folder: Path, memory: str) -> None:
-    """The checksum tells; the bytes of the second answer are right."""
+    """The checksum detects it; the second answer has the right bytes."""
     recipe = recipe_of(memory)
     reader, planned = (
         SampleReader(recipe.data, tokenizer(), PATCH, SHUFFLE, None),
@@ -146,7 +146,7 @@ def test_a_shard_that_disappears_is_replaced_by_spares_of_others(
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_store_that_does_not_answer_any_more_ends_the_run_soon(server: FileServer, workers: int) -> None:
-    """Spares are in the same store: two in vain are enough."""
+    """Substitutes are in the same object store: two that cannot be reached are enough to stop."""
     stream = Stream(recipe_of(server.url, data__workers=workers, data__read_retries=2), 0, 1, None)
     stream.planner.check()
     server.fault = lambda number, path: "503"
@@ -159,7 +159,7 @@ def test_a_store_that_does_not_answer_any_more_ends_the_run_soon(server: FileSer
 
 
 def test_many_reads_are_under_way_at_once(server: FileServer) -> None:
-    """Eighteen answers of 0.3 s one after another would take five seconds."""
+    """One after another, eighteen answers of 0.3 s would take five seconds."""
     recipe = recipe_of(server.url, data__slots=1)
     stream = Stream(recipe, 0, 1, None)
     server.fault, server.slow_s, under_way, most = lambda number, path: "slow", 0.3, [0], [0]
@@ -224,7 +224,7 @@ def test_a_store_that_does_not_answer_for_an_index_is_no_fault_of_the_recipe(
     server.fault = lambda number, path: "503" if ".idx" in path else ""
     with pytest.raises(RunError, match=r"\.idx\.parquet: cannot be read: the server answers 503 \(2 times\)"):
         planner.plan(1)
-    server.fault = lambda number, path: ""  # the store is back, and what failed is read anew
+    server.fault = lambda number, path: ""  # the server answers again, and what failed is read once more
     assert planner.plan(1).digest == Planner(recipe_of(folder), tokenizer()).plan(1).digest
 
 
@@ -270,7 +270,7 @@ def test_a_cache_that_cannot_be_written_ends_the_run_and_is_no_bad_sample(
 
 
 def test_shards_of_a_window_are_fetched_before_they_are_read(memory: str, tmp_path: Path) -> None:
-    """Those of the next one too: a plan of the first step brings more shards than it reads from."""
+    """Shards of the next window too: planning the first step fetches more shards than it reads."""
     cache = tmp_path / "cache"
     recipe = recipe_of(
         memory, data__cache_dir=str(cache), data__cache_gib=0.1, data__shuffle_window=2, data__samples_per_step=6

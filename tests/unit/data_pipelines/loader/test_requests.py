@@ -1,4 +1,4 @@
-"""Requests with known answers: an order fixed by keys, a prefix where few are wanted, the truth of the record."""
+"""Requests with known answers: their order depends on keys alone; `limit` takes the first ones."""
 
 from pathlib import Path
 

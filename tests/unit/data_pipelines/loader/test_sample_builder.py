@@ -1,4 +1,4 @@
-"""Samples of every shape that a record may have: turns, images, languages, sizes; as laid out and as supervised."""
+"""Builds samples from all kinds of records: turns, images, languages, sizes; checks layout and supervision."""
 
 import io
 import json
@@ -56,7 +56,7 @@ def text_of(loaded: Sample) -> str:
 
 
 def learnt(loaded: Sample) -> list[str]:
-    """The supervised runs of a sample."""
+    """The supervised parts of a sample's text."""
     runs = [s.ids for s in loaded.segments if isinstance(s, TextSegment) and s.supervised]
     return [str(tokenizer()._tokenizer.decode(list(ids), skip_special_tokens=False)) for ids in runs]
 
@@ -180,7 +180,7 @@ def test_an_image_takes_the_size_of_its_mode_and_stays_the_image(
 
 
 def test_a_large_jpeg_is_decoded_small_and_looks_the_same() -> None:
-    """PIL's draft mode: of 4096 x 3072 pixels a sixteenth is made, and the image differs by less than one level."""
+    """PIL's draft mode decodes a sixteenth of the 4096 x 3072 pixels; the result differs by less than one level."""
     rng = np.random.default_rng(0)
     noise = Image.fromarray(rng.integers(0, 256, (48, 64, 3), dtype=np.uint8)).resize(
         (4096, 3072), Image.Resampling.BICUBIC
@@ -199,7 +199,7 @@ def test_a_large_jpeg_is_decoded_small_and_looks_the_same() -> None:
 
 
 def test_draws_depend_on_seed_epoch_and_key_alone() -> None:
-    """The same 3,000 draws from a fresh sampler, and in another order."""
+    """A new builder draws the same 3,000 samples, also in another order."""
     record = {"it2i": [{"images": ["img0"], "target": "img1", "text": "add a fish"}]}
     members = {f"{n}.png": memoryview(encoded_image(32, 32)) for n in ("img0", "img1")} | {
         "json": memoryview(json.dumps(record).encode())

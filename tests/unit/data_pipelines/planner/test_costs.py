@@ -1,4 +1,4 @@
-"""Columns against the scalar rules: tokens, images and pairs of each row, and what becomes of those too long."""
+"""Costs as arrays against a calculation row by row; samples that are too long shrink or are marked."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ def cost_model(task: str, image: ImageConfig, **caps: int) -> CostModel:
 
 
 def random_rows(task: str, seed: int, num: int = 40) -> pa.Table:
-    """Rows with several alternatives, of several images of any size."""
+    """Rows with several alternatives and several images of random sizes."""
     rng = np.random.default_rng(seed)
     rows = []
     for i in range(num):
@@ -108,7 +108,7 @@ def test_images_of_an_understanding_sample_shrink_to_what_its_text_leaves_them()
 
 
 def test_cost_is_work_in_tokens_of_the_decoder() -> None:
-    """Text alone costs its tokens and their attention; an image costs what 413 M parameters do four times a token."""
+    """Text costs its tokens and their attention; an image also costs its patches in the vision encoder."""
 
     def costs(task: str, text: int, shown: int) -> SampleCosts:
         row = {"text_tokens": [text], "context": [[0] * shown], "widths": [512], "heights": [512], "target": [-1]}

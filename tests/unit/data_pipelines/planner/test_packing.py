@@ -1,4 +1,4 @@
-"""Packing: nothing is lost or taken twice, caps hold, slots are full and even, and nobody waits for long."""
+"""Packing: no sample is lost or taken twice, caps hold, slots are full and even, and no sample waits for long."""
 
 import numpy as np
 import pytest
@@ -56,7 +56,7 @@ def test_slots_are_full_and_even_on_a_realistic_mix(seed: int) -> None:
 
 
 def test_nobody_waits_for_more_than_a_few_steps() -> None:
-    """What is left behind goes first next time, and the first half of a queue is always taken."""
+    """Skipped samples come first in the next step, and the first half of a queue is always taken."""
     rng = np.random.default_rng(0)
     tokens = (20 + rng.lognormal(5, 1, 20_000).clip(1, 6000)).astype(int)
     skipped, next_position, waited = [], 0, dict[int, int]()

@@ -1,4 +1,4 @@
-"""The plan of a step is a pure function of (seed, step, manifests): exact ratio, exact epochs, even slots."""
+"""The plan of a step depends on (seed, step, manifests) alone: exact ratio, exact epochs, even slots."""
 
 import json
 import shutil
@@ -86,7 +86,7 @@ def test_an_epoch_takes_each_sample_once_for_each_task(small: Path, samples: int
 
 def test_epochs_differ_in_order_and_seeds_differ_in_data(small: Path) -> None:
     def steps(recipe: Recipe, first: int) -> list[set[str]]:
-        """What each of the five steps of an epoch takes."""
+        """The samples of each of the five steps of an epoch."""
         plans = planner(recipe)
         return [{s.key for s in all_of(plans.plan(step), "i2t")} for step in range(first, first + 5)]
 
@@ -207,7 +207,7 @@ FILLED = {"data__samples_per_step": 0, "data__slots": 12, "data__pack_tokens": 8
 
 
 def filled(**dotted: Any) -> Recipe:
-    """A recipe that takes what the packs of the synthetic set hold, at the paper's sizes."""
+    """A recipe with filled packs of the synthetic data set, at the paper's sizes."""
     recipe = tiny_recipe(**{**FILLED, "data__und": {"side": 512}, "data__gen": {"side": 512}, **dotted})
     recipe.model = ModelConfig()
     return recipe
@@ -249,7 +249,7 @@ def test_a_filled_stream_goes_on_from_a_state_of_a_few_numbers(mix_by: str) -> N
 
 
 def test_over_an_epoch_filled_packs_take_each_sample_once() -> None:
-    """What was taken so far is every position but those that were left behind."""
+    """All positions below `next` are taken, except the skipped ones."""
     with synthetic(2000):
         plans = planner(filled(mix=MIX))
         seen: dict[str, Counter] = {"i2t": Counter(), "t2i": Counter()}
@@ -362,7 +362,7 @@ def test_a_substitute_is_another_that_fits_and_the_same_for_everyone(small: Path
 
 @pytest.mark.seconds
 def test_the_plan_of_a_billion_samples_takes_little_memory() -> None:
-    """10,000 shards of 100,000 rows: a window of the index is in memory, never the whole."""
+    """10,000 shards of 100,000 rows: only a few windows of the index are in memory."""
     with synthetic(10**9, rows_per_shard=100_000):
         plans = planner(filled(mix=MIX, data__slots=4))
         plans.plan(1)

@@ -1,4 +1,4 @@
-"""Order: every row once an epoch, whatever the shards; windows and epochs differ; weights are kept in any run."""
+"""The order of samples: every row once per epoch; windows and epochs differ; weights hold in any run of positions."""
 
 from collections import Counter
 from typing import Any
@@ -14,7 +14,7 @@ from data_pipelines.planner.shuffle import Shard, ShuffledShards, WeightedInterl
 
 
 def columns_of(shards: Any, epoch: int) -> SampleCosts:
-    """Rows that carry nothing but their names."""
+    """Samples that have nothing but a key."""
     keys = [f"{shard.name}/{row}" for shard in shards for row in range(shard.num_rows)]
     none = np.zeros(len(keys), dtype=np.int64)
     return SampleCosts(

@@ -1,4 +1,4 @@
-"""Indexing shards of others: in parallel, going on where it stopped, telling what it leaves out."""
+"""Indexing foreign shards: in parallel, resumed after an interruption, with unusable records left out and counted."""
 
 import hashlib
 import io
@@ -156,7 +156,7 @@ def test_a_key_in_two_shards_is_told_with_both(tmp_path: Path, workers: int) -> 
 
 
 def test_images_with_captions_of_others_are_understood_and_made(tmp_path: Path) -> None:
-    """As img2dataset writes them, with a JSON of its own, and with several captions."""
+    """As img2dataset writes them, with its JSON, and with several captions."""
     meta = json.dumps({"url": "http://x", "caption": "c", "tags": ["portrait"]}).encode()
     write_tar(
         tmp_path / "00000.tar",
@@ -268,7 +268,7 @@ def test_columns_of_one_task_are_read_and_no_others(tmp_path: Path) -> None:
 
 
 def test_memory_of_indexing_does_not_grow_with_the_size_of_records(tmp_path: Path) -> None:
-    """Forty records of 0.3 MB against twenty: the tar is never held."""
+    """Forty records of 0.3 MB take no more memory than twenty: the tar is not in memory."""
     peaks = []
     for number in (20, 40):
         folder = tmp_path / str(number)

@@ -1,4 +1,4 @@
-"""Shards of others come as they are, from wherever, once; what does not come is told without secrets."""
+"""Existing shards are copied unchanged from paths, URLs and commands, once; errors contain no secrets."""
 
 import gzip
 import json
@@ -59,7 +59,7 @@ def test_urls_come_in_pieces_and_only_once(theirs: Path, tmp_path: Path) -> None
 def test_what_does_not_come_is_told_and_the_rest_stays(
     theirs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The command fails for one shard at first, after half of its bytes."""
+    """At first the command fails for one shard, after half of its bytes."""
     flag = tmp_path / "flag"
     breaks = f"pipe:head -c 4000 {theirs}/shard-000001.tar; test -e {flag} && tail -c +4001 {theirs}/shard-000001.tar"
     sources = [str(theirs / "shard-000000.tar"), breaks, str(theirs / "shard-000002.tar")]

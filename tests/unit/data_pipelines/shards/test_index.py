@@ -1,4 +1,4 @@
-"""Index and manifest: every record can be found by offset alone, and a folder that is not what it says is refused."""
+"""Index and manifest: every record is read by its offset, and a folder that differs from its manifest is refused."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def by_tarfile(tar: Path) -> dict[str, dict[str, bytes]]:
-    """Members by key and part, as Python's own tar reader sees them."""
+    """Members by key and part, read with Python's tarfile."""
     members: dict[str, dict[str, bytes]] = {}
     with tarfile.open(tar) as archive:
         for member in archive:

@@ -1,4 +1,4 @@
-"""Cached latents are those that were written, near or far; whatever is wrong with a file, its images are encoded."""
+"""Cached latents are read as written, locally and remotely; if a file is not usable, its images are encoded."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from tests.servers import serving
 
 MARK, SHARD = "0123456789abcdef", "f" * 64
 NUM = 3000
-"""Whose header is longer than the first read."""
+"""So many that the header is longer than the first read."""
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""What stats says is counted in the index, and the index only: a closed form for a small folder."""
+"""Statistics come from the index alone; for a small folder they are known in advance."""
 
 import io
 from pathlib import Path

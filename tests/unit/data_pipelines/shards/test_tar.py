@@ -1,4 +1,4 @@
-"""Our reader of tars against Python's own: the same members at the same places, for every kind of header."""
+"""The tar reader against Python's tarfile: the same members at the same offsets, for every kind of header."""
 
 import io
 import random
@@ -36,7 +36,7 @@ def by_tarfile(data: bytes) -> list[tuple[str, bytes]]:
 
 
 def assert_read_alike(data: bytes, num: int) -> None:
-    """Streamed, and each group from its range alone."""
+    """Compares the streamed groups with tarfile, and each group read from its range of bytes alone."""
     read_groups = list(groups(io.BytesIO(data)))
     assert [(f"{g.key}.{part}", content) for g in read_groups for part, content in g.members.items()] == by_tarfile(
         data
@@ -59,7 +59,7 @@ names = st.text(st.characters(codec="utf-8", exclude_characters="\0/."), min_siz
     mtime=st.sampled_from([0, 1.5]),
 )
 def test_members_are_those_of_tarfile(keys: list[str], folder: str, sizes: list[int], kind: int, mtime: float) -> None:
-    """Long and foreign names, and clocks with a fraction, which webdataset writes, take headers of their own."""
+    """Long or non-ASCII names and fractional times, which webdataset writes, need extended headers."""
     parts = ["json", "img0.webp", "img1.png"]
     members = [
         (f"{folder}{k}.{part}", random.Random(k).randbytes(s))
