@@ -60,7 +60,8 @@ def module_flops(
     """Useful FLOPs by module: forward, and the backward that the trainable parameter groups need.
 
     trainable: names of groups as in stages/stage.py. encoder_only: router tuning, which runs only the vision encoder's
-    shared layers. The autoencoder is not counted (see formulas.autoencoder_flops).
+    shared layers. Not counted: the autoencoder (see formulas.autoencoder_flops), and the velocity head and the time
+    embedding, which are negligible.
     """
     v, d = model.vision, model.decoder
     images: dict[str, Any] = {
