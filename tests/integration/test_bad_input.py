@@ -35,7 +35,7 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["attention.backend=flex"], "attention.backend=flex needs an NVIDIA GPU"),
         (
             ["data.samples_per_step=25"],
-            "data.samples_per_step is 25, which the mix of phase stage1 (1:1:0) cannot divide",
+            "data.samples_per_step is 25, which the mix of phase stage1 (i2t=1, t2i=1) cannot divide",
         ),
         (["data.slots=16"], "12 i2t samples per step cannot reach each of 16 slots"),
         (["data.pack_tokens=40"], "tokens into one slot, more than data.pack_tokens=40"),
