@@ -22,11 +22,11 @@ def test_a_copy_has_the_values_of_the_step_and_no_later_ones() -> None:
             slow = slow @ slow / 4096  # keeps the device busy, so that the update is not done when staging begins
         for weight in weights.values():
             weight.fill_(step)
-        staging.ready()
+        staging.wait_for_compute()
         staged: dict[str, torch.Tensor] = {}
 
         def copy(into: dict[str, torch.Tensor] = staged) -> None:
-            with staging.aside():
+            with staging.side_stream():
                 into.update(staging.copy(weights))
 
         thread = threading.Thread(target=copy)
