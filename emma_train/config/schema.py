@@ -1,6 +1,8 @@
 """What a recipe may say: one dataclass per section, one docstring line per field, its facts in its metadata.
 
 Defaults are those of the paper where it speaks (arXiv 2512.04810, Table 2) and our documented choice where it does not.
+A new field whose default changes the behaviour gives the value of the old behaviour as `absent`, so that older
+checkpoints resume as before (config/stored.py). Sections model, data, mix: model_schema.py and data_schema.py.
 """
 
 from dataclasses import dataclass, field, fields
