@@ -34,7 +34,7 @@ from emma_train.export import export
 from emma_train.model.emma import Emma
 from emma_train.sequence import layout
 from emma_train.sequence.geometry import to_patches
-from emma_train.sequence.layout import ImageSegment, Role, Segment, TextSegment
+from emma_train.sequence.layout import ImageRole, ImageSegment, Segment, TextSegment
 from emma_train.sequence.pack import ImageTokens, PackedBatch, Sample
 from emma_train.sequence.seeds import seed_of
 from emma_train.sequence.tokens import TextTokenizer
@@ -228,7 +228,7 @@ def random_sample(rng: np.random.Generator, key: str) -> Sample:
         else:
             name = f"img{index}"
             images[name] = pixels(int(rng.integers(1, 3)), int(rng.integers(1, 4)), seed=int(rng.integers(1 << 30)))
-            segments.append(ImageSegment(name, Role(int(kind))))
+            segments.append(ImageSegment(name, ImageRole(int(kind))))
     return Sample(key, "it2i", segments, images, int(rng.integers(1 << 40)), int(rng.integers(1 << 40)))
 
 

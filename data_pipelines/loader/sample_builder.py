@@ -11,7 +11,7 @@ from data_pipelines.shards.images import image_members, load_image, open_image
 from data_pipelines.shards.record import lacks_text, read_record
 from emma_train.config.schema import DataConfig, ImageConfig
 from emma_train.sequence.geometry import image_size, to_patches
-from emma_train.sequence.layout import Role, Segment
+from emma_train.sequence.layout import ImageRole, Segment
 from emma_train.sequence.pack import IGNORE_STEM, ImageTokens, Sample, image_segments
 from emma_train.sequence.seeds import seed_of, uniform_of
 from emma_train.sequence.tasks import TASKS, Task
@@ -47,7 +47,7 @@ class SampleBuilder:
         image_config = task.image_config(self.data)
         if planned.max_tokens:
             image_config = replace(image_config, max_tokens=min(image_config.max_tokens, planned.max_tokens))
-        shown = {image.name for image in image_segments(segments) if image.role is not Role.TARGET}
+        shown = {image.name for image in image_segments(segments) if image.role is not ImageRole.TARGET}
         files, images = image_members(members), {}
         for name in dict.fromkeys(image.name for image in image_segments(segments)):
             latent = find_latent(name, image_config)

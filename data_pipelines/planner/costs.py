@@ -14,7 +14,7 @@ import pyarrow as pa
 from emma_train.config.schema import ImageConfig, ModelConfig
 from emma_train.flops.formulas import decoder_layer_macs, vision_layer_macs
 from emma_train.sequence.geometry import image_size
-from emma_train.sequence.layout import Role
+from emma_train.sequence.layout import ImageRole
 from emma_train.sequence.seeds import choice_of
 from emma_train.sequence.tasks import TASKS
 
@@ -204,7 +204,7 @@ def _attention_pairs(task: str, text: np.ndarray, num_visual: np.ndarray, num_ta
     An upper bound in whole numbers. `pack_work` in emma_train/flops/work.py counts the pairs of a pack exactly. Here,
     exact numbers would put other samples into a pack than earlier versions did, and change the digests of a run.
     """
-    if TASKS[task].condition is Role.UND:
+    if TASKS[task].condition is ImageRole.UND:
         return (text + num_visual) ** 2 // 2 + (text + num_visual + num_target) * num_target
     return text**2 // 2 + (text + num_visual) * num_visual + (text + num_visual + num_target) * num_target
 

@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """Print the answers, or write the images and print their paths."""
     from emma_train.generate.load import load_generator
-    from emma_train.generate.settings import changed, read_settings
+    from emma_train.generate.settings import read_settings, with_overrides
     from emma_train.sequence.tasks import TASKS
     from emma_train.storage.paths import parse_path
 
@@ -55,8 +55,8 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         raise UserError(f"--task {task.name} takes no --image; use --task {others}, or leave out --image")
     generator, recipe, _ = load_generator(arguments.model, arguments.device, not arguments.no_ema)
     flow, text = read_settings(parse_path(arguments.model), recipe)
-    flow = changed(flow, _given(arguments, flow), "--")
-    text = changed(text, _given(arguments, text), "--")
+    flow = with_overrides(flow, _given(arguments, flow), "--")
+    text = with_overrides(text, _given(arguments, text), "--")
     image_config = task.image_config(recipe.data)
     multiple = recipe.model.autoencoder.pixels
     images = [_load_image(file, image_config, multiple) for file in arguments.image]

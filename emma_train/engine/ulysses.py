@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from emma_train.engine.world import World
 from emma_train.model.attention import AttentionPlan, attention
-from emma_train.model.cache import Cache, LayerCache
+from emma_train.model.cache import KVCache, LayerCache
 from emma_train.model.decoder import Decoder, DecoderLayer
 
 
@@ -125,7 +125,7 @@ def _exchange(x: Tensor, sent: list[int], received: list[int], group: dist.Proce
 def _divided(full_forward: Callable[..., Tensor], shared: _SharedPack) -> Callable[..., Tensor]:
     """The decoder's forward: takes and returns all rows of a pack, and computes this rank's."""
 
-    def forward(x: Tensor, num_und: int, position: Tensor, plan: AttentionPlan, cache: Cache | None = None) -> Tensor:
+    def forward(x: Tensor, num_und: int, position: Tensor, plan: AttentionPlan, cache: KVCache | None = None) -> Tensor:
         rows, num_local_und = shared.begin(num_und, len(x), x.device)
         return shared.join(full_forward(x[rows], num_local_und, position[rows], plan, cache))
 

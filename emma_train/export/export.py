@@ -113,5 +113,5 @@ def _copy_autoencoder(source: Path, target: Path) -> None:
     if (source / autoencoder.WEIGHTS).is_file():
         shutil.copyfile(source / autoencoder.WEIGHTS, target / autoencoder.WEIGHTS)
     else:
-        weights = Tensors(source, autoencoder.STEM)
+        weights = Tensors(source, autoencoder.WEIGHTS_STEM)
         write_safetensors(target / autoencoder.WEIGHTS, weights.specs, weights.read)

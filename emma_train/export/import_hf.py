@@ -16,7 +16,7 @@ from emma_train.config.schema import AutoencoderConfig, DecoderConfig, Recipe, V
 from emma_train.errors import UserError
 from emma_train.export import export
 from emma_train.export import hf_names as hf
-from emma_train.model.autoencoder import STEM
+from emma_train.model.autoencoder import WEIGHTS_STEM
 from emma_train.model.emma import Emma
 from emma_train.model.initial import start_value
 from emma_train.sequence.tokens import TextTokenizer
@@ -107,5 +107,5 @@ def _autoencoder_config(folder: Path) -> AutoencoderConfig:
     with torch.device("meta"):
         model = AutoencoderDC.from_config(values)
     wanted = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
-    hf.check_shapes(wanted, Tensors(folder, STEM).shapes, str(folder))
+    hf.check_shapes(wanted, Tensors(folder, WEIGHTS_STEM).shapes, str(folder))
     return AutoencoderConfig(str(folder), int(model.config.latent_channels), int(model.spatial_compression_ratio))

@@ -8,7 +8,7 @@ import torch
 
 from emma_train.config.schema import ModelConfig
 from emma_train.flops.formulas import adapter_flops, decoder_flops, mfu, peak_flops, vision_flops
-from emma_train.sequence.layout import Role
+from emma_train.sequence.layout import ImageRole
 from emma_train.sequence.pack import PackedBatch
 
 
@@ -39,7 +39,7 @@ class Work:
 
 def pack_work(batch: PackedBatch, shuffle: int) -> Work:
     """Work of one pack; exact, because a token attends to `limit` + 1 keys. A visual token has shuffle² patches."""
-    seen = [*batch.grids[Role.UND], *batch.grids[Role.REFERENCE]]
+    seen = [*batch.grids[ImageRole.UND], *batch.grids[ImageRole.REFERENCE]]
     patches = [rows * columns * shuffle**2 for rows, columns in seen]
     keys = (batch.limit + 1).tolist()
     return Work(

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from emma_train.generate.settings import FlowSettings, TextSettings
 from emma_train.model.autoencoder import Autoencoder
-from emma_train.model.cache import Cache
+from emma_train.model.cache import KVCache
 from emma_train.objectives.counter_rng import uniform
 from emma_train.objectives.flow import draw_noise, shift
-from emma_train.sequence.layout import Role, TextSegment
+from emma_train.sequence.layout import ImageRole, TextSegment
 from emma_train.sequence.pack import PackedBatch, Sample, continued, pack
 from emma_train.sequence.request import Request, as_sample
 from emma_train.sequence.tokens import TextTokenizer
@@ -42,12 +42,12 @@ class Generator:
         written: list[list[int]] = [[] for _ in samples]
         finished = [False] * len(samples)
         longest = max(sample.num_tokens for sample in samples)
-        cache = Cache(len(samples), longest + settings.max_tokens) if self.cached else None
-        for place in range(settings.max_tokens):
-            parts = samples if place == 0 or cache is None else [_segments(sample, -1) for sample in samples]
+        cache = KVCache(len(samples), longest + settings.max_tokens) if self.cached else None
+        for position in range(settings.max_tokens):
+            parts = samples if position == 0 or cache is None else [_segments(sample, -1) for sample in samples]
             logits = self._last_logits(_end_of(samples, parts), cache)
             for i, token in enumerate(
-                sample_next_token(logits, [r.seed for r in requests], place, settings.temperature)
+                sample_next_token(logits, [r.seed for r in requests], position, settings.temperature)
             ):
                 finished[i] = finished[i] or token in (self.tokenizer.im_end, self.tokenizer.endoftext)
                 if not finished[i]:
@@ -65,7 +65,7 @@ class Generator:
         parts = samples = [sample for _, copies in variants for sample in copies]
         cache = None
         if self.cached:
-            cache = Cache(len(samples), max(sample.num_tokens for sample in samples))
+            cache = KVCache(len(samples), max(sample.num_tokens for sample in samples))
             self._last_logits(pack([_segments(sample, 0, -1) for sample in samples]), cache)
             parts = [_segments(sample, -1) for sample in samples]
         batch = _end_of(samples, parts).to(self.autoencoder.device)
@@ -89,7 +89,7 @@ class Generator:
             if settings.solver == "heun" and then > 0:
                 slope = (slope + velocity(x + (then - now) * slope, then)) / 2
             x = x + (then - now) * slope
-        sizes = [rows * columns for rows, columns in batch.grids[Role.TARGET][: len(requests)]]
+        sizes = [rows * columns for rows, columns in batch.grids[ImageRole.TARGET][: len(requests)]]
         return list((x / self.autoencoder.scale).split(sizes))
 
     def generate_images(self, requests: Sequence[Request], settings: FlowSettings = FlowSettings()) -> list[np.ndarray]:
@@ -133,7 +133,7 @@ class Generator:
     ) -> Sample:
         return as_sample(request, self.tokenizer, self.patch, self.shuffle, latents, with_text, with_images)
 
-    def _last_logits(self, batch: PackedBatch, cache: Cache | None) -> Tensor:
+    def _last_logits(self, batch: PackedBatch, cache: KVCache | None) -> Tensor:
         """Logits after the last text token of each sample: float32 [samples, vocab]."""
         batch = batch.to(self.autoencoder.device)
         batch.predictors = _last_text(batch, len(batch.keys))
@@ -162,10 +162,10 @@ def _last_text(batch: PackedBatch, num_samples: int) -> Tensor:
     return torch.searchsorted(owners, torch.arange(num_samples, device=owners.device), right=True) - 1
 
 
-def sample_next_token(logits: Tensor, seeds: list[int], place: int, temperature: float) -> list[int]:
+def sample_next_token(logits: Tensor, seeds: list[int], position: int, temperature: float) -> list[int]:
     """The next token of each row: the likeliest, or by Gumbel noise from its request's seed."""
     if temperature > 0:
         seed = torch.tensor(seeds, device=logits.device)[:, None]
-        counters = place * logits.shape[1] + torch.arange(logits.shape[1], device=logits.device)
+        counters = position * logits.shape[1] + torch.arange(logits.shape[1], device=logits.device)
         logits = logits / temperature - torch.log(-torch.log(uniform(seed, counters)))
     return [int(token) for token in logits.argmax(-1).tolist()]

@@ -109,9 +109,9 @@ def neighbour_scores(
     scores = []
     for label in ("concepts", "style", "background"):
         wanted = [r.labels.get(label) for r in requests]
-        there = [r.labels.get(label) for r in known]
-        hits = sum(there[n] == w for n, w in zip(nearest, wanted, strict=True)) / len(wanted)
-        chance = sum(there.count(w) for w in wanted) / (len(wanted) * len(there))
+        real_labels = [r.labels.get(label) for r in known]
+        hits = sum(real_labels[n] == w for n, w in zip(nearest, wanted, strict=True)) / len(wanted)
+        chance = sum(real_labels.count(w) for w in wanted) / (len(wanted) * len(real_labels))
         scores.append(_score(f"nearest image: {label.removesuffix('s')}", hits, chance, "share of images", len(wanted)))
     return scores
 

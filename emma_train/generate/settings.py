@@ -15,7 +15,7 @@ from emma_train.storage.files import write_atomic
 from emma_train.storage.paths import StoragePath, as_local
 from emma_train.storage.safetensors_io import read_json
 
-FILE = "generation.json"
+SETTINGS_FILE = "generation.json"
 SOLVERS = ("euler", "heun")
 
 
@@ -54,24 +54,24 @@ ABOVE_0 = ("steps", "shift", "max_tokens")
 def write_settings(folder: Path, flow: FlowSettings, text: TextSettings) -> None:
     """Write generation.json."""
     values = {"flow": asdict(flow), "text": {k: v for k, v in asdict(text).items() if k != "fixed_length"}}
-    write_atomic(folder / FILE, json.dumps(values, indent=1) + "\n")
+    write_atomic(folder / SETTINGS_FILE, json.dumps(values, indent=1) + "\n")
 
 
 def read_settings(folder: StoragePath, recipe: Recipe) -> tuple[FlowSettings, TextSettings]:
     """The settings of an export; of a model that carries none, the shift that it was trained with and our defaults for
     the rest. Raises UserError."""
-    path, flow, text = as_local(folder / FILE), FlowSettings(shift=recipe.flow.shift), TextSettings()
+    path, flow, text = as_local(folder / SETTINGS_FILE), FlowSettings(shift=recipe.flow.shift), TextSettings()
     if path is None or not path.is_file():
         return flow, text
     values = read_json(path)
     if unknown := sorted(values.keys() - {"flow", "text"}):
         raise UserError(f"{path}: unknown section {unknown[0]}; it has flow and text")
-    return changed(flow, values.get("flow", {}), f"{path}: flow."), changed(
+    return with_overrides(flow, values.get("flow", {}), f"{path}: flow."), with_overrides(
         text, values.get("text", {}), f"{path}: text."
     )
 
 
-def changed(settings: Settings, values: Mapping[str, Any], where: str) -> Settings:
+def with_overrides(settings: Settings, values: Mapping[str, Any], where: str) -> Settings:
     """The settings with other values; `where` stands before a key in errors. Raises UserError."""
     kinds = {f.name: type(getattr(settings, f.name)) for f in fields(settings)}
     for key, value in values.items():

@@ -68,8 +68,8 @@ def _sincos_2d(rows: int, columns: int, hidden: int) -> Tensor:
     quarter = hidden // 4
     frequencies = 1.0 / 10000.0 ** (torch.arange(quarter, dtype=torch.float64) / quarter)
     parts = []
-    for places in torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"):
-        angles = places.reshape(-1, 1).double() * frequencies
+    for index in torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"):
+        angles = index.reshape(-1, 1).double() * frequencies
         parts += [angles.sin(), angles.cos()]
     table = torch.cat(parts, dim=-1).float()
     return F.pad(table, (0, hidden - table.shape[-1]))

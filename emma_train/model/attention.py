@@ -17,7 +17,7 @@ from torch import Tensor
 
 from emma_train.errors import UserError
 from emma_train.model import flex, varlen
-from emma_train.model.cache import Cache, LayerCache
+from emma_train.model.cache import KVCache, LayerCache
 from emma_train.sequence.pack import PackedBatch
 from emma_train.sequence.spans import Spans
 
@@ -28,9 +28,9 @@ class MaskPlan:
 
     mask: Tensor
     """bool [T, T], or [samples, 1, longest, longest]; with a cache [samples, 1, longest, capacity]."""
-    place: Tensor | None = None
+    rows: Tensor | None = None
     """int64 [T]: place of each token in [samples * longest]; None in the dense form."""
-    cached: Tensor | None = None
+    cache_rows: Tensor | None = None
     """int64 [T]: place of each token in the cache, [samples * capacity]; None without one."""
 
 
@@ -49,7 +49,7 @@ def select_backend(backend: str, device: torch.device, dtype: torch.dtype) -> st
     return backend
 
 
-def build_plan(batch: PackedBatch, cache: Cache | None = None, backend: str = "sdpa") -> AttentionPlan:
+def build_plan(batch: PackedBatch, cache: KVCache | None = None, backend: str = "sdpa") -> AttentionPlan:
     """What the backend (`choose`) needs of a pack. With a cache, which only generation has, always sdpa by sample."""
     if cache is None and backend == "flash":
         return batch.spans
@@ -58,7 +58,7 @@ def build_plan(batch: PackedBatch, cache: Cache | None = None, backend: str = "s
     return prepare_masks(batch, cache)
 
 
-def prepare_masks(batch: PackedBatch, cache: Cache | None = None) -> MaskPlan:
+def prepare_masks(batch: PackedBatch, cache: KVCache | None = None) -> MaskPlan:
     """The cheaper of the two forms of sdpa."""
     num_samples, longest = len(batch.keys), batch.max_length
     if cache is None and num_samples * longest**2 >= batch.num_tokens**2:
@@ -66,13 +66,13 @@ def prepare_masks(batch: PackedBatch, cache: Cache | None = None) -> MaskPlan:
     # Positions of a sample have no gaps, so (sample, position) is a place in a padded table, but for where it starts.
     start = batch.position.new_zeros(num_samples)
     start = start.scatter_reduce(0, batch.sample, batch.position, "amin", include_self=False)
-    place = batch.sample * longest + batch.position - start[batch.sample]
-    limit = torch.zeros(num_samples * longest, dtype=torch.int64, device=place.device)
-    limit[place] = batch.limit
-    keys = torch.arange(longest if cache is None else cache.capacity, device=place.device)
+    rows = batch.sample * longest + batch.position - start[batch.sample]
+    limit = torch.zeros(num_samples * longest, dtype=torch.int64, device=rows.device)
+    limit[rows] = batch.limit
+    keys = torch.arange(longest if cache is None else cache.capacity, device=rows.device)
     # Padding queries see key 0, whose row always exists, and padding keys are beyond every limit.
     mask = keys <= limit.view(num_samples, 1, longest, 1)
-    return MaskPlan(mask, place, None if cache is None else batch.sample * cache.capacity + batch.position)
+    return MaskPlan(mask, rows, None if cache is None else batch.sample * cache.capacity + batch.position)
 
 
 def hybrid_mask(batch: PackedBatch) -> Tensor:
@@ -88,18 +88,18 @@ def attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, cache: Layer
     if isinstance(plan, flex.FlexPlan):
         return flex.flex(q, k, v, plan)
     groups = q.shape[1] // k.shape[1]
-    if plan.place is None:
+    if plan.rows is None:
         q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
     elif cache is None:
-        q, k, v = (_padded(x, plan.place, plan.mask.shape) for x in (q, k, v))
+        q, k, v = (_padded(x, plan.rows, plan.mask.shape) for x in (q, k, v))
     else:
-        assert plan.cached is not None
-        q = _padded(q, plan.place, plan.mask.shape)
-        k, v = cache.add(k, v, plan.cached)
+        assert plan.cache_rows is not None
+        q = _padded(q, plan.rows, plan.mask.shape)
+        k, v = cache.add(k, v, plan.cache_rows)
     k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
     out = scaled_dot_product(q, k, v, plan.mask)
     out = out.transpose(1, 2).flatten(0, 1)
-    return out if plan.place is None else out[plan.place]
+    return out if plan.rows is None else out[plan.rows]
 
 
 def scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -109,9 +109,9 @@ def scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = No
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
-def _padded(x: Tensor, place: Tensor, shape: torch.Size) -> Tensor:
+def _padded(x: Tensor, rows: Tensor, shape: torch.Size) -> Tensor:
     """[T, heads, d] -> [samples, heads, longest, d], zeros where there is no token."""
-    table = x.new_zeros(shape[0] * shape[2], *x.shape[1:]).index_copy(0, place, x)
+    table = x.new_zeros(shape[0] * shape[2], *x.shape[1:]).index_copy(0, rows, x)
     return table.view(shape[0], shape[2], *x.shape[1:]).transpose(1, 2)
 
 

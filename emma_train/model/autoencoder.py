@@ -12,8 +12,8 @@ from torch import Tensor
 from emma_train.config.schema import AutoencoderConfig
 from emma_train.errors import UserError
 
-STEM = "diffusion_pytorch_model"
-WEIGHTS = f"{STEM}.safetensors"
+WEIGHTS_STEM = "diffusion_pytorch_model"
+WEIGHTS = f"{WEIGHTS_STEM}.safetensors"
 
 
 class Autoencoder:

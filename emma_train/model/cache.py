@@ -14,7 +14,7 @@ class LayerCache:
         self.num_samples, self.capacity = num_samples, capacity
         self._tables: list[Tensor] = []
 
-    def add(self, k: Tensor, v: Tensor, place: Tensor) -> list[Tensor]:
+    def add(self, k: Tensor, v: Tensor, rows: Tensor) -> list[Tensor]:
         """k, v: [T, kv_heads, d] to place [T] of [samples * capacity] -> all so far, [samples, kv_heads, capacity, d].
 
         What was never written is zero and beyond every limit.
@@ -22,11 +22,11 @@ class LayerCache:
         if not self._tables:
             self._tables = [x.new_zeros(self.num_samples * self.capacity, *x.shape[1:]) for x in (k, v)]
         for table, x in zip(self._tables, (k, v), strict=True):
-            table[place] = x
+            table[rows] = x
         return [t.view(self.num_samples, self.capacity, *t.shape[1:]).transpose(1, 2) for t in self._tables]
 
 
-class Cache:
+class KVCache:
     """What a model remembers of a pack of `num_samples` samples that grow to `capacity` tokens at most."""
 
     def __init__(self, num_samples: int, capacity: int) -> None:

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from emma_train.config.schema import DecoderConfig
 from emma_train.model.attention import AttentionPlan, attention, rotary, rotary_tables
-from emma_train.model.cache import Cache, LayerCache
+from emma_train.model.cache import KVCache, LayerCache
 from emma_train.model.cross_entropy import linear_cross_entropy
 
-ROLES = ("input_norm", "q_proj", "k_proj", "v_proj", "q_norm", "k_norm", "o_proj", "mlp_norm", "mlp")
-FOLLOWS = {"q_norm": "q_proj", "k_norm": "k_proj"}
+MODULES = ("input_norm", "q_proj", "k_proj", "v_proj", "q_norm", "k_norm", "o_proj", "mlp_norm", "mlp")
+SHARED_WITH = {"q_norm": "q_proj", "k_norm": "k_proj"}
 
 
 class Decoder(nn.Module):
@@ -34,13 +34,15 @@ class Decoder(nn.Module):
         self.lm_head = None if config.tied else nn.Linear(config.hidden, config.vocab, bias=False)
 
     def forward(
-        self, x: Tensor, num_und: int, position: Tensor, plan: AttentionPlan, cache: Cache | None = None
+        self, x: Tensor, num_und: int, position: Tensor, plan: AttentionPlan, cache: KVCache | None = None
     ) -> Tensor:
         """x: [T, hidden], the first num_und rows belong to the Und branch; position: [T] -> [T, hidden]."""
         tables = rotary_tables(position, self.config.head_dim, self.config.rope_theta, x.dtype)
         for index, layer in enumerate(self.layers):
             x = layer(x, num_und, tables, plan, None if cache is None else cache.layer(index))
-        return by_branch(self.norm, x, num_und)
+        if "shared" in self.norm:
+            return self.norm["shared"](x)
+        return apply_by_branch(self.norm["und"], self.norm["gen"], x, num_und)
 
     @property
     def head(self) -> Tensor:
@@ -57,7 +59,7 @@ class Decoder(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """One layer; `shared` names the roles that both branches share, the others exist once per branch."""
+    """One layer; `shared` names the modules that both branches share; the others exist once per branch."""
 
     skip_gen_branch = False
     """Whether no pack of the stage has a Gen token: then the Gen branch's modules do not run at all."""
@@ -67,11 +69,11 @@ class DecoderLayer(nn.Module):
     def __init__(self, config: DecoderConfig, shared: list[str]) -> None:
         super().__init__()
         self.config = config
-        common = [role for role in ROLES if FOLLOWS.get(role, role) in shared]
-        own = [role for role in ROLES if role not in common]
-        self.shared = nn.ModuleDict({role: _module(role, config) for role in common})
-        self.und = nn.ModuleDict({role: _module(role, config) for role in own})
-        self.gen = nn.ModuleDict({role: _module(role, config) for role in own})
+        common = [name for name in MODULES if SHARED_WITH.get(name, name) in shared]
+        separate = [name for name in MODULES if name not in common]
+        self.shared = nn.ModuleDict({name: _module(name, config) for name in common})
+        self.und = nn.ModuleDict({name: _module(name, config) for name in separate})
+        self.gen = nn.ModuleDict({name: _module(name, config) for name in separate})
 
     def forward(
         self,
@@ -83,23 +85,20 @@ class DecoderLayer(nn.Module):
     ) -> Tensor:
         """x: [T, hidden] -> [T, hidden]."""
         head_dim = self.config.head_dim
-        y = self._rows("input_norm", x, num_und)
-        q = self._rows("q_proj", y, num_und).view(len(x), -1, head_dim)
-        k = self._rows("k_proj", y, num_und).view(len(x), -1, head_dim)
-        v = self._rows("v_proj", y, num_und).view(len(x), -1, head_dim)
-        q = rotary(self._rows("q_norm", q, num_und), *tables)
-        k = rotary(self._rows("k_norm", k, num_und), *tables)
+        y = self._run("input_norm", x, num_und)
+        q = self._run("q_proj", y, num_und).view(len(x), -1, head_dim)
+        k = self._run("k_proj", y, num_und).view(len(x), -1, head_dim)
+        v = self._run("v_proj", y, num_und).view(len(x), -1, head_dim)
+        q = rotary(self._run("q_norm", q, num_und), *tables)
+        k = rotary(self._run("k_norm", k, num_und), *tables)
         y = self.attend(q, k, v, plan, cache).reshape(len(x), -1)
-        x = x + self._rows("o_proj", y, num_und)
-        return x + self._rows("mlp", self._rows("mlp_norm", x, num_und), num_und)
+        x = x + self._run("o_proj", y, num_und)
+        return x + self._run("mlp", self._run("mlp_norm", x, num_und), num_und)
 
-    def _rows(self, role: str, x: Tensor, num_und: int) -> Tensor:
-        if role in self.shared:
-            return self.shared[role](x)
-        if self.skip_gen_branch:
-            assert num_und == len(x), "a token of the Gen branch in a stage that was to have none"
-            return self.und[role](x)
-        return torch.cat([self.und[role](x[:num_und]), self.gen[role](x[num_und:])])
+    def _run(self, name: str, x: Tensor, num_und: int) -> Tensor:
+        if name in self.shared:
+            return self.shared[name](x)
+        return apply_by_branch(self.und[name], self.gen[name], x, num_und, self.skip_gen_branch)
 
 
 class MLP(nn.Module):
@@ -129,20 +128,21 @@ class RMSNorm(nn.Module):
         return self.weight * y.to(x.dtype)
 
 
-def by_branch(modules: nn.ModuleDict, x: Tensor, num_und: int) -> Tensor:
-    """Apply the shared module to all rows, or each branch's own to its slice."""
-    if "shared" in modules:
-        return modules["shared"](x)
-    return torch.cat([modules["und"](x[:num_und]), modules["gen"](x[num_und:])])
+def apply_by_branch(und: nn.Module, gen: nn.Module, x: Tensor, num_und: int, skip_gen: bool = False) -> Tensor:
+    """Apply `und` to the first num_und rows of x and `gen` to the others; where `skip_gen`, there must be no others."""
+    if skip_gen:
+        assert num_und == len(x), "a token of the Gen branch in a stage without image generation"
+        return und(x)
+    return torch.cat([und(x[:num_und]), gen(x[num_und:])])
 
 
-def _module(role: str, config: DecoderConfig) -> nn.Module:
+def _module(name: str, config: DecoderConfig) -> nn.Module:
     query, key = config.heads * config.head_dim, config.kv_heads * config.head_dim
-    if role in ("input_norm", "mlp_norm"):
+    if name in ("input_norm", "mlp_norm"):
         return RMSNorm(config.hidden, config.eps)
-    if role in ("q_norm", "k_norm"):
+    if name in ("q_norm", "k_norm"):
         return RMSNorm(config.head_dim, config.eps)
-    if role == "mlp":
+    if name == "mlp":
         return MLP(config.hidden, config.intermediate_size)
     sizes = {
         "q_proj": (config.hidden, query),
@@ -150,4 +150,4 @@ def _module(role: str, config: DecoderConfig) -> nn.Module:
         "v_proj": (config.hidden, key),
         "o_proj": (query, config.hidden),
     }
-    return nn.Linear(*sizes[role], bias=False)
+    return nn.Linear(*sizes[name], bias=False)

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from emma_train.config.schema import ModelConfig
 from emma_train.model.adapters import Adapter, GenAdapter, position_2d
 from emma_train.model.attention import build_plan, select_backend
-from emma_train.model.cache import Cache
+from emma_train.model.cache import KVCache
 from emma_train.model.decoder import Decoder
 from emma_train.model.vision import VERSATILE, VisionEncoder
-from emma_train.sequence.layout import Role
+from emma_train.sequence.layout import ImageRole
 from emma_train.sequence.pack import PackedBatch
 
 
@@ -52,7 +52,7 @@ class Emma(nn.Module):
         time: Tensor,
         experts: Sequence[int] | None = None,
         losses: bool = False,
-        cache: Cache | None = None,
+        cache: KVCache | None = None,
     ) -> Prediction:
         """latents: [visual tokens, C], scaled, in stream order, target rows noised; time: [target tokens] in [0, 1].
 
@@ -63,7 +63,7 @@ class Emma(nn.Module):
         modules in the same order (contract 3).
         """
         num_text, num_und, num_reference, num_target = batch.counts
-        seen = [*batch.grids[Role.UND], *batch.grids[Role.REFERENCE]]
+        seen = [*batch.grids[ImageRole.UND], *batch.grids[ImageRole.REFERENCE]]
         vision = self.vision(self.pixels(batch), seen, experts)
         semantic = vision.features
         text = self.decoder.embed_tokens(batch.text_ids)
@@ -72,10 +72,10 @@ class Emma(nn.Module):
             und_latents = und_latents.masked_fill(batch.semantic_only[:, None], 0.0)
         und = self.und_adapter(semantic[:num_und], und_latents)
         gen = self.gen_adapter.forward_images(semantic[num_und:], latents[num_und:], time)
-        grids = [*seen, *batch.grids[Role.TARGET]]
+        grids = [*seen, *batch.grids[ImageRole.TARGET]]
         visual = torch.cat([und, gen])
-        places = position_2d(grids, visual.shape[-1], visual.device)
-        visual = visual + (self.config.position_scale * places).to(visual.dtype)
+        positions = position_2d(grids, visual.shape[-1], visual.device)
+        visual = visual + (self.config.position_scale * positions).to(visual.dtype)
         stream = torch.cat([text.to(visual.dtype), visual])
         plan = build_plan(batch, cache, select_backend(self.backend, stream.device, stream.dtype))
         hidden = self.decoder(stream, num_text + num_und, batch.position, plan, cache)
@@ -90,7 +90,7 @@ class Emma(nn.Module):
     def route(self, batch: PackedBatch) -> Tensor:
         """Router logits [understanding and reference images, 2], without running experts or decoder (Stage 4,
         router)."""
-        seen = [*batch.grids[Role.UND], *batch.grids[Role.REFERENCE]]
+        seen = [*batch.grids[ImageRole.UND], *batch.grids[ImageRole.REFERENCE]]
         logits = self.vision(self.pixels(batch), seen, route_only=True).router_logits
         assert logits is not None
         return logits
@@ -105,5 +105,5 @@ class Emma(nn.Module):
 
 def training_experts(batch: PackedBatch) -> list[int]:
     """Stage 4, expert: images labelled STEM take the STEM expert, all others the versatile one."""
-    num_reference = len(batch.grids[Role.REFERENCE])
+    num_reference = len(batch.grids[ImageRole.REFERENCE])
     return [max(VERSATILE, int(s)) for s in batch.stem.tolist()] + [VERSATILE] * num_reference

@@ -26,14 +26,14 @@ FLASH = ("flash_attn.cute", "flash_attn_interface", "flash_attn")
 def span_attention(q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> Tensor:
     """q: [T, heads, d]; k, v: [T, kv_heads, d], in stream order -> [T, heads, d]."""
     kernel = find_kernel(q.device.type)
-    q = q.index_select(0, spans.queries)
-    k, v = (_Copied.apply(x, spans.keys, spans.copies) for x in (k, v))
+    q = q.index_select(0, spans.query_order)
+    k, v = (_Copied.apply(x, spans.keys, spans.key_copies) for x in (k, v))
     outputs, at_q, at_k = [], 0, 0
     for call in spans.calls:
         rows, seen = slice(at_q, at_q + call.num_q), slice(at_k, at_k + call.num_k)
         outputs.append(kernel(q[rows], k[seen], v[seen], call))
         at_q, at_k = rows.stop, seen.stop
-    return torch.cat(outputs).index_select(0, spans.back)
+    return torch.cat(outputs).index_select(0, spans.inverse_order)
 
 
 class _Copied(torch.autograd.Function):
@@ -76,10 +76,10 @@ def _flash(function: Callable, q: Tensor, k: Tensor, v: Tensor, call: VarlenCall
         q,
         k,
         v,
-        cu_seqlens_q=call.starts_q,
-        cu_seqlens_k=call.starts_k,
-        max_seqlen_q=call.longest_q,
-        max_seqlen_k=call.longest_k,
+        cu_seqlens_q=call.cu_seqlens_q,
+        cu_seqlens_k=call.cu_seqlens_k,
+        max_seqlen_q=call.max_seqlen_q,
+        max_seqlen_k=call.max_seqlen_k,
         causal=call.causal,
     )
     return out[0] if isinstance(out, tuple) else out
@@ -100,7 +100,9 @@ def _torch_varlen() -> Kernel:
             options["window_size"] = (-1, 0) if call.causal else (-1, -1)
         else:
             options["is_causal"] = call.causal
-        out = varlen_attn(q, k, v, call.starts_q, call.starts_k, call.longest_q, call.longest_k, **options)
+        out = varlen_attn(
+            q, k, v, call.cu_seqlens_q, call.cu_seqlens_k, call.max_seqlen_q, call.max_seqlen_k, **options
+        )
         assert isinstance(out, Tensor)
         return out
 
@@ -108,7 +110,7 @@ def _torch_varlen() -> Kernel:
 
 
 def _one_by_one(q: Tensor, k: Tensor, v: Tensor, call: VarlenCall) -> Tensor:
-    lengths = [starts.diff().tolist() for starts in (call.starts_q, call.starts_k, call.starts_k)]
+    lengths = [starts.diff().tolist() for starts in (call.cu_seqlens_q, call.cu_seqlens_k, call.cu_seqlens_k)]
     outputs = []
     for q_run, k_run, v_run in zip(*(x.split(sizes) for x, sizes in zip((q, k, v), lengths, strict=True)), strict=True):
         q_run, k_run, v_run = (x.transpose(0, 1).unsqueeze(0).float() for x in (q_run, k_run, v_run))

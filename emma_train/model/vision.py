@@ -127,10 +127,10 @@ class VisionEncoder(nn.Module):
         rows = list(torch.arange(len(x), device=x.device).split(list(lengths)))
         outputs, order = [], []
         for expert, layers in ((VERSATILE, self.layers[shared:]), (STEM, self.stem_layers)):
-            mine = [i for i, e in enumerate(experts) if e == expert]
-            index = torch.cat([*(rows[i] for i in mine), rows[0][:0] if rows else torch.arange(0, device=x.device)])
+            members = [i for i, e in enumerate(experts) if e == expert]
+            index = torch.cat([*(rows[i] for i in members), rows[0][:0] if rows else torch.arange(0, device=x.device)])
             y = x[index]
-            images = self._images([lengths[i] for i in mine], y)
+            images = self._images([lengths[i] for i in members], y)
             for layer in layers:
                 y = layer(y, images)
             outputs.append(y)

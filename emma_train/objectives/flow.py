@@ -7,7 +7,7 @@ from torch import Tensor
 
 from emma_train.config.schema import FlowConfig
 from emma_train.objectives.counter_rng import normal
-from emma_train.sequence.layout import Role
+from emma_train.sequence.layout import ImageRole
 from emma_train.sequence.pack import PackedBatch
 
 
@@ -40,9 +40,9 @@ def draw_time(seeds: Tensor, config: FlowConfig) -> Tensor:
 def draw_noise(batch: PackedBatch, channels: int) -> Tensor:
     """Noise of every target token: [target tokens, C]. Value i of a target depends on its seed and on i alone."""
     device = batch.noise_seeds.device
-    sizes = [rows * columns for rows, columns in batch.grids[Role.TARGET]]
-    places = torch.cat([torch.arange(n, device=device) for n in [*sizes, 0]])
-    counters = places[:, None] * channels + torch.arange(channels, device=device)
+    sizes = [rows * columns for rows, columns in batch.grids[ImageRole.TARGET]]
+    indices = torch.cat([torch.arange(n, device=device) for n in [*sizes, 0]])
+    counters = indices[:, None] * channels + torch.arange(channels, device=device)
     return normal(batch.noise_seeds[batch.target_of_token][:, None], counters)
 
 

@@ -20,7 +20,7 @@ from emma_train.plan.cards import CARDS, GIB, usable_bytes
 from emma_train.plan.parts import parts_of, sizes_of
 from emma_train.plan.samples import ReadIndexRows, StepLoad, step_load
 from emma_train.plan.state import state_memory
-from emma_train.sequence.layout import Role
+from emma_train.sequence.layout import ImageRole
 from emma_train.sequence.tasks import TASKS
 from emma_train.stages.stage import makes_images, stage_of
 
@@ -172,7 +172,7 @@ class Plan:
         differ.
         """
         shuffle = self.recipe.model.vision.shuffle
-        understood = [name for name, task in TASKS.items() if task.condition is Role.UND]
+        understood = [name for name, task in TASKS.items() if task.condition is ImageRole.UND]
         others = [name for name in TASKS if name not in understood]
         gen = load.total(lambda s: s.made, *understood) + load.total(lambda s: s.seen + s.made, *others)
         # Causal rows see half their sample; an instruction sees its reference, a target all that is before it.

@@ -9,7 +9,7 @@ from emma_train.config.schema import Recipe
 from emma_train.plan.arithmetic import Plan
 from emma_train.plan.cards import CARDS, GIB, RESERVE, usable_bytes
 from emma_train.plan.samples import ReadIndexRows, tokenwise
-from emma_train.sequence.layout import Role
+from emma_train.sequence.layout import ImageRole
 from emma_train.sequence.tasks import TASKS
 
 
@@ -67,7 +67,7 @@ def _token_table(plan: Plan) -> Table:
         image = TASKS[task].image_config(plan.recipe.data)
         vae, low, high = tokenwise(pixels * math.sqrt(mean.seen / max(mean.images_seen, 1.0)))
         made, _, _ = tokenwise(pixels * math.sqrt(mean.made))
-        encoded = vae * (TASKS[task].condition is Role.REFERENCE)
+        encoded = vae * (TASKS[task].condition is ImageRole.REFERENCE)
         least, most = (mean.text + mean.images_seen * (encoded + vit) + made for vit in (low, high))
         size = "native" if image.mode == "native" else f"{image.side}²" + " buckets" * (image.mode == "buckets")
         table.add_row(

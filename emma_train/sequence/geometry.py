@@ -33,13 +33,13 @@ def buckets(side: int, pixels: int, max_aspect: float = 4.0) -> tuple[tuple[int,
     """(height, width) of every bucket: sides multiples of `pixels`, area nearest to side², aspect up to
     `max_aspect`."""
     area = (side // pixels) ** 2
-    found = set()
+    sizes = set()
     # The shorter side sets the longer one, so that no two buckets differ by a rounding: 33 for 1024 pixels.
     for rows in range(1, side // pixels + 1):
         columns = round(area / rows)
         if columns and 1 / max_aspect <= rows / columns <= max_aspect:
-            found |= {(rows * pixels, columns * pixels), (columns * pixels, rows * pixels)}
-    return tuple(sorted(found))
+            sizes |= {(rows * pixels, columns * pixels), (columns * pixels, rows * pixels)}
+    return tuple(sorted(sizes))
 
 
 def to_patches(image: np.ndarray, patch: int, shuffle: int) -> np.ndarray:

@@ -15,7 +15,7 @@ from enum import IntEnum
 from emma_train.sequence.tokens import TextTokenizer
 
 
-class Role(IntEnum):
+class ImageRole(IntEnum):
     """What an image is for. The order is that of the residual stream (branch order)."""
 
     UND = 1
@@ -39,7 +39,7 @@ class ImageSegment:
     """Visual tokens of one image of the sample, named as in its record."""
 
     name: str
-    role: Role
+    role: ImageRole
     semantic_only: bool = False
     """Whether the model sees the semantic half of an understanding image only, with zeros for the latent half."""
 
@@ -54,7 +54,7 @@ def understanding(tokenizer: TextTokenizer, images: Sequence[str], turns: Sequen
         _text(segments, tokenizer.encode(f"<|im_start|>{role}\n"))
         if index == 0:
             for name in images:
-                _image(segments, tokenizer, name, Role.UND)
+                _image(segments, tokenizer, name, ImageRole.UND)
         if role == "assistant":
             _text(segments, [*tokenizer.encode_user(text), tokenizer.im_end], supervised=True)
             if index + 1 < len(turns):
@@ -74,7 +74,7 @@ def generation(
     images: Sequence[str],
     text: str,
     target: str,
-    role: Role = Role.REFERENCE,
+    role: ImageRole = ImageRole.REFERENCE,
     semantic_only: bool = False,
 ) -> list[Segment]:
     """T2I without images, IT2I with references, recon with the semantic half of understanding images.
@@ -87,7 +87,7 @@ def generation(
         _image(segments, tokenizer, name, role, semantic_only)
     _text(segments, [*tokenizer.encode_user(text), tokenizer.im_end])
     _text(segments, tokenizer.encode("\n<|im_start|>assistant\n<|vision_start|>"))
-    segments.append(ImageSegment(target, Role.TARGET))
+    segments.append(ImageSegment(target, ImageRole.TARGET))
     return segments
 
 
@@ -98,7 +98,7 @@ def num_text_tokens(segments: Sequence[Segment]) -> tuple[int, int]:
 
 
 def _image(
-    segments: list[Segment], tokenizer: TextTokenizer, name: str, role: Role, semantic_only: bool = False
+    segments: list[Segment], tokenizer: TextTokenizer, name: str, role: ImageRole, semantic_only: bool = False
 ) -> None:
     _text(segments, [tokenizer.id("<|vision_start|>")])
     segments.append(ImageSegment(name, role, semantic_only))

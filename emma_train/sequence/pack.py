@@ -1,9 +1,8 @@
 """The packed batch: several samples as one sequence of tokens, in branch order.
 
-The residual stream of a pack is  [ text | understanding images | reference images | target images ],  so that
-the Und
-and the Gen branch each own one slice and the embedding of a pack is one concatenation. What a token may see is told by
-tables, not by memory order:  token q sees token k  iff  sample[q] == sample[k] and position[k] <= limit[q].
+The residual stream of a pack is  [ text | understanding images | reference images | target images ],  so that the Und
+and the Gen branch each have one slice, and the embedding of a pack is one concatenation. Tables, not the order in
+memory, say what a token may see:  token q sees token k  iff  sample[q] == sample[k] and position[k] <= limit[q].
 """
 
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 import torch
 
-from emma_train.sequence.layout import ImageSegment, Role, Segment, TextSegment
+from emma_train.sequence.layout import ImageRole, ImageSegment, Segment, TextSegment
 from emma_train.sequence.spans import Spans, spans
 
 IGNORE_STEM = -1
@@ -20,7 +19,7 @@ IGNORE_STEM = -1
 
 @dataclass
 class ImageTokens:
-    """An image of a sample, and how it is drawn from."""
+    """An image of a sample as visual tokens."""
 
     grid: tuple[int, int]
     """Rows and columns of visual tokens."""
@@ -65,14 +64,14 @@ class PackedBatch:
     """Tokens of the stream's four groups: text, understanding, reference, target."""
     max_length: int
     """Tokens of the longest sample."""
-    grids: dict[Role, list[tuple[int, int]]]
+    grids: dict[ImageRole, list[tuple[int, int]]]
     """(rows, columns) of the images of each role, in stream order."""
     text_ids: torch.Tensor
     """int64 [counts[0]]."""
     sample: torch.Tensor
     """int64 [T]: index of the sample in the pack."""
     position: torch.Tensor
-    """int64 [T]: place in the sample, for RoPE and the mask."""
+    """int64 [T]: position in the sample, for RoPE and the mask."""
     limit: torch.Tensor
     """int64 [T]: last position that the token sees."""
     spans: Spans
@@ -122,7 +121,7 @@ class PackedBatch:
     def num_target_tokens(self) -> dict[str, int]:
         """Flow-matching tokens by task."""
         sizes: dict[str, int] = {}
-        for task, (rows, columns) in zip(self.target_tasks, self.grids[Role.TARGET], strict=True):
+        for task, (rows, columns) in zip(self.target_tasks, self.grids[ImageRole.TARGET], strict=True):
             sizes[task] = sizes.get(task, 0) + rows * columns
         return sizes
 
@@ -136,78 +135,101 @@ class PackedBatch:
         return replace(self, **moved)
 
 
-def pack(samples: Sequence[Sample], num_dropped: int = 0) -> PackedBatch:
-    """Join samples to one pack. Order within each group of the stream follows `samples`."""
-    starts: dict[int, list[np.ndarray]] = {group: [] for group in range(4)}
-    tables: dict[str, dict[int, list[np.ndarray]]] = {
-        name: {group: [] for group in range(4)} for name in ("sample", "position", "limit")
-    }
-    text_ids: list[int] = []
-    supervised: list[tuple[int, int, int]] = []
-    images: dict[Role, list[ImageTokens]] = {role: [] for role in Role}
-    semantic_only: list[torch.Tensor] = []
-    owners: list[Sample] = []
-    for index, sample in enumerate(samples):
-        place = 0
+class _StreamTables:
+    """Tables of the tokens of some samples, collected segment by segment for each of the stream's four groups."""
+
+    def __init__(self) -> None:
+        self.columns: dict[str, list[list[np.ndarray]]] = {
+            name: [[] for _ in range(4)] for name in ("sample", "position", "limit")
+        }
+        self.text_ids: list[int] = []
+        self.supervised: list[tuple[int, int, int]] = []
+        """(sample, position, id) of every supervised token."""
+        self.images: dict[ImageRole, list[ImageTokens]] = {role: [] for role in ImageRole}
+        self.semantic_only: list[torch.Tensor] = []
+        self.target_samples: list[Sample] = []
+        """The sample of each target."""
+
+    def add(self, index: int, sample: Sample) -> None:
+        """Add a sample as number `index` of the pack."""
+        position = 0
         for segment in sample.segments:
             if isinstance(segment, TextSegment):
                 group, length, causal = 0, len(segment.ids), True
-                text_ids += segment.ids
+                self.text_ids += segment.ids
                 if segment.supervised:
-                    supervised += [(index, place + i, token) for i, token in enumerate(segment.ids)]
+                    self.supervised += [(index, position + i, token) for i, token in enumerate(segment.ids)]
             else:
-                pixels = sample.images[segment.name]
-                group, length = int(segment.role), pixels.grid[0] * pixels.grid[1]
-                causal = segment.role is Role.UND
-                images[segment.role].append(pixels)
-                if segment.role is Role.UND:
-                    semantic_only.append(torch.full((length,), segment.semantic_only))
-                if segment.role is Role.TARGET:
-                    owners.append(sample)
-            positions = np.arange(place, place + length)
-            starts[group].append(positions)
-            tables["sample"][group].append(np.full(length, index))
-            tables["position"][group].append(positions)
-            tables["limit"][group].append(positions if causal else np.full(length, place + length - 1))
-            place += length
+                image = sample.images[segment.name]
+                group, length = int(segment.role), image.grid[0] * image.grid[1]
+                causal = segment.role is ImageRole.UND
+                self.images[segment.role].append(image)
+                if segment.role is ImageRole.UND:
+                    self.semantic_only.append(torch.full((length,), segment.semantic_only))
+                if segment.role is ImageRole.TARGET:
+                    self.target_samples.append(sample)
+            positions = np.arange(position, position + length)
+            self.columns["sample"][group].append(np.full(length, index))
+            self.columns["position"][group].append(positions)
+            self.columns["limit"][group].append(positions if causal else np.full(length, position + length - 1))
+            position += length
 
-    joined = {name: _join([part for group in range(4) for part in parts[group]]) for name, parts in tables.items()}
-    counts = tuple(sum(len(p) for p in starts[group]) for group in range(4))
-    order = [*images[Role.UND], *images[Role.REFERENCE], *images[Role.TARGET]]
-    cached = all(p.latent is not None for p in order)
-    seen = order if not cached else order[: len(order) - len(images[Role.TARGET])]
-    patches = [p.patches for p in seen if p.patches is not None]
+    @property
+    def counts(self) -> tuple[int, int, int, int]:
+        """Tokens of the four groups."""
+        text, und, reference, target = (sum(map(len, parts)) for parts in self.columns["position"])
+        return text, und, reference, target
+
+    def column(self, name: str) -> np.ndarray:
+        """A table in stream order: int64 [T]."""
+        parts = [part for group in self.columns[name] for part in group]
+        return np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, np.int64)
+
+
+def pack(samples: Sequence[Sample], num_dropped: int = 0) -> PackedBatch:
+    """Join samples to one pack. Order within each group of the stream follows `samples`.
+
+    Raises ValueError if an image that the model or the autoencoder must see has no patches.
+    """
+    tables = _StreamTables()
+    for index, sample in enumerate(samples):
+        tables.add(index, sample)
+    owner, position, limit = (tables.column(name) for name in ("sample", "position", "limit"))
+    counts, images, targets = tables.counts, tables.images, tables.target_samples
+    order = [*images[ImageRole.UND], *images[ImageRole.REFERENCE], *images[ImageRole.TARGET]]
+    cached = all(image.latent is not None for image in order)
+    seen = order if not cached else order[: len(order) - len(images[ImageRole.TARGET])]
+    patches = [image.patches for image in seen if image.patches is not None]
     if len(patches) != len(seen):
         raise ValueError("an image without patches is only allowed as a target whose pack has all latents")
-    where = {
-        (int(s), int(p)): i
-        for i, (s, p) in enumerate(zip(joined["sample"], joined["position"], strict=True))
-        if i < counts[0] + counts[1]
+    num_und = counts[0] + counts[1]
+    stream_index = {
+        pair: i for i, pair in enumerate(zip(owner[:num_und].tolist(), position[:num_und].tolist(), strict=True))
     }
-    target_sizes = [p.grid[0] * p.grid[1] for p in images[Role.TARGET]]
+    target_sizes = [rows * columns for rows, columns in (image.grid for image in images[ImageRole.TARGET])]
     return PackedBatch(
         keys=[s.key for s in samples],
         tasks=[s.task for s in samples],
-        counts=counts,  # type: ignore[arg-type]
+        counts=counts,
         max_length=max(sample.num_tokens for sample in samples),
-        grids={role: [p.grid for p in images[role]] for role in Role},
-        text_ids=torch.tensor(text_ids, dtype=torch.int64),
-        sample=torch.from_numpy(joined["sample"]),
-        position=torch.from_numpy(joined["position"]),
-        limit=torch.from_numpy(joined["limit"]),
-        spans=spans(joined["sample"], joined["position"], joined["limit"]),
-        predictors=torch.tensor([where[s, p - 1] for s, p, _ in supervised], dtype=torch.int64),
-        labels=torch.tensor([token for _, _, token in supervised], dtype=torch.int64),
+        grids={role: [p.grid for p in images[role]] for role in ImageRole},
+        text_ids=torch.tensor(tables.text_ids, dtype=torch.int64),
+        sample=torch.from_numpy(owner),
+        position=torch.from_numpy(position),
+        limit=torch.from_numpy(limit),
+        spans=spans(owner, position, limit),
+        predictors=torch.tensor([stream_index[s, p - 1] for s, p, _ in tables.supervised], dtype=torch.int64),
+        labels=torch.tensor([token for _, _, token in tables.supervised], dtype=torch.int64),
         patches=torch.from_numpy(np.concatenate(patches)) if patches else torch.zeros(0, 0, dtype=torch.uint8),
         latents=torch.from_numpy(np.concatenate([p.latent for p in order])) if cached and order else None,
-        noise_seeds=torch.tensor([s.noise_seed for s in owners], dtype=torch.int64),
-        time_seeds=torch.tensor([s.time_seed for s in owners], dtype=torch.int64),
+        noise_seeds=torch.tensor([s.noise_seed for s in targets], dtype=torch.int64),
+        time_seeds=torch.tensor([s.time_seed for s in targets], dtype=torch.int64),
         target_of_token=torch.repeat_interleave(
-            torch.arange(len(owners)), torch.tensor(target_sizes, dtype=torch.int64)
+            torch.arange(len(targets)), torch.tensor(target_sizes, dtype=torch.int64)
         ),
-        target_tasks=[s.task for s in owners],
-        stem=torch.tensor([p.stem for p in images[Role.UND]], dtype=torch.int64),
-        semantic_only=torch.cat(semantic_only) if any(part.any() for part in semantic_only) else None,
+        target_tasks=[s.task for s in targets],
+        stem=torch.tensor([p.stem for p in images[ImageRole.UND]], dtype=torch.int64),
+        semantic_only=torch.cat(tables.semantic_only) if any(map(torch.any, tables.semantic_only)) else None,
         num_dropped=num_dropped,
     )
 
@@ -216,10 +238,6 @@ def continued(batch: PackedBatch, lengths: Sequence[int]) -> PackedBatch:
     """The pack as a continuation of samples that have so many tokens already (model/cache.py)."""
     start = torch.tensor(lengths, dtype=torch.int64, device=batch.sample.device)[batch.sample]
     return replace(batch, position=batch.position + start, limit=batch.limit + start)
-
-
-def _join(parts: list[np.ndarray]) -> np.ndarray:
-    return np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, np.int64)
 
 
 def image_segments(segments: Sequence[Segment]) -> list[ImageSegment]:

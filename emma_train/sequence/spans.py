@@ -19,19 +19,21 @@ class VarlenCall:
 
     causal: bool
     """Query i of n sees all but the last n - 1 - i keys of its sequence; where false, all of them."""
-    starts_q: torch.Tensor
+    cu_seqlens_q: torch.Tensor
     """int32 [runs + 1]: where each run's queries start."""
-    starts_k: torch.Tensor
+    cu_seqlens_k: torch.Tensor
     """int32 [runs + 1]: where each run's keys start."""
     num_q: int
     num_k: int
-    longest_q: int
-    longest_k: int
+    max_seqlen_q: int
+    max_seqlen_k: int
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "VarlenCall":
         """The same on a device."""
-        starts_q, starts_k = (x.to(device, non_blocking=non_blocking) for x in (self.starts_q, self.starts_k))
-        return replace(self, starts_q=starts_q, starts_k=starts_k)
+        cu_seqlens_q, cu_seqlens_k = (
+            x.to(device, non_blocking=non_blocking) for x in (self.cu_seqlens_q, self.cu_seqlens_k)
+        )
+        return replace(self, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
 
 
 @dataclass
@@ -39,13 +41,13 @@ class Spans:
     """How the rows of a pack's stream go into the calls and back. T rows; K keys, once for each run that sees them."""
 
     calls: list[VarlenCall]
-    queries: torch.Tensor
+    query_order: torch.Tensor
     """int64 [T]: stream row of each query, call after call."""
-    back: torch.Tensor
+    inverse_order: torch.Tensor
     """int64 [T]: place of each stream row among the queries."""
     keys: torch.Tensor
     """int64 [K]: stream row of each key, call after call."""
-    copies: torch.Tensor
+    key_copies: torch.Tensor
     """int64 [T, most runs that see a row]: places of each stream row among the keys; K where there are fewer."""
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "Spans":
@@ -55,41 +57,43 @@ class Spans:
             return x.to(device, non_blocking=non_blocking)
 
         calls = [call.to(device, non_blocking) for call in self.calls]
-        return Spans(calls, moved(self.queries), moved(self.back), moved(self.keys), moved(self.copies))
+        return Spans(
+            calls, moved(self.query_order), moved(self.inverse_order), moved(self.keys), moved(self.key_copies)
+        )
 
 
 def spans(sample: np.ndarray, position: np.ndarray, limit: np.ndarray) -> Spans:
     """From a pack's tables, int64 [T] each (sequence/pack.py). Positions of a sample have no gaps."""
     num = len(sample)
     order = np.lexsort((position, sample))
-    owner, place, end = sample[order], position[order], limit[order]
+    owner, at, end = sample[order], position[order], limit[order]
     new_sample = np.ones(num, dtype=bool)
     new_sample[1:] = owner[1:] != owner[:-1]
-    causal = end == place
+    causal = end == at
     # The last token of a full image sees as far as itself too, but so does the token before it.
-    causal[1:] &= new_sample[1:] | (end[:-1] < place[1:])
+    causal[1:] &= new_sample[1:] | (end[:-1] < at[1:])
     new_run = new_sample.copy()
     # A run ends with its sample, where causal turns to full or back, and where one full image follows another.
     new_run[1:] |= (causal[1:] != causal[:-1]) | (~causal[1:] & (end[1:] != end[:-1]))
     first = np.flatnonzero(new_run)
     last = np.append(first[1:], num)
     start = np.flatnonzero(new_sample)[np.cumsum(new_sample)[first] - 1]
-    calls, queries, keys = [], [], []
+    calls, query_order, keys = [], [], []
     for kind in (True, False):
-        mine = causal[first] == kind
-        if not mine.any():
+        of_kind = causal[first] == kind
+        if not of_kind.any():
             continue
-        lengths_q, lengths_k = (last - first)[mine], (last - start)[mine]
-        queries.append(order[_ranges(first[mine], lengths_q)])
-        keys.append(order[_ranges(start[mine], lengths_k)])
+        lengths_q, lengths_k = (last - first)[of_kind], (last - start)[of_kind]
+        query_order.append(order[_ranges(first[of_kind], lengths_q)])
+        keys.append(order[_ranges(start[of_kind], lengths_k)])
         calls.append(_call(kind, lengths_q, lengths_k))
-    rows, seen = np.concatenate([*queries, order[:0]]), np.concatenate([*keys, order[:0]])
-    back = np.empty(num, dtype=np.int64)
-    back[rows] = np.arange(num)
+    rows, seen = np.concatenate([*query_order, order[:0]]), np.concatenate([*keys, order[:0]])
+    inverse_order = np.empty(num, dtype=np.int64)
+    inverse_order[rows] = np.arange(num)
     return Spans(
         calls,
         torch.from_numpy(rows),
-        torch.from_numpy(back),
+        torch.from_numpy(inverse_order),
         torch.from_numpy(seen),
         torch.from_numpy(_copies(seen, num)),
     )
@@ -103,12 +107,12 @@ def full_call(lengths: Sequence[int]) -> VarlenCall:
 def _call(causal: bool, lengths_q: np.ndarray, lengths_k: np.ndarray) -> VarlenCall:
     return VarlenCall(
         causal,
-        starts_q=_starts(lengths_q),
-        starts_k=_starts(lengths_k),
+        cu_seqlens_q=_starts(lengths_q),
+        cu_seqlens_k=_starts(lengths_k),
         num_q=int(lengths_q.sum()),
         num_k=int(lengths_k.sum()),
-        longest_q=int(lengths_q.max()),
-        longest_k=int(lengths_k.max()),
+        max_seqlen_q=int(lengths_q.max()),
+        max_seqlen_k=int(lengths_k.max()),
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from emma_train.config.schema import DataConfig, ImageConfig
 from emma_train.sequence import layout
-from emma_train.sequence.layout import Role, Segment
+from emma_train.sequence.layout import ImageRole, Segment
 from emma_train.sequence.tokens import TextTokenizer
 
 Alternative = Mapping[str, Any]
@@ -36,7 +36,7 @@ class Task:
     """text: next-token prediction of its answers. flow: flow matching of its target image."""
     images: Literal["und", "gen"]
     """Section of the recipe's data that says how its images are resized."""
-    condition: Role | None
+    condition: ImageRole | None
     """Role of the images that it shows; None if it shows none."""
     layout: Layout
     """Segments of one sample."""
@@ -84,7 +84,7 @@ RECONSTRUCTION_PROMPT = "Describe the image in detail."
 def _reconstruction(tokenizer: TextTokenizer, images: Sequence[str], alternative: Alternative) -> list[Segment]:
     # Its own latent in the condition would give the target away.
     prompt, target = RECONSTRUCTION_PROMPT, alternative["target"]
-    return layout.generation(tokenizer, images, prompt, target, Role.UND, semantic_only=True)
+    return layout.generation(tokenizer, images, prompt, target, ImageRole.UND, semantic_only=True)
 
 
 TASKS = {
@@ -97,7 +97,7 @@ TASKS = {
             color="c-blue",
             loss="text",
             images="und",
-            condition=Role.UND,
+            condition=ImageRole.UND,
             layout=_question_and_answers,
             typical_text=(160, 128),
         ),
@@ -119,7 +119,7 @@ TASKS = {
             color="c-green",
             loss="flow",
             images="gen",
-            condition=Role.REFERENCE,
+            condition=ImageRole.REFERENCE,
             layout=_text_to_image,
             typical_text=(64, 0),
         ),
@@ -131,7 +131,7 @@ TASKS = {
             color="c-pink",
             loss="flow",
             images="gen",
-            condition=Role.UND,
+            condition=ImageRole.UND,
             layout=_reconstruction,
             typical_text=(18, 0),
             records="t2i",

@@ -40,9 +40,9 @@ class TextTokenizer:
 
     def id(self, token: str) -> int:
         """Id of a special token."""
-        found = self._tokenizer.token_to_id(token)
-        assert found is not None, token
-        return int(found)
+        token_id = self._tokenizer.token_to_id(token)
+        assert token_id is not None, token
+        return int(token_id)
 
     @cached_property
     def im_end(self) -> int:

@@ -42,7 +42,7 @@ def fingerprints(model: nn.Module) -> dict[str, str]:
     return {name: _hash(p) for name, p in model.named_parameters() if not p.requires_grad}
 
 
-def changed(model: nn.Module, before: Mapping[str, str]) -> list[str]:
+def changed_parameters(model: nn.Module, before: Mapping[str, str]) -> list[str]:
     """Names of frozen parameters whose bytes on this rank differ from `before`."""
     return [name for name, digest in fingerprints(model).items() if before.get(name) != digest]
 

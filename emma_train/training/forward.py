@@ -14,7 +14,7 @@ from emma_train.objectives.flow import add_noise, velocity_loss
 from emma_train.objectives.loss import LossAccumulator
 from emma_train.objectives.next_token import next_token_loss
 from emma_train.sequence.geometry import from_patches
-from emma_train.sequence.layout import Role
+from emma_train.sequence.layout import ImageRole
 from emma_train.sequence.pack import PackedBatch
 from emma_train.sequence.tasks import TASKS
 from emma_train.stages.stage import Stage
@@ -61,7 +61,7 @@ def clean_latents(batch: PackedBatch, autoencoder: Autoencoder) -> Tensor:
     cached."""
     if batch.latents is not None:
         return batch.latents * autoencoder.scale
-    grids = [grid for role in Role for grid in batch.grids[role]]
+    grids = [grid for role in ImageRole for grid in batch.grids[role]]
     if not grids:
         return torch.zeros(0, autoencoder.config.channels, device=autoencoder.device)
     patch = math.isqrt(batch.patches.shape[1] // 3)

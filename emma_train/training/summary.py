@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from emma_train.engine.world import World
-from emma_train.stages.freeze import changed
+from emma_train.stages.freeze import changed_parameters
 from emma_train.stages.stage import Stage
 from emma_train.training.build import TrainingParts
 from emma_train.training.run_folder import RunFolder
@@ -19,7 +19,7 @@ def finish_stage(
     Raises RuntimeError where a frozen parameter has changed.
     """
     parts.engine.reshard()
-    moved = changed(parts.engine.model, frozen)
+    moved = changed_parameters(parts.engine.model, frozen)
     num_moved = world.sum([len(moved)])[0]
     if world.is_main:
         run.write_summary(summary_of(stage, state, parts, len(frozen), frozen_verified=num_moved == 0))

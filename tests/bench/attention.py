@@ -16,7 +16,7 @@ from functools import partial
 import torch
 
 from emma_train.model.attention import AttentionPlan, MaskPlan, attention, build_plan, hybrid_mask, prepare_masks
-from emma_train.sequence.layout import ImageSegment, Role, Segment, TextSegment
+from emma_train.sequence.layout import ImageRole, ImageSegment, Segment, TextSegment
 from emma_train.sequence.pack import ImageTokens, PackedBatch, Sample, pack
 
 
@@ -25,9 +25,9 @@ def sample(task: str, key: str, side: int) -> Sample:
     patches, latent = torch.zeros(side**2 * 4, 768, dtype=torch.uint8), torch.zeros(side**2, 32)
     image = ImageTokens((side, side), patches.numpy(), latent.numpy())
     segments: dict[str, list[Segment]] = {
-        "i2t": [_text(8), ImageSegment("a", Role.UND), _text(184)],
-        "t2i": [_text(64), ImageSegment("a", Role.TARGET)],
-        "it2i": [_text(8), ImageSegment("a", Role.REFERENCE), _text(56), ImageSegment("b", Role.TARGET)],
+        "i2t": [_text(8), ImageSegment("a", ImageRole.UND), _text(184)],
+        "t2i": [_text(64), ImageSegment("a", ImageRole.TARGET)],
+        "it2i": [_text(8), ImageSegment("a", ImageRole.REFERENCE), _text(56), ImageSegment("b", ImageRole.TARGET)],
     }
     return Sample(key, task, segments[task], {"a": image, "b": image})
 

@@ -20,7 +20,7 @@ from data_pipelines.shards.images import load_image
 from data_pipelines.shards.latents import latents_metadata, latents_path, transform_name
 from emma_train.config.schema import ImageConfig, Recipe
 from emma_train.model.autoencoder import Autoencoder
-from emma_train.sequence.layout import Role, TextSegment
+from emma_train.sequence.layout import ImageRole, TextSegment
 from emma_train.sequence.pack import Sample, image_segments, pack
 from emma_train.training.forward import clean_latents
 from tests.helpers import PATCH, SHUFFLE, tiny_model, tiny_recipe, tokenizer
@@ -75,7 +75,7 @@ def test_a_sample_has_the_tokens_that_its_plan_counted() -> None:
     for planned in list(planned_of(recipe, 24)):
         sample = reader.read(planned)
         assert (sample.key, sample.task, sample.num_tokens) == (planned.key, planned.task, planned.num_tokens)
-        seen = [p for p in image_segments(sample.segments) if p.role is not Role.TARGET]
+        seen = [p for p in image_segments(sample.segments) if p.role is not ImageRole.TARGET]
         grids = [sample.images[p.name].grid for p in seen]
         assert sum(rows * columns for rows, columns in grids) == planned.num_visual
 

@@ -15,7 +15,7 @@ from data_pipelines.planner.planner import SampleRef
 from data_pipelines.shards.images import load_image, open_image
 from emma_train.config.schema import DataConfig, ImageConfig
 from emma_train.sequence.geometry import buckets, from_patches
-from emma_train.sequence.layout import Role, TextSegment
+from emma_train.sequence.layout import ImageRole, TextSegment
 from emma_train.sequence.pack import Sample, image_segments, pack
 from tests.helpers import PATCH, SHUFFLE, tokenizer
 
@@ -81,19 +81,22 @@ def test_of_several_turns_every_answer_is_supervised_and_nothing_else() -> None:
 def test_several_images_stand_in_the_order_of_the_alternative() -> None:
     record = {"i2t": [{"images": ["img2", "img0"], "turns": turns("which is larger?", "the first")}]}
     loaded = sample(record, "i2t", ["img0", "img1", "img2"])
-    assert [(p.name, p.role) for p in image_segments(loaded.segments)] == [("img2", Role.UND), ("img0", Role.UND)]
+    assert [(p.name, p.role) for p in image_segments(loaded.segments)] == [
+        ("img2", ImageRole.UND),
+        ("img0", ImageRole.UND),
+    ]
     assert loaded.images.keys() == {"img0", "img2"}
     assert text_of(loaded).startswith(f"{USER}{IMAGE}{IMAGE}which")
-    assert pack([loaded]).grids[Role.UND] == [(2, 2), (2, 2)]
+    assert pack([loaded]).grids[ImageRole.UND] == [(2, 2), (2, 2)]
 
 
 def test_an_edit_of_several_references_keeps_or_loses_them_together() -> None:
     record = {"it2i": [{"images": ["img0", "img1"], "target": "img2", "text": "join them"}]}
     loaded = sample(record, "it2i", ["img0", "img1", "img2"])
     roles = [(p.name, p.role) for p in image_segments(loaded.segments)]
-    assert roles == [("img0", Role.REFERENCE), ("img1", Role.REFERENCE), ("img2", Role.TARGET)]
+    assert roles == [("img0", ImageRole.REFERENCE), ("img1", ImageRole.REFERENCE), ("img2", ImageRole.TARGET)]
     dropped = sample(record, "it2i", ["img0", "img1", "img2"], reference_dropout=1.0)
-    assert [p.role for p in image_segments(dropped.segments)] == [Role.TARGET]
+    assert [p.role for p in image_segments(dropped.segments)] == [ImageRole.TARGET]
     assert "join them" in text_of(dropped)
 
 

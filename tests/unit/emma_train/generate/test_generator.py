@@ -102,8 +102,8 @@ def test_sampling_has_the_frequencies_of_the_softmax() -> None:
         picked = torch.tensor(sample_next_token(logits.expand(num, 4), list(range(num)), 3, temperature))
         want = num * torch.softmax(logits / temperature, 0)
         assert float(((torch.bincount(picked, minlength=4) - want) ** 2 / want).sum()) < 11.3  # chi-square, 1 %
-    places = [sample_next_token(logits[None], [7], place, 1.0)[0] for place in range(40)]
-    assert len(set(places)) > 1
+    picked_tokens = [sample_next_token(logits[None], [7], position, 1.0)[0] for position in range(40)]
+    assert len(set(picked_tokens)) > 1
     assert sample_next_token(logits.expand(3, 4), [1, 2, 3], 0, 0.0) == [0, 0, 0]
 
 
@@ -262,10 +262,10 @@ def test_packed_requests_are_drawn_as_if_alone(emma: Emma, requests: list[Reques
 def test_the_noise_is_that_of_the_requests_seed(emma: Emma) -> None:
     settings = FlowSettings(steps=2, text_guidance=1.0)
     other = Request("a", "t2i", "a red fish", size=(64, 64), seed=99)
-    first, again, changed = (
+    first, again, with_overrides = (
         generator(emma).generate_latents([r], settings)[0] for r in (PROMPTS[0], PROMPTS[0], other)
     )
-    assert torch.equal(first, again) and (first - changed).abs().max() > 0.1
+    assert torch.equal(first, again) and (first - with_overrides).abs().max() > 0.1
 
 
 def test_images_have_the_size_that_was_asked_for(emma: Emma) -> None:

@@ -57,7 +57,7 @@ def test_padded_dense_and_row_by_row_agree_in_value_and_gradient(seed: int) -> N
     # The more samples of one length, the cheaper padding: with four copies of up to three samples it always wins.
     batch = random_pack(seed, copies=4)
     plan = prepare_masks(batch)
-    assert plan.place is not None
+    assert plan.rows is not None
     generator = torch.Generator().manual_seed(seed)
     shapes = [(batch.num_tokens, heads, DIM) for heads in (HEADS, KV_HEADS, KV_HEADS, HEADS)]
     q, k, v, weight = (torch.randn(shape, generator=generator) for shape in shapes)
@@ -102,8 +102,8 @@ def test_flex_and_dense_agree_in_value_and_gradient(seed: int) -> None:
     # torch refuses flex's backward on a CPU by a check alone; uncompiled, it is the same mathematics.
     with patch.object(flex_attention, "_validate_device"), patch.object(flex, "_compiled", lambda: FLEX):
         got = gradients(batch, seed, build_plan(batch, backend="flex"))
-    for mine, want in zip(got, gradients(batch, seed, MaskPlan(hybrid_mask(batch))), strict=True):
-        torch.testing.assert_close(mine, want, rtol=1e-5, atol=5e-6)
+    for gradient, want in zip(got, gradients(batch, seed, MaskPlan(hybrid_mask(batch))), strict=True):
+        torch.testing.assert_close(gradient, want, rtol=1e-5, atol=5e-6)
 
 
 @pytest.mark.seconds
@@ -138,10 +138,10 @@ def test_a_recipe_s_backend_becomes_one_that_runs_there_or_an_error() -> None:
 
 def test_prepare_takes_the_cheaper_form() -> None:
     even = pack([t2i_sample(f"p{i}") for i in range(6)])
-    assert prepare_masks(even).place is not None
+    assert prepare_masks(even).rows is not None
     uneven = pack([i2t_sample("long", [(8, 8)]), *(i2t_sample(f"q{i}", [], answer="a") for i in range(3))])
-    assert prepare_masks(uneven).place is None
-    assert prepare_masks(pack([t2i_sample()])).place is None
+    assert prepare_masks(uneven).rows is None
+    assert prepare_masks(pack([t2i_sample()])).rows is None
 
 
 def test_the_mask_of_a_small_pack_written_by_hand() -> None:
@@ -189,6 +189,6 @@ def test_a_pack_equals_its_samples_one_by_one(seed: int) -> None:
     q, k, v = (torch.randn(batch.num_tokens, heads, DIM) for heads in (HEADS, KV_HEADS, KV_HEADS))
     together = attention(q, k, v, build_plan(batch))
     for index, sample in enumerate(samples):
-        mine = batch.sample == index
-        alone = attention(q[mine], k[mine], v[mine], build_plan(pack([sample])))
-        torch.testing.assert_close(together[mine], alone, rtol=1e-6, atol=1e-6)
+        of_sample = batch.sample == index
+        alone = attention(q[of_sample], k[of_sample], v[of_sample], build_plan(pack([sample])))
+        torch.testing.assert_close(together[of_sample], alone, rtol=1e-6, atol=1e-6)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from emma_train.model.cache import Cache
+from emma_train.model.cache import KVCache
 from emma_train.sequence.layout import TextSegment
 from emma_train.sequence.pack import PackedBatch, Sample, continued, pack
 from tests.helpers import clone_sample, random_sample, scaled_latents, t2i_sample, tiny_emma
@@ -15,7 +15,7 @@ MODEL = tiny_emma().eval()
 
 
 @torch.no_grad()
-def run(batch: PackedBatch, cache: Cache | None = None) -> dict[tuple[int, int], Tensor]:
+def run(batch: PackedBatch, cache: KVCache | None = None) -> dict[tuple[int, int], Tensor]:
     """Logits of text tokens and velocities of target tokens, by (sample, position)."""
     batch.predictors = torch.arange(batch.counts[0])
     # A time that tells targets apart, whichever pack they are in.
@@ -43,21 +43,21 @@ def test_a_continued_pack_is_the_whole_one(seed: int) -> None:
         sample.segments += [TextSegment((7, 8)), TextSegment((9,))]
         sample.segments = [TextSegment(s.ids) if isinstance(s, TextSegment) else s for s in sample.segments]
     cuts = [[0, *sorted(rng.choice(np.arange(1, len(s.segments)), 2, replace=False)), len(s.segments)] for s in samples]
-    cache = Cache(len(samples), max(s.num_tokens for s in samples) + 3)
+    cache = KVCache(len(samples), max(s.num_tokens for s in samples) + 3)
     want, got = run(pack(samples)), {}
     for n in range(3):
         parts = [segments(s, cut[n], cut[n + 1]) for s, cut in zip(samples, cuts, strict=True)]
         lengths = [segments(s, 0, cut[n]).num_tokens for s, cut in zip(samples, cuts, strict=True)]
         got |= run(continued(pack(parts), lengths), cache)
     assert got.keys() == want.keys()
-    assert max(float((got[place] - value).abs().max()) for place, value in want.items()) <= 1e-5
+    assert max(float((got[key] - value).abs().max()) for key, value in want.items()) <= 1e-5
 
 
 def test_a_target_replaces_the_one_before_it() -> None:
     """Steps of the flow: the same places again and again, and nothing is left of the last time."""
     sample = t2i_sample(grid=(2, 3))
     head, target = segments(sample, 0, -1), segments(sample, len(sample.segments) - 1, len(sample.segments))
-    cache = Cache(1, sample.num_tokens)
+    cache = KVCache(1, sample.num_tokens)
     run(pack([head]), cache)
     ways = []
     for factor in (1.0, -2.0, 1.0):

@@ -8,7 +8,7 @@ import torch
 from emma_train.config.schema import ModelConfig, VisionConfig
 from emma_train.model.emma import Emma, training_experts
 from emma_train.model.initial import cloned_from, initial_value
-from emma_train.sequence.layout import Role
+from emma_train.sequence.layout import ImageRole
 from emma_train.sequence.pack import pack
 from tests.helpers import i2t_sample, it2i_sample, mixed_samples, scaled_latents, t2i_sample, tiny_emma, tiny_model
 
@@ -104,7 +104,7 @@ def test_a_cached_latent_gives_what_an_encoded_one_gives() -> None:
 def test_pixels_are_in_minus_one_to_one() -> None:
     model, batch = tiny_emma(), pack(mixed_samples())
     pixels = model.pixels(batch)
-    num_seen = 4 * sum(r * c for role in (Role.UND, Role.REFERENCE) for r, c in batch.grids[role])
+    num_seen = 4 * sum(r * c for role in (ImageRole.UND, ImageRole.REFERENCE) for r, c in batch.grids[role])
     assert pixels.shape == (num_seen, 768)
     torch.testing.assert_close((pixels + 1) * 127.5, batch.patches.float(), rtol=0, atol=1e-4)
     assert pixels.min() == -1.0 and pixels.max() == 1.0
@@ -114,8 +114,8 @@ def test_routing_alone_gives_the_logits_of_the_whole_forward() -> None:
     model = tiny_emma(tiny_model(vision={"stem_expert": True, "router": True})).eval()
     batch = pack(mixed_samples())
     with torch.no_grad():
-        whole = model(batch, scaled_latents(batch), torch.rand(batch.counts[3]))
-        assert torch.equal(model.route(batch), whole.router_logits)
+        prediction = model(batch, scaled_latents(batch), torch.rand(batch.counts[3]))
+        assert torch.equal(model.route(batch), prediction.router_logits)
     assert model.route(batch).shape == (4, 2)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from emma_train.model.emma import Emma
-from emma_train.sequence.layout import Role, TextSegment
+from emma_train.sequence.layout import ImageRole, TextSegment
 from emma_train.sequence.pack import PackedBatch, Sample, pack
 from tests.helpers import i2t_sample, it2i_sample, scaled_latents, t2i_sample, tiny_emma
 
@@ -27,19 +27,19 @@ def model() -> Emma:
 
 
 def sees(samples: list[Sample]) -> Tensor:
-    """bool [T, T] in stream order, from the segments and emma.md §2 alone, without the pack's tables."""
+    """bool [T, T] in stream order, from the segments and the paper's §2.2 alone, without the pack's tables."""
     tokens = []
     for index, sample in enumerate(samples):
         for number, segment in enumerate(sample.segments):
             group = 0 if isinstance(segment, TextSegment) else int(segment.role)
             grid = (len(segment.ids), 1) if isinstance(segment, TextSegment) else sample.images[segment.name].grid
-            tokens += [(group, index, number, place) for place in range(grid[0] * grid[1])]
+            tokens += [(group, index, number, i) for i in range(grid[0] * grid[1])]
     tokens.sort(key=lambda token: token[0])
 
     def one(q: tuple[int, int, int, int], k: tuple[int, int, int, int]) -> bool:
         if q[1] != k[1] or k[2] > q[2]:
             return False
-        full_within = q[0] in (Role.REFERENCE, Role.TARGET)
+        full_within = q[0] in (ImageRole.REFERENCE, ImageRole.TARGET)
         return k[2] < q[2] or full_within or k[3] <= q[3]
 
     return torch.tensor([[one(q, k) for k in tokens] for q in tokens])
@@ -82,7 +82,7 @@ def test_a_changed_token_moves_exactly_those_that_may_see_it(model: Emma, name: 
 
 
 def test_an_understanding_image_is_causal_and_an_image_of_generation_is_full(model: Emma) -> None:
-    # The same claim in the words of emma.md, on the hidden states of two images of 2 x 3.
+    # The same claim, on the hidden states of two images of 2 x 3.
     for sample, role in ((i2t_sample("q", [(2, 3)]), 1), (t2i_sample("p", (2, 3)), 3), (it2i_sample("e", (2, 3)), 2)):
         batch = pack([sample])
         start = sum(batch.counts[:role])
@@ -121,7 +121,7 @@ def test_packed_samples_give_what_each_gives_alone(model: Emma) -> None:
     together = states(model, batch, scaled_latents(batch), time)
     worst = 0.0
     for index, sample in enumerate(samples):
-        mine, alone = batch.sample == index, pack([sample])
-        got = states(model, alone, scaled_latents(alone), time[mine[batch.num_tokens - batch.counts[3] :]])
-        worst = max(worst, float((together[mine] - got).abs().max()))
+        of_sample, alone = batch.sample == index, pack([sample])
+        got = states(model, alone, scaled_latents(alone), time[of_sample[batch.num_tokens - batch.counts[3] :]])
+        worst = max(worst, float((together[of_sample] - got).abs().max()))
     assert worst < 1e-5

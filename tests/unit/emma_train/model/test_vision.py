@@ -139,8 +139,8 @@ def test_images_of_one_call_are_as_if_alone(grids: list[Grid]) -> None:
 def with_clone(model: VisionEncoder) -> VisionEncoder:
     """The encoder after the hand-off to Stage 4: a STEM expert that is a copy."""
     assert model.stem_layers is not None
-    for own, origin in zip(model.stem_layers, model.layers[-len(model.stem_layers) :], strict=True):
-        own.load_state_dict(origin.state_dict())
+    for clone, origin in zip(model.stem_layers, model.layers[-len(model.stem_layers) :], strict=True):
+        clone.load_state_dict(origin.state_dict())
     return model
 
 

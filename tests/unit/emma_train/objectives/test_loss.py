@@ -54,11 +54,13 @@ def cut(sizes: Sequence[int]) -> list[list[Sample]]:
 @pytest.mark.parametrize("sizes", [[2, 2, 2, 2], [4, 4], [1, 5, 2], [1] * 8], ids=str)
 def test_any_cut_of_the_step_has_one_gradient_and_one_loss(sizes: list[int]) -> None:
     model = tiny_emma()
-    whole, want = step(model, [SAMPLES])
+    one_batch, want = step(model, [SAMPLES])
     values, got = step(model, cut(sizes))
     assert want.abs().max() > 0.05
     assert float((got - want).abs().max()) < 1e-6 * max(1.0, float(want.abs().max()))
-    assert values.keys() == whole.keys() and all(values[k] == pytest.approx(whole[k], rel=1e-6) for k in whole)
+    assert values.keys() == one_batch.keys() and all(
+        values[k] == pytest.approx(one_batch[k], rel=1e-6) for k in one_batch
+    )
 
 
 def test_the_mean_of_means_would_be_another_gradient() -> None:

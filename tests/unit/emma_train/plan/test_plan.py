@@ -22,7 +22,7 @@ from emma_train.plan import Plan, print_plan
 from emma_train.plan.autoencoder import DC_AE_F32C32, DC_AE_PARAMETERS, autoencoder_of
 from emma_train.plan.cards import GIB
 from emma_train.plan.samples import MeanSample, image_tokens, tokenwise
-from emma_train.sequence.layout import ImageSegment, Role, TextSegment
+from emma_train.sequence.layout import ImageRole, ImageSegment, TextSegment
 from emma_train.sequence.pack import ImageTokens, Sample, pack
 from tests.distributed.ranks import command_memory
 from tests.distributed.spawn import run_ranks
@@ -175,20 +175,20 @@ def test_what_is_frozen_has_no_optimizer_state() -> None:
     assert (kept["Adam moments, fp32 shards"], kept["encoder's activations"]) == (8 * ADAPTER, 0)
 
 
-def make_image(role: Role, side: int) -> tuple[ImageSegment, ImageTokens]:
+def make_image(role: ImageRole, side: int) -> tuple[ImageSegment, ImageTokens]:
     patches = np.zeros((side * side * 4, 768), np.uint8)
     return ImageSegment(role.name, role), ImageTokens((side, side), patches, np.zeros((side * side, 32), np.float32))
 
 
 def sample_of(task: str, text: int, supervised: int, side: int) -> Sample:
     asked, answered = TextSegment((1,) * (text - supervised)), TextSegment((2,) * supervised, supervised=True)
-    target = make_image(Role.TARGET, side)
+    target = make_image(ImageRole.TARGET, side)
     if task == "i2t":
-        shown, pixels = make_image(Role.UND, side)
+        shown, pixels = make_image(ImageRole.UND, side)
         return Sample("a", task, [shown, asked, answered], {shown.name: pixels})
     if task == "t2i":
         return Sample("b", task, [asked, target[0]], {target[0].name: target[1]})
-    shown, pixels = make_image(Role.REFERENCE, side)
+    shown, pixels = make_image(ImageRole.REFERENCE, side)
     return Sample("c", task, [shown, asked, target[0]], {shown.name: pixels, target[0].name: target[1]})
 
 

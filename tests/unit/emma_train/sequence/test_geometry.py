@@ -43,13 +43,13 @@ def test_a_patch_is_row_major_with_channels_last() -> None:
 
 
 def test_there_are_33_buckets_of_a_megapixel() -> None:
-    found = buckets(1024, 32)
-    assert len(found) == len(set(found)) == 33
-    assert all(h % 32 == 0 and w % 32 == 0 for h, w in found)
-    assert max(abs(h * w / 1024**2 - 1) for h, w in found) < 0.025
-    assert max(max(h / w, w / h) for h, w in found) <= 4.0 and (1024, 1024) in found and (512, 2048) in found
-    assert {(w, h) for h, w in found} == set(found)
-    heights = [h for h, _ in found]
+    sizes = buckets(1024, 32)
+    assert len(sizes) == len(set(sizes)) == 33
+    assert all(h % 32 == 0 and w % 32 == 0 for h, w in sizes)
+    assert max(abs(h * w / 1024**2 - 1) for h, w in sizes) < 0.025
+    assert max(max(h / w, w / h) for h, w in sizes) <= 4.0 and (1024, 1024) in sizes and (512, 2048) in sizes
+    assert {(w, h) for h, w in sizes} == set(sizes)
+    heights = [h for h, _ in sizes]
     assert len(set(heights)) == 33
 
 

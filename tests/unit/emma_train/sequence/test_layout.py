@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from emma_train.sequence import layout
-from emma_train.sequence.layout import ImageSegment, Role, Segment, TextSegment
+from emma_train.sequence.layout import ImageRole, ImageSegment, Segment, TextSegment
 from emma_train.sequence.tokens import TextTokenizer
 from tests.helpers import ROOT, tokenizer
 
@@ -124,4 +124,4 @@ def test_asking_is_training_up_to_the_answer() -> None:
     asked = ids(ask(tokenizer(), ["a"], [("user", "What?")]))
     learnt = layout.understanding(tokenizer(), ["a"], [("user", "What?"), ("assistant", "a cat")])
     assert ids(learnt)[: len(asked)] == asked
-    assert [s.role for s in learnt if isinstance(s, ImageSegment)] == [Role.UND]
+    assert [s.role for s in learnt if isinstance(s, ImageSegment)] == [ImageRole.UND]

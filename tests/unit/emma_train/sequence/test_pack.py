@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emma_train.sequence.layout import ImageSegment, Role, TextSegment
+from emma_train.sequence.layout import ImageRole, ImageSegment, TextSegment
 from emma_train.sequence.pack import PackedBatch, Sample, pack
 from tests.helpers import i2t_sample, mixed_samples, random_sample, t2i_sample
 
@@ -22,17 +22,17 @@ def walk(samples: list[Sample]) -> list[tuple[int, int, int, int, int]]:
     """(group, sample, position, limit, id) of every token, in sample order, the slow way."""
     rows = []
     for index, sample in enumerate(samples):
-        place = 0
+        position = 0
         for segment in sample.segments:
             if isinstance(segment, TextSegment):
-                rows += [(0, index, place + i, place + i, token) for i, token in enumerate(segment.ids)]
-                place += len(segment.ids)
+                rows += [(0, index, position + i, position + i, token) for i, token in enumerate(segment.ids)]
+                position += len(segment.ids)
             else:
-                rows_, columns = sample.images[segment.name].grid
-                end = place + rows_ * columns
-                full = segment.role is not Role.UND
-                rows += [(int(segment.role), index, p, end - 1 if full else p, -1) for p in range(place, end)]
-                place = end
+                height, columns = sample.images[segment.name].grid
+                end = position + height * columns
+                full = segment.role is not ImageRole.UND
+                rows += [(int(segment.role), index, p, end - 1 if full else p, -1) for p in range(position, end)]
+                position = end
     return rows
 
 
@@ -77,23 +77,23 @@ def test_two_samples_packed_are_each_alone(seed: int) -> None:
     samples = samples_of(seed, 2)
     both = pack(samples)
     for index, sample in enumerate(samples):
-        alone, mine = pack([sample]), both.sample == index
-        assert torch.equal(both.position[mine], alone.position) and torch.equal(both.limit[mine], alone.limit)
+        alone, of_sample = pack([sample]), both.sample == index
+        assert torch.equal(both.position[of_sample], alone.position) and torch.equal(both.limit[of_sample], alone.limit)
         assert torch.equal(both.text_ids[both.sample[: both.counts[0]] == index], alone.text_ids)
         assert (alone.sample == 0).all()
-        renumbered = torch.cumsum(mine, 0) - 1
-        of_mine = mine[both.predictors]
-        assert torch.equal(renumbered[both.predictors[of_mine]], alone.predictors)
-        assert torch.equal(both.labels[of_mine], alone.labels)
+        renumbered = torch.cumsum(of_sample, 0) - 1
+        predicts = of_sample[both.predictors]
+        assert torch.equal(renumbered[both.predictors[predicts]], alone.predictors)
+        assert torch.equal(both.labels[predicts], alone.labels)
         if both.latents is not None:
-            visual = mine[both.counts[0] :]
+            visual = of_sample[both.counts[0] :]
             expected = alone.latents if alone.latents is not None else torch.zeros(0, both.latents.shape[1])
             assert torch.equal(both.latents[visual], expected)
 
 
 def images_in_stream_order(samples: list[Sample]) -> list[tuple[Sample, ImageSegment]]:
-    found = [(s, x) for s in samples for x in s.segments if isinstance(x, ImageSegment)]
-    return sorted(found, key=lambda pair: pair[1].role)
+    images = [(s, x) for s in samples for x in s.segments if isinstance(x, ImageSegment)]
+    return sorted(images, key=lambda pair: pair[1].role)
 
 
 def test_latents_and_patches_stand_in_stream_order_and_cached_targets_bring_no_patches() -> None:
@@ -101,7 +101,7 @@ def test_latents_and_patches_stand_in_stream_order_and_cached_targets_bring_no_p
     batch, order = pack(samples), images_in_stream_order(samples)
     assert batch.latents is not None
     assert torch.equal(batch.latents, torch.cat([torch.from_numpy(s.images[x.name].latent) for s, x in order]))
-    seen = [s.images[x.name].patches for s, x in order if x.role is not Role.TARGET]
+    seen = [s.images[x.name].patches for s, x in order if x.role is not ImageRole.TARGET]
     assert np.array_equal(batch.patches.numpy(), np.concatenate(seen))
     assert [(role.name, grids) for role, grids in batch.grids.items()] == [
         ("UND", [(2, 2), (1, 3), (2, 2)]),

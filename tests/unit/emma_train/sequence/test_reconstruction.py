@@ -11,7 +11,7 @@ from torch import Tensor
 from data_pipelines.loader.sample_builder import SampleBuilder
 from data_pipelines.planner.candidates import SampleRef
 from emma_train.model.emma import Emma
-from emma_train.sequence.layout import ImageSegment, Role, TextSegment
+from emma_train.sequence.layout import ImageRole, ImageSegment, TextSegment
 from emma_train.sequence.pack import Sample, pack
 from emma_train.sequence.tasks import RECONSTRUCTION_PROMPT, TASKS
 from tests.helpers import (
@@ -54,7 +54,7 @@ def velocity(model: Emma, *samples: Sample) -> Tensor:
 def test_the_layout_shows_the_semantic_half_and_then_makes_the_image() -> None:
     segments = TASK.layout(tokenizer(), TASK.shown_images({"target": "img3"}), {"target": "img3", "text": "a fish"})
     images = [s for s in segments if isinstance(s, ImageSegment)]
-    assert images == [ImageSegment("img3", Role.UND, semantic_only=True), ImageSegment("img3", Role.TARGET)]
+    assert images == [ImageSegment("img3", ImageRole.UND, semantic_only=True), ImageSegment("img3", ImageRole.TARGET)]
     text = "".join(tokenizer().decode(list(s.ids)) for s in segments if isinstance(s, TextSegment))
     assert RECONSTRUCTION_PROMPT in text and "a fish" not in text
     assert not any(s.supervised for s in segments if isinstance(s, TextSegment))
@@ -93,4 +93,4 @@ def test_a_t2i_alternative_serves_it_with_one_image_shown_and_made() -> None:
         builder = SampleBuilder(recipe.data, tokenizer(), PATCH, SHUFFLE)
         sample = builder.sample(ref, members, lambda name, config, cached=cached: cached)
         assert list(sample.images) == ["img0"] and sample.images["img0"].patches is not None
-        assert len(pack([sample]).grids[Role.UND]) == len(pack([sample]).grids[Role.TARGET]) == 1
+        assert len(pack([sample]).grids[ImageRole.UND]) == len(pack([sample]).grids[ImageRole.TARGET]) == 1

@@ -6,7 +6,7 @@ import pytest
 
 from emma_train.config.mix import TASK_NAMES
 from emma_train.config.schema import DataConfig, MixConfig
-from emma_train.sequence.layout import ImageSegment, Role, TextSegment
+from emma_train.sequence.layout import ImageRole, ImageSegment, TextSegment
 from emma_train.sequence.tasks import RECORD_KEYS, TASKS, Task, fixed_text_tokens, tasks_of_loss
 from tests.helpers import tokenizer
 
@@ -28,7 +28,7 @@ def test_a_layout_shows_and_makes_what_the_task_says(task: Task) -> None:
     images = task.shown_images(ALTERNATIVE) if task.condition else []
     segments = task.layout(tokenizer(), images, ALTERNATIVE)
     roles = [s.role for s in segments if isinstance(s, ImageSegment)]
-    assert roles == [task.condition] * len(images) + [Role.TARGET] * task.makes_image
+    assert roles == [task.condition] * len(images) + [ImageRole.TARGET] * task.makes_image
     assert any(s.supervised for s in segments if isinstance(s, TextSegment)) == (task.loss == "text")
     assert (task.typical_text[1] > 0) == (task.loss == "text")
 

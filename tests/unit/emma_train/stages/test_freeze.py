@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from emma_train.model.emma import Emma
-from emma_train.stages.freeze import changed, fingerprints, freeze, group_of, is_trainable
+from emma_train.stages.freeze import changed_parameters, fingerprints, freeze, group_of, is_trainable
 from emma_train.stages.stage import GROUPS, STAGES
 from tests.helpers import tiny_emma, tiny_model
 
@@ -44,20 +44,22 @@ def test_freezing_again_forgets_the_stage_before(model: Emma) -> None:
 def test_one_changed_bit_is_noticed_and_only_there(model: Emma) -> None:
     freeze(model, ["und_adapter"])
     before = fingerprints(model)
-    assert len(before) == sum(not p.requires_grad for p in model.parameters()) and changed(model, before) == []
+    assert (
+        len(before) == sum(not p.requires_grad for p in model.parameters()) and changed_parameters(model, before) == []
+    )
     with torch.no_grad():
         model.und_adapter.fc1.weight += 1.0
-        assert changed(model, before) == []
+        assert changed_parameters(model, before) == []
         bits = model.decoder.layers[3].gen["mlp"].down_proj.weight.view(torch.int32)
         bits[5, 7] ^= 1
-        assert changed(model, before) == ["decoder.layers.3.gen.mlp.down_proj.weight"]
+        assert changed_parameters(model, before) == ["decoder.layers.3.gen.mlp.down_proj.weight"]
         bits[5, 7] ^= 1
-        assert changed(model, before) == []
+        assert changed_parameters(model, before) == []
         # Equal in value, not in bits.
         model.velocity_head.bias.zero_()
         before = fingerprints(model)
         model.velocity_head.bias[0] = -0.0
-        assert changed(model, before) == ["velocity_head.bias"]
+        assert changed_parameters(model, before) == ["velocity_head.bias"]
 
 
 def test_an_optimizer_step_moves_no_frozen_bit(model: Emma) -> None:
@@ -67,5 +69,5 @@ def test_an_optimizer_step_moves_no_frozen_bit(model: Emma) -> None:
     kept = [p.detach().clone() for p in learning]
     sum(p.square().sum() for p in model.parameters()).backward()  # type: ignore[union-attr]
     torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1).step()
-    assert changed(model, before) == []
+    assert changed_parameters(model, before) == []
     assert all((p != k).any() for p, k in zip(learning, kept, strict=True))

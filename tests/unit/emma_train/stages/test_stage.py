@@ -1,4 +1,4 @@
-"""The stages are the paper's table (emma.md §5)."""
+"""The stages are those of the paper's Table 2."""
 
 import logging
 
