@@ -182,7 +182,9 @@ class Trainer:
         self._unreadable.check(data, totals, self.train_state.unreadable_samples)
         with recording(log_now) as recorded:
             self._accumulate(data, Counts(totals.loss_tokens))
-            lr = self._learning_rate(data.step)
+            # Skipped steps do not count for the schedule.
+            schedule_step = data.step - self.train_state.skipped_steps
+            lr = learning_rate(schedule_step, self.recipe.optimizer.lr, self.recipe.train.steps, self.recipe.schedule)
             self.saver.wait_for_staging()
             grad_norm = self.engine.step(lr)
         if math.isfinite(grad_norm):
@@ -210,13 +212,6 @@ class Trainer:
             self.engine.accumulate(loss, last=index == len(data.packs) - 1)
         for task, loss_sum in zip(TASKS, accumulator.sums, strict=True):
             record_metric(f"{LOSS_SUM}{task}", loss_sum, "sum")
-
-    def _learning_rate(self, step: int) -> float:
-        """Skipped steps do not count for the schedule."""
-        recipe = self.recipe
-        return learning_rate(
-            step - self.train_state.skipped_steps, recipe.optimizer.lr, recipe.train.steps, recipe.schedule
-        )
 
     def save(self, wait: bool) -> None:
         """Start a checkpoint of the last finished step; where `wait`, return when it is written."""
