@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from emma_train.config.mix import TASK_NAMES as TASKS
 from emma_train.sequence.pack import pack
 from emma_train.sequence.step_batches import StepBatches, UnreadableSample
 from emma_train.training.step_totals import IN_PACKS, StepTotals, local_totals
 from tests.helpers import mixed_samples
 
-TASKS = ("i2t", "t2i", "it2i")
 NOTHING = StepTotals({}, {}, 0, 0, 0, 0, 0, 0, 0, 0)
 IN_PACKS_NAMES = {"loss_tokens", "samples", "tokens", "unreadable", "replaced", "dropped"}
 PER_TASK = st.fixed_dictionaries(dict.fromkeys(TASKS, st.integers(0, 2**40)))
