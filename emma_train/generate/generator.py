@@ -20,7 +20,7 @@ from emma_train.sequence.tokens import TextTokenizer
 
 
 class Generator:
-    """A model ready to be asked. Under a sharded model every rank must call it with the same requests."""
+    """Answers requests with a model. If the model is sharded, every rank must call it with the same requests."""
 
     def __init__(
         self,
@@ -31,7 +31,7 @@ class Generator:
         shuffle: int,
         cached: bool = True,
     ) -> None:
-        """`cached`: what stands before a new token or a target is computed once; else at every step, as a reference."""
+        """`cached`: compute the tokens before a new token or a target once; if false, at every step (the reference)."""
         self.model, self.autoencoder, self.tokenizer = model, autoencoder, tokenizer
         self.patch, self.shuffle, self.cached = patch, shuffle, cached
 
@@ -122,7 +122,7 @@ class Generator:
         return [(weight, samples) for weight, samples in variants if weight]
 
     def latents_of(self, requests: Sequence[Request]) -> list[list[np.ndarray]]:
-        """Latents of the images of each request; a blank one where there are none, which tells the channels."""
+        """Latents of the images of each request; for one without images an empty array with the right channels."""
         flat = self.autoencoder.encode([torch.from_numpy(p) for r in requests for p in r.images])
         blank = np.zeros((0, self.autoencoder.config.channels), np.float32)
         rest = iter(flat)
@@ -151,7 +151,7 @@ def _segments(sample: Sample, start: int, stop: int | None = None) -> Sample:
 
 
 def _end_of(samples: Sequence[Sample], parts: Sequence[Sample]) -> PackedBatch:
-    """A pack of the last parts of samples, at the places that they have in them."""
+    """A pack of the last parts of samples, at the positions that they have in the samples."""
     lengths = [sample.num_tokens - part.num_tokens for sample, part in zip(samples, parts, strict=True)]
     return continued(pack(parts), lengths)
 
@@ -163,7 +163,7 @@ def _last_text(batch: PackedBatch, num_samples: int) -> Tensor:
 
 
 def sample_next_token(logits: Tensor, seeds: list[int], position: int, temperature: float) -> list[int]:
-    """The next token of each row: the likeliest, or by Gumbel noise from its request's seed."""
+    """The next token of each row: the most probable one, or one sampled with Gumbel noise from the request's seed."""
     if temperature > 0:
         seed = torch.tensor(seeds, device=logits.device)[:, None]
         counters = position * logits.shape[1] + torch.arange(logits.shape[1], device=logits.device)

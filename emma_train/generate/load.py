@@ -1,4 +1,4 @@
-"""A model to be asked, in one process without torch.distributed: from a run folder, a checkpoint or an export."""
+"""Loads a model for generation, in one process without torch.distributed, from a run folder, checkpoint or export."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ def load_generator(
 
 
 def load_model(path: str | StoragePath, device: torch.device, use_ema: bool) -> tuple[Emma, Recipe, dict[str, Any]]:
-    """The whole model in float32, with averaged weights where wanted and stored. Raises UserError."""
+    """The complete model in float32, with averaged weights if asked for and stored. Raises UserError."""
     stored = StoredModel(path, use_ema)
     with torch.device("meta"):
         model = Emma(stored.recipe.model)

@@ -25,9 +25,9 @@ def write_samples(
     text: TextSettings,
     write: bool = True,
 ) -> list[Path]:
-    """Answer and draw the requests; returns the images made. Ranks other than the main one pass write=False.
+    """Generate text and images for the requests; returns the image files. Only the main rank passes write=True.
 
-    Where storage refuses them, a warning says so: every rank takes part to the end, and training goes on.
+    If the files cannot be written, logs a warning: every rank finishes generating, and training continues.
     """
     listed: list[dict[str, Any]] = []
     made: list[Path] = []

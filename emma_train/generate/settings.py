@@ -1,5 +1,5 @@
-"""How images are drawn and text is written: an export carries it as generation.json, which people may edit, and
-`emma-train generate` follows it unless told otherwise.
+"""Settings for generating images and text. An export holds them as generation.json, which people may edit;
+`emma-train generate` uses them unless an option overrides them.
 """
 
 import difflib
@@ -21,7 +21,7 @@ SOLVERS = ("euler", "heun")
 
 @dataclass(frozen=True)
 class FlowSettings:
-    """How images are drawn."""
+    """How images are generated."""
 
     steps: int = 30
     """Steps from noise to image."""
@@ -37,7 +37,7 @@ class FlowSettings:
 
 @dataclass(frozen=True)
 class TextSettings:
-    """How text is written."""
+    """How text is generated."""
 
     max_tokens: int = 64
     """Longest answer."""

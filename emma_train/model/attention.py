@@ -1,7 +1,7 @@
 """Hybrid attention over a pack: text and understanding images causal, images of generation full within themselves.
 
 All of it is one rule (sequence/pack.py): token q sees token k iff sample[q] == sample[k] and position[k] <= limit[q].
-`prepare` turns the tables of a pack into what the kernel needs, once for all layers. The backends compute the same:
+`build_plan` turns the tables of a pack into the kernel's input, once for all layers. The backends compute the same:
 
 sdpa     torch's attention with a mask, over the pack or per sample; any device, any precision; the reference
 flash    variable-length kernels without masks (model/varlen.py); CUDA in bf16
@@ -29,16 +29,16 @@ class MaskPlan:
     mask: Tensor
     """bool [T, T], or [samples, 1, longest, longest]; with a cache [samples, 1, longest, capacity]."""
     rows: Tensor | None = None
-    """int64 [T]: place of each token in [samples * longest]; None in the dense form."""
+    """int64 [T]: row of each token in [samples * longest]; None in the dense form."""
     cache_rows: Tensor | None = None
-    """int64 [T]: place of each token in the cache, [samples * capacity]; None without one."""
+    """int64 [T]: row of each token in the cache, [samples * capacity]; None without a cache."""
 
 
 AttentionPlan = MaskPlan | Spans | flex.FlexPlan
 
 
 def select_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """flash, flex or sdpa for what a recipe calls the backend. Raises UserError where it cannot run there."""
+    """flash, flex or sdpa for the recipe's attention.backend. Raises UserError if it cannot run on the device."""
     half = dtype in (torch.bfloat16, torch.float16)
     if backend == "auto":
         return "sdpa" if device.type != "cuda" else "flash" if half else "flex"
@@ -50,7 +50,7 @@ def select_backend(backend: str, device: torch.device, dtype: torch.dtype) -> st
 
 
 def build_plan(batch: PackedBatch, cache: KVCache | None = None, backend: str = "sdpa") -> AttentionPlan:
-    """What the backend (`choose`) needs of a pack. With a cache, which only generation has, always sdpa by sample."""
+    """The tables of a pack that a backend needs. With a cache (generation only) it is always sdpa, sample by sample."""
     if cache is None and backend == "flash":
         return batch.spans
     if cache is None and backend == "flex":
@@ -63,14 +63,14 @@ def prepare_masks(batch: PackedBatch, cache: KVCache | None = None) -> MaskPlan:
     num_samples, longest = len(batch.keys), batch.max_length
     if cache is None and num_samples * longest**2 >= batch.num_tokens**2:
         return MaskPlan(hybrid_mask(batch))
-    # Positions of a sample have no gaps, so (sample, position) is a place in a padded table, but for where it starts.
+    # Positions of a sample have no gaps, so (sample, position - first position) is a row of a padded table.
     start = batch.position.new_zeros(num_samples)
     start = start.scatter_reduce(0, batch.sample, batch.position, "amin", include_self=False)
     rows = batch.sample * longest + batch.position - start[batch.sample]
     limit = torch.zeros(num_samples * longest, dtype=torch.int64, device=rows.device)
     limit[rows] = batch.limit
     keys = torch.arange(longest if cache is None else cache.capacity, device=rows.device)
-    # Padding queries see key 0, whose row always exists, and padding keys are beyond every limit.
+    # Padding queries attend to key 0, which always exists. Padding keys are beyond every limit.
     mask = keys <= limit.view(num_samples, 1, longest, 1)
     return MaskPlan(mask, rows, None if cache is None else batch.sample * cache.capacity + batch.position)
 

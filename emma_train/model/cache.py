@@ -1,7 +1,7 @@
-"""Keys and values of the tokens before: a pack may be continued without computing it again (generation only).
+"""Keys and values of earlier tokens, so that a pack can be continued without computing it again (generation only).
 
-Each layer keeps one table, by sample and position. Tokens that are new are written to it and attend over it; a token at
-a position that is taken replaces it, as a target does at every step of its flow.
+Each layer keeps one table, indexed by sample and position. New tokens are written to it and attend to all of it. A
+token at a position that is already filled replaces the old one; a target image does so at every flow step.
 """
 
 from torch import Tensor
@@ -15,9 +15,10 @@ class LayerCache:
         self._tables: list[Tensor] = []
 
     def add(self, k: Tensor, v: Tensor, rows: Tensor) -> list[Tensor]:
-        """k, v: [T, kv_heads, d] to place [T] of [samples * capacity] -> all so far, [samples, kv_heads, capacity, d].
+        """Write k, v: [T, kv_heads, d] to `rows` [T] of [samples * capacity]; return the tables so far, each
+        [samples, kv_heads, capacity, d].
 
-        What was never written is zero and beyond every limit.
+        Rows that were never written are zero, and the mask excludes them.
         """
         if not self._tables:
             self._tables = [x.new_zeros(self.num_samples * self.capacity, *x.shape[1:]) for x in (k, v)]
@@ -27,7 +28,7 @@ class LayerCache:
 
 
 class KVCache:
-    """What a model remembers of a pack of `num_samples` samples that grow to `capacity` tokens at most."""
+    """Keys and values of all layers for `num_samples` samples of at most `capacity` tokens each."""
 
     def __init__(self, num_samples: int, capacity: int) -> None:
         self.num_samples, self.capacity = num_samples, capacity

@@ -17,7 +17,7 @@ from emma_train.sequence.pack import PackedBatch
 
 
 class Prediction(NamedTuple):
-    """What a pack gives. A tuple, because FSDP before torch 2.13 looks for tensors in those alone."""
+    """The outputs for a pack. A tuple, because FSDP before torch 2.13 looks for tensors in tuples only."""
 
     logits: Tensor | None
     """[L, vocab] at the pack's predictors; None where their losses were asked for."""
@@ -106,4 +106,4 @@ class Emma(nn.Module):
 def training_experts(batch: PackedBatch) -> list[int]:
     """Stage 4, expert: images labelled STEM take the STEM expert, all others the versatile one."""
     num_reference = len(batch.grids[ImageRole.REFERENCE])
-    return [max(VERSATILE, int(s)) for s in batch.stem.tolist()] + [VERSATILE] * num_reference
+    return [max(VERSATILE, int(s)) for s in batch.stem_labels] + [VERSATILE] * num_reference

@@ -10,7 +10,7 @@ from emma_train.config.schema import ModelConfig
 from emma_train.sequence.seeds import seed_of
 
 EMBEDDING_STD = 0.1
-"""Text must not drown in what the first layers add to it; with 0.02 a small model learnt half as fast from scratch."""
+"""Large enough beside what the first layers add; with 0.02 a small model learned half as fast from scratch."""
 
 
 def start_value(name: str, shape: torch.Size, config: ModelConfig) -> Tensor:

@@ -1,4 +1,4 @@
-"""Attention over the spans of a pack (sequence/spans.py): variable-length kernels, no mask, nothing computed in vain.
+"""Attention over the spans of a pack (sequence/spans.py) by variable-length kernels: no mask, no masked pair computed.
 
 On a GPU the kernel is flash-attn 4, 3 or 2, whichever is installed, or else torch's own; they take bf16 or fp16. On a
 CPU every run goes through torch's attention by itself, which proves the spans where there is no GPU.
@@ -37,8 +37,8 @@ def span_attention(q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> Tensor:
 
 
 class _Copied(torch.autograd.Function):
-    """Rows by index, some more than once. The gradient of a row is the sum over its copies, in float32 and in a fixed
-    order: atomic adds, as torch's own backward does, would differ from run to run."""
+    """Rows by index, some of them repeated. The gradient of a row is the sum over its copies, in float32 and in a fixed
+    order, because the atomic adds of torch's backward differ from run to run."""
 
     @staticmethod
     def forward(ctx, x: Tensor, rows: Tensor, copies: Tensor) -> Tensor:  # type: ignore[no-untyped-def]

@@ -26,7 +26,7 @@ VERSATILE, STEM = 0, 1
 
 
 class VisionOutput(NamedTuple):
-    """A tuple for the same reason as emma.Prediction."""
+    """A tuple, because FSDP before torch 2.13 looks for tensors in tuples only."""
 
     features: Tensor
     """[visual tokens, shuffle² * hidden], raster order within each image."""

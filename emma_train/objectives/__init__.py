@@ -1,2 +1,1 @@
-"""What is learnt: next-token prediction, flow matching, routing; the draws behind them and the account of their
-losses."""
+"""Training objectives: next-token prediction, flow matching, routing, their random numbers and the loss of a step."""

@@ -1,7 +1,7 @@
-"""Counter-based draws on the device (contract 1): value i of a seed is a hash of (seed, i).
+"""Counter-based random numbers on the device (contract 1): value i of a seed is a hash of (seed, i).
 
-No generator state, no loop over samples, no host sync; the integers agree on every device, the floats up to the last
-digit of its logarithm and cosine.
+There is no generator state, no loop over samples and no host sync. The integers are the same on every device; the
+floats differ between devices in the last digit of the logarithm and the cosine.
 """
 
 import math
@@ -21,8 +21,7 @@ def hashed(seeds: Tensor, counters: Tensor) -> Tensor:
 
 
 def uniform(seeds: Tensor, counters: Tensor) -> Tensor:
-    """float32 in (0, 1): the upper 23 bits, centred in their cell so that neither end is reached (24 would round to
-    1)."""
+    """float32 in (0, 1): the upper 23 bits plus one half, so that neither 0 nor 1 occurs (24 bits would round to 1)."""
     return ((_shift(hashed(seeds, counters), 41).double() + 0.5) / (1 << 23)).float()
 
 

@@ -1,4 +1,4 @@
-"""Cross-entropy in its plain form: of router tuning, and the reference of text's, which is fused with the LM head
+"""Unfused cross-entropy: used for router tuning, and the reference for the fused LM-head loss
 (model/cross_entropy.py)."""
 
 import torch.nn.functional as F

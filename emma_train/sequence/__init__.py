@@ -1,1 +1,1 @@
-"""What a sample is as tokens: one truth for training and for generation."""
+"""A sample as tokens, the same for training and for generation."""

@@ -6,7 +6,7 @@ memory, say what a token may see:  token q sees token k  iff  sample[q] == sampl
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 import torch
@@ -96,6 +96,8 @@ class PackedBatch:
     """int64 [understanding images]: 1 STEM, 0 general, -1 unknown."""
     semantic_only: torch.Tensor | None = None
     """bool [understanding tokens]: whether the model must not see the token's latent; None if it may see all."""
+    stem_labels: list[int] = field(default_factory=list)
+    """The values of `stem` on the host."""
     num_dropped: int = 0
     """Samples of the plan that could not be read."""
 
@@ -228,7 +230,8 @@ def pack(samples: Sequence[Sample], num_dropped: int = 0) -> PackedBatch:
             torch.arange(len(targets)), torch.tensor(target_sizes, dtype=torch.int64)
         ),
         target_tasks=[s.task for s in targets],
-        stem=torch.tensor([p.stem for p in images[ImageRole.UND]], dtype=torch.int64),
+        stem=torch.tensor([image.stem for image in images[ImageRole.UND]], dtype=torch.int64),
+        stem_labels=[image.stem for image in images[ImageRole.UND]],
         semantic_only=torch.cat(tables.semantic_only) if any(map(torch.any, tables.semantic_only)) else None,
         num_dropped=num_dropped,
     )

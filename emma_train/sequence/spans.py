@@ -1,9 +1,9 @@
 """The hybrid mask of a pack as two calls of variable-length attention, for kernels that have no masks.
 
-A sample is a row of runs: text and understanding images (causal) or one image of generation (full within itself).
-A run sees its sample up to its own end. So it is one sequence of a call: its queries are its tokens, its keys are the
-sample from the start to the run's end; causal runs are aligned at that end, full ones need no mask at all. All causal
-runs of a pack make one call and all full ones another; nothing is computed that the mask would throw away.
+A sample is a sequence of runs: text and understanding images (causal), or one image of generation (full attention
+within the image). A run attends to its sample up to the run's end. It is one sequence of a varlen call: its queries are
+the run's tokens, its keys are the sample from the start to the run's end. Causal runs are aligned at that end; full
+runs need no mask. All causal runs of a pack are one call, all full runs are another. No masked pair is computed.
 """
 
 from collections.abc import Sequence
@@ -15,10 +15,10 @@ import torch
 
 @dataclass
 class VarlenCall:
-    """One call: sequences of queries and keys, one after another."""
+    """One call of a variable-length kernel; its sequences are concatenated."""
 
     causal: bool
-    """Query i of n sees all but the last n - 1 - i keys of its sequence; where false, all of them."""
+    """If true, query i of n attends to all but the last n - 1 - i keys of its sequence; else to all of them."""
     cu_seqlens_q: torch.Tensor
     """int32 [runs + 1]: where each run's queries start."""
     cu_seqlens_k: torch.Tensor
@@ -29,7 +29,7 @@ class VarlenCall:
     max_seqlen_k: int
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "VarlenCall":
-        """The same on a device."""
+        """A copy on a device."""
         cu_seqlens_q, cu_seqlens_k = (
             x.to(device, non_blocking=non_blocking) for x in (self.cu_seqlens_q, self.cu_seqlens_k)
         )
@@ -38,20 +38,21 @@ class VarlenCall:
 
 @dataclass
 class Spans:
-    """How the rows of a pack's stream go into the calls and back. T rows; K keys, once for each run that sees them."""
+    """Index tables between the stream of a pack (T rows) and the varlen calls (T queries, K keys). A key is repeated
+    once for each run that attends to it."""
 
     calls: list[VarlenCall]
     query_order: torch.Tensor
     """int64 [T]: stream row of each query, call after call."""
     inverse_order: torch.Tensor
-    """int64 [T]: place of each stream row among the queries."""
+    """int64 [T]: index of each stream row among the queries."""
     keys: torch.Tensor
     """int64 [K]: stream row of each key, call after call."""
     key_copies: torch.Tensor
-    """int64 [T, most runs that see a row]: places of each stream row among the keys; K where there are fewer."""
+    """int64 [T, most runs that attend to a row]: indices of each stream row among the keys, padded with K."""
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "Spans":
-        """The same on a device."""
+        """A copy on a device."""
 
         def moved(x: torch.Tensor) -> torch.Tensor:
             return x.to(device, non_blocking=non_blocking)
@@ -70,7 +71,7 @@ def spans(sample: np.ndarray, position: np.ndarray, limit: np.ndarray) -> Spans:
     new_sample = np.ones(num, dtype=bool)
     new_sample[1:] = owner[1:] != owner[:-1]
     causal = end == at
-    # The last token of a full image sees as far as itself too, but so does the token before it.
+    # The limit of the last token of a full image is its own position too, but the token before it has the same limit.
     causal[1:] &= new_sample[1:] | (end[:-1] < at[1:])
     new_run = new_sample.copy()
     # A run ends with its sample, where causal turns to full or back, and where one full image follows another.

@@ -1,4 +1,4 @@
-"""Text to token ids and back, with Qwen's special tokens. A tokenizer.json is all it needs; no model code is loaded."""
+"""Text to token ids and back, with Qwen's special tokens. Reads a tokenizer.json and loads no model code."""
 
 import hashlib
 from functools import cached_property
@@ -8,7 +8,7 @@ from tokenizers import Tokenizer
 
 from emma_train.errors import UserError
 
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
 
 
 class TextTokenizer:

@@ -1,1 +1,1 @@
-"""The training stages as data, freezing as pure functions, and what is handed from one stage to the next."""
+"""The training stages as data, freezing as pure functions, and the plan of a hand-off between stages."""

@@ -1,7 +1,7 @@
-"""Frozen means frozen: which parameters learn in a stage, as pure functions of their names.
+"""Which parameters are trainable in a stage, as pure functions of their names.
 
-`freeze` is called once while the model is built (engine/build.py), before sharding; `fingerprints` and `changed` prove
-afterwards, for the run summary and the tests, that nothing outside the trainable groups has moved.
+`freeze` is called once while the model is built (training/build.py), before sharding. `fingerprints` and
+`changed_parameters` prove afterwards, for the run summary and the tests, that no frozen parameter has changed.
 """
 
 import hashlib
@@ -48,7 +48,7 @@ def changed_parameters(model: nn.Module, before: Mapping[str, str]) -> list[str]
 
 
 def _hash(parameter: Tensor) -> str:
-    parameter = getattr(parameter, "ds_tensor", parameter)  # where ZeRO-3 keeps a rank's part
+    parameter = getattr(parameter, "ds_tensor", parameter)  # ZeRO-3 keeps the rank's part here
     local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
     content = local.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
     return hashlib.blake2b(content, digest_size=8).hexdigest()

@@ -44,7 +44,7 @@ def test_wrong_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match="not a tokenizer.json"):
         TextTokenizer(tmp_path)
-    text = (ASSETS / "tokenizer" / "tokenizer.json").read_text().replace("<|image_pad|>", "<|other|>")
+    text = (ASSETS / "tokenizer" / "tokenizer.json").read_text().replace("<|vision_end|>", "<|other|>")
     (tmp_path / "tokenizer.json").write_text(text)
-    with pytest.raises(UserError, match="lacks the special token <.image_pad.>"):
+    with pytest.raises(UserError, match="lacks the special token <.vision_end.>"):
         TextTokenizer(tmp_path)
