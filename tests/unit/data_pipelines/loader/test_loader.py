@@ -369,7 +369,8 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(small: Path) -> 
 def test_state_is_small_and_other_shards_are_a_contradiction(small: Path, tmp_path: Path) -> None:
     stream = Stream(recipe_of(small), 0, 1, None)
     state = stream.state(7)
-    tasks = {task: {"next": 42, "left": [], "tokens": 0} for task in ("i2t", "t2i", "it2i")}
+    shares = {"i2t": 1, "t2i": 1, "it2i": 1, "recon": 0}
+    tasks = {task: {"next": 42 if share else 0, "left": [], "tokens": 0} for task, share in shares.items()}
     assert state == {"schema": 2, "step": 7, "seed": 0, "manifests": stream.planner.fingerprint, "tasks": tasks}
     stream.resume(state)
     Stream(recipe_of(small), 1, 3, None).resume(state)
