@@ -419,7 +419,7 @@ def out_of_step(recipe: Recipe, victim: int) -> str:
         return ""
 
 
-def limits_in_turn() -> list[float]:
+def timeouts_in_turn() -> list[float]:
     """Timeouts of both groups in seconds: at first, after a step, inside `relaxed`, after it, and at the end."""
     with join("cpu", 50) as world:
         seconds: list[float] = []
@@ -429,13 +429,13 @@ def limits_in_turn() -> list[float]:
             for each in (group, world.host_group):
                 seconds.append(each._get_backend(torch.device("cpu")).options._timeout.total_seconds())
 
-        limits = Timeouts(world, [], long_s=50, step_s=5)
+        timeouts = Timeouts(world, [], long_s=50, step_s=5)
         note()
-        limits.use_step_timeout()
+        timeouts.use_step_timeout()
         note()
-        with limits.relaxed():
+        with timeouts.relaxed():
             note()
         note()
-        limits.restore()
+        timeouts.restore()
         note()
         return seconds

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from emma_train.engine.rank_failure import describe_failure
-from tests.distributed.ranks import end_in_step, limits_in_turn, out_of_step
+from tests.distributed.ranks import end_in_step, out_of_step, timeouts_in_turn
 from tests.distributed.spawn import run_ranks
 from tests.helpers import recipe_values, tiny_recipe, write_recipe
 
@@ -67,5 +67,5 @@ def test_ranks_in_step_go_on(victim: int | None) -> None:
 
 
 def test_a_step_may_take_less_time_than_a_start_or_a_save() -> None:
-    (outcome,) = run_ranks(1, limits_in_turn)
+    (outcome,) = run_ranks(1, timeouts_in_turn)
     assert outcome.value == [seconds for seconds in (50, 5, 50, 5, 50) for _ in range(2)]

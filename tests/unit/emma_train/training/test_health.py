@@ -1,4 +1,4 @@
-"""Spikes are told from noise and from a falling loss; garbage is collected when it is due and at no other time."""
+"""Spikes stand out from noise and from a falling loss; garbage is collected when it is due and at no other time."""
 
 import gc
 import random
