@@ -49,7 +49,7 @@ class DeepSpeedEngine:
         """`model` is on the meta device. Raises UserError where DeepSpeed is not installed."""
         deepspeed = import_deepspeed(world.device)
         self._world, self._stage = world, config.zero_stage
-        settings = settings_of(model, config, max_grad_norm, world.device)
+        settings = deepspeed_config(model, config, max_grad_norm, world.device)
         shapes = {name: p.shape for name, p in model.named_parameters()}
         if config.precision == "bf16":
             model.to(torch.bfloat16)
@@ -175,7 +175,7 @@ class _ModelThroughDeepSpeed:
         return getattr(self._model, name)
 
 
-def settings_of(model: Emma, config: EngineConfig, max_grad_norm: float, device: torch.device) -> dict[str, Any]:
+def deepspeed_config(model: Emma, config: EngineConfig, max_grad_norm: float, device: torch.device) -> dict[str, Any]:
     """DeepSpeed's configuration."""
     zero: dict[str, Any] = {
         "stage": config.zero_stage,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from emma_train.config.schema import EngineConfig
-from emma_train.engine.deepspeed import import_deepspeed, settings_of
+from emma_train.engine.deepspeed import deepspeed_config, import_deepspeed
 from emma_train.errors import UserError
 from tests.helpers import tiny_emma
 
@@ -18,7 +18,7 @@ def test_without_the_package_one_line_says_what_to_do(monkeypatch: pytest.Monkey
 
 
 def test_gradients_are_reduced_and_added_up_in_float32() -> None:
-    settings = settings_of(tiny_emma(), EngineConfig(precision="bf16", zero_stage=3), 0.5, torch.device("cpu"))
+    settings = deepspeed_config(tiny_emma(), EngineConfig(precision="bf16", zero_stage=3), 0.5, torch.device("cpu"))
     assert settings["bf16"] == {"enabled": True}
     assert settings["communication_data_type"] == settings["data_types"]["grad_accum_dtype"] == "fp32"
     assert settings["gradient_clipping"] == 0.5
@@ -27,7 +27,7 @@ def test_gradients_are_reduced_and_added_up_in_float32() -> None:
 
 def test_vectors_are_kept_by_zero_3_and_matrices_are_not() -> None:
     model = tiny_emma()
-    limit = settings_of(model, EngineConfig(), 1.0, torch.device("cpu"))["zero_optimization"][
+    limit = deepspeed_config(model, EngineConfig(), 1.0, torch.device("cpu"))["zero_optimization"][
         "stage3_param_persistence_threshold"
     ]
     assert {p.numel() <= limit for p in model.parameters() if p.ndim == 1} == {True}
