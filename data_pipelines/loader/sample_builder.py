@@ -1,6 +1,6 @@
 """Builds a sample from a record: the planned alternative, after condition dropout, with resized images."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -53,7 +53,7 @@ class SampleBuilder:
             latent = find_latent(name, image_config)
             # The model sees no patches of a target; the autoencoder does not need them where the latent is cached.
             grid, patches = self._pixels(files[name], image_config, decode=name in shown or latent is None)
-            stem = int("stem" in record.get("tags", [])) if name in shown else IGNORE_STEM
+            stem = self._stem_label(record.get("tags", [])) if name in shown else IGNORE_STEM
             images[name] = ImageTokens(grid, patches, latent, stem)
         return Sample(
             key=planned.key,
@@ -63,6 +63,12 @@ class SampleBuilder:
             noise_seed=seed_of(*draw, "noise"),
             time_seed=seed_of(*draw, "time"),
         )
+
+    def _stem_label(self, tags: Sequence[str]) -> int:
+        """1 for STEM, 0 for general, -1 for unknown."""
+        if "stem" in tags:
+            return 1
+        return 0 if "general" in tags or self.data.untagged == "general" else IGNORE_STEM
 
     def _segments(self, task: Task, alternative: dict[str, Any], draw: tuple[int, int, str]) -> list[Segment]:
         """The layout; a task that makes an image loses its text or its images by chance (condition dropout)."""

@@ -104,12 +104,12 @@ def _image_size(
 
 
 def _requests(arguments: argparse.Namespace, images: "list[np.ndarray]", size: tuple[int, int]) -> "list[Request]":
-    """--num requests a prompt; the seed depends on the number within the prompt only."""
+    """--num requests a prompt. The seed depends on the prompt and on the number within it."""
     from emma_train.sequence.request import Request
     from emma_train.sequence.seeds import seed_of
 
     return [
-        Request(str(n), arguments.task, prompt, images, size, seed_of(arguments.seed, 0, str(n), "generate"))
+        Request(str(n), arguments.task, prompt, images, size, seed_of(arguments.seed, 0, f"{n} {prompt}", "generate"))
         for prompt in arguments.prompt
         for n in range(arguments.num)
     ]

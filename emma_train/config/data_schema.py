@@ -86,6 +86,9 @@ class DataConfig:
     """Images to understand."""
     gen: ImageConfig = section(ImageConfig)
     """Reference and target images."""
+    untagged: str = setting("general", choices=("general", "unknown"))
+    """What an image of a record with neither tag, `stem` nor `general`, is to router tuning: general, or unknown, which
+    has no label and no loss (ours)."""
     text_dropout: float = setting(0.1, at_least=0, at_most=1)
     """Probability that a generation prompt is dropped, for guidance."""
     reference_dropout: float = setting(0.1, at_least=0, at_most=1)

@@ -64,7 +64,7 @@ class Emma(nn.Module):
         """
         num_text, num_und, num_reference, num_target = batch.counts
         seen = [*batch.grids[ImageRole.UND], *batch.grids[ImageRole.REFERENCE]]
-        vision = self.vision(self.pixels(batch), seen, experts)
+        vision = self.vision(self.pixels(batch), seen, experts, num_routed=len(batch.grids[ImageRole.UND]))
         semantic = vision.features
         text = self.decoder.embed_tokens(batch.text_ids)
         und_latents = latents[:num_und]

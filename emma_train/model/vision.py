@@ -61,12 +61,18 @@ class VisionEncoder(nn.Module):
         self.router = Router(config) if config.router else None
 
     def forward(
-        self, patches: Tensor, grids: Grids, experts: Sequence[int] | None = None, route_only: bool = False
+        self,
+        patches: Tensor,
+        grids: Grids,
+        experts: Sequence[int] | None = None,
+        route_only: bool = False,
+        num_routed: int | None = None,
     ) -> VisionOutput:
         """patches: [P, patch*patch*3] in [-1, 1], block order; grids: (rows, columns) of visual tokens per image.
 
         `experts` says which expert each image takes; None asks the router where there is one, and else takes the
-        versatile one. `route_only` stops after the router and returns no features.
+        versatile one. The router chooses for the first `num_routed` images (None: all); the others take the versatile
+        expert. `route_only` stops after the router and returns no features.
         """
         side = self.config.shuffle
         lengths = [rows * columns * side**2 for rows, columns in grids]
@@ -83,16 +89,21 @@ class VisionEncoder(nn.Module):
                 x = layer(x, images)
         else:
             if experts is None:
-                experts = self.choose_experts(router_logits, len(grids))
+                experts = self.choose_experts(router_logits, len(grids), num_routed)
             x = self._split_by_expert(x, lengths, experts)
         x = self.post_layernorm(x)
         return VisionOutput(x.reshape(-1, side**2 * self.config.hidden), router_logits)
 
-    def choose_experts(self, router_logits: Tensor | None, num_images: int) -> list[int]:
-        """Expert of each image."""
-        if router_logits is None:
-            return [VERSATILE] * num_images
-        return [STEM if stem else VERSATILE for stem in self.takes_stem(router_logits).tolist()]
+    def choose_experts(self, router_logits: Tensor | None, num_images: int, num_routed: int | None = None) -> list[int]:
+        """Expert of each image. Only the first `num_routed` (None: all) may take the STEM expert.
+
+        The Gen adapter never sees features of the STEM expert in training, so references of edits are not routed.
+        """
+        experts = [VERSATILE] * num_images
+        if router_logits is not None:
+            stem = self.takes_stem(router_logits[:num_routed]).tolist()
+            experts[: len(stem)] = [STEM if is_stem else VERSATILE for is_stem in stem]
+        return experts
 
     def takes_stem(self, router_logits: Tensor) -> Tensor:
         """[images, 2] -> bool [images]: whether the probability of STEM exceeds the threshold."""

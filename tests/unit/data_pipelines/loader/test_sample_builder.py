@@ -100,6 +100,16 @@ def test_an_edit_of_several_references_keeps_or_loses_them_together() -> None:
     assert "join them" in text_of(dropped)
 
 
+@pytest.mark.parametrize(
+    ("tags", "general", "unknown"),
+    [(["stem"], 1, 1), (["general"], 0, 0), ([], 0, -1), (["portrait"], 0, -1), (["stem", "general"], 1, 1)],
+)
+def test_tags_label_images_for_router_tuning(tags: list[str], general: int, unknown: int) -> None:
+    record = {"i2t": [{"images": ["img0"], "turns": turns("what is this?", "a cat")}], "tags": tags}
+    for untagged, label in (("general", general), ("unknown", unknown)):
+        assert sample(record, "i2t", ["img0"], untagged=untagged).images["img0"].stem == label
+
+
 @pytest.mark.parametrize("alternative", [{"images": []}, {}])
 def test_a_sample_without_images_is_text_alone(alternative: dict[str, Any]) -> None:
     record = {"i2t": [{**alternative, "turns": turns("two and two?", "four")}]}

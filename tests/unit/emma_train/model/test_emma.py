@@ -125,6 +125,17 @@ def test_expert_tuning_sends_stem_images_alone_to_the_stem_expert() -> None:
     assert training_experts(batch) == [1, 0, 0, 0]
 
 
+def test_references_of_edits_take_the_versatile_expert_whatever_the_router_says() -> None:
+    batch = pack([i2t_sample(), it2i_sample()])
+    outputs = {}
+    for threshold in (0.0, 1.0):  # the router sends every image, or none, to the STEM expert
+        config = tiny_model(vision={"stem_expert": True, "router": True, "stem_threshold": threshold})
+        with torch.no_grad():
+            outputs[threshold] = tiny_emma(config).eval()(batch, scaled_latents(batch), torch.full((4,), 0.5))
+    assert torch.equal(outputs[0.0].velocity, outputs[1.0].velocity)
+    assert not torch.equal(outputs[0.0].logits, outputs[1.0].logits)
+
+
 def test_start_values_are_a_pure_function_of_seed_and_name() -> None:
     shape = torch.Size([64, 128])
     one = initial_value("decoder.layers.0.und.v_proj.weight", shape, 0, 4)

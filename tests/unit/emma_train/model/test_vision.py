@@ -175,6 +175,13 @@ def test_the_router_decides_by_probability_over_the_threshold() -> None:
     assert encoder(stem_expert=True).choose_experts(None, 2) == [VERSATILE, VERSATILE]
 
 
+def test_only_the_images_to_be_routed_may_take_the_stem_expert() -> None:
+    logits, model = torch.tensor([[0.0, 9.0]] * 3), encoder(stem_expert=True, router=True)
+    assert model.choose_experts(logits, 3) == [STEM, STEM, STEM]
+    assert model.choose_experts(logits, 3, num_routed=2) == [STEM, STEM, VERSATILE]
+    assert model.choose_experts(logits, 3, num_routed=0) == [VERSATILE] * 3
+
+
 def test_the_forward_follows_the_router() -> None:
     grids = [(2, 2), (1, 3), (2, 2), (2, 3)]
     model = encoder(stem_expert=True, router=True)

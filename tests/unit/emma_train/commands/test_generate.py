@@ -1,0 +1,16 @@
+"""Requests that `emma-train generate` makes of its options."""
+
+from argparse import Namespace
+
+from emma_train.commands.generate import _requests
+
+
+def seeds(prompts: list[str], num: int = 2, seed: int = 0) -> list[int]:
+    arguments = Namespace(prompt=prompts, num=num, seed=seed, task="t2i")
+    return [request.seed for request in _requests(arguments, [], (512, 512))]
+
+
+def test_every_prompt_and_number_has_its_own_seed() -> None:
+    assert len(set(seeds(["a red fish", "a blue fish"], num=3))) == 6
+    assert seeds(["a red fish"]) == seeds(["a blue fish", "a red fish"])[2:], "other prompts do not matter"
+    assert not set(seeds(["a red fish"])) & set(seeds(["a red fish"], seed=1))
