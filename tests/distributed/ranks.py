@@ -37,6 +37,7 @@ from emma_train.engine.timeouts import Timeouts
 from emma_train.engine.world import World, join
 from emma_train.model.autoencoder import Autoencoder
 from emma_train.objectives.loss import Counts, LossAccumulator, count, losses
+from emma_train.sequence import seeds
 from emma_train.sequence.layout import TextSegment
 from emma_train.sequence.pack import PackedBatch, Sample, pack
 from emma_train.sequence.step_batches import StepBatches
@@ -55,6 +56,13 @@ Result = TypeVar("Result")
 
 def command(argv: list[str]) -> int:
     """An emma-train command in this process."""
+    return main(argv)
+
+
+def command_with_old_seeds(argv: list[str]) -> int:
+    """`generate` with the seeds of version 0.1.0, which did not depend on the prompt."""
+    seed_of = seeds.seed_of
+    seeds.seed_of = lambda seed, epoch, key, what: seed_of(seed, epoch, key.split()[0], what)
     return main(argv)
 
 

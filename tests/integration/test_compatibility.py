@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from emma_train.config.load import load_recipe
-from tests.distributed.ranks import command
+from tests.distributed.ranks import command, command_with_old_seeds
 from tests.distributed.spawn import run_ranks
 from tests.helpers import ASSETS, ROOT
 
@@ -140,7 +140,9 @@ def test_the_answer_is_the_same(model: Path) -> None:
 
 @pytest.mark.parametrize("task", PROMPTS)
 def test_the_images_are_the_same(model: Path, tmp_path: Path, task: str) -> None:
-    emma("generate", str(model), "--task", task, "--device", "cpu", "--out", str(tmp_path), *PROMPTS[task])
+    argv = ["generate", str(model), "--task", task, "--device", "cpu", "--out", str(tmp_path), *PROMPTS[task]]
+    (outcome,) = run_ranks(1, command_with_old_seeds, argv)
+    assert outcome.value == 0, outcome.err
     pixels = np.asarray(Image.open(tmp_path / f"{task}-0000.png"))
     expected = EXPECTED["generate"][task]
     assert list(pixels.shape) == expected["shape"]
