@@ -26,6 +26,35 @@ def png(seed: int, side: int = 32) -> bytes:
     return file.getvalue()
 
 
+def jpeg_with_orientation(orientation: int, width: int = 64, height: int = 32) -> bytes:
+    """A black image with a white block that people see in the upper left corner, stored as a camera does that was
+    turned: with an EXIF orientation. `width` and `height` are those of the upright image."""
+    pixels = np.zeros((height, width), np.uint8)
+    pixels[: height // 2, : width // 4] = 255
+    stored = {
+        1: pixels,
+        2: pixels[:, ::-1],
+        3: pixels[::-1, ::-1],
+        4: pixels[::-1],
+        5: pixels.T,
+        6: np.rot90(pixels),
+        7: pixels[::-1, ::-1].T,
+        8: np.rot90(pixels, -1),
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(stored)).convert("RGB").save(file, "JPEG", quality=95, exif=exif)
+    return file.getvalue()
+
+
+def sixteen_bit_png(width: int = 64, height: int = 32) -> bytes:
+    """A grey image of 16 bits: black on the left to white (65535) on the right."""
+    file = io.BytesIO()
+    Image.fromarray(np.tile(np.linspace(0, 65535, width).astype(np.uint16), (height, 1))).save(file, "PNG")
+    return file.getvalue()
+
+
 def question(key: str, answers: Sequence[str] = ("a cat",), tags: Sequence[str] = (), side: int = 32) -> Content:
     """A record with one i2t alternative per answer."""
     turns = [[{"role": "user", "text": "What is this?"}, {"role": "assistant", "text": text}] for text in answers]

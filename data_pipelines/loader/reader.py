@@ -4,6 +4,7 @@ import numpy as np
 
 from data_pipelines.loader.sample_builder import SampleBuilder, SampleError
 from data_pipelines.planner.candidates import SampleRef
+from data_pipelines.shards.images import image_members
 from data_pipelines.shards.latents import cached_latent, latents_path, transform_name
 from data_pipelines.shards.tar import crc32, read_group
 from emma_train.config.schema import DataConfig, ImageConfig
@@ -36,8 +37,9 @@ class SampleReader:
         UserError if the local cache fails."""
         try:
             members = self.members(planned)
+            files = image_members(members)
             return self.builder.sample(
-                planned, members, lambda name, image: self._latent(planned, name, image) if use_cached else None
+                planned, members, lambda name, c: self._latent(planned, name, files[name], c) if use_cached else None
             )
         except (SampleError, UserError, RunError):
             raise
@@ -59,8 +61,9 @@ class SampleReader:
             self.storage.forget(planned.url, planned.shard)
         raise SampleError(f"{display_url(planned.url)}: bytes differ from the index's crc32")
 
-    def _latent(self, planned: SampleRef, name: str, image_config: ImageConfig) -> np.ndarray | None:
+    def _latent(self, planned: SampleRef, name: str, image: memoryview, image_config: ImageConfig) -> np.ndarray | None:
         if self.autoencoder_fingerprint is None:
             return None
         url = latents_path(planned.url, transform_name(image_config))
-        return cached_latent(url, f"{planned.key}/{name}", self.autoencoder_fingerprint, planned.shard, self.storage)
+        fingerprint = self.autoencoder_fingerprint
+        return cached_latent(url, f"{planned.key}/{name}", image, fingerprint, planned.shard, self.storage)

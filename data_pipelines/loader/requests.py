@@ -3,15 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from data_pipelines.shards.images import image_members, load_image, open_image
+from data_pipelines.shards.images import image_members, load_resized
 from data_pipelines.shards.index import read_columns, read_manifest
 from data_pipelines.shards.record import read_record
 from data_pipelines.shards.tar import read_group
-from emma_train.config.schema import DataConfig, ImageConfig
+from emma_train.config.schema import DataConfig
 from emma_train.errors import UserError
-from emma_train.sequence.geometry import image_size
 from emma_train.sequence.request import Request
 from emma_train.sequence.seeds import seed_of
 from emma_train.sequence.tasks import TASKS
@@ -60,13 +57,13 @@ def _read_request(
         record, files = read_record(members), image_members(members)
         alternative = record[TASKS[task].record_key][number]
         image_config = TASKS[task].image_config(data)
-        target = _load_image(files[alternative["target"]], image_config, pixels) if "target" in alternative else None
+        target = load_resized(files[alternative["target"]], image_config, pixels) if "target" in alternative else None
         turns = alternative.get("turns", [])
         return Request(
             key=f"{row['key']}/{number}",
             task=task,
             text=turns[0]["text"] if turns else alternative["text"],
-            images=[_load_image(files[name], image_config, pixels) for name in TASKS[task].shown_images(alternative)],
+            images=[load_resized(files[name], image_config, pixels) for name in TASKS[task].shown_images(alternative)],
             size=(0, 0) if target is None else (target.shape[0], target.shape[1]),
             seed=seed_of(data.seed, 0, row["key"], "request noise"),
             truth=turns[1]["text"] if turns else None,
@@ -77,8 +74,3 @@ def _read_request(
     except (StorageError, OSError, KeyError, IndexError, ValueError) as error:
         reason = str(error) if isinstance(error, StorageError) else f"{type(error).__name__}: {error}"
         raise UserError(f"{folder}: record {row['key']} of {shard['name']} cannot be read ({reason})") from None
-
-
-def _load_image(data: memoryview, image_config: ImageConfig, pixels: int) -> np.ndarray:
-    with open_image(data) as image:
-        return load_image(image, *image_size(*image.size, image_config, pixels)).copy()

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.planner.candidates import SampleRef
-from data_pipelines.shards.images import image_members, load_image, open_image
+from data_pipelines.shards.images import display_size, image_members, load_image, open_image
 from data_pipelines.shards.record import lacks_text, read_record
 from emma_train.config.schema import DataConfig, ImageConfig
 from emma_train.sequence.geometry import image_size, to_patches
@@ -86,6 +86,6 @@ class SampleBuilder:
         """Grid of visual tokens (rows, columns), and the patches if `decode`."""
         pixels = self.patch * self.shuffle
         with open_image(data) as image:
-            height, width = image_size(*image.size, image_config, pixels)
+            height, width = image_size(*display_size(image), image_config, pixels)
             grid = (height // pixels, width // pixels)
             return grid, to_patches(load_image(image, height, width), self.patch, self.shuffle) if decode else None

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_pipelines.shards.images import image_name, image_parts, open_image
+from data_pipelines.shards.images import display_size, image_name, image_parts, open_image
 from data_pipelines.shards.index import INDEX_SCHEMA, MANIFEST, SCHEMA_VERSION, index_path
 from data_pipelines.shards.record import layouts, read_record, tags_of
 from data_pipelines.shards.tar import BrokenTar, Group, Readable, groups
@@ -224,7 +224,7 @@ def _record_rows(group: Group, tokenizer: TextTokenizer) -> Iterator[dict[str, A
     if not tasks:
         raise ValueError(f"it has no task: no alternatives of {', '.join(RECORD_KEYS)}, and is no image with a caption")
     parts = image_parts(group.members)
-    sizes = [open_image(group.members[part]).size for part in parts]
+    sizes = [display_size(open_image(group.members[part])) for part in parts]
     numbers = {image_name(part): i for i, part in enumerate(parts)}
     for task in tasks:
         alternatives = record[task]

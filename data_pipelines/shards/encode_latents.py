@@ -11,13 +11,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from data_pipelines.shards.images import image_members, load_image, open_image
+from data_pipelines.shards.images import DECODING, image_members, load_resized
 from data_pipelines.shards.index import read_manifest
 from data_pipelines.shards.latents import is_current, latents_metadata, latents_path, transform_name
 from data_pipelines.shards.tar import groups
 from emma_train.config.schema import AutoencoderConfig, ImageConfig
 from emma_train.model.autoencoder import Autoencoder
-from emma_train.sequence.geometry import image_size
 from emma_train.storage.files import replacing_path
 
 log = logging.getLogger(__name__)
@@ -46,7 +45,8 @@ def cache_latents(
         tar = folder / shard["name"]
         for image_config in {transform_name(i): i for i in image_configs}.values():
             path = Path(latents_path(tar, transform_name(image_config)))
-            if path.is_file() and is_current(_metadata(path), encoder.fingerprint, shard["sha256"]):
+            metadata = _metadata(path) if path.is_file() else {}
+            if is_current(metadata, encoder.fingerprint, shard["sha256"]) and metadata.get("decoding") == str(DECODING):
                 continue
             latents: dict[str, np.ndarray] = {}
             for images in _batches(_images(tar, image_config, autoencoder.pixels), AT_ONCE * autoencoder.chunk):
@@ -65,12 +65,11 @@ def _images(tar: Path, image_config: ImageConfig, pixels: int) -> Iterator[tuple
         for group in groups(file):
             for name, data in image_members(group.members).items():
                 try:
-                    with open_image(data) as image:
-                        pixels_of_it = load_image(image, *image_size(*image.size, image_config, pixels))
+                    loaded = load_resized(data, image_config, pixels)
                 except (OSError, ValueError, SyntaxError) as error:
                     log.warning("%s: image %s of %s cannot be read (%s)", tar, name, group.key, error)
                     continue
-                yield f"{group.key}/{name}", torch.from_numpy(pixels_of_it.copy())
+                yield f"{group.key}/{name}", torch.from_numpy(loaded)
 
 
 def _batches(items: Iterator[_T], size: int) -> Iterator[list[_T]]:

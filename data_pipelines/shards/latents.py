@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from data_pipelines.shards.images import DECODING, decodes_differently, open_image
 from data_pipelines.shards.tar import crc32
 from emma_train.config.schema import ImageConfig
 from emma_train.storage.shard_reader import ShardReader
@@ -38,9 +39,15 @@ def latents_path(shard: str | Path, transform: str) -> str:
 
 
 def latents_metadata(fingerprint: str, shard: str, latents: dict[str, np.ndarray]) -> dict[str, str]:
-    """Metadata of a file of latents: fingerprint of the autoencoder, sha256 of the shard, checksum of each latent."""
+    """Metadata of a file of latents: fingerprint of the autoencoder, sha256 of the shard, version of the decoding of
+    images, checksum of each latent."""
     checksums = {name: crc32(latent.tobytes()) for name, latent in latents.items()}
-    return {"autoencoder": fingerprint, "shard_sha256": shard, "crc32": json.dumps(checksums)}
+    return {
+        "autoencoder": fingerprint,
+        "shard_sha256": shard,
+        "decoding": str(DECODING),
+        "crc32": json.dumps(checksums),
+    }
 
 
 def is_current(metadata: dict[str, str], fingerprint: str, shard: str) -> bool:
@@ -48,12 +55,18 @@ def is_current(metadata: dict[str, str], fingerprint: str, shard: str) -> bool:
     return (metadata.get("autoencoder"), metadata.get("shard_sha256")) == (fingerprint, shard) and "crc32" in metadata
 
 
-def cached_latent(url: str, name: str, fingerprint: str, shard: str, storage: ShardReader) -> np.ndarray | None:
+def cached_latent(
+    url: str, name: str, image: bytes | memoryview, fingerprint: str, shard: str, storage: ShardReader
+) -> np.ndarray | None:
     """float32 [tokens, channels] of an image; None if it is not cached, not current or damaged. The image itself must
-    be encoded then."""
+    be encoded then. Raises what `open_image` raises."""
     table = _read_table(url, fingerprint, shard, storage)
     if table is None or (row := table.row(name)) is None:
         return None
+    if table.decoding < DECODING:
+        with open_image(image) as opened:
+            if decodes_differently(opened):
+                return None
     try:
         for _ in range(2):
             data = storage.read_range(url, int(table.offsets[row]), 4 * int(table.shapes[row].prod()), table.version)
@@ -78,6 +91,8 @@ class _LatentTable:
     shapes: np.ndarray
     """[latents, 2]"""
     crc32: np.ndarray
+    decoding: int
+    """Version of the decoding of the images (DECODING)."""
 
     def row(self, name: str) -> int | None:
         hashed = _hash(name)
@@ -102,6 +117,7 @@ def _read_table(url: str, fingerprint: str, shard: str, storage: ShardReader) ->
             np.array([start + values[name]["data_offsets"][0] for name in names], np.int64),
             np.array([values[name]["shape"] for name in names], np.int32).reshape(-1, 2),
             np.array([checksums[name] for name in names], np.uint32),
+            int(metadata.get("decoding", 1)),
         )
     except StorageError as error:
         if not error.missing:

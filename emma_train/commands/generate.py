@@ -77,15 +77,11 @@ def _given(arguments: argparse.Namespace, settings: Any) -> dict[str, Any]:
 
 def _load_image(file: str, image_config: "ImageConfig", multiple: int) -> "np.ndarray":
     """uint8 [H, W, 3], resized as in training; both sides are multiples of `multiple`. Raises UserError."""
-    from PIL import Image
-
-    from data_pipelines.shards.images import load_image
-    from emma_train.sequence.geometry import image_size
+    from data_pipelines.shards.images import load_resized
 
     try:
-        with Image.open(file) as image:
-            return load_image(image, *image_size(*image.size, image_config, multiple)).copy()
-    except OSError as error:
+        return load_resized(Path(file).read_bytes(), image_config, multiple)
+    except (OSError, ValueError, SyntaxError) as error:
         raise UserError(f"--image {file}: cannot be read ({error})") from None
 
 

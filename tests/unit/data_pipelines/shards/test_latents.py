@@ -11,8 +11,10 @@ from data_pipelines.shards.latents import cached_latent, latents_metadata, laten
 from emma_train.storage.local_cache import LocalCache
 from emma_train.storage.shard_reader import ShardReader
 from tests.servers import serving
+from tests.shards import jpeg_with_orientation, png, sixteen_bit_png
 
 MARK, SHARD = "0123456789abcdef", "f" * 64
+IMAGE = png(0)
 NUM = 3000
 """So many that the header is longer than the first read."""
 
@@ -46,10 +48,10 @@ def test_every_latent_is_the_one_that_was_written(file: Path, tmp_path: Path, fa
     with serving(file.parent) as server:
         url = f"{server.url}/{file.name}?token=secret" if far else str(file)
         for name, value in list(load_file(file).items())[:: 100 if far else 1]:
-            latent = cached_latent(url, name, MARK, SHARD, storage)
+            latent = cached_latent(url, name, IMAGE, MARK, SHARD, storage)
             assert latent is not None
             np.testing.assert_array_equal(latent, value)
-        assert cached_latent(url, "p99999/img0", MARK, SHARD, storage) is None
+        assert cached_latent(url, "p99999/img0", IMAGE, MARK, SHARD, storage) is None
     uncut = sum(path.stat().st_size for path in (tmp_path / "cache").glob("*.safetensors"))
     assert uncut == (file.stat().st_size if far and cached else 0)
 
@@ -61,12 +63,12 @@ def test_the_name_beside_a_shard_keeps_the_query_of_its_url() -> None:
 
 @pytest.mark.parametrize(("mark", "shard"), [("other", SHARD), (MARK, "0" * 64)])
 def test_latents_of_something_else_are_not_taken(file: Path, mark: str, shard: str) -> None:
-    assert cached_latent(str(file), "p00000/img0", mark, shard, ShardReader()) is None
+    assert cached_latent(str(file), "p00000/img0", IMAGE, mark, shard, ShardReader()) is None
 
 
 def test_latents_without_checksums_are_not_taken(file: Path, tmp_path: Path) -> None:
     save_file(load_file(file), path := tmp_path / "old.safetensors", {"autoencoder": MARK, "shard_sha256": SHARD})
-    assert cached_latent(str(path), "p00000/img0", MARK, SHARD, ShardReader()) is None
+    assert cached_latent(str(path), "p00000/img0", IMAGE, MARK, SHARD, ShardReader()) is None
 
 
 def test_a_flipped_byte_costs_one_latent_and_is_told(
@@ -77,9 +79,9 @@ def test_a_flipped_byte_costs_one_latent_and_is_told(
     at = data.rindex(load_file(file)[name].tobytes())
     data[at + 3] ^= 1
     path.write_bytes(data)
-    assert cached_latent(str(path), name, MARK, SHARD, ShardReader()) is None
+    assert cached_latent(str(path), name, IMAGE, MARK, SHARD, ShardReader()) is None
     assert f"{path}: the latent of {name} is damaged; the image is encoded again" in caplog.text
-    assert cached_latent(str(path), other, MARK, SHARD, ShardReader()) is not None
+    assert cached_latent(str(path), other, IMAGE, MARK, SHARD, ShardReader()) is not None
 
 
 @pytest.mark.parametrize("size", [0, 5, 1000, 400_000])
@@ -88,10 +90,22 @@ def test_a_file_that_is_cut_off_is_told_and_not_taken(
 ) -> None:
     path = copy_of(file, tmp_path)
     path.write_bytes(path.read_bytes()[:size])
-    assert cached_latent(str(path), max(load_file(file)), MARK, SHARD, ShardReader(retries=0)) is None
+    assert cached_latent(str(path), max(load_file(file)), IMAGE, MARK, SHARD, ShardReader(retries=0)) is None
     assert str(path) in caplog.text
 
 
 def test_a_missing_file_is_nothing_to_tell(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert cached_latent(str(tmp_path / "none.safetensors"), "p/img0", MARK, SHARD, ShardReader()) is None
+    assert cached_latent(str(tmp_path / "none.safetensors"), "p/img0", IMAGE, MARK, SHARD, ShardReader()) is None
     assert not caplog.text
+
+
+def test_of_an_older_cache_only_latents_of_images_that_decode_as_before_are_used(file: Path, tmp_path: Path) -> None:
+    """The first version of the decoding ignored EXIF orientation and clipped 16 bits."""
+    metadata = latents_metadata(MARK, SHARD, values := load_file(file))
+    assert metadata.pop("decoding") == "2"
+    save_file(values, path := tmp_path / "old.safetensors", metadata)
+    name = max(values)
+    assert cached_latent(str(path), name, IMAGE, MARK, SHARD, ShardReader()) is not None
+    for image in (jpeg_with_orientation(6), sixteen_bit_png()):
+        assert cached_latent(str(path), name, image, MARK, SHARD, ShardReader()) is None
+        assert cached_latent(str(file), name, image, MARK, SHARD, ShardReader()) is not None
