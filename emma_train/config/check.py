@@ -1,14 +1,13 @@
-"""Checks of a recipe: each field against its facts (config/setting.py), then the rules that join several fields.
+"""Checks of a recipe: each field against its facts (config/values.py), then the rules that join several fields.
 
 Each failure names the fields, their values and a way out.
 """
 
 import logging
-from typing import Any
 
 from emma_train.config.mix import phases, samples_per_task, task_shares
 from emma_train.config.schema import EngineConfig, PhaseConfig, Recipe
-from emma_train.config.setting import Facts, settings_of
+from emma_train.config.values import check_values
 from emma_train.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -17,13 +16,10 @@ SHAREABLE = ("q_proj", "k_proj", "v_proj", "o_proj", "mlp", "input_norm", "mlp_n
 
 def check_recipe(recipe: Recipe, source: str) -> None:
     """Raise UserError on the first mistake in a recipe; `source` names the recipe in the message."""
-    _check_values(recipe, source)
+    check_values(recipe, source)
     check_model(recipe, source)
     _check_engine(recipe.engine, source)
     _check_sequence(recipe, source)
-    for group, scale in recipe.optimizer.lr_scale.items():
-        if scale <= 0:
-            raise UserError(f"{source}: optimizer.lr_scale.{group} is {scale}; it must be more than 0")
     for phase in phases(recipe):
         _check_mix(recipe, phase, source)
     _check_keeping(recipe, source)
@@ -33,33 +29,6 @@ def check_recipe(recipe: Recipe, source: str) -> None:
         log.warning(
             "%s: train.steps=%d ends before phase %s, which begins at %d", source, recipe.train.steps, last, before_last
         )
-
-
-def _check_values(section: Any, source: str, prefix: str = "") -> None:
-    """Raise UserError on the first value that the facts of its field do not allow."""
-    for field in settings_of(type(section)):
-        key, value = f"{prefix}{field.key}", getattr(section, field.name)
-        if field.section is not None:
-            _check_values(value, source, f"{key}.")
-        elif field.element is not None:
-            for index, entry in enumerate(value):
-                _check_values(entry, source, f"{key}[{index}].")
-        elif problem := _problem(value, field.facts):
-            raise UserError(f"{source}: {key} is {problem}")
-
-
-def _problem(value: Any, facts: Facts) -> str:
-    """What is wrong with a value, or an empty text."""
-    if facts.choices and value not in facts.choices:
-        return f"{value!r}; it is one of {', '.join(map(str, facts.choices))}"
-    if facts.more_than is not None and value <= facts.more_than:
-        return f"{value}; it must be more than {facts.more_than:g}"
-    too_low = facts.at_least is not None and value < facts.at_least
-    if facts.at_most is not None and (too_low or value > facts.at_most):
-        return f"{value}; it lies between {facts.at_least:g} and {facts.at_most:g}"
-    if too_low:
-        return f"{value}; it must be at least {facts.at_least:g}"
-    return ""
 
 
 def check_world(slots: int, world: int) -> None:
@@ -103,8 +72,8 @@ def _check_engine(engine: EngineConfig, source: str) -> None:
 def _check_mix(recipe: Recipe, phase: PhaseConfig, source: str) -> None:
     shares, name = task_shares(phase.mix), f"mix of phase {phase.name}"
     total = sum(shares.values())
-    if any(share < 0 for share in shares.values()) or total == 0:
-        raise UserError(f"{source}: {name} needs shares of 0 or more, and at least one above 0 (mix.i2t=1)")
+    if total == 0:
+        raise UserError(f"{source}: {name} needs at least one share above 0 (mix.i2t=1)")
     if recipe.data.samples_per_step and recipe.data.mix_by == "tokens":
         raise UserError(f"{source}: data.mix_by=tokens fills the packs by tokens; leave out data.samples_per_step")
     if recipe.data.samples_per_step % total:
@@ -121,10 +90,8 @@ def _check_mix(recipe: Recipe, phase: PhaseConfig, source: str) -> None:
             )
     weights = [entry.weight for entry in phase.sources]
     has_weights = any(weight is not None for weight in weights)
-    if has_weights and not all(weight is not None and weight > 0 for weight in weights):
-        raise UserError(
-            f"{source}: the sources of phase {phase.name} have weights {weights}; give each one above 0, or none"
-        )
+    if has_weights and None in weights:
+        raise UserError(f"{source}: the sources of phase {phase.name} have weights {weights}; give each one, or none")
     if not phase.sources:
         raise UserError(f"{source}: data.sources is empty; name a folder of shards ({{path: FOLDER}})")
 
@@ -147,13 +114,14 @@ def _check_keeping(recipe: Recipe, source: str) -> None:
 
 def check_model(recipe: Recipe, source: str) -> None:
     """Raise UserError on the first mistake in the model section."""
+    check_values(recipe.model, source, "model.")
     vision, decoder = recipe.model.vision, recipe.model.decoder
     if recipe.model.autoencoder.pixels != vision.patch * vision.shuffle:
         raise UserError(
             f"{source}: model.autoencoder.pixels is {recipe.model.autoencoder.pixels}, but vision.patch * "
             f"vision.shuffle is {vision.patch * vision.shuffle}; both grids must agree to be fused channel by channel"
         )
-    if not 0 <= decoder.num_shared_layers <= decoder.num_layers:
+    if decoder.num_shared_layers > decoder.num_layers:
         raise UserError(
             f"{source}: model.decoder.num_shared_layers is {decoder.num_shared_layers}; it lies between 0 and "
             f"num_layers ({decoder.num_layers})"
@@ -164,11 +132,13 @@ def check_model(recipe: Recipe, source: str) -> None:
         raise UserError(
             f"{source}: model.decoder.heads ({decoder.heads}) is no multiple of kv_heads ({decoder.kv_heads})"
         )
+    if recipe.model.time_features % 2:
+        raise UserError(f"{source}: model.time_features is {recipe.model.time_features}; it must be an even number")
     if decoder.head_dim % 2:
         raise UserError(
             f"{source}: model.decoder.head_dim is {decoder.head_dim}; rotary embedding needs an even number"
         )
-    if not 0 < vision.expert_layers < vision.num_layers:
+    if vision.expert_layers >= vision.num_layers:
         raise UserError(
             f"{source}: model.vision.expert_layers is {vision.expert_layers}; it lies between 1 and num_layers - 1"
         )

@@ -11,15 +11,15 @@ from emma_train.config.setting import section, setting
 class ImageConfig:
     mode: str = setting("square", choices=("square", "native", "buckets"))
     """square (every image becomes side x side), native (multiples of 32) or buckets (nearest aspect ratio)."""
-    side: int = setting(512, more_than=0)
+    side: int = setting(512, more_than=0, at_most=16384)
     """Side in pixels; for native and buckets the side of the square with the same area."""
-    max_tokens: int = setting(4096)
+    max_tokens: int = setting(4096, more_than=0, at_most=262144)
     """Cap of visual tokens per image in native mode; larger images are scaled down to it."""
 
 
 @dataclass
 class SourceConfig:
-    path: str = setting(MISSING)
+    path: str = setting(MISSING, form="url")
     """Folder of shards with a manifest.json: a path, or a URL that fsspec opens (s3://, https://, ...)."""
     tasks: list[str] = setting([])
     """Tasks to take from this source; empty takes all that it has."""
@@ -27,20 +27,20 @@ class SourceConfig:
     """Only samples that carry all of these tags."""
     exclude_tags: list[str] = setting([])
     """Only samples that carry none of these tags."""
-    weight: float | None = setting(None)
+    weight: float | None = setting(None, more_than=0, at_most=1e9)
     """Weight of this source against the other sources of a task. Set it for all sources of a phase or for none; without
     weights each sample comes once an epoch."""
 
 
 @dataclass
 class MixConfig:
-    i2t: int = setting(0)
+    i2t: int = setting(0, at_least=0, at_most=10**6)
     """Share of understanding samples in every optimizer step."""
-    t2i: int = setting(0)
+    t2i: int = setting(0, at_least=0, at_most=10**6)
     """Share of generation samples in every optimizer step."""
-    it2i: int = setting(0)
+    it2i: int = setting(0, at_least=0, at_most=10**6)
     """Share of editing samples in every optimizer step."""
-    recon: int = setting(0)
+    recon: int = setting(0, at_least=0, at_most=10**6)
     """Share of reconstruction samples in every optimizer step (RecA, arXiv 2509.07295; not in the paper's mix)."""
 
 
@@ -48,7 +48,7 @@ class MixConfig:
 class PhaseConfig:
     name: str = setting(MISSING)
     """Name of the phase, as in the paper's Stage 2: a, b, c."""
-    steps: int = setting(MISSING)
+    steps: int = setting(MISSING, more_than=0, at_most=10**9)
     """Optimizer steps of the phase; the last phase lasts until train.steps."""
     mix: MixConfig = section(MixConfig, set_together=True)
     """Task ratio during the phase."""
@@ -62,25 +62,25 @@ class DataConfig:
     """Shard folders. A task draws evenly from the samples of all of them, or by their weights."""
     phases: list[PhaseConfig] = setting([])
     """Curriculum; empty means one phase with the recipe's mix."""
-    tokenizer: str = setting(MISSING)
+    tokenizer: str = setting(MISSING, form="path")
     """tokenizer.json, or a folder that holds it."""
-    seed: int = setting(0)
+    seed: int = setting(0, at_least=0, at_most=2**63 - 1)
     """Seed of order, choices, noise and dropout (contract 1)."""
-    slots: int = setting(12, more_than=0)
+    slots: int = setting(12, more_than=0, at_most=10**6)
     """Packs (micro-batches) per optimizer step, over all ranks; the number of ranks must divide it (contract 2)."""
-    samples_per_step: int = setting(0, at_least=0)
+    samples_per_step: int = setting(0, at_least=0, at_most=10**8)
     """Samples per optimizer step, over all tasks and ranks; 0 takes as many as the packs hold."""
     mix_by: str = setting("samples", choices=("samples", "tokens"))
     """What the task ratio counts: samples, exact in every step, or tokens, exact over many steps."""
-    shuffle_window: int = setting(262144, more_than=0)
+    shuffle_window: int = setting(262144, more_than=0, at_most=10**9)
     """Fewest samples that are shuffled together; an epoch also shuffles the order of all shards."""
-    pack_tokens: int = setting(8192, more_than=0)
+    pack_tokens: int = setting(8192, more_than=0, at_most=2**24)
     """Most LLM tokens in one pack."""
-    pack_pairs: int = setting(0, at_least=0)
+    pack_pairs: int = setting(0, at_least=0, at_most=2**48)
     """Most token pairs that attention computes in one pack; 0 sets no limit."""
-    pack_patches: int = setting(0, at_least=0)
+    pack_patches: int = setting(0, at_least=0, at_most=2**32)
     """Most patches that the vision encoder sees in one pack; 0 sets no limit."""
-    pack_pixels: int = setting(0, at_least=0)
+    pack_pixels: int = setting(0, at_least=0, at_most=2**40)
     """Most pixels that the autoencoder encodes in one pack; 0 sets no limit."""
     und: ImageConfig = section(ImageConfig)
     """Images to understand."""
@@ -93,21 +93,21 @@ class DataConfig:
     """Probability that a generation prompt is dropped, for guidance."""
     reference_dropout: float = setting(0.1, at_least=0, at_most=1)
     """Probability that editing loses its reference image, for guidance."""
-    workers: int = setting(0, at_least=0, resume="free")
+    workers: int = setting(0, at_least=0, at_most=1024, resume="free")
     """Loader processes per rank; 0 reads in a background thread of the trainer."""
-    prefetch: int = setting(8, resume="free")
+    prefetch: int = setting(8, more_than=0, at_most=65536, resume="free")
     """Packs that each worker reads ahead."""
-    max_bad_samples: int = setting(100, at_least=0, resume="free")
+    max_bad_samples: int = setting(100, at_least=0, at_most=10**12, resume="free")
     """Stop after more unreadable samples than this, replaced or not, over all ranks."""
-    cache_dir: str = setting("", resume="free")
+    cache_dir: str = setting("", form="path", resume="free")
     """Folder on a local disk for copies of remote shards, shared by the ranks of a machine; empty reads byte ranges of
     the remote files instead."""
-    cache_gib: float = setting(100.0, more_than=0, resume="free")
+    cache_gib: float = setting(100.0, more_than=0, at_most=10**7, resume="free")
     """Size limit of data.cache_dir in GiB; the shards that were read longest ago are removed first."""
-    read_retries: int = setting(5, at_least=0, resume="free")
+    read_retries: int = setting(5, at_least=0, at_most=1000, resume="free")
     """How often a read is tried again after a failure that may pass: no answer in time, a server error (5xx), a body
     cut short."""
-    read_wait_s: float = setting(0.5, at_least=0, resume="free")
+    read_wait_s: float = setting(0.5, at_least=0, at_most=86400, resume="free")
     """Seconds before a read is tried again for the first time; doubles with each further try, up to half a minute."""
-    read_timeout_s: float = setting(30.0, more_than=0, resume="free")
+    read_timeout_s: float = setting(30.0, more_than=0, at_most=86400, resume="free")
     """Longest time in seconds that one answer of a remote store may take."""

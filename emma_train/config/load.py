@@ -8,6 +8,7 @@ import difflib
 import hashlib
 import json
 import logging
+import typing
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -18,10 +19,15 @@ from omegaconf.errors import OmegaConfBaseException
 from emma_train.config.check import check_recipe
 from emma_train.config.renamed import RENAMED, current_key, old_keys, with_current_names
 from emma_train.config.schema import Pipeline, Recipe
-from emma_train.config.setting import all_settings, settings_of
+from emma_train.config.setting import Setting, all_settings, settings_of
+from emma_train.config.values import check_values
 from emma_train.errors import UserError
 
 log = logging.getLogger(__name__)
+MOST_DOTS = 16
+"""In a key; deeper ones would end in Python's limit of recursion."""
+LONGEST_SHOWN = 200
+"""Characters of a value in an error."""
 Schema = TypeVar("Schema", Recipe, Pipeline)
 
 
@@ -38,10 +44,12 @@ def _read(path: Path, children: tuple[Path, ...] = ()) -> tuple[dict[str, Any], 
     if path.resolve() in children:
         raise UserError(f"{path}: extends itself through {' -> '.join(p.name for p in children)}")
     try:
-        values = yaml.safe_load(path.read_text())
+        values = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot read the recipe ({error.strerror}); recipes/ holds the shipped ones") from None
-    except yaml.YAMLError as error:
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not a text file in UTF-8") from None
+    except ValueError as error:
         raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: a recipe is a mapping of sections, found {type(values).__name__}")
@@ -49,9 +57,36 @@ def _read(path: Path, children: tuple[Path, ...] = ()) -> tuple[dict[str, Any], 
     values = with_current_names(values, str(path))
     if base is None:
         return values, used
-    inherited, used_by_base = _read(path.parent / str(base), (*children, path.resolve()))
-    merged = OmegaConf.to_container(OmegaConf.merge(inherited, values))
-    return cast(dict[str, Any], merged), [*used_by_base, *used]
+    base_path = path.parent / str(base)
+    inherited, used_by_base = _read(base_path, (*children, path.resolve()))
+    return _merged(inherited, values, path, base_path), [*used_by_base, *used]
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of a YAML text. Raises ValueError, whatever is wrong with it."""
+    try:
+        value = yaml.safe_load(text)
+        json.dumps(value, default=str)  # raises where an alias makes a value part of itself
+    except (yaml.YAMLError, RecursionError, TypeError) as error:
+        message = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise ValueError(message) from None
+    return value
+
+
+def _merged(base: dict[str, Any], values: dict[str, Any], path: Path, base_path: Path, prefix: str = "") -> Any:
+    """The values of the file `base_path` and, over them, those of `path`. Sections are joined, lists replaced.
+
+    Raises UserError where only one of two values is a section.
+    """
+    merged = dict(base)
+    for key, value in values.items():
+        inherited = base.get(key)
+        if isinstance(inherited, dict) and isinstance(value, dict):
+            value = _merged(inherited, value, path, base_path, f"{prefix}{key}.")
+        elif None not in (inherited, value) and isinstance(inherited, dict) != isinstance(value, dict):
+            raise UserError(f"{path}: {prefix}{key} is {_short(value)}, but {_short(inherited)} in {base_path}")
+        merged[key] = value
+    return merged
 
 
 def is_pipeline(path: Path) -> bool:
@@ -71,6 +106,7 @@ def load_pipeline(path: Path, overrides: list[str] | None = None) -> tuple[Pipel
     for_pipeline = [o for o in overrides or [] if o.startswith("run.")]
     stages = [o for o in overrides or [] if not o.startswith("run.")]
     pipeline = _build(Pipeline, path, for_pipeline)
+    check_values(pipeline, str(path))
     if not pipeline.pipeline:
         raise UserError(f"{path}: pipeline lists no stage")
     return pipeline, stages
@@ -167,19 +203,28 @@ def _parse_override(override: str) -> tuple[dict[str, Any], str]:
     key, equals, text = override.partition("=")
     if not equals:
         raise UserError(f"override {override!r}: expected key=value, such as train.steps=100")
+    if key.count(".") > MOST_DOTS:
+        raise UserError(f"override {_short(override)}: unknown key; no key has so many parts")
     try:
-        value: Any = yaml.safe_load(text) if text else ""
-    except yaml.YAMLError:
-        raise UserError(f"override {override!r}: {text!r} is not a YAML value") from None
+        value: Any = parse_yaml(text) if text else ""
+    except ValueError:
+        raise UserError(f"override {_short(override)}: {_short(text)} is not a YAML value") from None
     for part in reversed(key.split(".")):
         value = {part: value}
-    return value, f"override {override!r}"
+    return value, f"override {_short(override)}"
 
 
 def _plain(error: OmegaConfBaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     key = next((line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")), "")
-    return f"{key}: {lines[0]}" if key else lines[0]
+    message = lines[0] if len(lines[0]) <= LONGEST_SHOWN else f"{lines[0][:LONGEST_SHOWN]}..."
+    return f"{key}: {message}" if key else message
+
+
+def _short(value: Any) -> str:
+    """A value as errors show it."""
+    text = repr(value)
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
 
 
 def _with_field_names(values: Any, schema: type) -> Any:
@@ -222,11 +267,29 @@ def _check_keys(values: Any, schema: type, source: str, prefix: str = "", root: 
         full = f"{prefix}{key}"
         if key not in fields:
             raise UserError(f"{source}: unknown key {full}; {_advice(str(key), prefix, list(fields), root)}")
-        inner = fields[key].section
-        if inner is not None:
-            if value is not None and not isinstance(value, dict):
-                raise UserError(f"{source}: {full} is a section, found {value!r}")
-            _check_keys(value, inner, source, f"{full}.", root)
+        field = fields[key]
+        if value is not None and (needed := _needed_shape(field, value)):
+            raise UserError(f"{source}: {full} is {needed}, found {_short(value)}")
+        if field.section is not None:
+            _check_keys(value, field.section, source, f"{full}.", root)
+        elif field.element is not None:
+            for index, entry in enumerate(value or []):
+                if not isinstance(entry, dict):
+                    raise UserError(f"{source}: {full}[{index}] is a section, found {_short(entry)}")
+                _check_keys(entry, field.element, source, f"{full}[{index}].", root)
+
+
+def _needed_shape(field: Setting, value: Any) -> str:
+    """What a field holds, if the value is not of that shape: a section, list, mapping or single value."""
+    if field.section is not None:
+        return "" if isinstance(value, dict) else "a section"
+    if field.element is not None:
+        return "" if isinstance(value, list) else "a list of sections, as in [{...}, {...}]"
+    if typing.get_origin(field.kind) is list:
+        return "" if isinstance(value, list) else "a list"
+    if typing.get_origin(field.kind) is dict:
+        return "" if isinstance(value, dict) else "a mapping, as in {name: value}"
+    return "a single value" if isinstance(value, list | dict) else ""
 
 
 def _advice(key: str, prefix: str, siblings: list[str], root: type) -> str:

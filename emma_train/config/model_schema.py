@@ -12,25 +12,25 @@ from emma_train.config.setting import section, setting
 
 @dataclass
 class VisionConfig:
-    hidden: int = setting(1152, handoff="equal")
+    hidden: int = setting(1152, more_than=0, at_most=65536, handoff="equal")
     """Width of the SigLIP2 encoder."""
-    num_layers: int = setting(27, handoff="equal")
+    num_layers: int = setting(27, more_than=1, at_most=1024, handoff="equal")
     """Encoder layers that every image passes: the shared ones and those of one expert."""
-    heads: int = setting(16, handoff="equal")
+    heads: int = setting(16, more_than=0, at_most=4096, handoff="equal")
     """Attention heads."""
-    intermediate_size: int = setting(4304, handoff="equal")
+    intermediate_size: int = setting(4304, more_than=0, at_most=2**20, handoff="equal")
     """Width of the MLP."""
-    patch: int = setting(16, handoff="equal")
+    patch: int = setting(16, more_than=0, at_most=1024, handoff="equal")
     """Side of a patch in pixels."""
-    position_grid: int = setting(32, handoff="equal")
+    position_grid: int = setting(32, more_than=0, at_most=4096, handoff="equal")
     """Side of the learned position table in patches (32 for patch16-512)."""
-    shuffle: int = setting(2, handoff="equal")
+    shuffle: int = setting(2, more_than=0, at_most=64, handoff="equal")
     """Side of the pixel-shuffle block: patch * shuffle pixels make one visual token."""
-    eps: float = setting(1e-6, handoff="equal")
+    eps: float = setting(1e-6, more_than=0, at_most=1, handoff="equal")
     """LayerNorm epsilon."""
-    expert_layers: int = setting(3)
+    expert_layers: int = setting(3, more_than=0, at_most=1024)
     """Number of last layers of which each expert has its own."""
-    router_hidden: int = setting(1152)
+    router_hidden: int = setting(1152, more_than=0, at_most=65536)
     """Hidden width of the router MLP."""
     stem_expert: bool = setting(False)
     """Whether the STEM expert exists; it is created by the hand-off to stage4_expert."""
@@ -42,28 +42,28 @@ class VisionConfig:
 
 @dataclass
 class DecoderConfig:
-    hidden: int = setting(2560, handoff="equal")
+    hidden: int = setting(2560, more_than=0, at_most=65536, handoff="equal")
     """Width of the residual stream."""
-    num_layers: int = setting(36, handoff="equal")
+    num_layers: int = setting(36, more_than=0, at_most=1024, handoff="equal")
     """Shallow and deep layers together."""
-    num_shared_layers: int = setting(18, handoff="equal")
+    num_shared_layers: int = setting(18, at_least=0, at_most=1024, handoff="equal")
     """N: the first layers, in which both branches share the modules named in `shared`."""
     shared: list[str] = setting(["q_proj", "k_proj"], handoff="equal")
     """What shallow layers share: of q_proj, k_proj, v_proj, o_proj, mlp, input_norm, mlp_norm; `norm` shares the
     final norm."""
-    heads: int = setting(32, handoff="equal")
+    heads: int = setting(32, more_than=0, at_most=4096, handoff="equal")
     """Query heads."""
-    kv_heads: int = setting(8, handoff="equal")
+    kv_heads: int = setting(8, more_than=0, at_most=4096, handoff="equal")
     """Key and value heads."""
-    head_dim: int = setting(128, handoff="equal")
+    head_dim: int = setting(128, more_than=0, at_most=4096, handoff="equal")
     """Channels of one head; heads * head_dim need not equal hidden."""
-    intermediate_size: int = setting(9728, handoff="equal")
+    intermediate_size: int = setting(9728, more_than=0, at_most=2**20, handoff="equal")
     """Width of the SwiGLU MLP."""
-    vocab: int = setting(151936, handoff="equal")
+    vocab: int = setting(151936, more_than=0, at_most=2**24, handoff="equal")
     """Rows of the token embedding."""
-    rope_theta: float = setting(1e6, handoff="equal")
+    rope_theta: float = setting(1e6, more_than=0, at_most=1e12, handoff="equal")
     """Base of the rotary embedding."""
-    eps: float = setting(1e-6, handoff="equal")
+    eps: float = setting(1e-6, more_than=0, at_most=1, handoff="equal")
     """RMSNorm epsilon."""
     tied: bool = setting(True, handoff="equal")
     """Whether the LM head is the token embedding."""
@@ -71,13 +71,13 @@ class DecoderConfig:
 
 @dataclass
 class AutoencoderConfig:
-    path: str = setting(MISSING)
+    path: str = setting(MISSING, form="path")
     """Folder of a diffusers AutoencoderDC (config.json and safetensors)."""
-    channels: int = setting(32, handoff="equal")
+    channels: int = setting(32, more_than=0, at_most=4096, handoff="equal")
     """Latent channels."""
-    pixels: int = setting(32, handoff="equal")
+    pixels: int = setting(32, more_than=0, at_most=1024, handoff="equal")
     """Pixels per latent on a side; equals vision.patch * vision.shuffle."""
-    chunk: int = setting(32)
+    chunk: int = setting(32, more_than=0, at_most=65536)
     """Images encoded or decoded at once."""
 
 
@@ -89,9 +89,9 @@ class ModelConfig:
     """Shared-and-decoupled language model."""
     autoencoder: AutoencoderConfig = section(AutoencoderConfig)
     """Generation encoder, frozen in every stage."""
-    position_scale: float = setting(0.3)
+    position_scale: float = setting(0.3, at_least=0, at_most=1000)
     """Factor of the fixed 2D position that is added to visual tokens. At 1 it would dominate the adapter's output."""
-    time_features: int = setting(256, handoff="equal")
+    time_features: int = setting(256, more_than=0, at_most=65536, handoff="equal")
     """Number of sinusoidal features of the flow time."""
-    seed: int = setting(0)
+    seed: int = setting(0, at_least=0, at_most=2**63 - 1)
     """Seed of the initial weights that no checkpoint provides."""

@@ -12,6 +12,7 @@ from typing import Any
 from emma_train.config.renamed import RENAMED, current_key
 from emma_train.config.schema import Recipe
 from emma_train.config.setting import Facts, Rule, Setting, settings_of
+from emma_train.config.values import allowed_range
 from emma_train.errors import UserError
 
 COMMAND = "emma-train config --markdown > docs/config.md"
@@ -152,11 +153,7 @@ def _kind(field: Setting) -> str:
 def _values(facts: Facts) -> str:
     if facts.choices:
         return ", ".join(f"`{choice}`" if choice != "" else "empty" for choice in facts.choices)
-    if facts.at_least is not None and facts.at_most is not None:
-        return f"{facts.at_least:g} to {facts.at_most:g}"
-    if facts.more_than is not None:
-        return f"more than {facts.more_than:g}"
-    return f"at least {facts.at_least:g}" if facts.at_least is not None else ""
+    return allowed_range(facts)
 
 
 def _escaped(text: str) -> str:

@@ -44,9 +44,9 @@ LOSS_METRICS = ("loss", *(f"loss/{task.name}" for task in fields(MixConfig)))
 
 @dataclass
 class RunConfig:
-    root: str = setting("runs")
+    root: str = setting("runs", form="path")
     """Folder that holds the run folders."""
-    name: str = setting(MISSING)
+    name: str = setting(MISSING, form="name")
     """Name of this run; its folder is root/name."""
 
 
@@ -61,35 +61,35 @@ class StageConfig:
 
 @dataclass
 class LossConfig:
-    ce_weight: float = setting(0.25)
+    ce_weight: float = setting(0.25, at_least=0, at_most=1000)
     """Weight of next-token cross-entropy."""
-    fm_weight: float = setting(1.0)
+    fm_weight: float = setting(1.0, at_least=0, at_most=1000)
     """Weight of flow matching."""
 
 
 @dataclass
 class FlowConfig:
-    logit_mean: float = setting(0.0)
+    logit_mean: float = setting(0.0, at_least=-10, at_most=10)
     """Mean of the logit-normal flow time."""
-    logit_std: float = setting(1.0)
+    logit_std: float = setting(1.0, at_least=0, at_most=10)
     """Standard deviation of the logit-normal flow time."""
-    shift: float = setting(1.0)
+    shift: float = setting(1.0, more_than=0, at_most=1000)
     """s in s*t / (1 + (s-1)*t), the shift of the flow time: 1 at 512 pixels, 4 at 1K."""
 
 
 @dataclass
 class OptimizerConfig:
-    lr: float = setting(MISSING, more_than=0)
+    lr: float = setting(MISSING, more_than=0, at_most=10)
     """Peak learning rate."""
-    lr_scale: dict[str, float] = setting({})
+    lr_scale: dict[str, float] = setting({}, more_than=0, at_most=1000)
     """Factor of the learning rate by parameter group, as in {vision: 0.1}; groups that it does not name have 1."""
-    betas: list[float] = setting([0.9, 0.999])
+    betas: list[float] = setting([0.9, 0.999], at_least=0, less_than=1, length=2)
     """AdamW moment decays."""
-    eps: float = setting(1e-8)
+    eps: float = setting(1e-8, more_than=0, at_most=1)
     """AdamW epsilon."""
-    weight_decay: float = setting(0.0)
+    weight_decay: float = setting(0.0, at_least=0, at_most=100)
     """Decoupled weight decay, on matrices only."""
-    max_grad_norm: float = setting(1.0)
+    max_grad_norm: float = setting(1.0, at_least=0, at_most=1e6)
     """Gradients are scaled down to this global norm; 0 turns clipping off."""
 
 
@@ -97,15 +97,15 @@ class OptimizerConfig:
 class ScheduleConfig:
     kind: str = setting("constant", choices=("constant", "cosine"))
     """Learning rate after the warm-up: constant, or a cosine down to min_ratio of the peak."""
-    warmup_steps: int = setting(0)
+    warmup_steps: int = setting(0, at_least=0, at_most=10**9)
     """Steps of linear warm-up."""
-    min_ratio: float = setting(0.0)
+    min_ratio: float = setting(0.0, at_least=0, at_most=1)
     """Share of the peak learning rate at which the cosine ends."""
 
 
 @dataclass
 class EmaConfig:
-    decay: float = setting(0.0, at_least=0, at_most=1)
+    decay: float = setting(0.0, at_least=0, less_than=1)
     """Decay of the averaged weights; 0 keeps none."""
     device: str = setting("auto", choices=("auto", "cpu"), resume="free")
     """Where the averages are: auto keeps them beside the weights; cpu in host memory, to which every step copies the
@@ -114,34 +114,34 @@ class EmaConfig:
 
 @dataclass
 class TrainConfig:
-    steps: int = setting(MISSING, more_than=0)
+    steps: int = setting(MISSING, more_than=0, at_most=10**9)
     """Optimizer steps of the stage."""
-    log_every: int = setting(10, more_than=0)
+    log_every: int = setting(10, more_than=0, at_most=10**9)
     """Steps between lines of metrics.jsonl."""
-    checkpoints: str = setting("")
+    checkpoints: str = setting("", form="url")
     """Folder or URL (s3://, gs://, ...: what fsspec writes to) for checkpoints, in a folder for each run name; empty
     keeps them in the run folder."""
-    save_every: int = setting(1000, more_than=0)
+    save_every: int = setting(1000, more_than=0, at_most=10**9)
     """Steps between checkpoints; the last step is always saved."""
     save_async: bool = setting(True)
     """Write checkpoints while training goes on; needs host memory for one copy of what is saved."""
-    keep: int = setting(2, more_than=0)
+    keep: int = setting(2, more_than=0, at_most=10**6)
     """Number of newest checkpoints to keep."""
-    keep_every: int = setting(0)
+    keep_every: int = setting(0, at_least=0, at_most=10**9)
     """Keep checkpoints of steps that are multiples of this for good; 0 keeps none."""
     keep_best: str = setting("", choices=("", *LOSS_METRICS))
     """Also keep the checkpoint with the lowest mean of this loss since the checkpoint before; empty keeps none."""
-    stop_within_s: int = setting(240, more_than=0)
+    stop_within_s: int = setting(240, more_than=0, at_most=604800)
     """Seconds that a run may take to finish its step and save after it was asked to stop; then the process ends."""
-    sample_every: int = setting(0)
+    sample_every: int = setting(0, at_least=0, at_most=10**9)
     """Steps between sample images; 0 makes them only at the end."""
-    sample_from: str = setting("")
+    sample_from: str = setting("", form="url")
     """Shard folder, best a held-out one, whose records are the prompts of samples; empty makes no samples."""
-    num_samples: int = setting(4)
+    num_samples: int = setting(4, at_least=0, at_most=4096)
     """Samples per task."""
-    max_skipped_steps: int = setting(10)
+    max_skipped_steps: int = setting(10, more_than=0, at_most=10**6)
     """Stop after this many non-finite steps in a row."""
-    gc_every: int = setting(100)
+    gc_every: int = setting(100, at_least=0, at_most=10**9)
     """Steps between garbage collections, which all ranks run at once; 0 leaves them to Python."""
 
 
@@ -157,14 +157,14 @@ class EngineConfig:
     """What deepspeed divides among the ranks: 1 optimizer state, 2 gradients too, 3 weights too."""
     offload_optimizer: bool = setting(False)
     """Keep fp32 weights and optimizer state in host memory and update them there."""
-    replicate: int = setting(1, more_than=0)
+    replicate: int = setting(1, more_than=0, at_most=65536)
     """Copies of the sharded model that fsdp keeps, each over an equal part of the ranks (HSDP); best the number of
     nodes."""
     frozen: str = setting("sharded", choices=("sharded", "replicated"))
     """How fsdp keeps units that do not train: sharded, or replicated (complete on every rank, never gathered)."""
-    sequence_parallel: int = setting(1, more_than=0)
+    sequence_parallel: int = setting(1, more_than=0, at_most=4096)
     """Ranks that share the tokens of one pack (Ulysses), for packs too long for one GPU; divides the heads."""
-    prefetch: int = setting(1)
+    prefetch: int = setting(1, at_least=0, at_most=1024)
     """Decoder layers that fsdp gathers ahead, in forward and in backward; 0 leaves it to torch."""
     reshard_after_forward: bool = setting(True)
     """Free gathered weights between forward and backward; false is faster where memory allows."""
@@ -176,10 +176,10 @@ class EngineConfig:
     selective (every second one)."""
     compile: bool = setting(False)
     """torch.compile for every layer; the first steps then take minutes."""
-    timeout_s: int = setting(1800, more_than=0)
+    timeout_s: int = setting(1800, more_than=0, at_most=604800)
     """Longest wait in seconds for other ranks until the first step is done, and while checkpoints and samples are
     written."""
-    step_timeout_s: int = setting(600, more_than=0)
+    step_timeout_s: int = setting(600, more_than=0, at_most=604800)
     """Longest wait in seconds for other ranks from step to step; a rank whose step takes longer also writes its stack
     to stderr."""
     debug_lockstep: bool = setting(False)
@@ -194,7 +194,7 @@ class AttentionConfig:
 
 @dataclass
 class InitConfig:
-    source: str | None = setting(None, key="from")
+    source: str | None = setting(None, form="url", key="from")
     """Run folder, checkpoint or export whose weights the stage starts from; null starts from random weights. Called
     `from` in recipes."""
     ema: bool = setting(True)

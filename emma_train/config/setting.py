@@ -1,6 +1,6 @@
 """Facts about a config field, kept in its metadata: allowed values, and the rules of a resume and a hand-off.
 
-Read by the checks (config/check.py), the resume rule (training/resume_rule.py), the hand-off rule (stages/handoff.py),
+Read by the checks (config/values.py), the resume rule (training/resume_rule.py), the hand-off rule (stages/handoff.py),
 stored configs (config/stored.py) and the reference (config/reference.py).
 """
 
@@ -14,6 +14,7 @@ from typing import Any, Literal
 from omegaconf import MISSING
 
 Rule = Literal["fixed", "free"]
+Form = Literal["text", "name", "path", "url"]
 UNKNOWN: Any = object()
 """`absent` is not given: a stored config without the key means today's default."""
 
@@ -25,6 +26,13 @@ class Facts:
     at_least: float | None = None
     more_than: float | None = None
     at_most: float | None = None
+    less_than: float | None = None
+    """Bounds of a number, or of every number in a list or mapping. Every number has a lower and an upper one, far
+    beyond use, so that none can overflow."""
+    length: int | None = None
+    """Number of entries of a list; None allows any."""
+    form: Form = "text"
+    """What a text names: text (any), name (a folder inside run.root), path (local) or url (a path or a URL)."""
     resume: Rule | None = None
     """fixed: a resumed run keeps the value. free: it may change. None: the rule of the section, by default fixed."""
     handoff: Literal["equal"] | None = None

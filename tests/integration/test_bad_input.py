@@ -30,7 +30,7 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         (["train.stesp=3"], "unknown key train.stesp; did you mean train.steps?"),
         (["train.steps=three"], "train.steps"),
-        (["train.steps=0"], "train.steps is 0; it must be more than 0"),
+        (["train.steps=0"], "train.steps is 0; it must be more than 0 and at most 1000000000"),
         (["engine.precision=fp16"], "engine.precision is 'fp16'; it is one of bf16, fp32"),
         (["attention.backend=flex"], "attention.backend=flex needs an NVIDIA GPU"),
         (

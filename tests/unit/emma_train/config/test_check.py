@@ -18,23 +18,7 @@ WRONG: list[tuple[dict[str, Any], tuple[str, ...]]] = [
         for key, field in all_settings(Recipe)
         if field.kind is str and field.facts.choices
     ],
-    *[
-        ({key.replace(".", "__"): 0}, (f"{key} is 0", "more than 0"))
-        for key, field in all_settings(Recipe)
-        if field.facts.more_than == 0
-    ],
-    *[
-        ({key.replace(".", "__"): -1}, (f"{key} is -1", "at least 0"))
-        for key, field in all_settings(Recipe)
-        if field.facts.at_least == 0 and field.facts.at_most is None
-    ],
-    ({"data__text_dropout": 1.5}, ("data.text_dropout", "1.5")),
-    ({"data__reference_dropout": -0.1}, ("data.reference_dropout", "-0.1")),
-    ({"ema__decay": 2.0}, ("ema.decay", "2.0")),
-    ({"model__vision__stem_threshold": 7.0}, ("stem_threshold",)),
-    ({"optimizer__lr_scale": {"vision": 0}}, ("optimizer.lr_scale.vision is 0", "more than 0")),
-    ({"mix": {}}, ("at least one above 0",)),
-    ({"mix": {"i2t": 2, "t2i": -1}}, ("shares of 0 or more",)),
+    ({"mix": {}}, ("at least one share above 0",)),
     ({"data__samples_per_step": 13}, ("data.samples_per_step is 13", "i2t=1, t2i=1, it2i=1", "12 would do")),
     ({"data__samples_per_step": 2, "data__slots": 1}, ("cannot divide exactly", "3 would do")),
     ({"data__samples_per_step": 9}, ("3 i2t samples", "4 slots", "data.slots")),
@@ -45,12 +29,11 @@ WRONG: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ),
     ({"model__autoencoder__pixels": 16}, ("model.autoencoder.pixels is 16", "32")),
     ({"model__decoder__num_shared_layers": 5}, ("model.decoder.num_shared_layers is 5", "num_layers (4)")),
-    ({"model__decoder__num_shared_layers": -1}, ("model.decoder.num_shared_layers is -1",)),
     ({"model__decoder__shared": ["q_proj", "q_norm"]}, ("'q_norm'", "k_proj")),
     ({"model__decoder__kv_heads": 3}, ("heads (4)", "kv_heads (3)")),
     ({"model__decoder__head_dim": 7}, ("head_dim is 7", "even")),
     ({"model__vision__expert_layers": 3}, ("expert_layers is 3",)),
-    ({"model__vision__expert_layers": 0}, ("expert_layers is 0",)),
+    ({"model__time_features": 15}, ("model.time_features is 15", "even")),
     ({"model__vision__heads": 5}, ("model.vision.hidden (32)", "heads (5)")),
     ({"data__und": {"side": 65}}, ("data.und.side is 65", "multiple of 32")),
     ({"data__gen": {"side": 48}}, ("data.gen.side is 48", "multiple of 32")),

@@ -109,7 +109,19 @@ def test_an_unknown_key_inside_a_list_is_an_error_too(tmp_path: Path) -> None:
         ("train.steps=many", ("train.steps", "many")),
         ("optimizer.lr=fast", ("optimizer.lr", "fast")),
         ("train=5", ("train is a section",)),
-        ("data.sources=5", ("data.sources",)),
+        ("data.sources=5", ("data.sources is a list of sections, as in [{...}, {...}], found 5",)),
+        ("data.sources={path: x}", ("data.sources is a list of sections",)),
+        ("data.sources.path=x", ("data.sources is a list of sections",)),
+        ("data.sources=[x]", ("data.sources[0] is a section, found 'x'",)),
+        ("data.sources=[{path: x, tasks: i2t}]", ("data.sources[0].tasks is a list, found 'i2t'",)),
+        ("optimizer.betas=0.9", ("optimizer.betas is a list, found 0.9",)),
+        ("optimizer.lr_scale=[1]", ("optimizer.lr_scale is a mapping", "[1]")),
+        ("train.steps={a: 1}", ("train.steps is a single value",)),
+        ("train.steps=2024-99-99", ("not a YAML value",)),
+        ("train.steps=" + "9" * 5000, ("train.steps",)),
+        ("train.steps=" + "[" * 5000, ("not a YAML value",)),
+        ("train.steps=&a [*a]", ("not a YAML value",)),
+        ("a." * 3000 + "b=1", ("unknown key",)),
         ("ema.decay=[1]", ("ema.decay",)),
         ("train.steps", ("expected key=value",)),
         ("train.steps=[1", ("not a YAML value",)),
@@ -286,3 +298,46 @@ def test_a_mapping_of_groups_is_merged_by_group(tmp_path: Path) -> None:
     assert from_dict(as_dict(recipe), "checkpoint") == recipe
     assert "optimizer.lr_scale" in error_of(path, "optimizer.lr_scale=0.5")
     assert "optimizer.lr_scale.vision" in error_of(path, "optimizer.lr_scale.vision=fast")
+
+
+@pytest.mark.parametrize(
+    ("base", "child", "words"),
+    [
+        ({"model": {"seed": 1}}, {"model": [1]}, "model is [1], but {'seed': 1} in"),
+        ({"model": [1]}, {"model": {"seed": 1}}, "model is {'seed': 1}, but [1] in"),
+        ({"data": {"und": {"side": 64}}}, {"data": {"und": [64]}}, "data.und is [64], but {'side': 64} in"),
+        ({"data": {"und": {"side": 64}}}, {"data": {"und": 64}}, "data.und is 64, but {'side': 64} in"),
+    ],
+)
+def test_a_section_that_is_none_in_the_file_that_is_extended_is_named(
+    tmp_path: Path, base: dict[str, Any], child: dict[str, Any], words: str
+) -> None:
+    write_recipe(tmp_path / "base.yaml", base)
+    path = write_recipe(tmp_path / "child.yaml", {"extends": "base.yaml", **child})
+    assert error_of(path) == f"{path}: {words} {tmp_path / 'base.yaml'}"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("train: {steps: 1} # é".encode("latin-1"), "not a text file in UTF-8"),
+        (b"\xff\xfe\x00", "not a text file in UTF-8"),
+        (b"a: " + b"[" * 5000, "nested too deeply"),
+        (b"a: &a {b: *a}", "not valid YAML"),
+        (b"a: 2024-13-45", "not valid YAML"),
+        (b"a: " + b"1" * 5000, "not valid YAML"),
+        (b"a: \x00", "not valid YAML"),
+        (b"? [1, 2]\n: 3", "not valid YAML"),
+    ],
+)
+def test_a_file_that_holds_no_recipe_is_told_in_one_line(tmp_path: Path, content: bytes, words: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(content)
+    message = error_of(path)
+    assert message.startswith(f"{path}: ") and words in message and len(message) < 500
+
+
+def test_the_names_of_a_pipeline_are_checked_too(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path / "pipeline.yaml", {"pipeline": ["a.yaml"], "run": {"name": "../up"}})
+    with pytest.raises(UserError, match="run.name is '../up'; it must name a folder inside run.root"):
+        load_pipeline(path)

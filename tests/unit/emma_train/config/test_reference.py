@@ -28,10 +28,15 @@ def test_every_key_is_described_once() -> None:
 def test_a_row_says_what_the_schema_says() -> None:
     rows = {row.key: row for table in tables() for row in table.rows}
     lr, shared, kind = rows["optimizer.lr"], rows["model.decoder.shared"], rows["engine.kind"]
-    assert (lr.kind, lr.default, lr.values, lr.change) == ("float", "required", "more than 0", "new stage")
+    assert (lr.kind, lr.default, lr.values, lr.change) == (
+        "float",
+        "required",
+        "more than 0 and at most 10",
+        "new stage",
+    )
     assert (shared.kind, shared.default, shared.change) == ("list of str", '`["q_proj", "k_proj"]`', "never")
     assert (kind.default, kind.values, kind.change) == ('`"fsdp"`', "`fsdp`, `deepspeed`", "any resume")
-    assert (rows["data.text_dropout"].values, rows["data.sources[].weight"].kind) == ("0 to 1", "float or null")
+    assert (rows["data.text_dropout"].values, rows["data.sources[].weight"].kind) == ("from 0 to 1", "float or null")
     assert rows["data.sources"].kind == "list of sections"
 
 
@@ -57,7 +62,7 @@ def test_an_unknown_section_names_the_nearest() -> None:
 def test_the_command_prints_text_and_markdown(capsys: pytest.CaptureFixture[str]) -> None:
     assert config.run(Namespace(section="flow", markdown=False), []) == 0
     text = capsys.readouterr().out
-    assert "  flow.shift=1.0  (float, may change: new stage)\n      s in s*t" in text
+    assert "  flow.shift=1.0  (float, more than 0 and at most 1000, may change: new stage)\n      s in s*t" in text
     assert config.run(Namespace(section="", markdown=True), []) == 0
     assert capsys.readouterr().out == as_markdown(tables())
 
