@@ -5,9 +5,11 @@ shard-000000.idx.parquet      one row per (record, task): the range of its bytes
 manifest.json                 schema, tokenizer, and each shard's size, rows, tags and hash
 """
 
+import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,17 @@ from emma_train.storage.urls import display_url, is_local, join_url, local_path
 
 SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
+MANIFEST_KEYS = {"tokenizer_sha256": str, "samples": dict, "shards": list}
+SHARD_KEYS = {
+    "name": str,
+    "bytes": int,
+    "sha256": str,
+    "index_sha256": str,
+    "rows": dict,
+    "tags": dict,
+    "left_out": int,
+}
+"""What a manifest, and the entry of a shard in it, have at least, with their types."""
 SIZES_CHECKED = 1000
 """The sizes of at most this many shards, spread over the folder, are checked when a manifest is read. Every rank does
 so, and each check is a request to the file server."""
@@ -66,12 +79,12 @@ def read_columns(
 ) -> pa.Table:
     """All index rows of one task of a shard; all columns, or those given.
 
-    `version` is the hash of the index in the manifest, which identifies a cached copy of a remote index. Raises
-    UserError, and RunError if an object store does not answer.
+    `version` is the hash of the index in the manifest; an index with other content is refused. It also identifies a
+    cached copy of a remote index. Raises UserError, and RunError if an object store does not answer.
     """
     storage, url = storage or ShardReader(), join_url(folder, index_name(shard))
     try:
-        source = pa.OSFile(url) if is_local(url) else pa.BufferReader(storage.read(url, version))
+        source = _open_index(url, storage, version)
         # Each task has its own row groups, so that other tasks are neither read nor decoded.
         file = pq.ParquetFile(source)
         if set(columns or INDEX_SCHEMA.names) - set(file.schema_arrow.names):
@@ -83,9 +96,34 @@ def read_columns(
         raise UserError(f"{display_url(url)}: cannot be read ({error}); index again") from None
 
 
-def read_manifest(folder: str | Path, storage: ShardReader | None = None) -> dict[str, Any]:
-    """The manifest of a shard folder. Raises UserError if it is missing or of another version, or if a local shard or
-    index that it lists is missing or has another size."""
+def _open_index(url: str, storage: ShardReader, version: str) -> pa.NativeFile:
+    """The index as a file, after its hash was compared; that of a local index once per process."""
+    if not is_local(url):
+        data = storage.read(url, version)
+        if version and hashlib.sha256(data).hexdigest() != version:
+            storage.forget(url, version)
+            raise UserError(_other_content(url))
+        return pa.BufferReader(data)
+    path = local_path(url)
+    if version and _local_sha256(path, os.stat(path).st_mtime_ns) != version:
+        raise UserError(_other_content(url))
+    return pa.OSFile(path)
+
+
+def _other_content(url: str) -> str:
+    return f"{display_url(url)}: content differs from its sha256 in {MANIFEST}; copy it again, or index again"
+
+
+@cache
+def _local_sha256(path: str, mtime_ns: int) -> str:
+    """Hash of a local file; the argument `mtime_ns` makes a file that was written again be read again."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_manifest(folder: str | Path, storage: ShardReader | None = None, check_files: bool = True) -> dict[str, Any]:
+    """The manifest of a shard folder. Raises UserError if it is missing, of another version or of another form, or,
+    where `check_files`, if a local shard or index that it lists is missing or has another size."""
     url = join_url(folder, MANIFEST)
     try:
         manifest = json.loads((storage or ShardReader()).read(url))
@@ -94,15 +132,64 @@ def read_manifest(folder: str | Path, storage: ShardReader | None = None) -> dic
         raise UserError(f"{reason}; `emma-data index {display_url(folder)} --tokenizer FILE` makes it") from None
     except ValueError as error:
         raise UserError(f"{display_url(url)}: not valid JSON ({error}); `emma-data index` writes it again") from None
+    except RecursionError:
+        raise UserError(f"{display_url(url)}: is nested too deeply; `emma-data index` writes it again") from None
+    if not isinstance(manifest, dict):
+        raise UserError(f"{display_url(url)}: is {_kind(manifest)}, no manifest; `emma-data index` writes it again")
     if manifest.get("unfinished"):
         raise UserError(f"{display_url(url)}: indexing was interrupted; run `emma-data index` again, it goes on")
     if manifest.get("schema") != SCHEMA_VERSION:
         raise UserError(
             f"{display_url(url)}: schema {manifest.get('schema')}, this version reads {SCHEMA_VERSION}; index again"
         )
-    if is_local(str(folder)):
+    if problem := manifest_problem(manifest):
+        raise UserError(f"{display_url(url)}: {problem}; `emma-data index` writes it again")
+    if check_files and is_local(str(folder)):
         _check_files(Path(local_path(str(folder))), manifest)
     return manifest
+
+
+def manifest_problem(manifest: dict[str, Any]) -> str:
+    """What is wrong with the form of a manifest, or an empty text."""
+    if problem := _key_problem(manifest, MANIFEST_KEYS):
+        return problem
+    if not _are_counts(manifest["samples"]):
+        return "samples are no numbers by task"
+    names: set[str] = set()
+    for number, shard in enumerate(manifest["shards"]):
+        if not isinstance(shard, dict):
+            return f"shards[{number}] is {_kind(shard)}"
+        if problem := _key_problem(shard, SHARD_KEYS):
+            return f"shards[{number}] {problem}"
+        if not _are_counts(shard["rows"]):
+            return f"shards[{number}].rows are no numbers by task"
+        if not all(isinstance(rows, dict) and _are_counts(rows) for rows in shard["tags"].values()):
+            return f"shards[{number}].tags are no numbers by task and tags"
+        if "/" in shard["name"] or not shard["name"].endswith(".tar"):
+            return f"shards[{number}].name {shard['name']!r} is no name of a tar in the folder"
+        if shard["name"] in names:
+            return f"lists {shard['name']} twice"
+        names.add(shard["name"])
+    return "" if names else "lists no shard"
+
+
+def _key_problem(values: dict[str, Any], kinds: Mapping[str, type]) -> str:
+    """The first key that is missing or has a value of another type."""
+    for key, kind in kinds.items():
+        if key not in values:
+            return f"has no {key}"
+        if not isinstance(values[key], kind) or isinstance(values[key], bool):
+            return f"has {_kind(values[key])} as {key}"
+    return ""
+
+
+def _are_counts(values: dict[str, Any]) -> bool:
+    return all(type(value) is int and value >= 0 for value in values.values())
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a text", type(None): "null", bool: "a truth value"}
+    return names.get(type(value), "a number")
 
 
 def _check_files(folder: Path, manifest: dict[str, Any]) -> None:

@@ -62,7 +62,7 @@ def folder_stats(folder: str | Path, storage: ShardReader | None = None) -> Fold
     for shard in manifest["shards"]:
         keys: dict[str, bool] = {}
         for task, stats in tasks.items():
-            if not shard["rows"][task]:
+            if not shard["rows"].get(task):
                 continue
             table = read_columns(folder, shard["name"], task, columns, storage, shard["index_sha256"])
             stats.samples += len(table)

@@ -35,5 +35,7 @@ def read_index_rows(source: "SourceConfig", task: str) -> list[dict[str, Any]] |
     if not (Path(source.path) / MANIFEST).is_file():
         return None
     shards = read_manifest(source.path)["shards"][:NUM_INDEX_SHARDS]
-    tables = [read_columns(source.path, shard["name"], task, INDEX_COLUMNS) for shard in shards]
+    tables = [
+        read_columns(source.path, shard["name"], task, INDEX_COLUMNS, version=shard["index_sha256"]) for shard in shards
+    ]
     return [row for table in tables for row in table.to_pylist() if has_wanted_tags(source, row["tags"])]

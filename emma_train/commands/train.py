@@ -119,10 +119,12 @@ def _with_stored_values(recipe: "Recipe", checkpoint: "StoragePath | None", worl
     from emma_train.stages.handoff import recipe_to_start
     from emma_train.storage.paths import parse_path
     from emma_train.training.build import stored_config
-    from emma_train.training.resume_rule import recipe_to_resume
+    from emma_train.training.resume_rule import check_allowed_keys, recipe_to_resume
 
     if checkpoint is not None:
-        return recipe_to_resume(recipe, stored_config(checkpoint), str(checkpoint))
+        step = (folders.read_meta(checkpoint) or {})["step"]
+        return recipe_to_resume(recipe, stored_config(checkpoint), str(checkpoint), step)
+    check_allowed_keys(recipe, {})
     if not recipe.init.source:
         return recipe
     given = parse_path(recipe.init.source)

@@ -19,8 +19,9 @@ class ImageConfig:
 
 @dataclass
 class SourceConfig:
-    path: str = setting(MISSING, form="url")
-    """Folder of shards with a manifest.json: a path, or a URL that fsspec opens (s3://, https://, ...)."""
+    path: str = setting(MISSING, form="url", resume="free")
+    """Folder of shards with a manifest.json: a path, or a URL that fsspec opens (s3://, https://, ...). It may
+    change at a resume; the content of the shards may not."""
     tasks: list[str] = setting([])
     """Tasks to take from this source; empty takes all that it has."""
     require_tags: list[str] = setting([])

@@ -77,15 +77,18 @@ def mean_sample(
     """Mean sample of a task: measured if all sources that have the task can be read, else assumed."""
     image_config = task.image_config(recipe.data)
     pixels = recipe.model.autoencoder.pixels
-    rows = [
-        read_index_rows(source, task.record_key) if read_index_rows else None
-        for source in sources
-        if not source.tasks or task.name in source.tasks
-    ]
-    measured = [row for source_rows in rows for row in source_rows or ()]
-    if measured and None not in rows:
-        columns = zip(*(_row_means(row, task, image_config, pixels) for row in measured), strict=True)
-        text, supervised, seen, images, made = (sum(column) / len(measured) for column in columns)
+    of_task = [source for source in sources if not source.tasks or task.name in source.tasks]
+    rows = [read_index_rows(source, task.record_key) if read_index_rows else None for source in of_task]
+    if any(rows) and None not in rows:
+        total, sums = 0.0, [0.0] * 5
+        for source, source_rows in zip(of_task, rows, strict=True):
+            # A source with a weight counts as its weight, whatever the number of its rows.
+            share = source.weight / len(source_rows) if source.weight and source_rows else 1.0
+            for row in source_rows or ():
+                values = _row_means(row, task, image_config, pixels)
+                sums = [so_far + share * value for so_far, value in zip(sums, values, strict=True)]
+                total += share
+        text, supervised, seen, images, made = (value / total for value in sums)
         return MeanSample(text, supervised, seen, images, made, measured=True)
     text, supervised = task.typical_text
     image, sees, makes = image_tokens(image_config, pixels), float(task.condition is not None), float(task.makes_image)

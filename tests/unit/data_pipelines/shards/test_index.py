@@ -1,12 +1,15 @@
 """Index and manifest: every record is read by its offset, and a folder that differs from its manifest is refused."""
 
+import hashlib
 import json
 import shutil
 import tarfile
 import zlib
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import webdataset
@@ -15,6 +18,7 @@ from data_pipelines.shards.build_index import index_folder
 from data_pipelines.shards.check import check_folder
 from data_pipelines.shards.images import image_parts
 from data_pipelines.shards.index import INDEX_SCHEMA, index_path, read_columns, read_manifest
+from data_pipelines.shards.stats import folder_stats
 from data_pipelines.shards.tar import groups, read_group
 from emma_train.errors import UserError
 from tests.helpers import ASSETS, tokenizer
@@ -222,3 +226,72 @@ def test_an_index_with_columns_of_an_older_version_is_read() -> None:
     assert "part_names" in pq.read_schema(index).names
     table = read_columns(EMOJI / "heldout_concepts", "shard-000000.tar", "i2t")
     assert table.column_names == INDEX_SCHEMA.names and len(table) > 0
+
+
+SHARD = "shard-000000.tar"
+SHAPES: dict[str, tuple[Any, str]] = {
+    "null": (lambda manifest: None, "is null, no manifest"),
+    "list": (lambda manifest: [], "is a list, no manifest"),
+    "text": (lambda manifest: "x", "is a text, no manifest"),
+    "no shards": (lambda manifest: without(manifest, "shards"), "has no shards"),
+    "empty": (lambda manifest: {**manifest, "shards": []}, "lists no shard"),
+    "shards a dict": (lambda manifest: {**manifest, "shards": {}}, "has an object as shards"),
+    "a shard is null": (lambda manifest: {**manifest, "shards": [None]}, r"shards\[0\] is null"),
+    "no tokenizer": (lambda manifest: without(manifest, "tokenizer_sha256"), "has no tokenizer_sha256"),
+    "no samples": (lambda manifest: without(manifest, "samples"), "has no samples"),
+    "twice": (lambda manifest: {**manifest, "shards": manifest["shards"] * 2}, f"lists {SHARD} twice"),
+    "elsewhere": (lambda manifest: with_shard(manifest, name="../x.tar"), "is no name of a tar in the folder"),
+    "tags a list": (lambda manifest: with_shard(manifest, tags=[]), r"shards\[0\] has a list as tags"),
+    "tags by name": (lambda manifest: with_shard(manifest, tags={"i2t": 3}), r"shards\[0\]\.tags are no numbers"),
+    "rows a text": (lambda manifest: with_shard(manifest, rows={"i2t": "3"}), r"shards\[0\]\.rows are no numbers"),
+    **{
+        f"a shard without {key}": (
+            lambda manifest, key=key: {**manifest, "shards": [without(manifest["shards"][0], key)]},
+            rf"shards\[0\] has no {key}",
+        )
+        for key in ("name", "bytes", "sha256", "index_sha256", "rows", "tags", "left_out")
+    },
+}
+"""Manifests that are JSON, but no manifests: how to make them, and what is said of them."""
+
+
+def without(values: dict[str, Any], key: str) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name != key}
+
+
+def with_shard(manifest: dict[str, Any], **values: Any) -> dict[str, Any]:
+    return {**manifest, "shards": [{**manifest["shards"][0], **values}]}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_manifest_of_another_form_is_one_line(folder: Path, shape: str) -> None:
+    make, message = SHAPES[shape]
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(make(json.loads(path.read_text()))))
+    for read in (read_manifest, check_folder, folder_stats):
+        with pytest.raises(UserError, match=f"manifest.json: .*{message}.*; `emma-data index` writes it again"):
+            read(folder)
+
+
+def test_every_flipped_bit_of_an_index_is_an_error(folder: Path) -> None:
+    """Parquet itself notices few of them; its other values are plausible ones."""
+    entry = read_manifest(folder)["shards"][0]
+    path = index_path(folder / SHARD)
+    original, rng = path.read_bytes(), np.random.default_rng(0)
+    assert len(read_columns(folder, SHARD, "i2t", version=entry["index_sha256"])) == 2
+    for position in rng.integers(0, 8 * len(original), 120).tolist():
+        data = bytearray(original)
+        data[position // 8] ^= 1 << position % 8
+        path.write_bytes(data)
+        with pytest.raises(UserError, match=r"idx\.parquet: content differs from its sha256 in manifest\.json"):
+            read_columns(folder, SHARD, "i2t", version=entry["index_sha256"])
+    path.write_bytes(original)
+    assert len(read_columns(folder, SHARD, "i2t", version=entry["index_sha256"])) == 2
+
+
+def test_a_local_index_is_hashed_once(folder: Path) -> None:
+    entry = read_manifest(folder)["shards"][0]
+    with patch("hashlib.file_digest", wraps=hashlib.file_digest) as digest:
+        for task in ("i2t", "t2i", "it2i"):
+            read_columns(folder, SHARD, task, version=entry["index_sha256"])
+    assert digest.call_count == 1

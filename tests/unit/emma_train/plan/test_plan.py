@@ -239,6 +239,24 @@ def test_samples_are_measured_where_index_rows_are_at_hand() -> None:
     assert not means["i2t"].measured, "one of its sources has no index"
 
 
+def test_sources_count_by_their_weights() -> None:
+    """Three rows of 10 tokens at weight 1 and one row of 50 at weight 3: a mean of 40, where the rows' mean is 20."""
+    row = {"supervised_tokens": [0], "context": [[]], "target": [0], "widths": [64], "heights": [64]}
+    rows = {"a": [{**row, "text_tokens": [10]}] * 3, "b": [{**row, "text_tokens": [50]}]}
+
+    def text(sources: str) -> float:
+        recipe = load_recipe(TINY / "stage1.yaml", [f"data.sources=[{sources}]"])
+        means = (
+            Plan(recipe, "stage1.yaml", 2, "h100-80g", read_index_rows=lambda source, task: rows[source.path])
+            .loads[0]
+            .means
+        )
+        return means["t2i"].text
+
+    assert text("{path: a, weight: 1}, {path: b, weight: 3}") == 40
+    assert text("{path: a}, {path: b}") == 20
+
+
 def test_autoencoder_is_counted_from_its_folder() -> None:
     recipe: Recipe = load_recipe(TINY / "stage1.yaml")
     recipe.model.autoencoder.path = str(TINY / "assets" / "autoencoder")
