@@ -19,6 +19,7 @@ from emma_train.commands import (
     report,
     train,
 )
+from emma_train.config.secrets import without_secrets
 from emma_train.errors import RankFailure, RunError, UserError
 
 COMMANDS = {
@@ -80,15 +81,15 @@ def _print_error(command: str, error: Exception) -> None:
     """One line on stderr, from every rank: only one rank may have met the error. A RankFailure without a text is
     printed by the rank that failed."""
     if str(error) or not isinstance(error, RankFailure):
-        print(f"emma-train {command}: {error}", file=sys.stderr, flush=True)
+        print(f"emma-train {command}: {without_secrets(str(error))}", file=sys.stderr, flush=True)
 
 
 def _set_up_logging() -> None:
     """Log to stderr: time, rank, message."""
-    from emma_train.monitor.console import log_handler, stderr_console
+    from emma_train.monitor.console import PublicFormatter, log_handler, stderr_console
 
     rank, handler = os.environ.get("RANK", "0"), log_handler(stderr_console())
-    handler.setFormatter(logging.Formatter(f"%(asctime)s [{rank}] %(message)s", "%H:%M:%S"))
+    handler.setFormatter(PublicFormatter(f"%(asctime)s [{rank}] %(message)s", "%H:%M:%S"))
     level = logging.INFO if rank == "0" else logging.ERROR  # a message from every rank would be printed once a rank
     logging.basicConfig(level=level, handlers=[handler], force=True)
     for name in NOISY_LOGGERS:

@@ -8,6 +8,7 @@ manifest.json                 schema, tokenizer, and each shard's size, rows, ta
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -19,7 +20,7 @@ import pyarrow.parquet as pq
 from emma_train.errors import RunError, UserError
 from emma_train.storage.shard_reader import ShardReader
 from emma_train.storage.storage_error import StorageError
-from emma_train.storage.urls import display_url, is_local, join_url, local_path
+from emma_train.storage.urls import display_url, is_file_name, is_local, join_url, local_path
 
 SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
@@ -165,12 +166,22 @@ def manifest_problem(manifest: dict[str, Any]) -> str:
             return f"shards[{number}].rows are no numbers by task"
         if not all(isinstance(rows, dict) and _are_counts(rows) for rows in shard["tags"].values()):
             return f"shards[{number}].tags are no numbers by task and tags"
-        if "/" in shard["name"] or not shard["name"].endswith(".tar"):
-            return f"shards[{number}].name {shard['name']!r} is no name of a tar in the folder"
+        if problem := _name_problem(shard):
+            return f"shards[{number}].{problem}"
         if shard["name"] in names:
             return f"lists {shard['name']} twice"
         names.add(shard["name"])
     return "" if names else "lists no shard"
+
+
+def _name_problem(shard: dict[str, Any]) -> str:
+    """What is wrong with the name and the hashes of a shard; local copies are named by the hashes."""
+    if not is_file_name(shard["name"]) or not shard["name"].endswith(".tar"):
+        return f"name {shard['name']!r} is no name of a tar in the folder"
+    for key in ("sha256", "index_sha256"):
+        if not re.fullmatch(r"[0-9a-f]{64}", shard[key]):
+            return f"{key} {shard[key]!r} is no SHA-256"
+    return ""
 
 
 def _key_problem(values: dict[str, Any], kinds: Mapping[str, type]) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from fnmatch import fnmatch
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -26,6 +26,7 @@ from torch.futures import Future
 from upath import UPath
 
 from emma_train.checkpoint import folder as folders
+from emma_train.checkpoint.dcp_metadata import load_dcp_metadata
 from emma_train.checkpoint.state import CheckpointState
 from emma_train.engine.flat_shard import FlatShard
 from emma_train.errors import RunError, UserError
@@ -90,14 +91,14 @@ def tensor_shapes(checkpoint: StoragePath) -> dict[str, tuple[int, ...]]:
     return {
         name: tuple(entry.size)
         for folder in dcp_folders(checkpoint)
-        for name, entry in _read_metadata(folder).state_dict_metadata.items()
+        for name, entry in read_dcp_metadata(folder).state_dict_metadata.items()
         if isinstance(entry, TensorStorageMetadata)
     }
 
 
 def tensor_names(folder: StoragePath) -> set[str]:
     """Names of the tensors in one DCP folder. Raises UserError where it cannot be read."""
-    return set(_read_metadata(folder).state_dict_metadata)
+    return set(read_dcp_metadata(folder).state_dict_metadata)
 
 
 def dcp_folders(checkpoint: StoragePath) -> list[StoragePath]:
@@ -110,7 +111,7 @@ def dcp_folders(checkpoint: StoragePath) -> list[StoragePath]:
 def _load(checkpoint: StoragePath, wanted: dict[str, Tensor]) -> None:
     remaining = dict(wanted)
     for folder in dcp_folders(checkpoint):
-        stored = _read_metadata(folder).state_dict_metadata
+        stored = read_dcp_metadata(folder).state_dict_metadata
         tensors: dict[str, Any] = {name: remaining.pop(name) for name in list(remaining) if name in stored}
         if tensors:
             try:
@@ -123,13 +124,14 @@ def _load(checkpoint: StoragePath, wanted: dict[str, Tensor]) -> None:
     assert not remaining, f"{checkpoint} lacks {sorted(remaining)}"
 
 
-def _read_metadata(folder: StoragePath) -> Metadata:
+def read_dcp_metadata(folder: StoragePath) -> Metadata:
+    """The table of contents of a DCP folder. Raises UserError where it is damaged or foreign."""
     try:
         return DcpReader(folder).read_metadata()
-    except RunError:
-        raise
-    except Exception as error:
-        raise UserError(f"{folder}: cannot read the table of contents ({error})") from None
+    except FileNotFoundError:
+        raise UserError(f"{folder / DCP_METADATA}: is missing") from None
+    except ValueError as error:
+        raise UserError(f"{folder / DCP_METADATA}: {error}") from None
 
 
 class _Planner(DefaultSavePlanner):
@@ -153,6 +155,11 @@ class DcpReader(dcp.FileSystemReader):
         self._fetched: dict[tuple[str, int], bytes] = {}
         if (remote := as_remote(folder)) is not None:
             self.fs, self.path = FsspecFileSystem(remote), remote.path  # type: ignore[assignment]
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """The folder's table of contents. Raises OSError or StorageError, and ValueError where it is foreign."""
+        with self.fs.create_stream(self.fs.concat_path(self.path, DCP_METADATA), "rb") as file:
+            return load_dcp_metadata(cast(IO[bytes], file))
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         if not isinstance(self.fs, FsspecFileSystem):

@@ -9,8 +9,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from emma_train.checkpoint.dcp import DcpReader
-from emma_train.errors import RunError, UserError
+from emma_train.checkpoint.dcp import DcpReader, read_dcp_metadata
 from emma_train.storage.paths import StoragePath
 from emma_train.storage.safetensors_io import DTYPES, Spec
 
@@ -44,12 +43,7 @@ class _CachedDcpReader(DcpReader):
 
     def __init__(self, folder: StoragePath) -> None:
         super().__init__(folder)
-        try:
-            self.contents: Metadata = super().read_metadata()
-        except RunError:
-            raise
-        except Exception as error:
-            raise UserError(f"{folder}: cannot read the checkpoint's table of contents ({error})") from None
+        self.contents = read_dcp_metadata(folder)
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         return self.contents

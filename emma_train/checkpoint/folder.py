@@ -23,10 +23,11 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from emma_train.config.load import load_yaml
+from emma_train.config.load import load_stored_yaml
 from emma_train.errors import UserError
 from emma_train.storage.paths import StoragePath, as_local, parse_path, storage_of
 from emma_train.storage.protocol import META
+from emma_train.storage.urls import is_file_name, is_inner_path
 
 log = logging.getLogger(__name__)
 LATEST = "latest"
@@ -43,14 +44,26 @@ def step_name(step: int) -> str:
 
 def read_meta(folder: StoragePath) -> dict[str, Any] | None:
     """Metadata of a folder, whether its files exist or not; None where it has none or its checksum is wrong. Raises
-    StorageError where an object store fails, as do all functions that call it."""
+    StorageError where an object store fails, and UserError where it names files outside the folder, as do all functions
+    that call it."""
     try:
         meta = json.loads(storage_of(folder).read(folder / META))
     except (OSError, ValueError):
         return None
     if not isinstance(meta, dict) or meta.pop("checksum", None) != _checksum(meta):
         return None
+    _check_names(folder, meta)
     return meta
+
+
+def _check_names(folder: StoragePath, meta: Mapping[str, Any]) -> None:
+    """Raise UserError where metadata names a file or folder outside of its own."""
+    files, frozen = meta.get("files"), meta.get("frozen")
+    names = [name for name in files if not is_inner_path(name)] if isinstance(files, dict) else []
+    if frozen and not is_file_name(frozen):
+        names.append(frozen)
+    if names:
+        raise UserError(f"{folder / META}: names {names[0]!r}, which lies outside the checkpoint; do not trust it")
 
 
 def frozen_folder(folder: StoragePath, meta: Mapping[str, Any]) -> StoragePath | None:
@@ -122,7 +135,7 @@ def candidates(path: str | StoragePath) -> list[StoragePath]:
 def checkpoints_of_run(run: StoragePath) -> StoragePath:
     """The checkpoints folder of a run folder: in it, or where train.checkpoints of its recipe says."""
     local = as_local(run)
-    values = load_yaml(local / "config.yaml") if local is not None and (local / "config.yaml").is_file() else {}
+    values = load_stored_yaml(local / "config.yaml") if local is not None and (local / "config.yaml").is_file() else {}
     if root := values.get("train", {}).get("checkpoints"):
         return parse_path(root) / values["run"]["name"]
     return run / "checkpoints"

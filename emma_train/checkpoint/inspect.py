@@ -4,8 +4,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from emma_train.checkpoint import dcp, verify
 from emma_train.checkpoint import folder as folders
-from emma_train.checkpoint import verify
 from emma_train.errors import UserError
 from emma_train.storage.paths import StoragePath, as_local, storage_of
 
@@ -38,10 +38,22 @@ def verify_all(path: StoragePath) -> dict[StoragePath, str | None]:
     """What is wrong with each checkpoint that `path` holds; None where every byte of it, and of the frozen weights that
     it refers to, is as it was written. Raises UserError where it holds none."""
     verified: set[StoragePath] = set()
-    problems = {folder: verify.find_damage(folder, verified=verified) for folder in folders.candidates(path)}
+    problems = {
+        folder: verify.find_damage(folder, verified=verified) or _find_foreign(folder)
+        for folder in folders.candidates(path)
+    }
     if not problems:
         raise UserError(folders.no_checkpoint_message(path, "CHECKPOINT", []))
     return problems
+
+
+def _find_foreign(checkpoint: StoragePath) -> str | None:
+    """What is wrong with the tables of contents of a checkpoint whose bytes are as they were written."""
+    try:
+        dcp.tensor_shapes(checkpoint)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def copy_self_contained(path: StoragePath, out: StoragePath) -> Path:

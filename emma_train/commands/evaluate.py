@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """Print the scores and write them as JSON."""
     from emma_train.generate.load import load_generator
+    from emma_train.storage.files import write_atomic
     from emma_train.storage.paths import as_local, parse_path
 
     if not arguments.out and as_local(parse_path(arguments.model)) is None:
@@ -37,7 +38,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     scores = _scores(generator, recipe, Path(arguments.data), arguments.limit)
     result = {"model": str(arguments.model), "stage": meta["stage"], "step": meta["step"], "scores": scores}
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n")
+    write_atomic(out, json.dumps(result, indent=1) + "\n")
     for score in scores:
         name, value, baseline = score["name"], score["value"], score["baseline"]
         print(f"{score['split']:18} {name:34} {value:8.3f}   (chance or baseline {baseline:.3f})")

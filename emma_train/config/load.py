@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from emma_train.config.check import check_recipe
 from emma_train.config.renamed import RENAMED, current_key, old_keys, with_current_names
 from emma_train.config.schema import Pipeline, Recipe
+from emma_train.config.secrets import without_secrets
 from emma_train.config.setting import Setting, all_settings, settings_of
 from emma_train.config.values import check_values
 from emma_train.errors import UserError
@@ -43,6 +44,18 @@ def _read(path: Path, children: tuple[Path, ...] = ()) -> tuple[dict[str, Any], 
     """The values of a file and of what it extends, and the old names of keys that they use."""
     if path.resolve() in children:
         raise UserError(f"{path}: extends itself through {' -> '.join(p.name for p in children)}")
+    values = _read_values(path)
+    base, used = values.pop("extends", None), old_keys(values)
+    values = with_current_names(values, str(path))
+    if base is None:
+        return values, used
+    base_path = path.parent / str(base)
+    inherited, used_by_base = _read(base_path, (*children, path.resolve()))
+    return _merged(inherited, values, path, base_path), [*used_by_base, *used]
+
+
+def _read_values(path: Path) -> dict[str, Any]:
+    """The values of one file. Raises UserError."""
     try:
         values = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -53,13 +66,27 @@ def _read(path: Path, children: tuple[Path, ...] = ()) -> tuple[dict[str, Any], 
         raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: a recipe is a mapping of sections, found {type(values).__name__}")
-    base, used = values.pop("extends", None), old_keys(values)
-    values = with_current_names(values, str(path))
-    if base is None:
-        return values, used
-    base_path = path.parent / str(base)
-    inherited, used_by_base = _read(base_path, (*children, path.resolve()))
-    return _merged(inherited, values, path, base_path), [*used_by_base, *used]
+    _check_literal(values, str(path))
+    return values
+
+
+def _check_literal(values: Any, source: str) -> None:
+    """Raise UserError on a value with `${...}`: OmegaConf would replace it, by a variable of the environment too, and
+    recipes are kept in checkpoints and exports and sent to trackers."""
+    if isinstance(values, dict | list):
+        for value in values.values() if isinstance(values, dict) else values:
+            _check_literal(value, source)
+    elif isinstance(values, str) and "${" in values:
+        raise UserError(f"{source}: {values!r} is not replaced in a recipe; write the value itself")
+
+
+def load_stored_yaml(path: Path) -> dict[str, Any]:
+    """Read the recipe that a run folder or an export keeps. It is complete, so it must extend nothing: `extends` would
+    read a file of any folder. Raises UserError."""
+    values = _read_values(path)
+    if "extends" in values:
+        raise UserError(f"{path}: has extends, but a stored recipe is complete; do not trust it")
+    return with_current_names(values, str(path))
 
 
 def parse_yaml(text: str) -> Any:
@@ -138,8 +165,13 @@ def load_stages(path: Path, overrides: list[str] | None = None) -> list[tuple[Pa
 
 
 def to_yaml(recipe: Recipe) -> str:
-    """The complete recipe as YAML, which can be loaded again."""
-    return yaml.safe_dump(as_dict(recipe), sort_keys=False, allow_unicode=True)
+    """The complete recipe as YAML, which can be loaded again; URLs are without passwords and access tokens."""
+    return yaml.safe_dump(to_stored(recipe), sort_keys=False, allow_unicode=True)
+
+
+def to_stored(recipe: Recipe) -> dict[str, Any]:
+    """Plain values as files and trackers keep them: URLs are without passwords and access tokens."""
+    return without_secrets(as_dict(recipe))
 
 
 def as_dict(recipe: Recipe) -> dict[str, Any]:
@@ -162,8 +194,8 @@ def from_dict(values: dict[str, Any], source: str, overrides: list[str] | None =
 
 
 def config_hash(recipe: Recipe) -> str:
-    """Hash of all values of the recipe: 12 hex digits."""
-    return hashlib.sha256(json.dumps(as_dict(recipe), sort_keys=True).encode()).hexdigest()[:12]
+    """Hash of all values of the recipe: 12 hex digits. A new access token does not change it."""
+    return hashlib.sha256(json.dumps(to_stored(recipe), sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _build(schema: type[Schema], path: Path, overrides: list[str]) -> Schema:
@@ -179,6 +211,7 @@ def _from_values(schema: type[Schema], values: dict[str, Any], source: str, over
     merged = OmegaConf.structured(schema)
     set_keys: set[str] = set()
     for layer, layer_source in [(values, source), *(_parse_override(override) for override in overrides)]:
+        _check_literal(layer, layer_source)
         layer = with_current_names(layer, layer_source)
         _check_keys(layer, schema, layer_source)
         set_keys |= _set_keys(layer, schema)

@@ -26,6 +26,7 @@ from emma_train.storage.files import write_atomic
 from emma_train.storage.paths import StoragePath, as_local, storage_of
 from emma_train.storage.protocol import META
 from emma_train.storage.safetensors_io import Spec, Tensors, write_safetensors
+from emma_train.storage.urls import is_inner_path
 
 WEIGHTS_FILE = "model.safetensors"
 RECIPE_FILE = "recipe.yaml"
@@ -74,6 +75,17 @@ def write_export(
     kept = {k: meta[k] for k in ("stage", "step", "config_hash", "time", "sources") if k in meta}
     write_atomic(out / META, json.dumps(kept, indent=1) + "\n")
     write_safetensors(out / WEIGHTS_FILE, specs, value)
+
+
+def locate_parts(recipe: Recipe, folder: Path) -> None:
+    """Make the paths that an export's recipe names paths of this machine. Raises UserError where one leaves the
+    folder."""
+    paths = {"model.autoencoder.path": recipe.model.autoencoder.path, "data.tokenizer": recipe.data.tokenizer}
+    for key, path in paths.items():
+        if not is_inner_path(path):
+            raise UserError(f"{folder / RECIPE_FILE}: {key} is {path!r}, outside the export; do not trust it")
+    recipe.model.autoencoder.path = str(folder / recipe.model.autoencoder.path)
+    recipe.data.tokenizer = str(folder / recipe.data.tokenizer)
 
 
 def copy_tokenizer(tokenizer: Path, out: Path) -> None:

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from emma_train.checkpoint import dcp, verify
 from emma_train.checkpoint import folder as folders
 from emma_train.checkpoint.dcp_reader import CheckpointTensors
-from emma_train.config.load import load_yaml
+from emma_train.config.load import load_stored_yaml
 from emma_train.config.stored import from_stored
 from emma_train.errors import UserError
 from emma_train.export import export
@@ -24,10 +24,9 @@ class StoredModel:
         self._exported = export.is_export(self.folder)
         self._tensors: Tensors | CheckpointTensors
         if export.is_export(self.folder):
-            self.recipe = from_stored(load_yaml(self.folder / export.RECIPE_FILE), str(self.folder))
+            self.recipe = from_stored(load_stored_yaml(self.folder / export.RECIPE_FILE), str(self.folder))
             self.meta = export.read_export_meta(self.folder)
-            self.recipe.model.autoencoder.path = str(self.folder / self.recipe.model.autoencoder.path)
-            self.recipe.data.tokenizer = str(self.folder / self.recipe.data.tokenizer)
+            export.locate_parts(self.recipe, self.folder)
             self._tensors = Tensors(self.folder)
         else:
             self.folder = verify.find_verified(newest_stage(self.folder), "MODEL")

@@ -26,7 +26,11 @@ class Autoencoder:
         self.config, self.device = config, device
         self.fingerprint = fingerprint(Path(config.path))
         model = AutoencoderDC.from_pretrained(
-            config.path, torch_dtype=torch.float32, local_files_only=True, low_cpu_mem_usage=False
+            config.path,
+            torch_dtype=torch.float32,
+            local_files_only=True,
+            low_cpu_mem_usage=False,
+            use_safetensors=True,  # the other format is a pickle
         )
         if model.config.latent_channels != config.channels or model.spatial_compression_ratio != config.pixels:
             raise UserError(

@@ -7,11 +7,20 @@ from rich.console import Console
 from rich.highlighter import NullHighlighter
 from rich.logging import RichHandler
 
+from emma_train.config.secrets import without_secrets
+
 
 @cache
 def stderr_console() -> Console:
     """The console of this process, on stderr."""
     return Console(stderr=True)
+
+
+class PublicFormatter(logging.Formatter):
+    """Formats log lines, and removes passwords and access tokens from the URLs in them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return without_secrets(super().format(record))
 
 
 def log_handler(console: Console) -> logging.Handler:

@@ -24,6 +24,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 def replacing_path(path: Path) -> Iterator[Path]:
     """A path at which the block writes a file, which is then flushed to disk and replaces the file `path`."""
     unfinished = path.with_name(path.name + ".new")
+    unfinished.unlink(missing_ok=True)  # it may be a link, which writing would follow
     yield unfinished
     descriptor = os.open(unfinished, os.O_RDONLY)
     try:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from emma_train.errors import UserError
 from emma_train.storage.files import replacing, write_atomic
+from emma_train.storage.urls import is_inner_path
 
 DTYPES = {
     "F64": torch.float64,
@@ -58,7 +59,7 @@ class Tensors:
         if single.is_file():
             files = [single]
         elif index.is_file():
-            files = [folder / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
+            files = _indexed_files(index)
         else:
             raise UserError(f"{folder}: holds neither {single.name} nor {index.name}")
         self._slices: dict[str, Any] = {}
@@ -86,6 +87,17 @@ class Tensors:
         """A tensor, or the part of it that `index` selects (one slice per dimension)."""
         part: Tensor = self._slices[name][index or ...]
         return part
+
+
+def _indexed_files(index: Path) -> list[Path]:
+    """The files that an index names. Raises UserError where it is no index, or one lies outside its folder."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise UserError(f"{index}: has no weight_map; copy or download it again")
+    for name in weight_map.values():
+        if not is_inner_path(name):
+            raise UserError(f"{index}: weight_map names {name!r}, which is no file in its folder")
+    return [index.parent / name for name in sorted(set(weight_map.values()))]
 
 
 def write_safetensors(path: Path, specs: Mapping[str, Spec], value: Callable[[str], Tensor]) -> None:

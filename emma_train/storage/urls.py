@@ -42,6 +42,16 @@ def _with_path(url: str, change: Callable[[str], str]) -> str:
     return urlunsplit(parts._replace(path=change(parts.path)))
 
 
+def is_file_name(name: object) -> bool:
+    """Whether a name from a file that others wrote is that of one file in a folder: no path, and not `..`."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0")
+
+
+def is_inner_path(path: object) -> bool:
+    """Whether a path from a file that others wrote is relative and stays in its folder."""
+    return isinstance(path, str) and all(map(is_file_name, path.split("/")))
+
+
 def display_url(url: object) -> str:
     """A URL or path as messages may show it: without user, password, query and fragment."""
     text = str(url)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from emma_train.checkpoint import dcp, verify
 from emma_train.checkpoint import folder as folders
-from emma_train.config.load import load_yaml
+from emma_train.config.load import load_stored_yaml
 from emma_train.config.schema import ModelConfig, Recipe
 from emma_train.engine.activation_checkpointing import checkpoint_activations
 from emma_train.engine.compiled import compile_layers
@@ -113,7 +113,7 @@ def find_source(recipe: Recipe, world: World) -> tuple[StoragePath | None, dict[
 def stored_config(source: StoragePath) -> dict[str, Any]:
     """The config that a checkpoint or an export keeps, as it was written."""
     if export.is_export(source):
-        return load_yaml(source / export.RECIPE_FILE)
+        return load_stored_yaml(source / export.RECIPE_FILE)
     config: dict[str, Any] = (folders.read_meta(source) or {})["config"]
     return config
 

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from emma_train.config import config_hash
-from emma_train.config.load import as_dict
+from emma_train.config.load import to_stored
 from emma_train.config.schema import Recipe
 from emma_train.training.build import TrainingParts
 from emma_train.training.train_state import TrainState
@@ -31,7 +31,7 @@ def checkpoint_meta(
         "stage": recipe.stage.name,
         "trainable": parts.trainable,
         "config_hash": config_hash(recipe),
-        "config": as_dict(recipe),
+        "config": to_stored(recipe),
         "ema_decay": recipe.ema.decay,
         "done": asdict(state),
         "metrics": {name: sum(values) / len(values) for name, values in logged.items()},

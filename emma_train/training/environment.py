@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from emma_train.config.secrets import without_secrets
+
 if TYPE_CHECKING:
     from emma_train.engine.world import World
 
@@ -32,7 +34,7 @@ def environment(world: "World") -> dict[str, Any]:
     """Content of environment.json."""
     cuda = torch.cuda.is_available()
     return {
-        "command": " ".join(sys.argv),
+        "command": without_secrets(" ".join(sys.argv)),
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "commit": commit(),
         "host": socket.gethostname(),

@@ -9,9 +9,10 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from emma_train.config.load import as_dict
+from emma_train.config.load import to_stored
 from emma_train.config.renamed import current_key, with_current_names
 from emma_train.config.schema import Recipe
+from emma_train.config.secrets import without_secrets
 from emma_train.config.setting import Rule, settings_of
 from emma_train.config.stored import complete, keep_stored
 from emma_train.errors import UserError
@@ -59,7 +60,8 @@ def _differences(recipe: Recipe, stored: Mapping[str, Any]) -> dict[str, str]:
     The entries of two lists are compared only if there are as many. Paths of sources are not compared: a moved folder
     is the same data, which the stream knows by its content.
     """
-    ours, theirs = _fixed_values(as_dict(recipe), Recipe), _fixed_values(complete(stored, "checkpoint"), Recipe)
+    ours = _fixed_values(to_stored(recipe), Recipe)
+    theirs = _fixed_values(without_secrets(complete(stored, "checkpoint")), Recipe)
     keys = [key for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key)]
     lists = tuple(f"{key}[" for key in keys if isinstance(ours.get(key), _ListLength))
     return {

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from emma_train.config.load import as_dict
+from emma_train.config.load import to_stored
 from emma_train.config.schema import Recipe
 from emma_train.monitor.progress import Progress
 from emma_train.monitor.trackers import make_trackers
@@ -20,7 +20,7 @@ class StepLog:
         self._trackers = make_trackers(
             recipe.tracker.kind,
             run.path,
-            as_dict(recipe),
+            to_stored(recipe),
             step,
             run_id,
             project=recipe.tracker.project,
