@@ -74,7 +74,8 @@ class FlowConfig:
     logit_std: float = setting(1.0, at_least=0, at_most=10)
     """Standard deviation of the logit-normal flow time."""
     shift: float = setting(1.0, more_than=0, at_most=1000)
-    """s in s*t / (1 + (s-1)*t), the shift of the flow time: 1 at 512 pixels, 4 at 1K."""
+    """s in s*t / (1 + (s-1)*t), the shift of the flow time; 1 shifts nothing. Sana, with the same autoencoder as EMMA,
+    takes 3 at 512 pixels and at 1K."""
 
 
 @dataclass

@@ -53,6 +53,13 @@ def test_both_sizes_have_every_stage_and_a_pipeline() -> None:
         assert load_pipeline(ROOT / size / "pipeline.yaml")[0].pipeline == [f"{name}.yaml" for name in STAGES]
 
 
+@pytest.mark.parametrize("path", STAGE_FILES, ids=name_of)
+def test_every_stage_states_what_it_averages_and_how_it_shifts_time(path: Path) -> None:
+    recipe = load_recipe(path)
+    assert {"ema.decay", "flow.shift"} <= recipe.set_keys
+    assert (recipe.ema.decay == 0) == (recipe.stage.name in ("stage0", "stage4_expert", "stage4_router"))
+
+
 def full(stage: str) -> Recipe:
     return load_recipe(FULL / f"{stage}.yaml")
 
@@ -68,22 +75,20 @@ def samples(recipe: Recipe) -> dict[str, float]:
 
 
 @pytest.mark.parametrize(
-    ("stage", "lr", "schedule", "decay", "shift"),
+    ("stage", "lr", "schedule", "decay"),
     [
-        ("stage0", 1e-3, "cosine", 0.0, 1.0),
-        ("stage1", 1e-4, "constant", 0.9999, 1.0),
-        ("stage2", 4e-5, "constant", 0.9999, 4.0),
-        ("stage3", 1e-5, "cosine", 0.995, 4.0),
-        ("stage4_expert", 4e-6, "cosine", 0.0, 4.0),
-        ("stage4_router", 1e-4, "constant", 0.0, 4.0),
+        ("stage0", 1e-3, "cosine", 0.0),
+        ("stage1", 1e-4, "constant", 0.9999),
+        ("stage2", 4e-5, "constant", 0.9999),
+        ("stage3", 1e-5, "cosine", 0.995),
+        ("stage4_expert", 4e-6, "cosine", 0.0),
+        ("stage4_router", 1e-4, "constant", 0.0),
     ],
 )
-def test_full_size_stages_take_the_papers_numbers(
-    stage: str, lr: float, schedule: str, decay: float, shift: float
-) -> None:
+def test_full_size_stages_take_the_papers_numbers(stage: str, lr: float, schedule: str, decay: float) -> None:
     recipe = full(stage)
     assert (recipe.optimizer.lr, recipe.schedule.kind) == (lr, schedule)
-    assert (recipe.ema.decay, recipe.flow.shift) == (decay, shift)
+    assert (recipe.ema.decay, recipe.flow.shift) == (decay, 3.0)
     assert (recipe.optimizer.betas, recipe.optimizer.eps, recipe.optimizer.weight_decay) == ([0.9, 0.999], 1e-8, 0.0)
     assert recipe.data.slots % 256 == 0
 
