@@ -67,7 +67,7 @@ class Stream:
         """Cached latents are used if they are of the autoencoder with this fingerprint; None uses none. `pin` puts
         packs into pinned memory, from which a GPU copies while it computes."""
         check_world(recipe.data.slots, size)
-        tokenizer = TextTokenizer(recipe.data.tokenizer)
+        tokenizer = TextTokenizer(recipe.data.tokenizer, recipe.data.template)
         if tokenizer.vocab > recipe.model.decoder.vocab:
             raise UserError(
                 f"data.tokenizer {tokenizer.path} has {tokenizer.vocab} tokens, more than model.decoder.vocab="

@@ -66,6 +66,8 @@ class CostModel:
     """data.seed."""
     text_tokens: int = 0
     """Text tokens of every sample where they do not depend on the record; 0 takes those of the index."""
+    added_text_tokens: int = 0
+    """Text tokens that the recipe's chat template adds to those of the index."""
 
 
 def sample_costs(
@@ -77,7 +79,7 @@ def sample_costs(
     texts, num_texts = _flatten_lists(table, "text_tokens")
     alternative = _alternatives(keys, num_texts, epoch, cost_model)
     chosen = np.cumsum(num_texts) - num_texts + alternative
-    text = texts[chosen].astype(np.int64)
+    text = texts[chosen].astype(np.int64) + cost_model.added_text_tokens
     if cost_model.text_tokens:
         text = np.full_like(text, cost_model.text_tokens)
     images = _count_visual(table, chosen, cost_model)

@@ -23,7 +23,7 @@ from emma_train.config.mix import TASK_NAMES, phases, samples_per_task, task_sha
 from emma_train.config.schema import MixConfig, Recipe
 from emma_train.errors import UserError
 from emma_train.sequence.seeds import seed_of
-from emma_train.sequence.tasks import TASKS, fixed_text_tokens
+from emma_train.sequence.tasks import TASKS, added_text_tokens, fixed_text_tokens
 from emma_train.sequence.tokens import TextTokenizer
 
 TOKEN_UNITS = 400
@@ -144,8 +144,8 @@ class Planner:
             streams = {}
             for task in shares:
                 image_config = TASKS[task].image_config(self.data)
-                text_tokens = fixed_text_tokens(TASKS[task], tokenizer)
-                cost_model = CostModel(task, image_config, self.model, self.caps, self.data.seed, text_tokens)
+                fixed, added = fixed_text_tokens(TASKS[task], tokenizer), added_text_tokens(TASKS[task], tokenizer)
+                cost_model = CostModel(task, image_config, self.model, self.caps, self.data.seed, fixed, added)
                 streams[task] = sources.stream(phase, cost_model)
             result.append(_Phase(number, start, shares, counts, streams, dict(taken)))
             start += phase.steps

@@ -92,7 +92,7 @@ def _train_locked(run_folder: "RunFolder", file: Path, recipe: "Recipe", world: 
     parts = build(recipe, stage, world, resuming=checkpoint is not None)
     if parts.handoff is not None:
         log.info("from %s: %s", recipe.init.source, "; ".join(parts.handoff.lines()))
-    vision, tokenizer = recipe.model.vision, TextTokenizer(recipe.data.tokenizer)
+    vision, tokenizer = recipe.model.vision, TextTokenizer(recipe.data.tokenizer, recipe.data.template)
     generator = Generator(parts.engine.model, autoencoder, tokenizer, vision.patch, vision.shuffle)
     generate_samples = _sample_writer(generator, requests, recipe, run_folder, world.is_main) if requests else None
     trainer = Trainer(recipe, stage, world, parts, autoencoder, stream, generate_samples)

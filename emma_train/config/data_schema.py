@@ -65,6 +65,9 @@ class DataConfig:
     """Curriculum; empty means one phase with the recipe's mix."""
     tokenizer: str = setting(MISSING, form="path")
     """tokenizer.json, or a folder that holds it."""
+    template: str = setting("plain", choices=("plain", "no_think"))
+    """Chat template: plain, or no_think, which puts Qwen3's empty think block before the last answer, as Qwen3's own
+    template does where it shall not think."""
     seed: int = setting(0, at_least=0, at_most=2**63 - 1)
     """Seed of order, choices, noise and dropout (contract 1)."""
     slots: int = setting(12, more_than=0, at_most=10**6)

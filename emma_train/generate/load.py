@@ -21,8 +21,8 @@ def load_generator(
     model, recipe, meta = load_model(path, torch.device(pick_device(device)), use_ema)
     autoencoder = Autoencoder(recipe.model.autoencoder, torch.device(pick_device(device)))
     vision = recipe.model.vision
-    generator = Generator(model, autoencoder, TextTokenizer(recipe.data.tokenizer), vision.patch, vision.shuffle)
-    return generator, recipe, meta
+    tokenizer = TextTokenizer(recipe.data.tokenizer, recipe.data.template)
+    return Generator(model, autoencoder, tokenizer, vision.patch, vision.shuffle), recipe, meta
 
 
 def load_model(path: str | StoragePath, device: torch.device, use_ema: bool) -> tuple[Emma, Recipe, dict[str, Any]]:

@@ -1,7 +1,8 @@
 """How a sample is laid out as segments of text and images (paper §2.2, "Sequence layouts").
 
 Qwen's chat template, with an image as <|vision_start|> its visual tokens <|vision_end|>:
-  I2T   user: image(s) and question; assistant: answer. Only answers (and their <|im_end|>) are supervised.
+  I2T   user: image(s) and question; assistant: answer. Only answers (and their <|im_end|>) are supervised. The template
+        no_think puts Qwen3's empty think block before the last answer.
   T2I   user: prompt; assistant: <|vision_start|> and the noised target.
   IT2I  user: reference image(s) and instruction; assistant: <|vision_start|> and the noised target.
   recon user: understanding image without its latent, and a fixed text; assistant: <|vision_start|> and the same image,
@@ -56,6 +57,8 @@ def understanding(tokenizer: TextTokenizer, images: Sequence[str], turns: Sequen
             for name in images:
                 _image(segments, tokenizer, name, ImageRole.UND)
         if role == "assistant":
+            if index + 1 == len(turns):
+                _text(segments, tokenizer.answer_prefix)
             _text(segments, [*tokenizer.encode_user(text), tokenizer.im_end], supervised=True)
             if index + 1 < len(turns):
                 _text(segments, tokenizer.encode("\n"))
@@ -66,7 +69,7 @@ def understanding(tokenizer: TextTokenizer, images: Sequence[str], turns: Sequen
 
 def answer_opening(tokenizer: TextTokenizer) -> list[Segment]:
     """What follows the question where the answer is still to be written."""
-    return [TextSegment(tuple(tokenizer.encode("<|im_start|>assistant\n")))]
+    return [TextSegment((*tokenizer.encode("<|im_start|>assistant\n"), *tokenizer.answer_prefix))]
 
 
 def generation(

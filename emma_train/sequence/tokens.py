@@ -11,11 +11,16 @@ from emma_train.errors import UserError
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
 
 
-class TextTokenizer:
-    """A Qwen-style tokenizer. Raises UserError where the file or a special token is missing."""
+EMPTY_THOUGHT = "<think>\n\n</think>\n\n"
+"""What Qwen3's chat template puts before an answer without thinking."""
 
-    def __init__(self, path: Path | str) -> None:
-        path = Path(path)
+
+class TextTokenizer:
+    """A Qwen-style tokenizer and chat template. Raises UserError where the file or a special token is missing."""
+
+    def __init__(self, path: Path | str, template: str = "plain") -> None:
+        """`template` is the recipe's data.template."""
+        path, self.template = Path(path), template
         self.path = path / "tokenizer.json" if path.is_dir() else path
         try:
             text = self.path.read_text(encoding="utf-8")
@@ -51,6 +56,11 @@ class TextTokenizer:
     @cached_property
     def endoftext(self) -> int:
         return self.id("<|endoftext|>")
+
+    @cached_property
+    def answer_prefix(self) -> list[int]:
+        """Ids that the template puts before the last answer of a conversation; not supervised."""
+        return self.encode(EMPTY_THOUGHT) if self.template == "no_think" else []
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text; special tokens written in it become their ids."""

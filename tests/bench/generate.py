@@ -40,7 +40,8 @@ def generators() -> dict[str, Generator]:
         for name, parameter in model.named_parameters():
             parameter.copy_(initial_value(name, parameter.shape, 0, recipe.model.decoder.num_layers))
         model.velocity_head.weight.normal_(std=0.05)
-    autoencoder, tokenizer = Autoencoder(recipe.model.autoencoder, device), TextTokenizer(recipe.data.tokenizer)
+    autoencoder = Autoencoder(recipe.model.autoencoder, device)
+    tokenizer = TextTokenizer(recipe.data.tokenizer, recipe.data.template)
     return {
         name: Generator(model, autoencoder, tokenizer, vision.patch, vision.shuffle, cached=name == "cached")
         for name in ("cached", "uncached")

@@ -195,7 +195,7 @@ def make_pack(recipe: Recipe, kind: str) -> PackedBatch:
     """A pack of a few real samples: i2t, t2i, it2i, mixed, silent (nothing supervised) or text (no image at all)."""
     if kind == "text":
         return pack([Sample("text", "i2t", [TextSegment((5, 6, 7)), TextSegment((8, 9), supervised=True)], {})])
-    tokenizer, vision = TextTokenizer(recipe.data.tokenizer), recipe.model.vision
+    tokenizer, vision = TextTokenizer(recipe.data.tokenizer, recipe.data.template), recipe.model.vision
     reader = SampleReader(recipe.data, tokenizer, vision.patch, vision.shuffle, None)
     wanted = ("i2t", "t2i", "it2i") if kind == "mixed" else ("i2t",) if kind == "silent" else (kind,)
     planned = [sample for slot in Planner(recipe, tokenizer).plan(1).slots for sample in slot]

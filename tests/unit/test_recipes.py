@@ -131,6 +131,10 @@ def test_full_size_resolutions() -> None:
         assert full(stage).data.und.mode == "native"
 
 
+def test_the_frozen_llm_of_stage_0_sees_the_empty_think_block() -> None:
+    assert [full(stage).data.template for stage in STAGES] == ["no_think", *["plain"] * 5]
+
+
 def test_full_size_stages_start_from_the_run_folder_before_them() -> None:
     names = list(STAGES)
     for previous, stage in zip(names, names[1:], strict=False):

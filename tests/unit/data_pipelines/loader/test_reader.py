@@ -22,6 +22,7 @@ from emma_train.config.schema import ImageConfig, Recipe
 from emma_train.model.autoencoder import Autoencoder
 from emma_train.sequence.layout import ImageRole, TextSegment
 from emma_train.sequence.pack import Sample, image_segments, pack
+from emma_train.sequence.tokens import TextTokenizer
 from emma_train.training.forward import clean_latents
 from tests.helpers import PATCH, SHUFFLE, tiny_model, tiny_recipe, tokenizer
 from tests.shards import damage, edit, every_task, png, prompt, question, write_shards
@@ -35,12 +36,16 @@ def recipe_of(folder: Path, **dotted: Any) -> Recipe:
 
 
 def reader_of(recipe: Recipe, autoencoder_fingerprint: str | None = None) -> SampleReader:
-    return SampleReader(recipe.data, tokenizer(), PATCH, SHUFFLE, autoencoder_fingerprint)
+    return SampleReader(recipe.data, tokenizer_of(recipe), PATCH, SHUFFLE, autoencoder_fingerprint)
+
+
+def tokenizer_of(recipe: Recipe) -> TextTokenizer:
+    return TextTokenizer(recipe.data.tokenizer, recipe.data.template)
 
 
 def planned_of(recipe: Recipe, num: int) -> Iterator[SampleRef]:
     """Samples of the first steps, until there are `num` of each task of the mix."""
-    plans = Planner(recipe, tokenizer())
+    plans = Planner(recipe, tokenizer_of(recipe))
     step = 0
     while num > 0:
         step += 1
@@ -69,8 +74,9 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_shards(tmp_path_factory.mktemp("reader") / "set", every_task(20, side=64), per_shard=25)
 
 
-def test_a_sample_has_the_tokens_that_its_plan_counted() -> None:
-    recipe = tiny_recipe(data__text_dropout=0.0, data__reference_dropout=0.0)
+@pytest.mark.parametrize("template", ["plain", "no_think"])
+def test_a_sample_has_the_tokens_that_its_plan_counted(template: str) -> None:
+    recipe = tiny_recipe(data__text_dropout=0.0, data__reference_dropout=0.0, data__template=template)
     reader = reader_of(recipe)
     for planned in list(planned_of(recipe, 24)):
         sample = reader.read(planned)

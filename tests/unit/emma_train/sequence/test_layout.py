@@ -71,6 +71,26 @@ def test_an_answer_is_qwens_template_without_its_empty_thought(qwen: Any) -> Non
     assert ids(layout.understanding(ours, [], turns)) == qwen(expected, add_special_tokens=False)["input_ids"]
 
 
+def test_with_the_empty_thought_question_and_answer_are_token_for_token_qwens_template(qwen: Any) -> None:
+    ours = TextTokenizer(QWEN, "no_think")
+    turns = [(role, text.replace("<|im_end|>", "")) for role, text in TURNS]
+    expected = template(qwen, turns[:4], with_opening=False).removesuffix("\n")
+    assert ids(layout.understanding(ours, [], turns[:4])) == qwen(expected, add_special_tokens=False)["input_ids"]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    text = qwen.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    assert ids(ask(ours, [], turns)) == qwen(text, add_special_tokens=False)["input_ids"]
+
+
+def test_the_empty_thought_is_not_supervised_and_stands_before_the_last_answer_alone() -> None:
+    plain, ours = tokenizer(), TextTokenizer(tokenizer().path, "no_think")
+    one, other = layout.understanding(plain, ["a"], TURNS[:4]), layout.understanding(ours, ["a"], TURNS[:4])
+    assert shown(other) == shown(one).replace("two\n\ncats", "<think>\n\n</think>\n\ntwo\n\ncats")
+    total, learnt = layout.num_text_tokens(one)
+    assert layout.num_text_tokens(other) == (total + len(ours.answer_prefix), learnt)
+    assert layout.understanding(ours, ["a"], TURNS) == layout.understanding(plain, ["a"], TURNS)
+    assert layout.generation(ours, ["a"], "x", "t") == layout.generation(plain, ["a"], "x", "t")
+
+
 def test_the_tiny_tokenizer_lays_out_the_same_text(qwen: Any) -> None:
     expected = template(qwen, TURNS, with_opening=True)
     assert shown(ask(tokenizer(), [], TURNS)) == expected
