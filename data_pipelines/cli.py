@@ -53,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     latents.add_argument("folder", type=Path)
     latents.add_argument("--autoencoder", type=Path, required=True, help="folder of a diffusers AutoencoderDC")
-    latents.add_argument("--mode", choices=("square", "native", "buckets"), default="square", help="as in the recipe")
+    latents.add_argument("--mode", choices=("square", "crop", "native", "buckets"), default="square")
     latents.add_argument("--side", type=int, nargs="+", default=[512], help="as in the recipe; several are allowed")
     latents.add_argument("--batch-size", type=int, default=32, help="images encoded at once")
     latents.set_defaults(run=run_cache_latents)

@@ -88,4 +88,7 @@ class SampleBuilder:
         with open_image(data) as image:
             height, width = image_size(*display_size(image), image_config, pixels)
             grid = (height // pixels, width // pixels)
-            return grid, to_patches(load_image(image, height, width), self.patch, self.shuffle) if decode else None
+            if not decode:
+                return grid, None
+            loaded = load_image(image, height, width, crop=image_config.mode == "crop")
+            return grid, to_patches(loaded, self.patch, self.shuffle)

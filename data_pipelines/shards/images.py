@@ -11,7 +11,7 @@ from PIL import Image
 from torch.nn.functional import interpolate
 
 from emma_train.config.schema import ImageConfig
-from emma_train.sequence.geometry import image_size
+from emma_train.sequence.geometry import centre_box, image_size
 
 Data = TypeVar("Data", bytes, memoryview)
 EXTENSIONS = frozenset(("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "pbm"))
@@ -72,10 +72,11 @@ def display_size(image: Image.Image) -> tuple[int, int]:
     return image.size if _orientation(image) < 5 else (image.height, image.width)
 
 
-def load_image(image: Image.Image, height: int, width: int) -> np.ndarray:
+def load_image(image: Image.Image, height: int, width: int, crop: bool = False) -> np.ndarray:
     """Decode, turn by the EXIF orientation and resize: uint8 [height, width, 3].
 
-    Transparent images get a white background, 16 bits are scaled to 8. Raises OSError.
+    With `crop`, only the middle of the image, with the aspect ratio of that size. Transparent images get a white
+    background, 16 bits are scaled to 8. Raises OSError.
     """
     orientation = _orientation(image)
     image.draft("RGB", (width, height) if orientation < 5 else (height, width))
@@ -88,6 +89,8 @@ def load_image(image: Image.Image, height: int, width: int) -> np.ndarray:
     image = image.convert("RGB")
     if orientation in _TRANSPOSITIONS:
         image = image.transpose(_TRANSPOSITIONS[orientation])
+    if crop:
+        image = image.crop(centre_box(*image.size, width / height))
     return np.asarray(image) if image.size == (width, height) else _resize(np.array(image), height, width)
 
 
@@ -97,7 +100,8 @@ def load_resized(data: bytes | memoryview, image_config: ImageConfig, multiple: 
     Raises OSError, ValueError or SyntaxError if it cannot be read.
     """
     with open_image(data) as image:
-        return load_image(image, *image_size(*display_size(image), image_config, multiple)).copy()
+        height, width = image_size(*display_size(image), image_config, multiple)
+        return load_image(image, height, width, crop=image_config.mode == "crop").copy()
 
 
 def decodes_differently(image: Image.Image) -> bool:

@@ -9,8 +9,9 @@ from emma_train.config.setting import section, setting
 
 @dataclass
 class ImageConfig:
-    mode: str = setting("square", choices=("square", "native", "buckets"))
-    """square (every image becomes side x side), native (multiples of 32) or buckets (nearest aspect ratio)."""
+    mode: str = setting("square", choices=("square", "crop", "native", "buckets"))
+    """square (every image is stretched to side x side), crop (the middle of every image, side x side), native
+    (multiples of 32) or buckets (nearest aspect ratio)."""
     side: int = setting(512, more_than=0, at_most=16384)
     """Side in pixels; for native and buckets the side of the square with the same area."""
     max_tokens: int = setting(4096, more_than=0, at_most=262144)

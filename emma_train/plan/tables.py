@@ -69,7 +69,7 @@ def _token_table(plan: Plan) -> Table:
         made, _, _ = tokenwise(pixels * math.sqrt(mean.made))
         encoded = vae * (TASKS[task].condition is ImageRole.REFERENCE)
         least, most = (mean.text + mean.images_seen * (encoded + vit) + made for vit in (low, high))
-        size = "native" if image.mode == "native" else f"{image.side}²" + " buckets" * (image.mode == "buckets")
+        size = "native" if image.mode == "native" else f"{image.side}² {image.mode}".removesuffix(" square")
         table.add_row(
             f"{task}, {size}",
             *(f"{n:,.0f}" if n else "-" for n in (mean.text, mean.seen, mean.made)),

@@ -11,7 +11,7 @@ from emma_train.config.schema import ImageConfig
 
 def image_size(width: int, height: int, image_config: ImageConfig, pixels: int) -> tuple[int, int]:
     """(height, width) in pixels that an image is resized to; both are multiples of `pixels` (32)."""
-    if image_config.mode == "square":
+    if image_config.mode in ("square", "crop"):
         return image_config.side, image_config.side
     if image_config.mode == "buckets":
         aspect = math.log(width / height)
@@ -26,6 +26,17 @@ def image_size(width: int, height: int, image_config: ImageConfig, pixels: int) 
             min(columns, image_config.max_tokens // rows or 1),
         )
     return rows * pixels, columns * pixels
+
+
+def centre_box(width: int, height: int, aspect: float) -> tuple[int, int, int, int]:
+    """(left, top, right, bottom) of the largest centred part of an image with that width / height.
+
+    Scaled to a size of this aspect, it is what is left where the image is scaled to cover the size, and then cropped.
+    """
+    kept_width = min(width, max(1, round(height * aspect)))
+    kept_height = min(height, max(1, round(width / aspect)))
+    left, top = (width - kept_width) // 2, (height - kept_height) // 2
+    return left, top, left + kept_width, top + kept_height
 
 
 @lru_cache(maxsize=8)

@@ -122,8 +122,8 @@ def test_full_size_stage2_has_its_three_phases() -> None:
 
 def test_full_size_resolutions() -> None:
     for stage in ("stage0", "stage1"):
-        assert (full(stage).data.und.mode, full(stage).data.und.side) == ("square", 512)
-    assert (full("stage1").data.gen.mode, full("stage1").data.gen.side) == ("square", 512)
+        assert (full(stage).data.und.mode, full(stage).data.und.side) == ("crop", 512)
+    assert (full("stage1").data.gen.mode, full("stage1").data.gen.side) == ("buckets", 512)
     # Stage 4 makes no images, but its checkpoints are the finished model, which does.
     for stage in ("stage2", "stage3", "stage4_expert", "stage4_router"):
         assert (full(stage).data.gen.mode, full(stage).data.gen.side) == ("buckets", 1024)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from data_pipelines.loader.sample_builder import SampleBuilder, SampleError
 from data_pipelines.planner.planner import SampleRef
-from data_pipelines.shards.images import load_image, open_image
+from data_pipelines.shards.images import load_image, load_resized, open_image
 from emma_train.config.schema import DataConfig, ImageConfig
 from emma_train.sequence.geometry import buckets, from_patches
 from emma_train.sequence.layout import ImageRole, TextSegment
@@ -190,6 +190,23 @@ def test_an_image_takes_the_size_of_its_mode_and_stays_the_image(
     x, y = np.meshgrid((np.arange(width) + 0.5) / width * 255, (np.arange(height) + 0.5) / height * 255)
     assert np.abs(pixels[..., 0] - x).mean() < 2
     assert np.abs(pixels[..., 1] - y).mean() < 2
+
+
+@pytest.mark.parametrize(("width", "height"), [(1920, 1080), (1080, 1920), (300, 40), (512, 512)])
+def test_a_cropped_image_keeps_its_aspect_and_loses_its_ends(width: int, height: int) -> None:
+    record = {"i2t": [{"images": ["img0"], "turns": turns("what is this?", "a ramp")}]}
+    members = {"img0.png": memoryview(encoded_image(width, height)), "json": memoryview(json.dumps(record).encode())}
+    cropped = ImageConfig("crop", 512)
+    loaded = builder(und=cropped).sample(planned("i2t"), members, lambda name, image: None).images["img0"]
+    assert loaded.patches is not None and loaded.grid == (16, 16)
+    pixels = from_patches(torch.from_numpy(loaded.patches), 16, 16, PATCH, SHUFFLE).numpy().astype(float)
+    assert np.array_equal(pixels, load_resized(members["img0.png"], cropped, 32)), "as in generate"
+    # Red grows from 0 to 255 over the width, green over the height; the middle of the longer side is left.
+    shorter = min(width, height)
+    for channel, axis, length in ((0, 1, width), (1, 0, height)):
+        profile, share = pixels[..., channel].mean(axis=1 - axis), shorter / length
+        assert (profile[-1] - profile[0]) / 255 == pytest.approx(share, abs=0.01)
+        assert profile.mean() == pytest.approx(127.5, abs=2)
 
 
 def test_a_large_jpeg_is_decoded_small_and_looks_the_same() -> None:

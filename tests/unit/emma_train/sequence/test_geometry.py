@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from emma_train.config.schema import ImageConfig
-from emma_train.sequence.geometry import buckets, from_patches, image_size, to_patches
+from emma_train.sequence.geometry import buckets, centre_box, from_patches, image_size, to_patches
 
 sides = st.integers(1, 4)
 
@@ -69,8 +69,27 @@ def test_an_image_goes_to_the_bucket_of_the_nearest_aspect(width: int, height: i
     assert chosen in buckets(1024, 32) and far(chosen) == pytest.approx(min(map(far, buckets(1024, 32))), abs=1e-12)
 
 
-def test_square_mode_has_one_size() -> None:
-    assert {image_size(w, h, ImageConfig(side=512), 32) for w, h in ((1, 1), (4000, 30), (512, 512))} == {(512, 512)}
+@pytest.mark.parametrize("mode", ["square", "crop"])
+def test_square_and_crop_have_one_size(mode: str) -> None:
+    image_config = ImageConfig(mode=mode, side=512)
+    assert {image_size(w, h, image_config, 32) for w, h in ((1, 1), (4000, 30), (512, 512))} == {(512, 512)}
+
+
+@pytest.mark.parametrize(
+    ("size", "aspect", "box"),
+    [
+        ((1920, 1080), 1.0, (420, 0, 1500, 1080)),
+        ((1080, 1920), 1.0, (0, 420, 1080, 1500)),
+        ((512, 512), 1.0, (0, 0, 512, 512)),
+        ((1000, 500), 4.0, (0, 125, 1000, 375)),
+        ((8, 300), 4.0, (0, 149, 8, 151)),
+        ((1, 9000), 1.0, (0, 4499, 1, 4500)),
+    ],
+)
+def test_the_centre_box_is_the_largest_of_its_aspect(
+    size: tuple[int, int], aspect: float, box: tuple[int, ...]
+) -> None:
+    assert centre_box(*size, aspect) == box
 
 
 @given(st.integers(1, 20000), st.integers(1, 20000), st.integers(1, 512))
