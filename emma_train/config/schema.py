@@ -200,6 +200,9 @@ class InitConfig:
     `from` in recipes."""
     ema: bool = setting(True)
     """Start from the averaged weights if the source has them."""
+    gen_adapter: str = setting("random", choices=("random", "und"))
+    """What the Gen adapter starts from at the hand-off from stage0 or from imported weights: random weights, or und, a
+    copy of the Und adapter (ours: text-to-image alone gives its semantic columns almost no gradient before editing)."""
     any_stage: bool = setting(False)
     """Start from a checkpoint of any stage, not only from the one before."""
 

@@ -43,9 +43,16 @@ class HandOff:
         return lines
 
 
-def plan_handoff(model: Shapes, stored: Shapes, vision: VisionConfig, use_ema: bool, source: str) -> HandOff:
-    """Match the model's parameters with the stored tensors. Raises UserError on a shape that differs."""
-    loaded, cloned, initial = {}, {}, []
+def plan_handoff(
+    model: Shapes, stored: Shapes, vision: VisionConfig, use_ema: bool, source: str, gen_adapter: str = "random"
+) -> HandOff:
+    """Match the model's parameters with the stored tensors; `gen_adapter` is init.gen_adapter.
+
+    Raises UserError on a shape that differs.
+    """
+    loaded: dict[str, str] = {}
+    cloned: dict[str, str] = {}
+    initial: list[str] = []
     for name, shape in model.items():
         candidates = [f"ema.{name}", f"model.{name}"] if use_ema else [f"model.{name}"]
         tensor = next((candidate for candidate in candidates if candidate in stored), None)
@@ -60,6 +67,11 @@ def plan_handoff(model: Shapes, stored: Shapes, vision: VisionConfig, use_ema: b
             cloned[name] = origin
         else:
             initial.append(name)
+    if gen_adapter == "und":
+        copies = {name: name.replace("gen_adapter.", "und_adapter.") for name in model if _group(name) == "gen_adapter"}
+        cloned |= {name: origin for name, origin in copies.items() if origin in loaded}
+        loaded = {name: tensor for name, tensor in loaded.items() if name not in cloned}
+        initial = [name for name in initial if name not in cloned]
     dropped = [
         name.removeprefix("model.")
         for name in stored

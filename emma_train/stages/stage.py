@@ -136,7 +136,13 @@ def makes_images(recipe: Recipe) -> bool:
 
 def check_order(stage: Stage, previous: str | None, init: InitConfig) -> None:
     """Raise UserError where `stage` cannot start from a checkpoint of stage `previous` (None: no checkpoint; "":
-    imported weights). With init.any_stage it may, and a log line says so."""
+    imported weights), or where init.gen_adapter would replace a trained Gen adapter. With init.any_stage it may start
+    from any stage, and a log line says so."""
+    if init.gen_adapter == "und" and (previous or "") not in ("", "stage0"):
+        raise UserError(
+            f"init.from {init.source}: a checkpoint of {previous} has a trained Gen adapter, which "
+            "init.gen_adapter=und would replace; set init.gen_adapter=random"
+        )
     if (previous or "") in stage.follows:
         return
     needed = " or ".join(name for name in stage.follows if name) or "imported or random weights"

@@ -126,7 +126,8 @@ def load_previous_stage(weights: Mapping[str, Tensor], recipe: Recipe, source: S
     else:
         load, stored = partial(dcp.load_checkpoint_weights, source), dcp.tensor_shapes(source)
     shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
-    plan = plan_handoff(shapes, stored, recipe.model.vision, recipe.init.ema, str(recipe.init.source))
+    init = recipe.init
+    plan = plan_handoff(shapes, stored, recipe.model.vision, init.ema, str(init.source), init.gen_adapter)
     check_settings(stored_config(source), recipe)
     load(plan.loaded, weights)
     # Clones are read again, not copied: their shards may lie on other ranks than those of the original.

@@ -135,6 +135,10 @@ def test_the_frozen_llm_of_stage_0_sees_the_empty_think_block() -> None:
     assert [full(stage).data.template for stage in STAGES] == ["no_think", *["plain"] * 5]
 
 
+def test_the_gen_adapter_starts_from_the_und_adapter_in_stage_1_alone() -> None:
+    assert [full(stage).init.gen_adapter for stage in STAGES] == ["random", "und", *["random"] * 4]
+
+
 def test_full_size_stages_start_from_the_run_folder_before_them() -> None:
     names = list(STAGES)
     for previous, stage in zip(names, names[1:], strict=False):

@@ -66,6 +66,19 @@ def test_a_trained_expert_is_loaded_not_cloned_again() -> None:
     assert plan.loaded["vision.stem_layers.0.fc1.weight"] == "model.vision.stem_layers.0.fc1.weight"
 
 
+def test_the_gen_adapter_may_start_as_a_copy_of_the_und_adapter() -> None:
+    source = stored(PLAIN, averaged=("und_adapter.",))
+    plan = plan_handoff(shapes(PLAIN), source, PLAIN.vision, use_ema=True, source="a", gen_adapter="und")
+    layers = ("norm.weight", "norm.bias", "fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
+    assert plan.cloned == {f"gen_adapter.{layer}": f"und_adapter.{layer}" for layer in layers}
+    assert all(plan.loaded[origin] == f"ema.{origin}" for origin in plan.cloned.values())
+    assert {n for n in shapes(PLAIN) if n.startswith("gen_adapter.")} - set(plan.cloned) == {
+        n for n in plan.loaded if n.startswith("gen_adapter.")
+    }, "placeholder and time embedding have no counterpart"
+    assert sorted([*plan.loaded, *plan.cloned]) == sorted(shapes(PLAIN)) and plan.initial == []
+    assert plan.lines()[1] == "new, cloned: 6 tensors of gen_adapter"
+
+
 def test_what_the_new_stage_lacks_is_dropped_and_said() -> None:
     plan = plan_handoff(shapes(PLAIN), stored(ROUTER), PLAIN.vision, use_ema=True, source="a")
     assert plan.dropped == sorted(set(shapes(ROUTER)) - set(shapes(PLAIN)))

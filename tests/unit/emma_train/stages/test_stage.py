@@ -163,3 +163,12 @@ def test_learning_rates_are_scaled_by_group() -> None:
     assert departures(recipe, stage_of(recipe)) == [
         "optimizer.lr_scale.vision=0.1 has no effect: vision does not train in stage0"
     ]
+
+
+def test_a_trained_gen_adapter_is_not_replaced() -> None:
+    check_order(STAGES["stage1"], "stage0", InitConfig("runs/stage0", gen_adapter="und"))
+    check_order(STAGES["stage1"], "", InitConfig("models/initial", gen_adapter="und"))
+    with pytest.raises(UserError, match="runs/stage1: a checkpoint of stage1 has a trained Gen adapter"):
+        check_order(STAGES["stage2"], "stage1", InitConfig("runs/stage1", gen_adapter="und"))
+    with pytest.raises(UserError, match="set init.gen_adapter=random"):
+        check_order(STAGES["stage1"], "stage1", InitConfig("runs/stage1", gen_adapter="und", any_stage=True))
