@@ -123,7 +123,7 @@ def forward_cost(
     decoder = decoder_layer_macs(d.hidden, d.heads, d.kv_heads, d.head_dim, d.intermediate_size)
     encoder = vision_layer_macs(v.hidden, v.intermediate_size)
     per_token, per_pair = d.num_layers * decoder.per_token, d.num_layers * decoder.per_pair
-    per_patch, per_patch_pair = v.num_layers * encoder.per_token, v.num_layers * encoder.per_pair
+    per_patch, per_patch_pair = v.num_used_layers * encoder.per_token, v.num_used_layers * encoder.per_pair
     patches = num_visual * v.shuffle**2
     return num_tokens + (pairs * per_pair + patches * per_patch + patch_pairs * per_patch_pair) / per_token
 

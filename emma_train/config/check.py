@@ -138,9 +138,10 @@ def check_model(recipe: Recipe, source: str) -> None:
         raise UserError(
             f"{source}: model.decoder.head_dim is {decoder.head_dim}; rotary embedding needs an even number"
         )
-    if vision.expert_layers >= vision.num_layers:
+    if vision.expert_layers >= vision.num_used_layers:
         raise UserError(
-            f"{source}: model.vision.expert_layers is {vision.expert_layers}; it lies between 1 and num_layers - 1"
+            f"{source}: model.vision.expert_layers is {vision.expert_layers}, but the encoder has "
+            f"{vision.num_used_layers} layers up to its feature_layer; at least one of them is not an expert's"
         )
     if vision.hidden % vision.heads:
         raise UserError(f"{source}: model.vision.hidden ({vision.hidden}) is no multiple of heads ({vision.heads})")

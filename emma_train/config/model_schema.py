@@ -32,12 +32,20 @@ class VisionConfig:
     """Number of last layers of which each expert has its own."""
     router_hidden: int = setting(1152, more_than=0, at_most=65536)
     """Hidden width of the router MLP."""
+    feature_layer: int = setting(-1, at_least=-1024, at_most=-1, handoff="equal")
+    """Layer whose output, after the final norm, is the feature: -1 is the last (as InternVL), -2 the one before (as
+    BAGEL). Layers above it do not exist in the model."""
     stem_expert: bool = setting(False)
     """Whether the STEM expert exists; it is created by the hand-off to stage4_expert."""
     router: bool = setting(False)
     """Whether the router exists; it is created by the hand-off to stage4_router."""
     stem_threshold: float = setting(0.5, at_least=0, at_most=1)
     """An image goes to the STEM expert when the router's probability exceeds this."""
+
+    @property
+    def num_used_layers(self) -> int:
+        """Layers up to the feature layer."""
+        return self.num_layers + 1 + self.feature_layer
 
 
 @dataclass

@@ -6,7 +6,7 @@ The models are Qwen3ForCausalLM, and SiglipVisionModel or SiglipModel, as folder
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from emma_train.config.schema import DecoderConfig, VisionConfig
+from emma_train.config.schema import DecoderConfig, ModelConfig, VisionConfig
 from emma_train.errors import UserError
 
 LLM, VISION = "llm", "vision"
@@ -140,11 +140,14 @@ def und_names(names: Iterable[str]) -> dict[str, str]:
     return {stored[1]: name for name in und if (stored := stored_name(name)) is not None}
 
 
-def is_ignored(part: str, key: str, prefix: str, tied: bool) -> bool:
-    """Whether EMMA deliberately does not use a public tensor: a tied LM head, rotary tables, SigLIP's text tower and
-    pooling head."""
+def is_ignored(part: str, key: str, prefix: str, model: ModelConfig) -> bool:
+    """Whether EMMA deliberately does not use a public tensor: a tied LM head, rotary tables, SigLIP's text tower,
+    pooling head and layers above the feature layer."""
     if part == LLM:
-        return key.endswith("rotary_emb.inv_freq") or (tied and key == "lm_head.weight")
+        return key.endswith("rotary_emb.inv_freq") or (model.decoder.tied and key == "lm_head.weight")
+    unused = range(model.vision.num_used_layers, model.vision.num_layers)
+    if key.startswith(tuple(f"{prefix}encoder.layers.{index}." for index in unused)):
+        return True
     return key.startswith(("text_model.", "logit_", f"{prefix}head.")) or key.endswith("position_ids")
 
 

@@ -44,8 +44,8 @@ def import_pretrained(
     origins = {name: stored for name in shapes if (stored := hf.stored_name(name, prefixes)) is not None}
     for part, (folder, tensors) in sources.items():
         wanted = {key: shapes[name] for name, (owner, key) in origins.items() if owner == part}
-        tied = recipe.model.decoder.tied
-        used = {k: s for k, s in tensors.shapes.items() if not hf.is_ignored(part, k, prefixes[part], tied)}
+        prefix, config = prefixes[part], recipe.model
+        used = {k: s for k, s in tensors.shapes.items() if not hf.is_ignored(part, k, prefix, config)}
         hf.check_shapes(wanted, used, str(folder))
 
     def value(name: str) -> Tensor:

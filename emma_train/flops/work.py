@@ -70,7 +70,7 @@ def module_flops(
         "num_patches": round(work.patches),
         "attention_pairs": round(work.patch_pairs),
     }
-    shared, patch_features = v.num_layers - v.expert_layers, 3 * v.patch**2
+    shared, patch_features = v.num_used_layers - v.expert_layers, 3 * v.patch**2
     encoder = vision_flops(**images, layers=shared, patch_features=patch_features, trainable="vision" in trainable)
     if encoder_only:
         return {"vision encoder": encoder}

@@ -15,7 +15,7 @@ EMBEDDING_STD = 0.1
 
 def start_value(name: str, shape: torch.Size, config: ModelConfig) -> Tensor:
     """float32 start value of a parameter of this model."""
-    layers = config.vision.num_layers if name.startswith("vision.") else config.decoder.num_layers
+    layers = config.vision.num_used_layers if name.startswith("vision.") else config.decoder.num_layers
     return initial_value(name, shape, config.seed, layers)
 
 

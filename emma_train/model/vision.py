@@ -53,7 +53,7 @@ class VisionEncoder(nn.Module):
         self.config, self.backend = config, backend
         self.patch_embedding = nn.Conv2d(3, config.hidden, config.patch, config.patch)
         self.position_embedding = nn.Embedding(config.position_grid**2, config.hidden)
-        self.layers = nn.ModuleList(VisionLayer(config) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(VisionLayer(config) for _ in range(config.num_used_layers))
         self.post_layernorm = nn.LayerNorm(config.hidden, eps=config.eps)
         self.stem_layers = (
             nn.ModuleList(VisionLayer(config) for _ in range(config.expert_layers)) if config.stem_expert else None

@@ -89,7 +89,7 @@ class Plan:
     def encoder_layers(self) -> int:
         """Layers of the vision encoder that a gradient passes through."""
         v, trains = self.recipe.model.vision, self.stage.trainable
-        return v.num_layers if "vision" in trains else v.expert_layers if "stem_expert" in trains else 0
+        return v.num_used_layers if "vision" in trains else v.expert_layers if "stem_expert" in trains else 0
 
     def memory(self, load: StepLoad, world: int, tokens: float) -> Memory:
         """Bytes on one of `world` GPUs for a pack of `tokens` tokens with the mean composition of the phase.
@@ -162,7 +162,7 @@ class Plan:
         forward = module_flops(self.recipe.model, (), replace(work, logits=0))
         decoder, encoder = forward["Und branch"] + forward["Gen branch"], forward["vision encoder"]
         layers = decoder * len(checkpointed_layers(d.num_layers, mode)) / d.num_layers
-        layers += encoder * len(checkpointed_layers(self.encoder_layers, mode)) / v.num_layers
+        layers += encoder * len(checkpointed_layers(self.encoder_layers, mode)) / v.num_used_layers
         return layers + 2 * work.logits * d.vocab * d.hidden
 
     def _work(self, load: StepLoad) -> Work:

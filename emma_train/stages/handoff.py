@@ -63,7 +63,7 @@ def plan_handoff(
                     "recipe; make the model section of both recipes agree"
                 )
             loaded[name] = tensor
-        elif (origin := cloned_from(name, vision.num_layers, vision.expert_layers)) is not None:
+        elif (origin := cloned_from(name, vision.num_used_layers, vision.expert_layers)) is not None:
             cloned[name] = origin
         else:
             initial.append(name)

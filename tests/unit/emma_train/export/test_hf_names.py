@@ -212,6 +212,13 @@ def test_tensors_without_use_are_ignored(sources: Sources, tmp_path: Path) -> No
     assert text_difference(model, sources.llm) <= 1e-5
 
 
+def test_layers_above_the_feature_layer_are_not_imported(sources: Sources, tmp_path: Path) -> None:
+    model, recipe = imported(
+        tmp_path / "out", sources.folder, "model.vision.feature_layer=-2", "model.vision.expert_layers=1"
+    )
+    assert len(model.vision.layers) == recipe.model.vision.num_layers - 1 == sources.vision.config.num_hidden_layers - 1
+
+
 FC1 = "encoder.layers.1.mlp.fc1.weight"
 UP = "model.layers.3.mlp.up_proj.weight"
 LATENT = "encoder.conv_in.weight"

@@ -67,6 +67,19 @@ def test_equals_siglip_at_the_tables_size_and_interpolated_at_others(grid: Grid)
     assert want.std() > 0.3 and float((got - raster).abs().max()) <= 1e-5
 
 
+@pytest.mark.parametrize("feature_layer", [-1, -2])
+def test_features_are_those_of_siglips_layer_after_its_final_norm(feature_layer: int) -> None:
+    complete, image = encoder(), make_image(2, 2)
+    model = encoder(feature_layer=feature_layer, stem_expert=True)
+    reference, pixel_values = siglip(complete), torch.from_numpy(image).permute(2, 0, 1)[None].float() / 127.5 - 1.0
+    with torch.no_grad():
+        states = reference(pixel_values, output_hidden_states=True).hidden_states
+        want = reference.post_layernorm(states[feature_layer])[0][block_order(2, 2)]
+        got = model(patches_of([image]), [(2, 2)], [VERSATILE]).features
+    assert float((got - want.reshape(got.shape)).abs().max()) <= 1e-5
+    assert len(model.layers) == len(complete.layers) + 1 + feature_layer
+
+
 def test_layers_are_those_of_siglip_to_the_last_bit_at_the_tables_size() -> None:
     """From the embedding on: a convolution adds up the pixels of a patch in another order than a projection."""
     model, patches, grid = encoder(), patches_of([make_image(2, 2)]), [(2, 2)]
