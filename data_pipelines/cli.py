@@ -55,6 +55,8 @@ def build_parser() -> argparse.ArgumentParser:
     latents.add_argument("--autoencoder", type=Path, required=True, help="folder of a diffusers AutoencoderDC")
     latents.add_argument("--mode", choices=("square", "crop", "native", "buckets"), default="square")
     latents.add_argument("--side", type=int, nargs="+", default=[512], help="as in the recipe; several are allowed")
+    latents.add_argument("--max-tokens", type=int, default=4096, help="of native images, as in recipe (%(default)s)")
+    latents.add_argument("--min-pixels", type=int, default=0, help="of native images, as in the recipe (%(default)s)")
     latents.add_argument("--batch-size", type=int, default=32, help="images encoded at once")
     latents.set_defaults(run=run_cache_latents)
 
@@ -162,7 +164,10 @@ def run_cache_latents(arguments: argparse.Namespace) -> int:
 
     check_range("--batch-size", arguments.batch_size, 1, 65_536)
     autoencoder = AutoencoderConfig(path=str(arguments.autoencoder), chunk=arguments.batch_size)
-    images = [ImageConfig(mode=arguments.mode, side=side) for side in arguments.side]
+    check_range("--max-tokens", arguments.max_tokens, 1, 262_144)
+    check_range("--min-pixels", arguments.min_pixels, 0, 2**28)
+    limits = {"max_tokens": arguments.max_tokens, "min_pixels": arguments.min_pixels}
+    images = [ImageConfig(mode=arguments.mode, side=side, **limits) for side in arguments.side]
     rank, size, local = (int(os.environ.get(name, one)) for name, one in RANK_VARIABLES.items())
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     for folder in shard_folders(arguments.folder):

@@ -28,9 +28,10 @@ FIRST_READ = 1 << 18
 
 def transform_name(image_config: ImageConfig) -> str:
     """Names how an image is resized before it is encoded; part of the name of the file of latents."""
-    return f"{image_config.mode}-{image_config.side}" + (
-        f"-{image_config.max_tokens}" if image_config.mode == "native" else ""
-    )
+    name = f"{image_config.mode}-{image_config.side}"
+    if image_config.mode != "native":
+        return name
+    return f"{name}-{image_config.max_tokens}" + (f"-{image_config.min_pixels}" if image_config.min_pixels else "")
 
 
 def latents_path(shard: str | Path, transform: str) -> str:

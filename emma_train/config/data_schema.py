@@ -16,6 +16,9 @@ class ImageConfig:
     """Side in pixels; for native and buckets the side of the square with the same area."""
     max_tokens: int = setting(4096, more_than=0, at_most=262144)
     """Cap of visual tokens per image in native mode; larger images are scaled down to it."""
+    min_pixels: int = setting(0, at_least=0, at_most=2**28)
+    """Fewest pixels of an image in native mode; smaller ones are scaled up to about as many (as Qwen-VL does). 0 scales
+    none up."""
 
 
 @dataclass

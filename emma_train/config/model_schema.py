@@ -101,5 +101,9 @@ class ModelConfig:
     """Factor of the fixed 2D position that is added to visual tokens. At 1 it would dominate the adapter's output."""
     time_features: int = setting(256, more_than=0, at_most=65536, handoff="equal")
     """Number of sinusoidal features of the flow time."""
+    latent_fan_in: str = setting("joint", choices=("joint", "separate"), handoff="equal")
+    """Fan-in that scales the latent columns of the adapters' first matrix at a random start: joint with the semantic
+    columns, or separate, their own (ours). With joint, 32 latent channels make 1/145 of the variance
+    of what the matrix gives."""
     seed: int = setting(0, at_least=0, at_most=2**63 - 1)
     """Seed of the initial weights that no checkpoint provides."""

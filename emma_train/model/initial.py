@@ -16,7 +16,11 @@ EMBEDDING_STD = 0.1
 def start_value(name: str, shape: torch.Size, config: ModelConfig) -> Tensor:
     """float32 start value of a parameter of this model."""
     layers = config.vision.num_used_layers if name.startswith("vision.") else config.decoder.num_layers
-    return initial_value(name, shape, config.seed, layers)
+    value = initial_value(name, shape, config.seed, layers)
+    if config.latent_fan_in == "separate" and name.endswith("_adapter.fc1.weight"):
+        num_latent = config.autoencoder.channels
+        value[:, -num_latent:] *= math.sqrt(shape[1] / num_latent)
+    return value
 
 
 def initial_value(name: str, shape: torch.Size, seed: int, num_layers: int) -> Tensor:

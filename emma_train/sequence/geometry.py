@@ -16,7 +16,8 @@ def image_size(width: int, height: int, image_config: ImageConfig, pixels: int) 
     if image_config.mode == "buckets":
         aspect = math.log(width / height)
         return min(buckets(image_config.side, pixels), key=lambda hw: (abs(math.log(hw[1] / hw[0]) - aspect), hw))
-    rows, columns = max(1, round(height / pixels)), max(1, round(width / pixels))
+    enlarged = max(1.0, math.sqrt(image_config.min_pixels / (width * height)))
+    rows, columns = (max(1, round(enlarged * length / pixels)) for length in (height, width))
     if rows * columns > image_config.max_tokens:
         scale = math.sqrt(image_config.max_tokens / (rows * columns))
         rows, columns = max(1, int(rows * scale)), max(1, int(columns * scale))

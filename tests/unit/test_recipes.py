@@ -128,7 +128,7 @@ def test_full_size_resolutions() -> None:
     for stage in ("stage2", "stage3", "stage4_expert", "stage4_router"):
         assert (full(stage).data.gen.mode, full(stage).data.gen.side) == ("buckets", 1024)
     for stage in ("stage2", "stage3", "stage4_expert", "stage4_router"):
-        assert full(stage).data.und.mode == "native"
+        assert (full(stage).data.und.mode, full(stage).data.und.min_pixels) == ("native", 256 * 256)
 
 
 def test_the_frozen_llm_of_stage_0_sees_the_empty_think_block() -> None:

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
+from data_pipelines.cli import main
 from data_pipelines.loader.reader import SampleReader
 from data_pipelines.loader.sample_builder import SampleError
 from data_pipelines.planner.candidates import SampleRef
@@ -274,6 +275,24 @@ def test_a_cache_of_another_size_is_another_file(cached: Path, autoencoder: Auto
     for planned in planned_of(recipe, 2):
         pixels = list(reader_of(recipe, autoencoder.fingerprint).read(planned).images.values())
         assert all((p.latent is not None) == (planned.task == "i2t") for p in pixels)
+
+
+def test_native_latents_are_used_where_the_command_had_the_limits_of_the_recipe(
+    tmp_path: Path, autoencoder: Autoencoder
+) -> None:
+    folder = write_shards(tmp_path, [question("q000", side=64)])
+    words = ["cache-latents", str(folder), "--autoencoder", tiny_model().autoencoder.path, "--mode", "native"]
+    assert main([*words, "--max-tokens", "100", "--min-pixels", str(96 * 96)]) == 0
+    for limits, is_cached in (
+        ({"max_tokens": 100, "min_pixels": 96 * 96}, True),
+        ({"max_tokens": 100}, False),
+        ({"min_pixels": 96 * 96}, False),
+    ):
+        recipe = recipe_of(folder, data__und={"mode": "native", **limits}, **only("i2t", 1))
+        planned = Planner(recipe, tokenizer()).plan(1).slots[0][0]
+        (image,) = reader_of(recipe, autoencoder.fingerprint).read(planned).images.values()
+        assert (image.latent is not None) == is_cached
+        assert image.grid == ((3, 3) if "min_pixels" in limits else (2, 2))
 
 
 def test_an_image_that_came_after_the_cache_is_encoded_online(tmp_path: Path, autoencoder: Autoencoder) -> None:

@@ -7,7 +7,7 @@ import torch
 
 from emma_train.config.schema import ModelConfig, VisionConfig
 from emma_train.model.emma import Emma, training_experts
-from emma_train.model.initial import cloned_from, initial_value
+from emma_train.model.initial import cloned_from, initial_value, start_value
 from emma_train.sequence.layout import ImageRole
 from emma_train.sequence.pack import pack
 from tests.helpers import i2t_sample, it2i_sample, mixed_samples, scaled_latents, t2i_sample, tiny_emma, tiny_model
@@ -142,6 +142,22 @@ def test_start_values_are_a_pure_function_of_seed_and_name() -> None:
     assert torch.equal(one, initial_value("decoder.layers.0.und.v_proj.weight", shape, 0, 4))
     assert not torch.equal(one, initial_value("decoder.layers.0.und.v_proj.weight", shape, 1, 4))
     assert not torch.equal(one, initial_value("decoder.layers.0.gen.v_proj.weight", shape, 0, 4))
+
+
+@pytest.mark.parametrize("adapter", ["und_adapter", "gen_adapter"])
+def test_latent_columns_may_have_their_own_fan_in(adapter: str) -> None:
+    shape, name = torch.Size([2560, 4608 + 32]), f"{adapter}.fc1.weight"
+    joint, separate = (start_value(name, shape, ModelConfig(latent_fan_in=f)) for f in ("joint", "separate"))
+    assert torch.equal(joint[:, :4608], separate[:, :4608])
+    assert joint[:, 4608:].std().item() == pytest.approx(4640**-0.5, rel=0.01)
+    assert separate[:, 4608:].std().item() == pytest.approx(32**-0.5, rel=0.01)
+    semantic, latent = torch.randn(64, 4608), torch.randn(64, 32)
+    sums = [x @ weight.T for x, weight in ((semantic, separate[:, :4608]), (latent, separate[:, 4608:]))]
+    assert [x.std().item() for x in sums] == pytest.approx([1.0, 1.0], abs=0.03), "both halves weigh the same"
+    other = torch.Size([2560, 2560])
+    for unchanged in (f"{adapter}.fc2.weight", "vision.router.fc1.weight"):
+        values = [start_value(unchanged, other, ModelConfig(latent_fan_in=f)) for f in ("joint", "separate")]
+        assert torch.equal(*values)
 
 
 def test_start_values_have_the_stated_spread() -> None:

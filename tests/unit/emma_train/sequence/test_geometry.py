@@ -1,6 +1,7 @@
 """Sizes of images, and patches in block order."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -163,3 +164,21 @@ def test_native_images_of_any_shape_come_under_the_cap(width: int, height: int, 
 )
 def test_a_bucket_for_images_of_any_shape(width: int, height: int, size: tuple[int, int]) -> None:
     assert image_size(width, height, ImageConfig(mode="buckets", side=1024), 32) == size
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "grid"),
+    [(28, 28, (8, 8)), (300, 20, (2, 31)), (256, 256, (8, 8)), (640, 480, (15, 20)), (1, 1, (8, 8))],
+)
+def test_small_images_are_scaled_up_to_the_fewest_pixels(width: int, height: int, grid: tuple[int, int]) -> None:
+    image_config = ImageConfig(mode="native", max_tokens=1024, min_pixels=256 * 256)
+    assert image_size(width, height, image_config, 32) == (grid[0] * 32, grid[1] * 32)
+
+
+@given(st.integers(1, 3000), st.integers(1, 3000), st.integers(0, 10**6))
+def test_the_cap_of_tokens_holds_whatever_the_fewest_pixels(width: int, height: int, min_pixels: int) -> None:
+    image_config = ImageConfig(mode="native", max_tokens=200, min_pixels=min_pixels)
+    size = image_size(width, height, image_config, 32)
+    assert size[0] * size[1] <= 200 * 32**2
+    if width * height >= min_pixels:
+        assert size == image_size(width, height, replace(image_config, min_pixels=0), 32)
