@@ -45,7 +45,7 @@ def test_a_row_says_what_the_schema_says() -> None:
     [
         ("attention", ["attention.backend"]),
         ("optimizer.clip", ["optimizer.max_grad_norm"]),
-        ("data.und", ["data.und.mode", "data.und.side", "data.und.max_tokens"]),
+        ("data.und", ["data.und.mode", "data.und.side", "data.und.max_tokens", "data.und.min_pixels"]),
     ],
 )
 def test_a_section_or_key_limits_the_reference(section: str, keys: list[str]) -> None:
