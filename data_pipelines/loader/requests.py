@@ -1,5 +1,6 @@
 """Reads records of a shard folder as requests with known answers, for sample images and for scores on held-out data."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from data_pipelines.shards.record import read_record
 from data_pipelines.shards.tar import read_group
 from emma_train.config.schema import DataConfig
 from emma_train.errors import UserError
+from emma_train.sequence.layout import num_marks
 from emma_train.sequence.request import Request
 from emma_train.sequence.seeds import seed_of
 from emma_train.sequence.tasks import TASKS
@@ -58,15 +60,19 @@ def _read_request(
         alternative = record[TASKS[task].record_key][number]
         image_config = TASKS[task].image_config(data)
         target = load_resized(files[alternative["target"]], image_config, pixels) if "target" in alternative else None
-        turns = alternative.get("turns", [])
+        names = TASKS[task].shown_images(alternative)
+        question, truth = _first_question(alternative.get("turns", []))
+        if truth is not None:
+            names = _images_of(question, alternative["turns"], names)
         return Request(
             key=f"{row['key']}/{number}",
             task=task,
-            text=turns[0]["text"] if turns else alternative["text"],
-            images=[load_resized(files[name], image_config, pixels) for name in TASKS[task].shown_images(alternative)],
+            text=alternative["text"] if truth is None else question[-1]["text"],
+            turns=question,
+            images=[load_resized(files[name], image_config, pixels) for name in names],
             size=(0, 0) if target is None else (target.shape[0], target.shape[1]),
             seed=seed_of(data.seed, 0, row["key"], "request noise"),
-            truth=turns[1]["text"] if turns else None,
+            truth=truth,
             target=target,
             kind=alternative.get("kind", ""),
             labels=record.get("labels", {}),
@@ -74,3 +80,22 @@ def _read_request(
     except (StorageError, OSError, KeyError, IndexError, ValueError) as error:
         reason = str(error) if isinstance(error, StorageError) else f"{type(error).__name__}: {error}"
         raise UserError(f"{folder}: record {row['key']} of {shard['name']} cannot be read ({reason})") from None
+
+
+def _first_question(turns: list[dict[str, str]]) -> tuple[list[dict[str, str]], str | None]:
+    """The turns up to the first user turn that has an answer, and that answer; none of both for a prompt.
+
+    Raises ValueError where no user turn is followed by an assistant turn.
+    """
+    for index, (turn, following) in enumerate(pairwise(turns)):
+        if (turn["role"], following["role"]) == ("user", "assistant"):
+            return turns[: index + 1], following["text"]
+    if turns:
+        raise ValueError("no user turn has an answer")
+    return [], None
+
+
+def _images_of(question: list[dict[str, str]], turns: list[dict[str, str]], names: list[str]) -> list[str]:
+    """The images that a question shows, of those of the whole conversation."""
+    marks, all_marks = (num_marks([(turn["role"], turn["text"]) for turn in part]) for part in (question, turns))
+    return names[:marks] if all_marks else names

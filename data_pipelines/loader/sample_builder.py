@@ -8,7 +8,7 @@ import numpy as np
 
 from data_pipelines.planner.candidates import SampleRef
 from data_pipelines.shards.images import display_size, image_members, load_image, open_image
-from data_pipelines.shards.record import lacks_text, read_record
+from data_pipelines.shards.record import missing_part, read_record
 from emma_train.config.schema import DataConfig, ImageConfig
 from emma_train.sequence.geometry import image_size, to_patches
 from emma_train.sequence.layout import ImageRole, Segment
@@ -40,8 +40,8 @@ class SampleBuilder:
         """The sample of a record. Raises SampleError, and any error that a library raises on foreign data."""
         record, task = read_record(members), TASKS[planned.task]
         alternative = record[task.record_key][planned.alternative]
-        if lack := lacks_text(alternative, planned.task):
-            raise SampleError(lack)
+        if missing := missing_part(alternative, planned.task):
+            raise SampleError(missing)
         draw = (self.data.seed, planned.epoch, planned.key)
         segments = self._segments(task, alternative, draw)
         image_config = task.image_config(self.data)

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from data_pipelines.shards.images import display_size, image_name, image_parts, open_image
 from data_pipelines.shards.index import INDEX_SCHEMA, MANIFEST, SCHEMA_VERSION, index_path
-from data_pipelines.shards.record import layouts, read_record, tags_of
+from data_pipelines.shards.record import layouts, missing_part, read_record, tags_of
 from data_pipelines.shards.tar import BrokenTar, Group, Readable, groups
 from emma_train.errors import UserError
 from emma_train.sequence import layout
@@ -219,6 +219,8 @@ def _record_rows(group: Group, tokenizer: TextTokenizer) -> Iterator[dict[str, A
     "/".join(
         (group.key, *group.members)
     ).encode()  # raises an error if a name is not UTF-8, which the index could not store
+    if group.repeated:
+        raise ValueError(f"it has two members {group.repeated[0]}")
     record = read_record(group.members)
     tasks = [task for task in RECORD_KEYS if record.get(task)]
     if not tasks:
@@ -226,8 +228,12 @@ def _record_rows(group: Group, tokenizer: TextTokenizer) -> Iterator[dict[str, A
     parts = image_parts(group.members)
     sizes = [display_size(open_image(group.members[part])) for part in parts]
     numbers = {image_name(part): i for i, part in enumerate(parts)}
+    if len(numbers) < len(parts):
+        raise ValueError(f"two of its images have one name: {', '.join(parts)}")
     for task in tasks:
         alternatives = record[task]
+        if missing := next(filter(None, (missing_part(a, task) for a in alternatives)), None):
+            raise ValueError(f"an alternative of its {task} has {missing}")
         counts = [layout.num_text_tokens(segments) for segments in layouts(record, task, tokenizer)]
         yield {
             "key": group.key,

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from data_pipelines.shards.build_index import HashedFile
 from data_pipelines.shards.images import image_parts, open_image
 from data_pipelines.shards.index import index_name, read_manifest
-from data_pipelines.shards.record import lacks_text, read_record
+from data_pipelines.shards.record import missing_part, read_record
 from data_pipelines.shards.tar import BrokenTar, Group, groups
 from emma_train.sequence.tasks import RECORD_KEYS
 from emma_train.storage.shard_reader import ShardReader
@@ -80,7 +80,7 @@ def _check_group(tar: str, group: Group, index_row: tuple[int, int, int]) -> Ite
         record = read_record(group.members)
         for task in RECORD_KEYS:
             for alternative in record.get(task, []):
-                if lack := lacks_text(alternative, task):
-                    yield f"{tar}: record {group.key} has an alternative of {task} with {lack}"
+                if missing := missing_part(alternative, task):
+                    yield f"{tar}: record {group.key} has an alternative of {task} with {missing}"
     except (KeyError, ValueError, TypeError) as error:
         yield f"{tar}: record {group.key} cannot be read ({type(error).__name__}: {error})"

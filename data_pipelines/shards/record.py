@@ -5,27 +5,35 @@ from collections.abc import Mapping
 from typing import Any
 
 from data_pipelines.shards.images import image_name, image_parts
-from emma_train.sequence.layout import Segment
+from emma_train.sequence.layout import ImageRole, Segment
 from emma_train.sequence.tasks import RECORD_KEYS, TASKS
 from emma_train.sequence.tokens import TextTokenizer
 
 CAPTION_QUESTION = "Describe this picture."
 """The question that a caption answers, if a caption pair is used for understanding."""
+ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+"""Roles of turns that records may have, and what each one is in the chat template."""
 
 
 def read_record(members: Mapping[str, bytes | memoryview]) -> dict[str, Any]:
     """The record of a group: its JSON if that lists alternatives of a task, otherwise a caption pair.
 
     A caption pair is one image and one or more .txt: each caption is an alternative of i2t, as the answer to
-    CAPTION_QUESTION, and of t2i. Any other group is a record without tasks. Raises ValueError.
+    CAPTION_QUESTION, and of t2i. Any other group is a record without tasks. Turns have the keys `role` (system, user or
+    assistant) and `text`, whichever of the accepted names the JSON has. Raises ValueError.
     """
-    record = json.loads(bytes(members["json"])) if "json" in members else {}
+    try:
+        record = json.loads(bytes(members["json"])) if "json" in members else {}
+    except RecursionError:
+        raise ValueError("its JSON is nested too deeply") from None
     if not isinstance(record, dict):
         raise ValueError("its JSON is no object")
     named = [task for task in RECORD_KEYS if task in record]
     for task in named:
         if not isinstance(record[task], list) or not all(isinstance(item, dict) for item in record[task]):
             raise ValueError(f"its {task} is no list of objects")
+        if not TASKS[task].makes_image:
+            record[task] = [{**item, "turns": _turns(item, task)} for item in record[task]]
     if named:
         return record
     images = image_parts(members)
@@ -52,12 +60,30 @@ def alternative_layout(alternative: dict[str, Any], task: str, tokenizer: TextTo
     return TASKS[task].layout(tokenizer, TASKS[task].shown_images(alternative), alternative)
 
 
-def lacks_text(alternative: dict[str, Any], task: str) -> str | None:
-    """Why an alternative teaches nothing: no answer, or no instruction; None where it has them."""
+def missing_part(alternative: dict[str, Any], task: str) -> str | None:
+    """What an alternative lacks to teach its task: an answer, an instruction or a reference image; None if nothing."""
     if not TASKS[task].makes_image:
         answers = [turn["text"] for turn in alternative["turns"] if turn["role"] == "assistant"]
         return None if any(answer.strip() for answer in answers) else "no answer to learn from"
+    if TASKS[task].condition is ImageRole.REFERENCE and not TASKS[task].shown_images(alternative):
+        return "no reference image to edit"
     return None if alternative["text"].strip() else "no text to make an image of"
+
+
+def _turns(alternative: dict[str, Any], task: str) -> list[dict[str, str]]:
+    """The turns of an alternative with the keys role and text. Accepts LLaVA's from and value. Raises ValueError."""
+    turns = alternative.get("turns")
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise ValueError(f"an alternative of its {task} has no list of turns")
+    result = []
+    for turn in turns:
+        role, text = turn.get("role", turn.get("from")), turn.get("text", turn.get("value"))
+        if not isinstance(role, str) or role not in ROLES:
+            raise ValueError(f"a turn of its {task} has the role {role!r}; known are {', '.join(ROLES)}")
+        if not isinstance(text, str):
+            raise ValueError(f"a turn of its {task} has no text")
+        result.append({"role": ROLES[role], "text": text})
+    return result
 
 
 def tags_of(record: dict[str, Any]) -> list[str]:

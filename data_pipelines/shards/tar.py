@@ -41,6 +41,8 @@ class Group:
     """Of these bytes."""
     members: dict[str, bytes] = field(default_factory=dict)
     """Content by the name after the key: json, img0.webp, ..."""
+    repeated: list[str] = field(default_factory=list)
+    """Names of members that occur more than once; `members` holds the last of each."""
 
 
 def groups(file: Readable) -> Iterator[Group]:
@@ -60,6 +62,8 @@ def groups(file: Readable) -> Iterator[Group]:
             group.crc32 = crc32(piece, group.crc32)
             group.size += len(piece)
         headers = []
+        if part in group.members:
+            group.repeated.append(part)
         group.members[part] = content
     if group is not None:
         yield group

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     parser.add_argument("--task", choices=TASK_NAMES, required=True)
     parser.add_argument("--prompt", nargs="+", required=True, help="questions, prompts or instructions")
-    parser.add_argument("--image", nargs="+", default=[], help="images to ask about or to edit")
+    parser.add_argument("--image", nargs="+", default=[], help="to edit, or to ask about (at <image> in the question)")
     parser.add_argument("--out", default="generated", help="folder for images (%(default)s)")
     parser.add_argument("--num", type=int, default=1, help="answers or images per prompt (%(default)s)")
     parser.add_argument("--size", type=int, nargs=2, metavar=("WIDTH", "HEIGHT"), help="of the image in pixels")
@@ -48,11 +48,13 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from emma_train.storage.paths import parse_path
 
     task = TASKS[arguments.task]
-    if task.condition is not None and not arguments.image:
+    if task.makes_image and task.condition is not None and not arguments.image:
         raise UserError(f"--task {task.name} needs an image: --image FILE")
     if task.condition is None and arguments.image:
         others = " or ".join(other.name for other in TASKS.values() if other.condition is not None)
         raise UserError(f"--task {task.name} takes no --image; use --task {others}, or leave out --image")
+    if not task.makes_image:
+        _check_marks(arguments.prompt, len(arguments.image))
     generator, recipe, _ = load_generator(arguments.model, arguments.device, not arguments.no_ema)
     flow, text = read_settings(parse_path(arguments.model), recipe)
     flow = with_overrides(flow, _given(arguments, flow), "--")
@@ -68,6 +70,17 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     else:
         _write_images(generator, requests, flow, Path(arguments.out), arguments.batch)
     return 0
+
+
+def _check_marks(prompts: list[str], num_images: int) -> None:
+    """Raise UserError where a question has <image> in its text, but not once for each image."""
+    from emma_train.sequence.layout import check_marks
+
+    for prompt in prompts:
+        try:
+            check_marks([("user", prompt)], num_images)
+        except ValueError as error:
+            raise UserError(f"--prompt {prompt!r}: {error}; give as many --image, or none of the marks") from None
 
 
 def _given(arguments: argparse.Namespace, settings: Any) -> dict[str, Any]:

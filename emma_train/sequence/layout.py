@@ -1,7 +1,8 @@
 """How a sample is laid out as segments of text and images (paper §2.2, "Sequence layouts").
 
 Qwen's chat template, with an image as <|vision_start|> its visual tokens <|vision_end|>:
-  I2T   user: image(s) and question; assistant: answer. Only answers (and their <|im_end|>) are supervised. The template
+  I2T   user: image(s) and question; assistant: answer. Only answers (and their <|im_end|>) are supervised. An
+        image stands where `<image>` is written in a user turn; without, all images open the first user turn. The template
         no_think puts Qwen3's empty think block before the last answer.
   T2I   user: prompt; assistant: <|vision_start|> and the noised target.
   IT2I  user: reference image(s) and instruction; assistant: <|vision_start|> and the noised target.
@@ -12,6 +13,7 @@ Qwen's chat template, with an image as <|vision_start|> its visual tokens <|visi
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import islice
 
 from emma_train.sequence.tokens import TextTokenizer
 
@@ -46,16 +48,30 @@ class ImageSegment:
 
 
 Segment = TextSegment | ImageSegment
+IMAGE_MARK = "<image>"
+"""Stands for the next image in the text of a user turn (ours: as LLaVA's data; the paper does not say)."""
 
 
 def understanding(tokenizer: TextTokenizer, images: Sequence[str], turns: Sequence[tuple[str, str]]) -> list[Segment]:
-    """I2T. `turns` are (role, text), user first; the images open the first turn."""
+    """I2T. `turns` are (role, text) with the roles system, user and assistant.
+
+    Each IMAGE_MARK of the user turns is the next image; without marks, all images open the first user turn. Raises
+    ValueError as `check_marks` does.
+    """
+    check_marks(turns, len(images))
     segments: list[Segment] = []
+    names = iter(images)
+    to_open = 0 if num_marks(turns) else len(images)
     for index, (role, text) in enumerate(turns):
         _text(segments, tokenizer.encode(f"<|im_start|>{role}\n"))
-        if index == 0:
-            for name in images:
+        if role == "user":
+            for name in islice(names, to_open):
                 _image(segments, tokenizer, name, ImageRole.UND)
+            to_open = 0
+            *before_images, text = text.split(IMAGE_MARK)
+            for before_image in before_images:
+                _text(segments, tokenizer.encode_user(before_image))
+                _image(segments, tokenizer, next(names), ImageRole.UND)
         if role == "assistant":
             if index + 1 == len(turns):
                 _text(segments, tokenizer.answer_prefix)
@@ -65,6 +81,20 @@ def understanding(tokenizer: TextTokenizer, images: Sequence[str], turns: Sequen
         else:
             _text(segments, [*tokenizer.encode_user(text), tokenizer.im_end, *tokenizer.encode("\n")])
     return segments
+
+
+def num_marks(turns: Sequence[tuple[str, str]]) -> int:
+    """Number of IMAGE_MARKs in the user turns."""
+    return sum(text.count(IMAGE_MARK) for role, text in turns if role == "user")
+
+
+def check_marks(turns: Sequence[tuple[str, str]], num_images: int) -> None:
+    """Raise ValueError where images of a conversation have no position: IMAGE_MARKs, but not one for each image, or no
+    user turn."""
+    if num_marks(turns) not in (0, num_images):
+        raise ValueError(f"{num_marks(turns)} {IMAGE_MARK} in the user turns for {num_images} images")
+    if num_images and all(role != "user" for role, _ in turns):
+        raise ValueError("no user turn for its images to stand in")
 
 
 def answer_opening(tokenizer: TextTokenizer) -> list[Segment]:

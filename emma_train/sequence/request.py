@@ -33,6 +33,8 @@ class Request:
     """Kind of question or edit."""
     labels: dict[str, Any] = field(default_factory=dict)
     """Ground truth about the images, for scores."""
+    turns: list[dict[str, str]] = field(default_factory=list)
+    """The conversation up to the answer, as in a record (role, text); empty: `text` is its only turn."""
 
 
 def as_sample(
@@ -52,7 +54,8 @@ def as_sample(
         for name, p, latent in zip(names, request.images, latents, strict=False)
     }
     text, task = request.text if with_text else "", TASKS[request.task]
-    alternative = {"turns": [{"role": "user", "text": text}], "text": text, "target": "target"}
+    turns = request.turns or [{"role": "user", "text": text}]
+    alternative = {"turns": turns, "text": text, "target": "target"}
     segments = task.layout(tokenizer, names, alternative)
     if not task.makes_image:
         segments += answer_opening(tokenizer)

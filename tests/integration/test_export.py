@@ -117,6 +117,15 @@ def drawn(out: Path, model: Path, *options: str) -> bytes:
     return (out / "t2i-0000.png").read_bytes()
 
 
+def test_a_question_needs_no_image_and_an_edit_does(exported: Path, tmp_path: Path) -> None:
+    words = ["generate", str(exported), "--prompt", "Two and two?", "--max-tokens", "3"]
+    (outcome,) = run_ranks(1, command, [*words, "--task", "i2t"])
+    assert outcome.value == 0, outcome.err
+    assert "--task it2i needs an image: --image FILE" in refused(*words, "--task", "it2i")
+    marked = refused("generate", str(exported), "--task", "i2t", "--prompt", "Is <image> a cat?")
+    assert "1 <image> in the user turns for 0 images" in marked
+
+
 def test_generate_follows_the_settings_of_an_export_unless_told_otherwise(
     run: Path, exported: Path, tmp_path: Path
 ) -> None:

@@ -197,13 +197,6 @@ def test_an_image_that_cannot_be_decoded_is_a_bad_sample(tmp_path: Path) -> None
         reader_of(recipe).read(planned)
 
 
-def test_a_record_without_an_answer_is_a_bad_sample(tmp_path: Path) -> None:
-    folder = write_shards(tmp_path, [question("q000", [""])])
-    recipe, planned = plan_one(folder, "i2t")
-    with pytest.raises(SampleError, match="no answer to learn from"):
-        reader_of(recipe).read(planned)
-
-
 def test_transparent_images_lie_on_white() -> None:
     transparent = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
     np.testing.assert_array_equal(load_image(transparent, 4, 4), np.full((4, 4, 3), 255))

@@ -90,6 +90,17 @@ def test_several_images_stand_in_the_order_of_the_alternative() -> None:
     assert pack([loaded]).grids[ImageRole.UND] == [(2, 2), (2, 2)]
 
 
+def test_a_conversation_of_llava_is_a_sample_with_its_image_in_its_turn() -> None:
+    texts = [("system", "Be kind."), ("human", "<image>\nwhat?"), ("gpt", "a cat"), ("human", "and?"), ("gpt", "red")]
+    record = {"i2t": [{"images": ["img0"], "turns": [{"from": role, "value": text} for role, text in texts]}]}
+    loaded = sample(record, "i2t", ["img0"])
+    assert text_of(loaded) == (
+        f"<|im_start|>system\nBe kind.{END}\n{USER}{IMAGE}\nwhat?{END}\n{ASSISTANT}a cat{END}\n{USER}and?{END}\n"
+        f"{ASSISTANT}red{END}"
+    )
+    assert learnt(loaded) == [f"a cat{END}", f"red{END}"]
+
+
 def test_an_edit_of_several_references_keeps_or_loses_them_together() -> None:
     record = {"it2i": [{"images": ["img0", "img1"], "target": "img2", "text": "join them"}]}
     loaded = sample(record, "it2i", ["img0", "img1", "img2"])
@@ -153,9 +164,11 @@ def test_the_planned_caption_of_several_is_taken() -> None:
         ({"i2t": [{"images": [], "turns": turns("what?")}]}, "i2t", "no answer to learn from"),
         ({"t2i": [{"target": "img0", "text": ""}]}, "t2i", "no text to make an image of"),
         ({"it2i": [{"images": ["img0"], "target": "img0", "text": "\n"}]}, "it2i", "no text"),
+        ({"it2i": [{"images": [], "target": "img0", "text": "x"}]}, "it2i", "no reference image to edit"),
+        ({"it2i": [{"target": "img0", "text": "x"}]}, "it2i", "no reference image to edit"),
     ],
 )
-def test_an_empty_text_is_a_bad_sample(record: dict[str, Any], task: str, reason: str) -> None:
+def test_an_alternative_without_text_or_reference_is_bad(record: dict[str, Any], task: str, reason: str) -> None:
     with pytest.raises(SampleError, match=reason):
         sample(record, task, ["img0"])
 

@@ -9,6 +9,7 @@ import tarfile
 import tracemalloc
 import zlib
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,15 @@ def jpeg(width: int, height: int) -> bytes:
     file = io.BytesIO()
     Image.new("RGB", (width, height), "teal").save(file, "JPEG")
     return file.getvalue()
+
+
+PAIR = b'{"t2i": [{"target": "img0", "text": "x"}]}'
+
+
+def conversation(*roles: str, text: str = "x", role: str = "", images: Sequence[str] = ()) -> bytes:
+    """The JSON of a record with a turn of each role; `role` adds one more."""
+    turns = [{"role": name, "text": text} for name in (*roles, role) if name]
+    return json.dumps({"i2t": [{"images": list(images), "turns": turns}]}).encode()
 
 
 def rows(folder: Path, shard: str, task: str) -> list[dict[str, Any]]:
@@ -196,7 +206,20 @@ def test_images_with_captions_of_others_are_understood_and_made(tmp_path: Path) 
         ({"json": b'{"t2i": [{"target": "img0", "text": "x"}]}'}, "KeyError: 'img0'"),
         ({"json": b'{"t2i": "x"}'}, "its t2i is no list of objects"),
         ({"json": b'{"t2i": [{"target": "img0"}]}', "img0.jpg": jpeg(8, 8)}, "KeyError: 'text'"),
-        ({"json": b'{"i2t": [{"images": [], "turns": [{"role": "user"}]}]}'}, "KeyError: 'text'"),
+        ({"json": b'{"i2t": [{"images": [], "turns": [{"role": "user"}]}]}'}, "a turn of its i2t has no text"),
+        ({"json": b'{"i2t": [{"images": [], "turns": "x"}]}'}, "no list of turns"),
+        ({"json": conversation("user", "assistant", role="tool")}, "a turn of its i2t has the role 'tool'; known are"),
+        ({"json": conversation("user")}, "an alternative of its i2t has no answer to learn from"),
+        ({"json": conversation("user", "assistant", text=" ")}, "no answer to learn from"),
+        ({"json": conversation("assistant", images=["jpg"]), "jpg": jpeg(8, 8)}, "no user turn for its images"),
+        (
+            {"json": conversation("user", "assistant", text="<image> <image>")},
+            "2 <image> in the user turns for 0 images",
+        ),
+        ({"json": b'{"t2i": [{"target": "jpg", "text": ""}]}', "jpg": jpeg(8, 8)}, "no text to make an image of"),
+        ({"json": b'{"it2i": [{"target": "jpg", "text": "x"}]}', "jpg": jpeg(8, 8)}, "no reference image to edit"),
+        ({"json": b"[" * 100_000}, "its JSON is nested too deeply"),
+        ({"json": PAIR, "img0.png": png(1), "img0.jpg": jpeg(8, 8)}, "two of its images have one name: img0.jpg, img0"),
         ({"json": b'{"tags": ["a|b"], "t2i": [{"target": "img0", "text": "x"}]}', "img0.jpg": jpeg(8, 8)}, "tags"),
     ],
 )
@@ -211,6 +234,38 @@ def test_what_cannot_be_used_is_left_out_counted_and_told(
     assert shard["left_out"] == 1
     assert shard["left_out_first"].startswith("record b: ") and reason in shard["left_out_first"]
     assert "0.tar: 1 records left out; record b" in caplog.text
+
+
+def test_a_record_with_two_members_of_one_name_is_left_out(tmp_path: Path) -> None:
+    """webdataset refuses it; here the last member was read, whatever the first one said."""
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for name, data in (
+            ("a.jpg", jpeg(8, 8)),
+            ("a.txt", b"a"),
+            ("b.txt", b"b"),
+            ("b.txt", b"c"),
+            ("b.jpg", jpeg(8, 8)),
+        ):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    (shard,) = index_folder(tmp_path, TOKENIZER)["shards"]
+    assert (shard["rows"]["t2i"], shard["left_out"]) == (1, 1)
+    assert shard["left_out_first"] == "record b: ValueError: it has two members txt"
+
+
+def test_conversations_with_the_names_of_llava_are_indexed_as_ours(tmp_path: Path) -> None:
+    question, answer = "What is this?", "a cat"
+    ours = [{"role": "user", "text": question}, {"role": "assistant", "text": answer}]
+    theirs = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    mixed = [{"role": "human", "text": question}, {"role": "gpt", "text": answer}]
+    for number, turns in enumerate((ours, theirs, mixed)):
+        record = {"i2t": [{"images": ["img0"], "turns": turns}]}
+        folder = write_shards(tmp_path / str(number), [("q", record, {"img0.png": png(0)})])
+        (row,) = rows(folder, "shard-000000.tar", "i2t")
+        asked = f"<|im_start|>user\n<|vision_start|><|vision_end|>{question}<|im_end|>\n<|im_start|>assistant\n"
+        assert row["text_tokens"] == [len(tokenizer().encode(f"{asked}{answer}<|im_end|>"))]
+        assert row["supervised_tokens"] == [len(tokenizer().encode(answer)) + 1]
 
 
 def test_a_bomb_is_left_out(tmp_path: Path) -> None:

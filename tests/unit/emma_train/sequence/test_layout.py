@@ -145,3 +145,55 @@ def test_asking_is_training_up_to_the_answer() -> None:
     learnt = layout.understanding(tokenizer(), ["a"], [("user", "What?"), ("assistant", "a cat")])
     assert ids(learnt)[: len(asked)] == asked
     assert [s.role for s in learnt if isinstance(s, ImageSegment)] == [ImageRole.UND]
+
+
+SYSTEM = ("system", "Be kind.")
+
+
+@pytest.mark.parametrize(
+    ("turns", "expected"),
+    [
+        (
+            [SYSTEM, ("user", "Same?"), ("assistant", "no")],
+            "system\nBe kind.|user\n[a][b]Same?|assistant\nno",
+        ),
+        (
+            [("assistant", "Hello."), ("user", "Same?"), ("assistant", "no")],
+            "assistant\nHello.|user\n[a][b]Same?|assistant\nno",
+        ),
+        (
+            [("user", "This <image>\nand <image>: same?"), ("assistant", "no")],
+            "user\nThis [a]\nand [b]: same?|assistant\nno",
+        ),
+        (
+            [SYSTEM, ("user", "<image>What?"), ("assistant", "a <image>"), ("user", "And <image>"), ("assistant", "x")],
+            "system\nBe kind.|user\n[a]What?|assistant\na <image>|user\nAnd [b]|assistant\nx",
+        ),
+    ],
+)
+def test_images_stand_in_the_turn_that_they_belong_to(turns: list[tuple[str, str]], expected: str) -> None:
+    """At their mark, or else at the start of the first user turn: never in a system turn or an answer."""
+    text = shown(layout.understanding(tokenizer(), ["a", "b"], turns)).replace("<|im_end|>\n", "|")
+    text = text.replace("<|vision_start|>[UND ", "[").replace("]<|vision_end|>", "]").replace("<|im_start|>", "")
+    assert text.removesuffix("<|im_end|>") == expected
+
+
+def test_a_system_turn_is_qwens_template_and_not_supervised(qwen: Any) -> None:
+    ours, turns = TextTokenizer(QWEN), [SYSTEM, TURNS[0]]
+    expected = qwen(template(qwen, turns, with_opening=True), add_special_tokens=False)["input_ids"]
+    assert ids(ask(ours, [], turns)) == expected
+    assert layout.num_text_tokens(layout.understanding(ours, [], turns))[1] == 0
+
+
+@pytest.mark.parametrize(
+    ("turns", "num_images", "reason"),
+    [
+        ([("user", "<image> and <image>")], 1, "2 <image> in the user turns for 1 images"),
+        ([("user", "<image>?")], 2, "1 <image> in the user turns for 2 images"),
+        ([("user", "<image>?")], 0, "1 <image> in the user turns for 0 images"),
+        ([SYSTEM, ("assistant", "x")], 1, "no user turn for its images"),
+    ],
+)
+def test_images_without_a_position_are_an_error(turns: list[tuple[str, str]], num_images: int, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        layout.understanding(tokenizer(), ["a", "b"][:num_images], turns)
