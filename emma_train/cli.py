@@ -20,7 +20,7 @@ from emma_train.commands import (
     train,
 )
 from emma_train.config.secrets import without_secrets
-from emma_train.errors import RankFailure, RunError, UserError
+from emma_train.errors import RankFailure, RunError, UserError, describe_shortage
 
 COMMANDS = {
     "train": train,
@@ -61,6 +61,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         _print_error(arguments.command, error)
         return 1
     except BrokenPipeError:
+        return 1
+    except (OSError, MemoryError, RuntimeError) as error:
+        if (message := describe_shortage(error)) is None:
+            raise
+        _print_error(arguments.command, RunError(message))
         return 1
 
 

@@ -20,6 +20,7 @@ from emma_train.training.environment import installed_version
 Status = Literal["ok", "warn", "missing"]
 
 LEAST_TORCH = (2, 11)
+LEAST_SHARED_GIB = 2  # eight packs ahead of some workers and ranks
 LEAST_FREE_GIB = 10  # a few checkpoints of the tiny model and a small data set
 
 # Optional packages: import name, distribution, what needs it, extra of setup.cfg that installs it.
@@ -68,6 +69,7 @@ def checks(folder: Path = Path("runs")) -> list[Check]:
         _compiler(),
         _torchvision(),
         _disk(folder),
+        _shared_memory(Path("/dev/shm")),
     ]
 
 
@@ -261,6 +263,17 @@ def _disk(folder: Path) -> Check:
         f"{free_gib:.0f} GiB free",
         "" if enough else f"less than {LEAST_FREE_GIB} GiB: free some, or set run.root=FOLDER",
     )
+
+
+def _shared_memory(folder: Path) -> Check:
+    """Loader workers send packs through it; Docker gives a container 64 MiB."""
+    if not folder.is_dir():
+        return Check("disk", str(folder), "missing", "no shared memory", "use data.workers=0")
+    size_gib = shutil.disk_usage(folder).total / 2**30
+    if size_gib >= LEAST_SHARED_GIB:
+        return Check("disk", str(folder), "ok", f"{size_gib:.1f} GiB")
+    advice = f"loader workers need {LEAST_SHARED_GIB} GiB: docker run --shm-size=16g, or use data.workers=0"
+    return Check("disk", str(folder), "warn", f"{size_gib * 1024:.0f} MiB", advice)
 
 
 def _has(module: str) -> bool:

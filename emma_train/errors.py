@@ -1,5 +1,15 @@
 """The errors that the command line tells in one line, never as a traceback."""
 
+import errno
+import os
+
+SHORTAGES = {
+    errno.EMFILE: "this process has too many files open: raise `ulimit -n`, or lower data.workers or data.prefetch",
+    errno.ENFILE: "this machine has too many files open: raise fs.file-max, or run less on it",
+    errno.ENOMEM: "this machine or container has no memory left: give it more, or lower data.workers or data.prefetch",
+}
+"""What a process may run out of, and what to do."""
+
 
 class UserError(Exception):
     """Bad input, the user's to fix: says what is wrong, where (file, key, value) and what to do. Exit code 2."""
@@ -13,3 +23,13 @@ class RunError(Exception):
 class RankFailure(Exception):
     """Other ranks died, failed or hang: the message names them, and is empty where another rank prints it. Exit code
     1."""
+
+
+def describe_shortage(error: BaseException) -> str | None:
+    """What to do where an error says that a process ran out of memory or open files; None for any other error."""
+    if isinstance(error, MemoryError):
+        return SHORTAGES[errno.ENOMEM]
+    number = error.errno if isinstance(error, OSError) else None
+    if number is None and isinstance(error, RuntimeError):  # libraries in C++ give the text only
+        number = next((known for known in SHORTAGES if os.strerror(known) in str(error)), None)
+    return SHORTAGES.get(number) if number is not None else None

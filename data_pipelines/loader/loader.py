@@ -1,5 +1,6 @@
 """Makes packed batches of one rank from the plan. The trainer's process plans; stateless workers read ahead."""
 
+import errno
 import logging
 import math
 import os
@@ -7,8 +8,9 @@ import queue
 import signal
 import threading
 import time
+import traceback
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,7 +25,7 @@ from data_pipelines.planner.candidates import SampleRef
 from data_pipelines.planner.planner import Planner, StepPlan
 from emma_train.config.check import check_world
 from emma_train.config.schema import Recipe
-from emma_train.errors import RunError, UserError
+from emma_train.errors import RunError, UserError, describe_shortage
 from emma_train.sequence.pack import PackedBatch, Sample, pack
 from emma_train.sequence.step_batches import StepBatches, UnreadableSample
 from emma_train.sequence.tokens import TextTokenizer
@@ -33,6 +35,7 @@ log = logging.getLogger(__name__)
 STATE_SCHEMA = 2
 MAX_SUBSTITUTES = 8
 """Number of substitutes that are tried for a sample that cannot be read, before it is dropped."""
+SHARED_MEMORY = "/dev/shm"
 READS_AT_ONCE = 16
 """Concurrent requests of one worker to an object store."""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -117,10 +120,8 @@ class Stream:
             failure: Exception | None = None
             try:
                 loaded = [next(slots) for _ in range(self.recipe.data.slots // self.size)]
-            except (UserError, RunError) as error:
-                failure = error
-            except (RuntimeError, OSError, EOFError) as error:
-                failure = dead_worker(error)
+            except Exception as error:  # all ranks have to know, or they would wait for this one
+                failure = as_run_error(error, step)
             plan = plans.popleft() if plans else None
             self.planner.forget(step - 1)
             yield StepBatches(
@@ -137,6 +138,7 @@ class Stream:
                 failure=failure,
             )
             if failure is not None:
+                slots.close()
                 return
 
     def _planned_slots(self, first: int, last: int, plans: "deque[StepPlan]") -> Iterator[PlannedSlot]:
@@ -147,7 +149,7 @@ class Stream:
             for number in range(self.rank, self.recipe.data.slots, self.size):
                 yield PlannedSlot(step, number, plan.slot(number))
 
-    def _load(self, slots: Iterator[PlannedSlot]) -> Iterator[LoadedSlot]:
+    def _load(self, slots: Iterator[PlannedSlot]) -> Generator[LoadedSlot]:
         data = self.recipe.data
         if data.workers == 0:
             return _read_ahead(self.dataset, slots, data.prefetch, self.pin)
@@ -160,12 +162,13 @@ class Stream:
             pin_memory=self.pin,
             multiprocessing_context="fork",
             worker_init_fn=_start_worker,
+            timeout=self.recipe.engine.step_timeout_s,
         )
         return _unpack_results(loader)
 
 
-def dead_worker(error: Exception) -> RunError:
-    """A one-line error for a loader worker that died, from what torch raises; raises any other error again.
+def dead_worker(error: Exception) -> RunError | None:
+    """A one-line error for a loader worker that died, from what torch raises; None for any other error.
 
     A worker's death also shows as a broken connection, because the pack's bytes are fetched from the worker.
     """
@@ -173,11 +176,33 @@ def dead_worker(error: Exception) -> RunError:
     if isinstance(error, (ConnectionError, EOFError)):
         message = f"a DataLoader worker died ({type(error).__name__})"
     elif "DataLoader worker (pid" not in message:
-        raise error
+        return None
     return RunError(
         f"{message}. A kill is mostly the kernel's, for memory: lower data.workers or data.prefetch. "
         f"The same command goes on from the last checkpoint"
     )
+
+
+def as_run_error(error: Exception, step: int) -> UserError | RunError:
+    """What a user reads where the data of a step cannot be loaded. It keeps nothing of `error` alive, whose traceback
+    holds the loader's workers."""
+    if isinstance(error, UserError | RunError):
+        return error
+    if (failure := dead_worker(error)) is not None:
+        return failure
+    message = " ".join(str(error).split())
+    if "shared memory" in message or (isinstance(error, RuntimeError) and os.strerror(errno.ENOSPC) in message):
+        return RunError(
+            f"step {step}: {SHARED_MEMORY} is full, through which loader workers send packs; make it larger "
+            "(docker run --shm-size=16g), lower data.workers or data.prefetch, or use data.workers=0, which needs none"
+        )
+    if shortage := describe_shortage(error):
+        return RunError(f"step {step}: {shortage}")
+    if "DataLoader timed out" in message:
+        return RunError(f"step {step}: the loader workers sent no pack within engine.step_timeout_s; is the store up?")
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({os.path.basename(frames[-1].filename)}, line {frames[-1].lineno})" if frames else ""
+    return RunError(f"step {step}: the loader failed: {type(error).__name__}: {message}{where}")
 
 
 class SlotDataset(Dataset["PackBuffer | UserError | RunError"]):
@@ -192,9 +217,9 @@ class SlotDataset(Dataset["PackBuffer | UserError | RunError"]):
         # Errors are returned: torch would replace an error that a worker raises by one with the worker's traceback.
         try:
             slot = self.read(planned)
-        except (UserError, RunError) as error:
-            return error
-        return PackBuffer.of(slot.batch, (slot.unreadable, slot.replaced), shared=True)
+            return PackBuffer.of(slot.batch, (slot.unreadable, slot.replaced), shared=True)
+        except Exception as error:
+            return as_run_error(error, planned.step)
 
     def read(self, planned: PlannedSlot) -> LoadedSlot:
         """The pack of one slot. Raises RunError if none of its samples can be read."""
@@ -293,7 +318,7 @@ def _start_worker(number: int) -> None:
     threading.Thread(target=watch, name="stop-signals", daemon=True).start()
 
 
-def _unpack_results(results: Iterable[PackBuffer | UserError | RunError]) -> Iterator[LoadedSlot]:
+def _unpack_results(results: Iterable[PackBuffer | UserError | RunError]) -> Generator[LoadedSlot]:
     """The slots that workers sent. Raises the errors among them."""
     for result in results:
         if isinstance(result, Exception):
@@ -301,7 +326,7 @@ def _unpack_results(results: Iterable[PackBuffer | UserError | RunError]) -> Ite
         yield LoadedSlot(result.batch(), *result.extra)
 
 
-def _read_ahead(dataset: SlotDataset, slots: Iterable[PlannedSlot], depth: int, pin: bool) -> Iterator[LoadedSlot]:
+def _read_ahead(dataset: SlotDataset, slots: Iterable[PlannedSlot], depth: int, pin: bool) -> Generator[LoadedSlot]:
     """Read slots in one background thread, up to `depth` ahead. Raises an error at the slot that caused it."""
     ready: queue.Queue[LoadedSlot | BaseException | None] = queue.Queue(maxsize=max(1, depth))
     stop = threading.Event()

@@ -8,7 +8,7 @@ from data_pipelines.shards.images import image_members
 from data_pipelines.shards.latents import cached_latent, latents_path, transform_name
 from data_pipelines.shards.tar import crc32, read_group
 from emma_train.config.schema import DataConfig, ImageConfig
-from emma_train.errors import RunError, UserError
+from emma_train.errors import RunError, UserError, describe_shortage
 from emma_train.sequence.pack import Sample
 from emma_train.sequence.tokens import TextTokenizer
 from emma_train.storage.shard_reader import ShardReader
@@ -44,6 +44,8 @@ class SampleReader:
         except (SampleError, UserError, RunError):
             raise
         except Exception as error:  # foreign data can raise anything; the run continues without this sample
+            if (shortage := describe_shortage(error)) is not None:
+                raise RunError(shortage) from None
             raise SampleError(f"{type(error).__name__}: {error}") from error
 
     def members(self, planned: SampleRef) -> dict[str, memoryview]:

@@ -102,7 +102,9 @@ def _train_locked(run_folder: "RunFolder", file: Path, recipe: "Recipe", world: 
     try:
         code = trainer.train(stop)
     except (RuntimeError, ConnectionError) as error:  # torch raises it wherever the trainer is when a worker dies
-        raise dead_worker(error) from None
+        if (failure := dead_worker(error)) is None:
+            raise
+        raise failure from None
     parts.engine.close()
     if world.is_main and code == 0:
         _try_report(run_folder.path)

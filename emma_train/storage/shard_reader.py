@@ -17,7 +17,7 @@ from typing import BinaryIO, TypeVar
 from urllib.parse import urlsplit
 
 from emma_train.config.schema import DataConfig
-from emma_train.errors import RunError, UserError
+from emma_train.errors import RunError, UserError, describe_shortage
 from emma_train.storage.local_cache import LocalCache
 from emma_train.storage.local_storage import LocalStorage, ends_early
 from emma_train.storage.object_storage import ObjectStorage
@@ -127,6 +127,8 @@ class ShardReader:
             except UserError:
                 raise
             except Exception as error:
+                if (shortage := describe_shortage(error)) is not None:
+                    raise RunError(f"{display_url(url)}: cannot be read: {shortage}") from None
                 failure = as_storage_error(url, error)
             reason = failure.reason
             if failure.permanent or attempt == self.retries:

@@ -12,6 +12,8 @@ from types import TracebackType
 log = logging.getLogger(__name__)
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 EXIT_PREEMPTED = 75
+_END = b"\0"
+"""Ends the watcher; no signal has this number."""
 SAME_REQUEST_S = 5.0
 """A cluster and torchrun often both forward one request: a signal this soon after the first is not a second request."""
 
@@ -44,8 +46,10 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._written_before)
-        os.close(self._written)
+        # Closing the pipe would not do: forked loader workers have it open too, and one of them may still live.
+        os.write(self._written, _END)
         self._watcher.join()
+        os.close(self._written)
         os.close(self._signals)
 
     def _watch(self) -> None:
@@ -55,7 +59,7 @@ class StopRequest:
             if not select.select([self._signals], [], [], left_s)[0]:
                 _exit_now(f"no checkpoint within {self.within_s:g} s (train.stop_within_s): ending with the one before")
             numbers = os.read(self._signals, 64)
-            if not numbers:
+            if _END[0] in numbers:
                 return
             asked = [number for number in numbers if number in SIGNALS]
             if asked and not self.asked:

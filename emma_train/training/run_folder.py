@@ -102,5 +102,8 @@ class RunFolder:
 
     def append_skipped(self, step: int, rank: int, norm: float, keys: list[str]) -> None:
         """Add a rank's samples of a step whose gradient was not finite to skipped_steps.jsonl."""
-        with open(self.skipped_steps, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "rank": rank, "grad_norm": str(norm), "keys": keys}) + "\n")
+        try:
+            with open(self.skipped_steps, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, "rank": rank, "grad_norm": str(norm), "keys": keys}) + "\n")
+        except OSError as error:
+            log.warning("%s: cannot be written (%s)", self.skipped_steps, error.strerror)

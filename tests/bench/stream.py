@@ -298,7 +298,7 @@ def resume(folder: Path, repeats: int) -> dict[str, Any]:
             packs = stream._load(stream._planned_slots(2, 3, deque()))
             next(packs)
             seconds[position] = min(seconds[position], time.perf_counter() - started)
-            packs.close()  # type: ignore[attr-defined]
+            packs.close()
     return {"resume_ratio": round(seconds[1_000_000] / seconds[10], 3), "resume_s": round(seconds[1_000_000], 3)}
 
 

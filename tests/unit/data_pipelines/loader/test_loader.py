@@ -1,6 +1,7 @@
 """Packs do not depend on the number of ranks and workers; unreadable samples are replaced or dropped, and reported."""
 
 import dataclasses
+import errno
 import json
 import multiprocessing
 import os
@@ -19,7 +20,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipelines.loader.loader import MAX_SUBSTITUTES, StepBatches, Stream, dead_worker
+from data_pipelines.loader.loader import MAX_SUBSTITUTES, StepBatches, Stream, as_run_error, dead_worker
 from data_pipelines.shards import images as images
 from data_pipelines.shards import latents
 from data_pipelines.shards.encode_latents import cache_latents
@@ -319,8 +320,29 @@ def test_a_worker_that_is_killed_is_a_failure_and_no_hang(small: Path) -> None:
 
 
 def test_a_bug_is_not_taken_for_a_dead_worker() -> None:
-    with pytest.raises(RuntimeError, match="shape"):
-        dead_worker(RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nshape"))
+    assert dead_worker(RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nshape")) is None
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (RunError("as it is"), "as it is"),
+        (ConnectionResetError(), "a DataLoader worker died"),
+        (RuntimeError("unable to write to file </torch_1>: No space left on device (28)"), "step 3: /dev/shm is full"),
+        (RuntimeError("unable to allocate shared memory(shm) for file </torch_1>"), "docker run --shm-size"),
+        (
+            OSError(errno.EMFILE, "Too many open files"),
+            "step 3: this process has too many files open",
+        ),
+        (MemoryError(), "step 3: this machine or container has no memory left"),
+        (RuntimeError("DataLoader timed out after 5 seconds"), "sent no pack within engine.step_timeout_s"),
+        (KeyError("x"), "step 3: the loader failed: KeyError: 'x'"),
+    ],
+)
+def test_what_fails_in_the_loader_becomes_one_line(error: Exception, message: str) -> None:
+    failure = as_run_error(error, 3)
+    assert message in str(failure) and "\n" not in str(failure)
+    assert isinstance(failure, RunError) and failure.__context__ is None
 
 
 @pytest.mark.seconds
