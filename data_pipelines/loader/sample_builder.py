@@ -13,7 +13,7 @@ from emma_train.config.schema import DataConfig, ImageConfig
 from emma_train.sequence.geometry import image_size, to_patches
 from emma_train.sequence.layout import ImageRole, Segment
 from emma_train.sequence.pack import IGNORE_STEM, ImageTokens, Sample, image_segments
-from emma_train.sequence.seeds import seed_of, uniform_of
+from emma_train.sequence.seeds import choice_of, seed_of, uniform_of
 from emma_train.sequence.tasks import TASKS, Task
 from emma_train.sequence.tokens import TextTokenizer
 
@@ -38,11 +38,12 @@ class SampleBuilder:
 
     def sample(self, planned: SampleRef, members: Mapping[str, memoryview], find_latent: FindLatent) -> Sample:
         """The sample of a record. Raises SampleError, and any error that a library raises on foreign data."""
-        record, task = read_record(members), TASKS[planned.task]
+        draw, task = (self.data.seed, planned.epoch, planned.key), TASKS[planned.task]
+        questions = self.data.caption_questions
+        record = read_record(members, questions[choice_of(len(questions), *draw, "caption question")])
         alternative = record[task.record_key][planned.alternative]
         if missing := missing_part(alternative, planned.task):
             raise SampleError(missing)
-        draw = (self.data.seed, planned.epoch, planned.key)
         segments = self._segments(task, alternative, draw)
         image_config = task.image_config(self.data)
         if planned.max_tokens:

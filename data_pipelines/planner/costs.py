@@ -67,7 +67,7 @@ class CostModel:
     text_tokens: int = 0
     """Text tokens of every sample where they do not depend on the record; 0 takes those of the index."""
     added_text_tokens: int = 0
-    """Text tokens that the recipe's chat template adds to those of the index."""
+    """Most text tokens that the recipe's chat template and caption questions add to those of the index."""
 
 
 def sample_costs(

@@ -19,11 +19,12 @@ from data_pipelines.planner.costs import CostModel
 from data_pipelines.planner.packing import EVEN, Queue, Slots, deal, evenness, fill, look_ahead, spread, sums
 from data_pipelines.planner.shuffle import WeightedInterleave
 from data_pipelines.planner.sources import Sources
+from data_pipelines.shards.record import added_text_tokens
 from emma_train.config.mix import TASK_NAMES, phases, samples_per_task, task_shares
 from emma_train.config.schema import MixConfig, Recipe
 from emma_train.errors import UserError
 from emma_train.sequence.seeds import seed_of
-from emma_train.sequence.tasks import TASKS, added_text_tokens, fixed_text_tokens
+from emma_train.sequence.tasks import TASKS, fixed_text_tokens
 from emma_train.sequence.tokens import TextTokenizer
 
 TOKEN_UNITS = 400
@@ -144,7 +145,8 @@ class Planner:
             streams = {}
             for task in shares:
                 image_config = TASKS[task].image_config(self.data)
-                fixed, added = fixed_text_tokens(TASKS[task], tokenizer), added_text_tokens(TASKS[task], tokenizer)
+                fixed = fixed_text_tokens(TASKS[task], tokenizer)
+                added = added_text_tokens(TASKS[task], tokenizer, self.data.caption_questions)
                 cost_model = CostModel(task, image_config, self.model, self.caps, self.data.seed, fixed, added)
                 streams[task] = sources.stream(phase, cost_model)
             result.append(_Phase(number, start, shares, counts, streams, dict(taken)))

@@ -1,21 +1,21 @@
 """Reads a record: the alternatives of each task, and the layout of an alternative as text and images."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from data_pipelines.shards.images import image_name, image_parts
 from emma_train.sequence.layout import ImageRole, Segment
-from emma_train.sequence.tasks import RECORD_KEYS, TASKS
+from emma_train.sequence.tasks import RECORD_KEYS, TASKS, Task
 from emma_train.sequence.tokens import TextTokenizer
 
 CAPTION_QUESTION = "Describe this picture."
-"""The question that a caption answers, if a caption pair is used for understanding."""
+"""The question that a caption answers in an index, whose token counts a recipe with other questions adjusts."""
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 """Roles of turns that records may have, and what each one is in the chat template."""
 
 
-def read_record(members: Mapping[str, bytes | memoryview]) -> dict[str, Any]:
+def read_record(members: Mapping[str, bytes | memoryview], caption_question: str = CAPTION_QUESTION) -> dict[str, Any]:
     """The record of a group: its JSON if that lists alternatives of a task, otherwise a caption pair.
 
     A caption pair is one image and one or more .txt: each caption is an alternative of i2t, as the answer to
@@ -43,11 +43,20 @@ def read_record(members: Mapping[str, bytes | memoryview]) -> dict[str, Any]:
     pair: dict[str, Any] = {"tags": tags if isinstance(tags, list) else []}
     if len(images) == 1 and captions:
         name = image_name(images[0])
-        question = {"role": "user", "text": CAPTION_QUESTION}
+        question = {"role": "user", "text": caption_question}
         answers = [{"role": "assistant", "text": caption} for caption in captions]
         pair["i2t"] = [{"images": [name], "turns": [question, answer]} for answer in answers]
         pair["t2i"] = [{"target": name, "text": caption} for caption in captions]
     return pair
+
+
+def added_text_tokens(task: Task, tokenizer: TextTokenizer, caption_questions: Sequence[str]) -> int:
+    """Most text tokens that a recipe adds to those of an index: of its chat template, and of caption questions that are
+    longer than CAPTION_QUESTION."""
+    if task.makes_image:
+        return 0
+    longest = max(len(tokenizer.encode_user(question)) for question in caption_questions)
+    return len(tokenizer.answer_prefix) + max(0, longest - len(tokenizer.encode_user(CAPTION_QUESTION)))
 
 
 def layouts(record: dict[str, Any], task: str, tokenizer: TextTokenizer) -> list[list[Segment]]:

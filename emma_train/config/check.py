@@ -20,6 +20,8 @@ def check_recipe(recipe: Recipe, source: str) -> None:
     check_model(recipe, source)
     _check_engine(recipe.engine, source)
     _check_sequence(recipe, source)
+    if not recipe.data.caption_questions:
+        raise UserError(f"{source}: data.caption_questions is empty; name at least one question")
     for phase in phases(recipe):
         _check_mix(recipe, phase, source)
     _check_keeping(recipe, source)

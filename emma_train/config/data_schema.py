@@ -94,6 +94,9 @@ class DataConfig:
     """Images to understand."""
     gen: ImageConfig = section(ImageConfig)
     """Reference and target images."""
+    caption_questions: list[str] = setting(["Describe this picture."])
+    """Questions that the caption of a plain image-caption pair answers in understanding; each sample draws one by the
+    seed. Several keep the model from learning one phrase (ours; LLaVA has a list too)."""
     untagged: str = setting("general", choices=("general", "unknown"))
     """What an image of a record with neither tag, `stem` nor `general`, is to router tuning: general, or unknown, which
     has no label and no loss (ours)."""

@@ -2,8 +2,8 @@
 
 Qwen's chat template, with an image as <|vision_start|> its visual tokens <|vision_end|>:
   I2T   user: image(s) and question; assistant: answer. Only answers (and their <|im_end|>) are supervised. An
-        image stands where `<image>` is written in a user turn; without, all images open the first user turn. The template
-        no_think puts Qwen3's empty think block before the last answer.
+        image stands where `<image>` is written in a user turn; without, all images open the first user turn. The
+        template no_think puts Qwen3's empty think block before the last answer.
   T2I   user: prompt; assistant: <|vision_start|> and the noised target.
   IT2I  user: reference image(s) and instruction; assistant: <|vision_start|> and the noised target.
   recon user: understanding image without its latent, and a fixed text; assistant: <|vision_start|> and the same image,

@@ -156,8 +156,3 @@ def fixed_text_tokens(task: Task, tokenizer: TextTokenizer) -> int:
         return 0
     alternative = {"target": "target"}
     return layout.num_text_tokens(task.layout(tokenizer, task.shown_images(alternative), alternative))[0]
-
-
-def added_text_tokens(task: Task, tokenizer: TextTokenizer) -> int:
-    """Text tokens that the recipe's chat template adds to each sample of a task; indexes count the plain template."""
-    return len(tokenizer.answer_prefix) if task.loss == "text" else 0

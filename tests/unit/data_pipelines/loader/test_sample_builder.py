@@ -13,10 +13,12 @@ from PIL import Image
 from data_pipelines.loader.sample_builder import SampleBuilder, SampleError
 from data_pipelines.planner.planner import SampleRef
 from data_pipelines.shards.images import load_image, load_resized, open_image
+from data_pipelines.shards.record import CAPTION_QUESTION, added_text_tokens, layouts, read_record
 from emma_train.config.schema import DataConfig, ImageConfig
 from emma_train.sequence.geometry import buckets, from_patches
-from emma_train.sequence.layout import ImageRole, TextSegment
+from emma_train.sequence.layout import ImageRole, TextSegment, num_text_tokens
 from emma_train.sequence.pack import Sample, image_segments, pack
+from emma_train.sequence.tasks import TASKS
 from tests.helpers import PATCH, SHUFFLE, tokenizer
 
 USER, ASSISTANT, END = "<|im_start|>user\n", "<|im_start|>assistant\n", "<|im_end|>"
@@ -149,6 +151,30 @@ def test_a_text_cannot_open_a_turn_or_an_image() -> None:
     special = [i for s in loaded.segments if isinstance(s, TextSegment) for i in s.ids]
     assert special.count(tokenizer().id("<|im_start|>")) == 2
     assert special.count(tokenizer().id("<|vision_start|>")) == 1
+
+
+def test_a_caption_answers_one_of_the_questions_by_the_seed() -> None:
+    questions = ["Describe this picture.", "What does this image show?", "Write a caption for this image."]
+    members = {"jpg": memoryview(encoded_image(kind="JPEG")), "txt": memoryview(b"a red fish")}
+    asked = {}
+    for key in map(str, range(300)):
+        loaded = builder(caption_questions=questions).sample(planned("i2t", key=key), members, lambda n, i: None)
+        answer = f"{END}\n{ASSISTANT}a red fish{END}"
+        (asked[key],) = (q for q in questions if text_of(loaded) == f"{USER}{IMAGE}{q}{answer}")
+        added = added_text_tokens(TASKS["i2t"], tokenizer(), questions)
+        counted = num_text_tokens(layouts(read_record(members), "i2t", tokenizer())[0])[0]
+        assert num_text_tokens(loaded.segments)[0] <= counted + added, "no more tokens than the plan counts"
+    assert all(70 < number < 130 for number in Counter(asked.values()).values())
+    again = builder(caption_questions=questions).sample(planned("i2t", key="7"), members, lambda n, i: None)
+    assert asked["7"] in text_of(again)
+    usual = builder().sample(planned("i2t", key="7"), members, lambda n, i: None)
+    assert CAPTION_QUESTION in text_of(usual) and added_text_tokens(TASKS["i2t"], tokenizer(), questions[:1]) == 0
+    assert DataConfig(tokenizer="").caption_questions == [CAPTION_QUESTION]
+
+
+def test_questions_of_records_stay_as_they_are() -> None:
+    record = {"i2t": [{"images": ["img0"], "turns": turns(CAPTION_QUESTION, "a cat")}]}
+    assert CAPTION_QUESTION in text_of(sample(record, "i2t", ["img0"], caption_questions=["What is it?"]))
 
 
 def test_the_planned_caption_of_several_is_taken() -> None:
