@@ -26,14 +26,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", default="generated", help="folder for images (%(default)s)")
     parser.add_argument("--num", type=int, default=1, help="answers or images per prompt (%(default)s)")
     parser.add_argument("--size", type=int, nargs=2, metavar=("WIDTH", "HEIGHT"), help="of the image in pixels")
-    settings = parser.add_argument_group(
-        "how to generate", "not given: as the export says, else the recipe's shift and our defaults"
-    )
+    settings = parser.add_argument_group("how to generate", "not given: as the export says, else as the recipe does")
     settings.add_argument("--steps", type=int, help="flow steps")
     settings.add_argument("--solver", choices=("euler", "heun"), help="of the flow")
     settings.add_argument("--shift", type=float, help="of the flow's time; larger images need more")
     settings.add_argument("--text-guidance", type=float, help="strength of the prompt")
     settings.add_argument("--image-guidance", type=float, help="strength of the reference")
+    settings.add_argument("--guidance-from", type=float, help="guidance at flow times above this (1 is noise) alone")
+    settings.add_argument("--guidance-to", type=float, help="guidance at flow times up to this alone")
+    settings.add_argument(
+        "--guidance-renorm", action=argparse.BooleanOptionalAction, help="keep the norm that there is without guidance"
+    )
     settings.add_argument("--temperature", type=float, help="0 takes the likeliest token")
     settings.add_argument("--max-tokens", type=int, help="longest answer")
     parser.add_argument("--seed", type=int, default=0)

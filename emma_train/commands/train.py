@@ -160,7 +160,7 @@ def _sample_writer(
     from emma_train.generate.samples import write_samples
     from emma_train.generate.settings import FlowSettings, TextSettings
 
-    flow, text = FlowSettings(shift=recipe.flow.shift), TextSettings(max_tokens=8, fixed_length=True)
+    flow, text = FlowSettings.of(recipe), TextSettings(max_tokens=8, fixed_length=True)
     return lambda step: write_samples(generator, requests, run_folder.samples(step), flow, text, write=write)
 
 

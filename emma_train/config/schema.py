@@ -21,6 +21,7 @@ __all__ = [
     "EmaConfig",
     "EngineConfig",
     "FlowConfig",
+    "GenerationConfig",
     "ImageConfig",
     "InitConfig",
     "LossConfig",
@@ -76,6 +77,25 @@ class FlowConfig:
     shift: float = setting(1.0, more_than=0, at_most=1000)
     """s in s*t / (1 + (s-1)*t), the shift of the flow time; 1 shifts nothing. Sana, with the same autoencoder as EMMA,
     takes 3 at 512 pixels and at 1K."""
+
+
+@dataclass
+class GenerationConfig:
+    steps: int = setting(30, more_than=0, at_most=10_000)
+    """Steps from noise to image. BAGEL and OmniGen2 take 50."""
+    text_guidance: float = setting(2.5, at_least=0, at_most=1000)
+    """Strength of the prompt; 1 turns guidance off. BAGEL takes 4, OmniGen2 5."""
+    image_guidance: float = setting(2.0, at_least=0, at_most=1000)
+    """Strength of the reference image in editing; 1 turns it off. BAGEL and OmniGen2 take 2."""
+    guidance_from: float = setting(0.0, at_least=0, at_most=1)
+    """Flow time (1 is noise, 0 the image) above which there is guidance. BAGEL takes 0.4 for text to image."""
+    guidance_to: float = setting(1.0, at_least=0, at_most=1)
+    """Flow time up to which there is guidance."""
+    guidance_renorm: bool = setting(False)
+    """Scale the guided velocity of an image down to the norm of the one without guidance (BAGEL's global
+    renormalisation)."""
+    solver: str = setting("euler", choices=("euler", "heun"))
+    """euler, or heun: second order, and two forwards a step but for the last."""
 
 
 @dataclass
@@ -239,6 +259,8 @@ class Recipe:
     """Loss weights."""
     flow: FlowConfig = section(FlowConfig)
     """Flow matching."""
+    generation: GenerationConfig = section(GenerationConfig, resume="free")
+    """How images are generated: samples of a run, and what its exports take where nothing else is said."""
     optimizer: OptimizerConfig = section(OptimizerConfig)
     """AdamW."""
     schedule: ScheduleConfig = section(ScheduleConfig)

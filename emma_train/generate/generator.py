@@ -1,6 +1,6 @@
 """Requests in, text or images out. Packed samples never see each other, so a batch of requests is simply one pack."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -17,6 +17,8 @@ from emma_train.sequence.layout import ImageRole, TextSegment
 from emma_train.sequence.pack import PackedBatch, Sample, continued, pack
 from emma_train.sequence.request import Request, as_sample
 from emma_train.sequence.tokens import TextTokenizer
+
+Velocity = Callable[[Tensor, float], Tensor]
 
 
 class Generator:
@@ -61,7 +63,28 @@ class Generator:
     def generate_latents(self, requests: Sequence[Request], settings: FlowSettings = FlowSettings()) -> list[Tensor]:
         """Unscaled latents [rows*columns, C] of requests of a task that makes images."""
         encoded = self.latents_of(requests)
-        variants = self._variants(requests, encoded, settings)
+        guided, noise, sizes = self._make_velocity(self._variants(requests, encoded, settings), settings)
+        plain, x = guided, noise[: sum(sizes)]
+        if settings.guidance_from > 0 or settings.guidance_to < 1:
+            unguided = replace(settings, text_guidance=1.0, image_guidance=1.0, guidance_renorm=False)
+            plain, _, _ = self._make_velocity(self._variants(requests, encoded, unguided), unguided)
+
+        def velocity(x: Tensor, time: float) -> Tensor:
+            return guided(x, time) if settings.guides(time) else plain(x, time)
+
+        for now, then in pairwise(shift(torch.linspace(1, 0, settings.steps + 1), settings.shift).tolist()):
+            slope = velocity(x, now)
+            # Time 0 itself is never trained, so Heun ends with a step of Euler.
+            if settings.solver == "heun" and then > 0:
+                slope = (slope + velocity(x + (then - now) * slope, then)) / 2
+            x = x + (then - now) * slope
+        return list((x / self.autoencoder.scale).split(sizes))
+
+    def _make_velocity(
+        self, variants: list[tuple[float, list[Sample]]], settings: FlowSettings
+    ) -> tuple[Velocity, Tensor, list[int]]:
+        """The weighted velocity of copies of the requests as a function of (x, flow time), the noise to start from, and
+        the tokens of each request's image."""
         parts = samples = [sample for _, copies in variants for sample in copies]
         cache = None
         if self.cached:
@@ -75,22 +98,17 @@ class Generator:
         clean = latents[: len(latents) - num_target]
         share = num_target // len(variants)
         weights = [weight for weight, _ in variants]
-        x = draw_noise(batch, latents.shape[1])[:share]
-        times = shift(torch.linspace(1, 0, settings.steps + 1), settings.shift).tolist()
+        grids = batch.grids[ImageRole.TARGET][: len(batch.grids[ImageRole.TARGET]) // len(variants)]
+        sizes = [rows * columns for rows, columns in grids]
 
         def velocity(x: Tensor, time: float) -> Tensor:
             times = torch.full((num_target,), time, device=x.device)
             each = self.model(batch, torch.cat([clean, *[x] * len(variants)]), times, cache=cache).velocity.float()
-            return torch.stack([w * v for w, v in zip(weights, each.split(share), strict=True)]).sum(0)
+            copies = each.split(share)
+            total = torch.stack([w * v for w, v in zip(weights, copies, strict=True)]).sum(0)
+            return keep_norm(total, copies[0], sizes) if settings.guidance_renorm else total
 
-        for now, then in pairwise(times):
-            slope = velocity(x, now)
-            # Time 0 itself is never trained, so Heun ends with a step of Euler.
-            if settings.solver == "heun" and then > 0:
-                slope = (slope + velocity(x + (then - now) * slope, then)) / 2
-            x = x + (then - now) * slope
-        sizes = [rows * columns for rows, columns in batch.grids[ImageRole.TARGET][: len(requests)]]
-        return list((x / self.autoencoder.scale).split(sizes))
+        return velocity, draw_noise(batch, latents.shape[1]), sizes
 
     def generate_images(self, requests: Sequence[Request], settings: FlowSettings = FlowSettings()) -> list[np.ndarray]:
         """Images, uint8 [H, W, 3], of requests of a task that makes images."""
@@ -119,7 +137,9 @@ class Generator:
             variants += [(image - text, copies(False, True)), (1 - image, copies(False, False))]
         else:
             variants += [(1 - text, copies(False, True))]
-        return [(weight, samples) for weight, samples in variants if weight]
+        # Renormalisation needs the conditional velocity even where its weight is 0.
+        first = variants[:1] if settings.guidance_renorm else []
+        return [*first, *(variant for variant in variants[len(first) :] if variant[0])]
 
     def latents_of(self, requests: Sequence[Request]) -> list[list[np.ndarray]]:
         """Latents of the images of each request; for one without images an empty array with the right channels."""
@@ -143,6 +163,13 @@ class Generator:
         )
         time = torch.zeros(0, device=self.autoencoder.device)
         return self.model(batch, latents.to(self.autoencoder.device), time, cache=cache).logits.float()
+
+
+def keep_norm(guided: Tensor, conditional: Tensor, sizes: Sequence[int]) -> Tensor:
+    """The guided velocity, where its norm over an image exceeds that of the conditional one scaled down to it. Both:
+    [target tokens, C]; `sizes`: tokens of each image."""
+    pairs = zip(guided.split(sizes), conditional.split(sizes), strict=True)
+    return torch.cat([v * (c.norm() / v.norm().clamp_min(1e-12)).clamp(max=1.0) for v, c in pairs])
 
 
 def _segments(sample: Sample, start: int, stop: int | None = None) -> Sample:

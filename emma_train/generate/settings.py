@@ -33,6 +33,21 @@ class FlowSettings:
     """Flow-time shift, as in training."""
     solver: str = "euler"
     """euler, or heun: second order, and two forwards a step but for the last."""
+    guidance_from: float = 0.0
+    """Flow time (1 is noise, 0 the image) above which there is guidance."""
+    guidance_to: float = 1.0
+    """Flow time up to which there is guidance."""
+    guidance_renorm: bool = False
+    """Scale the guided velocity of an image down to the norm of the one without guidance."""
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> "FlowSettings":
+        """Those of a recipe."""
+        return cls(shift=recipe.flow.shift, **vars(recipe.generation))
+
+    def guides(self, time: float) -> bool:
+        """Whether there is guidance at a flow time."""
+        return self.guidance_from < time <= self.guidance_to
 
 
 @dataclass(frozen=True)
@@ -58,9 +73,8 @@ def write_settings(folder: Path, flow: FlowSettings, text: TextSettings) -> None
 
 
 def read_settings(folder: StoragePath, recipe: Recipe) -> tuple[FlowSettings, TextSettings]:
-    """The settings of an export; of a model that carries none, the shift that it was trained with and our defaults for
-    the rest. Raises UserError."""
-    path, flow, text = as_local(folder / SETTINGS_FILE), FlowSettings(shift=recipe.flow.shift), TextSettings()
+    """The settings of an export; of a model that carries none, those of its recipe. Raises UserError."""
+    path, flow, text = as_local(folder / SETTINGS_FILE), FlowSettings.of(recipe), TextSettings()
     if path is None or not path.is_file():
         return flow, text
     values = read_json(path)

@@ -131,7 +131,16 @@ def test_generate_follows_the_settings_of_an_export_unless_told_otherwise(
 ) -> None:
     text = (exported / "generation.json").read_text()
     assert json.loads(text) == {
-        "flow": {"steps": 30, "text_guidance": 2.5, "image_guidance": 2.0, "shift": 3.0, "solver": "euler"},
+        "flow": {
+            "steps": 30,
+            "text_guidance": 2.5,
+            "image_guidance": 2.0,
+            "shift": 3.0,
+            "solver": "euler",
+            "guidance_from": 0.0,
+            "guidance_to": 1.0,
+            "guidance_renorm": False,
+        },
         "text": {"max_tokens": 64, "temperature": 0.0},
     }
     plain = drawn(tmp_path, exported)

@@ -8,6 +8,7 @@ from emma_train.commands.plan import read_index_rows
 from emma_train.config.load import is_pipeline, load_pipeline, load_recipe, load_yaml
 from emma_train.config.mix import phases, samples_per_task
 from emma_train.config.schema import InitConfig, Recipe
+from emma_train.generate.settings import FlowSettings
 from emma_train.plan import Plan
 from emma_train.stages.stage import STAGES, check_order, stage_of
 
@@ -137,6 +138,14 @@ def test_the_frozen_llm_of_stage_0_sees_the_empty_think_block() -> None:
 
 def test_the_gen_adapter_starts_from_the_und_adapter_in_stage_1_alone() -> None:
     assert [full(stage).init.gen_adapter for stage in STAGES] == ["random", "und", *["random"] * 4]
+
+
+def test_images_of_the_full_size_are_generated_as_bagel_does() -> None:
+    for stage in STAGES:
+        flow = FlowSettings.of(full(stage))
+        assert (flow.steps, flow.shift, flow.text_guidance, flow.image_guidance) == (50, 3.0, 4.0, 2.0)
+        assert (flow.guidance_from, flow.guidance_to, flow.guidance_renorm) == (0.4, 1.0, True)
+        assert FlowSettings.of(load_recipe(ROOT / "tiny" / f"{stage}.yaml")) == FlowSettings()
 
 
 def test_full_size_stages_start_from_the_run_folder_before_them() -> None:

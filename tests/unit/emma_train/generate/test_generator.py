@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from emma_train.generate.generator import Generator, sample_next_token
+from emma_train.generate.generator import Generator, keep_norm, sample_next_token
 from emma_train.generate.settings import FlowSettings, TextSettings
 from emma_train.model.emma import Emma, Prediction
 from emma_train.objectives.counter_rng import normal
@@ -228,6 +228,33 @@ def test_generation_is_guided_by_text(text: float) -> None:
     velocity = V_NOTHING + text * (V_TEXT - V_NOTHING)
     for latent, request in zip(made, PROMPTS, strict=True):
         torch.testing.assert_close(latent * 0.5, noise_of(request) - velocity, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize(("low", "high", "guided"), [(0.0, 1.0, [1, 1]), (0.5, 1.0, [1, 0]), (0.0, 0.6, [0, 1])])
+def test_guidance_may_be_limited_to_an_interval_of_flow_time(low: float, high: float, guided: list[int]) -> None:
+    settings = FlowSettings(2, 4.0, 1.5, guidance_from=low, guidance_to=high)  # velocities at times 1 and 0.5
+    model = Field(by_condition)
+    made = generator(model).generate_latents(PROMPTS, settings)
+    velocities = [V_NOTHING + 4.0 * (V_TEXT - V_NOTHING) if guides else V_TEXT for guides in guided]
+    for latent, request in zip(made, PROMPTS, strict=True):
+        torch.testing.assert_close(latent * 0.5, noise_of(request) - sum(velocities) / 2, rtol=1e-5, atol=1e-3)
+    tokens = sum(r.size[0] * r.size[1] // 1024 for r in PROMPTS)
+    assert [len(times) // tokens for times in model.times] == [1 + guides for guides in guided], "one copy without"
+
+
+@pytest.mark.parametrize(("text", "velocity"), [(4.0, -V_TEXT), (1.1, 10.0), (1.0, V_TEXT), (0.0, V_TEXT)])
+def test_a_guided_velocity_is_no_longer_than_the_conditional_one(text: float, velocity: float) -> None:
+    made = generator(Field(by_condition)).generate_latents(PROMPTS, FlowSettings(1, text, 1.0, guidance_renorm=True))
+    for latent, request in zip(made, PROMPTS, strict=True):
+        torch.testing.assert_close(latent * 0.5, noise_of(request) - velocity, rtol=1e-5, atol=1e-3)
+
+
+def test_each_image_keeps_its_norm() -> None:
+    guided, conditional = torch.randn(5, 4), torch.randn(5, 4)
+    kept = keep_norm(guided, conditional, [2, 3])
+    for part, before, limit in zip(kept.split([2, 3]), guided.split([2, 3]), conditional.split([2, 3]), strict=True):
+        assert part.norm().item() == pytest.approx(min(before.norm().item(), limit.norm().item()), rel=1e-5)
+        torch.testing.assert_close(part / part.norm(), before / before.norm())
 
 
 def test_without_guidance_there_is_one_copy_and_with_it_no_needless_one() -> None:
