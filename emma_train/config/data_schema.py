@@ -1,6 +1,6 @@
 """The data and mix sections of a recipe: sources, phases, packs, images and how samples are read."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from omegaconf import MISSING
 
@@ -22,22 +22,6 @@ class ImageConfig:
 
 
 @dataclass
-class SourceConfig:
-    path: str = setting(MISSING, form="url", resume="free")
-    """Folder of shards with a manifest.json: a path, or a URL that fsspec opens (s3://, https://, ...). It may
-    change at a resume; the content of the shards may not."""
-    tasks: list[str] = setting([])
-    """Tasks to take from this source; empty takes all that it has."""
-    require_tags: list[str] = setting([])
-    """Only samples that carry all of these tags."""
-    exclude_tags: list[str] = setting([])
-    """Only samples that carry none of these tags."""
-    weight: float | None = setting(None, more_than=0, at_most=1e9)
-    """Weight of this source against the other sources of a task. Set it for all sources of a phase or for none; without
-    weights each sample comes once an epoch."""
-
-
-@dataclass
 class MixConfig:
     i2t: int = setting(0, at_least=0, at_most=10**6)
     """Share of understanding samples in every optimizer step."""
@@ -47,6 +31,22 @@ class MixConfig:
     """Share of editing samples in every optimizer step."""
     recon: int = setting(0, at_least=0, at_most=10**6)
     """Share of reconstruction samples in every optimizer step (RecA, arXiv 2509.07295; not in the paper's mix)."""
+
+
+@dataclass
+class SourceConfig:
+    path: str = setting(MISSING, form="url", resume="free")
+    """Folder of shards with a manifest.json: a path, or a URL that fsspec opens (s3://, https://, ...). It may
+    change at a resume; the content of the shards may not."""
+    tasks: list[str] = setting([], choices=tuple(field.name for field in fields(MixConfig)))
+    """Tasks to take from this source; empty takes all that it has."""
+    require_tags: list[str] = setting([])
+    """Only samples that carry all of these tags."""
+    exclude_tags: list[str] = setting([])
+    """Only samples that carry none of these tags."""
+    weight: float | None = setting(None, more_than=0, at_most=1e9)
+    """Weight of this source against the other sources of a task. Set it for all sources of a phase or for none; without
+    weights each sample comes once an epoch."""
 
 
 @dataclass

@@ -318,11 +318,15 @@ def _needed_shape(field: Setting, value: Any) -> str:
         return "" if isinstance(value, dict) else "a section"
     if field.element is not None:
         return "" if isinstance(value, list) else "a list of sections, as in [{...}, {...}]"
-    if typing.get_origin(field.kind) is list:
-        return "" if isinstance(value, list) else "a list"
-    if typing.get_origin(field.kind) is dict:
-        return "" if isinstance(value, dict) else "a mapping, as in {name: value}"
-    return "a single value" if isinstance(value, list | dict) else ""
+    origin, is_single = typing.get_origin(field.kind), not isinstance(value, list | dict)
+    if origin in (list, dict):
+        entries = [] if is_single else value if isinstance(value, list) else value.values()
+        if not isinstance(value, origin) or any(isinstance(entry, list | dict) for entry in entries):
+            return "a list of single values" if origin is list else "a mapping of single values"
+        return ""
+    if field.kind is bool and isinstance(value, int | float) and value not in (0, 1):
+        return "true or false"
+    return "" if is_single else "a single value"
 
 
 def _advice(key: str, prefix: str, siblings: list[str], root: type) -> str:

@@ -54,7 +54,7 @@ def _check_value(key: str, value: Any, field: Setting, source: str) -> None:
         raise UserError(f"{source}: {key} is {value}; it must have {facts.length} entries")
     for entry_key, entry in _entries(key, value):
         if facts.choices and entry not in facts.choices:
-            problem = f"{entry!r}; it is one of {', '.join(map(str, facts.choices))}"
+            problem = f"{entry!r:.200}; it is one of {', '.join(map(str, facts.choices))}"
         elif isinstance(entry, str):
             problem = "" if facts.choices else _text_problem(entry, field)
         else:

@@ -1,5 +1,6 @@
 """Every number of a recipe has a range, every text a form; what is outside of them is told in one line."""
 
+import copy
 import math
 import typing
 from collections.abc import Iterator
@@ -35,6 +36,7 @@ def kinds(field: Setting) -> set[type]:
 
 
 NUMBERS = {key: field for key, field in every_field() if kinds(field) & {int, float} and not field.facts.choices}
+WITH_PHASE = tiny_recipe(data__phases=[{"name": "a", "steps": 1, "sources": [{"path": "a"}]}])
 
 
 def message_of(section: Any) -> str:
@@ -61,7 +63,7 @@ def test_what_is_outside_of_a_range_is_told_with_key_value_and_range(key: str) -
     high = facts.less_than if facts.at_most is None else facts.at_most + 1
     inside = (facts.at_least or 0) + (0.5 if kinds(field) == {float} else 1)
     for value in (low, high, math.nan, math.inf, -math.inf):
-        recipe = tiny_recipe(data__phases=[{"name": "a", "steps": 1, "sources": [{"path": "a"}]}])
+        recipe = copy.deepcopy(WITH_PHASE)
         section: Any = recipe
         for parent in parents:
             section = getattr(section, parent)
