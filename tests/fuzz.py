@@ -10,6 +10,7 @@ try_command(...)   run any command in the same way
 import contextlib
 import copy
 import json
+import logging
 import math
 import os
 import resource
@@ -35,6 +36,7 @@ from emma_train.stages.stage import stage_of
 from tests.distributed.spawn import run_ranks
 from tests.helpers import ASSETS, ROOT
 
+log = logging.getLogger(__name__)
 MEMORY = 4 << 30
 STEPS = 3
 VALUES: dict[str, Any] = {
@@ -191,13 +193,17 @@ def try_all(cases: Iterable[Case]) -> dict[str, str]:
     """The result of every case by its text. What passes the checks is tried in a process, two at a time."""
     results = {str(case): (case, check_recipe_case(case)) for case in cases}
     passed = [case for case, result in results.values() if result == "passed"]
+    tried = {}
     with ThreadPoolExecutor(2) as pool:
-        tried = dict(zip(map(str, passed), pool.map(try_recipe, passed), strict=True))
+        for case, result in zip(passed, pool.map(try_recipe, passed), strict=True):
+            tried[str(case)] = result
+            log.info("%s: %s", case, result)
     return {name: result for name, (_, result) in results.items()} | tried
 
 
 def main(part: str) -> int:
     """Print counts and every problem. Returns 1 if there is one."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     start = time.monotonic()
     results = try_all(case for case in recipe_cases() if part in case.key)
     counts = Counter(result if result in ("refused", "trained") else "wrong" for result in results.values())
