@@ -109,7 +109,11 @@ class DataConfig:
     prefetch: int = setting(8, more_than=0, at_most=65536, resume="free")
     """Packs that each worker reads ahead."""
     max_bad_samples: int = setting(100, at_least=0, at_most=10**12, resume="free")
-    """Stop after more unreadable samples than this, replaced or not, over all ranks."""
+    """A run ends when its unreadable samples, replaced or not, are more than this and more than max_bad_share of all
+    samples so far."""
+    max_bad_share: float = setting(1e-3, at_least=0, at_most=1, resume="free", absent=0.0)
+    """Share of unreadable samples that ends a run, beside max_bad_samples; with 0 that count alone decides. Ours: of a
+    billion web images more than a hundred cannot be decoded."""
     cache_dir: str = setting("", form="path", resume="free")
     """Folder on a local disk for copies of remote shards, shared by the ranks of a machine; empty reads byte ranges of
     the remote files instead."""

@@ -86,7 +86,7 @@ class Trainer:
         self.run_id: str | None = None
         self.parent = parts.parent
         self.saver = Saver(self.run.checkpoints, recipe.train, world, recipe.engine.timeout_s)
-        self._unreadable = UnreadableSamples(self.run, world, recipe.data.max_bad_samples)
+        self._unreadable = UnreadableSamples(self.run, world, recipe.data)
         self._skipped = SkippedSteps(self.run, world.rank, recipe.train.max_skipped_steps)
         self._metrics = StepMetrics(recipe, stage, world)
         self._losses_since_save: list[dict[str, float]] = []
@@ -179,7 +179,7 @@ class Trainer:
         totals = local.over_ranks(self.world)
         self.saver.apply_status([totals.saves_ended, totals.saves_failed])
         self.train_state.add(totals)
-        self._unreadable.check(data, totals, self.train_state.unreadable_samples)
+        self._unreadable.check(data, totals, self.train_state)
         with recording(log_now) as recorded:
             self._accumulate(data, Counts(totals.loss_tokens))
             # Skipped steps do not count for the schedule.

@@ -81,7 +81,8 @@ def test_past_the_limit_all_ranks_stop_at_the_same_step_with_the_list(
     total = len(written(run))
     for outcome in outcomes:
         last = outcome.error_lines[-1]
-        assert f"{total} samples could not be read by step 2, more than data.max_bad_samples=5: " in last
+        assert f"{total} samples could not be read by step 2, more than data.max_bad_samples=5 " in last
+        assert "and than data.max_bad_share=0.001 of 72: " in last
         assert all(key in last for key in BROKEN)
         assert "(it2i, shard-000001.tar: " in last
         assert "bad_samples.jsonl lists them" in last
@@ -89,6 +90,17 @@ def test_past_the_limit_all_ranks_stop_at_the_same_step_with_the_list(
     # With a higher limit the run resumes.
     train(recipe, f"run.name={name}", "train.steps=2", processes=processes)
     assert [line["data/replaced"] for line in metrics(run)] == [3, 6]
+
+
+def test_a_share_of_bad_samples_is_allowed_whatever_their_number(recipe: Path) -> None:
+    """3 or 4 samples of 36 cannot be read in each step; the count alone would end the run at step 1."""
+    words = ["run.name=share", "train.steps=3", "data.max_bad_samples=0"]
+    train(recipe, *words, "data.max_bad_share=0.5")
+    assert len(metrics(recipe.parent / "share")) == 3
+    outcome = train(recipe, *words, "run.name=share-0", "data.max_bad_share=0", code=1)[0]
+    assert (
+        "by step 1, more than data.max_bad_samples=0 and than data.max_bad_share=0.0 of 36: " in outcome.error_lines[-1]
+    )
 
 
 def test_a_rank_whose_packs_cannot_be_read_takes_the_others_with_it(make_recipe: MakeRecipe, tmp_path: Path) -> None:

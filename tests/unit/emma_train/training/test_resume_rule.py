@@ -25,6 +25,7 @@ FREE_OF_E0297DE = (
     "data.workers",
     "data.prefetch",
     "data.max_bad_samples",
+    "data.max_bad_share",
     "data.cache_",
     "data.read_",
 )
