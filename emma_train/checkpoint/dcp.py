@@ -120,6 +120,8 @@ def _load(checkpoint: StoragePath, wanted: dict[str, Tensor]) -> None:
                 for cause, _ in error.failures.values():
                     if isinstance(cause, RunError):
                         raise cause from None
+                    if isinstance(cause, OSError):
+                        folders.check_gone(folder, cause)
                 raise
     assert not remaining, f"{checkpoint} lacks {sorted(remaining)}"
 
@@ -128,7 +130,8 @@ def read_dcp_metadata(folder: StoragePath) -> Metadata:
     """The table of contents of a DCP folder. Raises UserError where it is damaged or foreign."""
     try:
         return DcpReader(folder).read_metadata()
-    except FileNotFoundError:
+    except OSError as error:
+        folders.check_gone(folder / DCP_METADATA, error)
         raise UserError(f"{folder / DCP_METADATA}: is missing") from None
     except ValueError as error:
         raise UserError(f"{folder / DCP_METADATA}: {error}") from None

@@ -20,11 +20,12 @@ import hashlib
 import json
 import logging
 import re
+import socket
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from emma_train.config.load import load_stored_yaml
-from emma_train.errors import UserError
+from emma_train.errors import RunError, UserError
 from emma_train.storage.paths import StoragePath, as_local, parse_path, storage_of
 from emma_train.storage.protocol import META
 from emma_train.storage.urls import is_file_name, is_inner_path
@@ -44,11 +45,14 @@ def step_name(step: int) -> str:
 
 def read_meta(folder: StoragePath) -> dict[str, Any] | None:
     """Metadata of a folder, whether its files exist or not; None where it has none or its checksum is wrong. Raises
-    StorageError where an object store fails, and UserError where it names files outside the folder, as do all functions
-    that call it."""
+    RunError where it cannot be read for a moment, and UserError where it names files outside the folder, as do all
+    functions that call it."""
     try:
         meta = json.loads(storage_of(folder).read(folder / META))
-    except (OSError, ValueError):
+    except ValueError:
+        return None
+    except OSError as error:
+        check_gone(folder / META, error)
         return None
     if not isinstance(meta, dict) or meta.pop("checksum", None) != _checksum(meta):
         return None
@@ -64,6 +68,16 @@ def _check_names(folder: StoragePath, meta: Mapping[str, Any]) -> None:
         names.append(frozen)
     if names:
         raise UserError(f"{folder / META}: names {names[0]!r}, which lies outside the checkpoint; do not trust it")
+
+
+def check_gone(path: StoragePath, error: OSError) -> None:
+    """Return where `error` says that there is no such file. Raise RunError for any other: a file that cannot be read
+    for a moment (no permission, a file server that fails) is not damaged."""
+    if not isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
+        raise RunError(
+            f"{path} cannot be read on {socket.gethostname()} ({error.strerror or error}): nothing says that it is "
+            "damaged; see to it that it can be read, and run the same command again"
+        ) from None
 
 
 def frozen_folder(folder: StoragePath, meta: Mapping[str, Any]) -> StoragePath | None:
@@ -224,7 +238,8 @@ def _wrong_size(folder: StoragePath, files: FileEntries) -> str | None:
         try:
             size = sizes[name] if name in sizes else storage.size(folder / name)
         except OSError as error:
-            return f"{name} is missing" if isinstance(error, FileNotFoundError) else f"{name}: {error.strerror}"
+            check_gone(folder / name, error)
+            return f"{name} is missing"
         if size != entry["bytes"]:
             return f"{name} has {size:,} bytes, not {entry['bytes']:,}"
     return None

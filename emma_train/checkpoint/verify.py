@@ -35,7 +35,8 @@ def find_damage(
 ) -> str | None:
     """What is wrong with a checkpoint; None where it is valid and every byte of `parts` and of its frozen weights is as
     it was written. With a world every rank calls it, hashes its share, and gets the same answer. Files in `verified`
-    are not hashed again; files that prove correct are added to it."""
+    are not hashed again; files that prove correct are added to it. Raises RunError, on every rank, where a file cannot
+    be read for a moment."""
     problem = world.on_main(lambda: folders.find_problem(folder)) if world else folders.find_problem(folder)
     if problem is not None:
         return problem
@@ -47,9 +48,13 @@ def find_damage(
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         results = list(pool.map(lambda path: _compare(path, entries[path]), paths))
     verified |= {path for path, result in zip(paths, results, strict=True) if result is None}
-    problems = [result for result in results if result is not None]
+    failures = [result for result in results if result is not None]
     if world:
-        problems = [problem for of_rank in world.gather(problems) for problem in of_rank]
+        failures = [failure for of_rank in world.gather(failures) for failure in of_rank]
+    for failure in failures:
+        if isinstance(failure, RunError):
+            raise failure
+    problems = [str(failure) for failure in failures]
     more = f" (and {len(problems) - 1} more files)" if problems[1:] else ""
     return problems[0] + more if problems else None
 
@@ -90,12 +95,19 @@ def find_resumable(checkpoints: StoragePath, world: World) -> StoragePath | None
     return checkpoint
 
 
-def _compare(path: StoragePath, expected: Any) -> str | None:
+def _compare(path: StoragePath, expected: Any) -> str | RunError | None:
+    """What is wrong with a file; a RunError where it cannot be read for a moment; None where it is as it was."""
     name = "/".join(path.parts[-2:])
     try:
         actual = file_entry(path)
+    except RunError as error:
+        return error
     except OSError as error:
-        return f"{name}: {error.strerror or 'is missing'} on {socket.gethostname()}"
+        try:
+            folders.check_gone(path, error)
+        except RunError as failure:
+            return failure
+        return f"{name} is missing on {socket.gethostname()}"
     if actual == expected:
         return None
     return f"{name} is damaged: SHA-256 {actual['sha256'][:8]}…, not {expected['sha256'][:8]}…"

@@ -224,7 +224,7 @@ class InitConfig:
     """What the Gen adapter starts from at the hand-off from stage0 or from imported weights: random weights, or und, a
     copy of the Und adapter (ours: text-to-image alone gives its semantic columns almost no gradient before editing)."""
     any_stage: bool = setting(False)
-    """Start from a checkpoint of any stage, not only from the one before."""
+    """Start from a checkpoint of any stage, not only of the one before or of the stage itself."""
 
 
 @dataclass

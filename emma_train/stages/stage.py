@@ -145,6 +145,9 @@ def check_order(stage: Stage, previous: str | None, init: InitConfig) -> None:
         )
     if (previous or "") in stage.follows:
         return
+    if previous == stage.name:
+        log.info("%s starts from a checkpoint of %s itself: its weights only, at step 0", stage.name, stage.name)
+        return
     needed = " or ".join(name for name in stage.follows if name) or "imported or random weights"
     if init.any_stage:
         content = (

@@ -9,6 +9,7 @@ from emma_train.config import config_hash
 from emma_train.config.load import to_stored
 from emma_train.config.schema import Recipe
 from emma_train.training.build import TrainingParts
+from emma_train.training.environment import commit
 from emma_train.training.train_state import TrainState
 
 
@@ -39,5 +40,6 @@ def checkpoint_meta(
         "tracker_run": tracker_run,
         "parent": parent,
         "world_size": world_size,
+        "commit": commit(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,6 +49,7 @@ def environment(world: "World") -> dict[str, Any]:
     }
 
 
+@cache
 def commit() -> str | None:
     """Git commit of the code, followed by + if files have changed; None outside of a checkout."""
     here = Path(__file__).parent

@@ -31,10 +31,11 @@ from emma_train.stages.stage import Stage
 from emma_train.storage.paths import StoragePath
 from emma_train.training.build import TrainingParts
 from emma_train.training.checkpoint_meta import checkpoint_meta
+from emma_train.training.environment import commit
 from emma_train.training.forward import micro_loss
 from emma_train.training.health import GarbageCollection
 from emma_train.training.preemption import EXIT_PREEMPTED, StopRequest
-from emma_train.training.resume_rule import check_resume
+from emma_train.training.resume_rule import check_resume, code_change
 from emma_train.training.run_folder import RunFolder
 from emma_train.training.schedule import learning_rate
 from emma_train.training.skipped_steps import SkippedSteps
@@ -106,6 +107,8 @@ class Trainer:
         self.parent = meta.get("parent")
         self.frozen = fingerprints(self.engine.model)
         log.info("resumed %s", checkpoint)
+        if change := code_change(meta, commit()):
+            log.warning("%s: %s", checkpoint, change)
 
     def train(self, stop: StopRequest) -> int:
         """Run the remaining steps. Returns the exit code: 0, or 75 after a signal and a checkpoint."""

@@ -45,7 +45,7 @@ def check_resume(recipe: Recipe, stored: Mapping[str, Any], source: str) -> None
     if differences := contradictions(recipe, stored):
         lines, keys = list(differences.values()), ",".join(differences)
         each = "it" if len(differences) == 1 else "them"
-        ways = f"put {each} back, start another run.name, or accept with resume.allow=[{keys}]"
+        ways = f"put {each} back, start another run.name (init.from={source} takes the weights), or accept with resume.allow=[{keys}]"
         raise UserError(f"{source}: {', '.join(lines)}; {ways}")
 
 
@@ -140,3 +140,15 @@ def _fixed_values(values: Mapping[str, Any], schema: type, prefix: str = "", rul
         elif (field.rule if field is not None else rule) == "fixed":
             fixed[f"{prefix}{key}"] = value
     return fixed
+
+
+def code_change(meta: Mapping[str, Any], current: str | None) -> str:
+    """How the code differs from that which wrote a checkpoint, by git commit; empty where it does not or is unknown."""
+    former = meta.get("commit")
+    if not former or not current or (former == current and not former.endswith("+")):
+        return ""
+    if former == current:
+        return f"the code had changes that no commit holds ({former}), and has some now: they may differ"
+    return f"the code is that of commit {current} now, and was {former} when the checkpoint was written" + (
+        " (+ means changes that no commit holds)" if "+" in former + current else ""
+    )

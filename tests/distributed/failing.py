@@ -11,6 +11,7 @@ from data_pipelines.loader.reader import SampleReader
 from data_pipelines.loader.sample_builder import SampleBuilder
 from emma_train.cli import main
 from emma_train.engine.fsdp import FsdpEngine
+from emma_train.storage.local_storage import LocalStorage
 
 ERRORS = {
     "bug": TypeError("unforeseen"),
@@ -58,3 +59,20 @@ def diverging_command(argv: list[str], after: int) -> int:
 
     FsdpEngine.step = diverging  # type: ignore[method-assign]
     return main(argv)
+
+
+def unreadable_command(argv: list[str], name: str, number: int) -> int:
+    """A command whose last rank cannot read files whose path ends with `name`: the system answers `number`."""
+    if int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1:
+        for method in ("read", "open", "size"):
+            setattr(LocalStorage, method, _failing_for(getattr(LocalStorage, method), name, number))
+    return main(argv)
+
+
+def _failing_for(method: Any, name: str, number: int) -> Any:
+    def fail(self: LocalStorage, file: Any) -> Any:
+        if str(file).endswith(name):
+            raise OSError(number, os.strerror(number), str(file))
+        return method(self, file)
+
+    return fail

@@ -81,10 +81,15 @@ ALLOWED = {
 
 @pytest.mark.parametrize("previous", [None, *STAGES])
 @pytest.mark.parametrize("name", STAGES)
-def test_a_stage_follows_the_one_before_it(name: str, previous: str | None) -> None:
+def test_a_stage_follows_the_one_before_it_or_itself(
+    name: str, previous: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     source = f"runs/{previous}" if previous else None
-    if (name, previous) in ALLOWED:
+    if (name, previous) in ALLOWED or name == previous:
         check_order(STAGES[name], previous, InitConfig(source))
+        warm = [f"{name} starts from a checkpoint of {name} itself: its weights only, at step 0"]
+        assert caplog.messages == (warm if name == previous else [])
         return
     with pytest.raises(UserError) as caught:
         check_order(STAGES[name], previous, InitConfig(source))
