@@ -45,7 +45,7 @@ def check_resume(recipe: Recipe, stored: Mapping[str, Any], source: str) -> None
     if differences := contradictions(recipe, stored):
         lines, keys = list(differences.values()), ",".join(differences)
         each = "it" if len(differences) == 1 else "them"
-        ways = f"put {each} back, start another run.name (init.from={source} takes the weights), or accept with resume.allow=[{keys}]"
+        ways = f"put {each} back, start another run.name with init.from, or accept with resume.allow=[{keys}]"
         raise UserError(f"{source}: {', '.join(lines)}; {ways}")
 
 

@@ -23,7 +23,7 @@ def run(tmp_path: Path) -> Path:
 
 def test_a_stage_starts_from_its_own_stage_with_other_settings(run: Path) -> None:
     start = (f"run.root={run.parent}", f"init.from={run}", "run.name=warm", "train.steps=1")
-    (outcome,) = train(RECIPE, *start, "data.samples_per_step=6")
+    (outcome,) = train(RECIPE, *start, "optimizer.lr=2e-4")
     assert "stage1 starts from a checkpoint of stage1 itself: its weights only, at step 0" in outcome.err
     meta = folders.read_meta(checkpoint(run.parent / "warm", 1)) or {}
     assert (meta["stage"], meta["parent"]["stage"], meta["parent"]["step"]) == ("stage1", "stage1", 4)

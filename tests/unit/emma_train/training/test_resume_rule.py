@@ -111,7 +111,8 @@ def test_the_error_names_the_field_and_the_ways_out() -> None:
         check_resume(tiny_recipe(), stored(optimizer__lr=2e-3, data__seed=1), "step-3")
     assert str(caught.value) == (
         "step-3: data.seed is 0 in the recipe and 1 in the checkpoint, optimizer.lr is 0.001 in the recipe and 0.002 "
-        "in the checkpoint; put them back, start another run.name, or accept with resume.allow=[data.seed,optimizer.lr]"
+        "in the checkpoint; put them back, start another run.name with init.from, or accept with "
+        "resume.allow=[data.seed,optimizer.lr]"
     )
 
 
