@@ -34,7 +34,9 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     if not arguments.out and as_local(parse_path(arguments.model)) is None:
         raise UserError(f"evaluate {arguments.model}: say where to write the scores (--out FILE)")
     out = Path(arguments.out or f"{arguments.model}/scores.json")
-    generator, recipe, meta = load_generator(arguments.model, arguments.device, not arguments.no_ema)
+    generator, recipe, meta = load_generator(
+        arguments.model, arguments.device, not arguments.no_ema, arguments.precision
+    )
     scores = _scores(generator, recipe, Path(arguments.data), arguments.limit)
     result = {"model": str(arguments.model), "stage": meta["stage"], "step": meta["step"], "scores": scores}
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         raise UserError(f"--task {task.name} takes no --image; use --task {others}, or leave out --image")
     if not task.makes_image:
         _check_marks(arguments.prompt, len(arguments.image))
-    generator, recipe, _ = load_generator(arguments.model, arguments.device, not arguments.no_ema)
+    generator, recipe, _ = load_generator(arguments.model, arguments.device, not arguments.no_ema, arguments.precision)
     flow, text = read_settings(parse_path(arguments.model), recipe)
     flow = with_overrides(flow, _given(arguments, flow), "--")
     text = with_overrides(text, _given(arguments, text), "--")

@@ -6,4 +6,10 @@ import argparse
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="run folder, checkpoint (or a URL of one) or export")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument(
+        "--precision",
+        choices=("auto", "bf16", "fp32"),
+        default="auto",
+        help="of the weights; auto: bf16 on a GPU, fp32 on CPUs",
+    )
     parser.add_argument("--no-ema", action="store_true", help="use the weights, not their average")

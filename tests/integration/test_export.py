@@ -103,6 +103,9 @@ def test_what_is_loaded_to_generate_is_the_checkpoint_to_the_last_bit(run: Path,
         model, recipe, meta = load_model(source, torch.device("cpu"), use_ema=True)
         assert same({name: p.detach() for name, p in model.named_parameters()}, averages)
         assert (meta["stage"], meta["step"], recipe.flow.shift) == ("stage1", STEPS, 3.0)
+        half, _, _ = load_model(source, torch.device("cpu"), use_ema=True, dtype=torch.bfloat16)
+        for name, value in model.named_parameters():
+            assert torch.equal(half.get_parameter(name), value.to(torch.bfloat16)), name
     raw, _, _ = load_model(run, torch.device("cpu"), use_ema=False)
     assert same({name: p.detach() for name, p in raw.named_parameters()}, weights_of(run, "model"))
 
