@@ -5,12 +5,13 @@ import logging
 import math
 import os
 import queue
+import re
 import signal
 import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,6 +26,7 @@ from data_pipelines.planner.candidates import SampleRef
 from data_pipelines.planner.planner import Planner, StepPlan
 from emma_train.config.check import check_world
 from emma_train.config.schema import Recipe
+from emma_train.config.stored import from_stored
 from emma_train.errors import RunError, UserError, describe_shortage
 from emma_train.sequence.pack import PackedBatch, Sample, pack
 from emma_train.sequence.step_batches import StepBatches, UnreadableSample
@@ -32,7 +34,11 @@ from emma_train.sequence.tokens import TextTokenizer
 from emma_train.storage.urls import is_local
 
 log = logging.getLogger(__name__)
-STATE_SCHEMA = 2
+STATE_SCHEMA = 3
+OTHER_SHARDS = (
+    "data.sources: the shards differ from those of the checkpoint, so the order of samples would too; bring the old "
+    "shards back, or accept with resume.allow=[data.sources]"
+)
 MAX_SUBSTITUTES = 8
 """Number of substitutes that are tried for a sample that cannot be read, before it is dropped."""
 SHARED_MEMORY = "/dev/shm"
@@ -90,25 +96,55 @@ class Stream:
         return {
             "schema": STATE_SCHEMA,
             "step": step,
-            "seed": self.recipe.data.seed,
-            "manifests": self.planner.fingerprint,
-            "tasks": self.planner.state(step),
+            "folders": self.planner.folders,
+            **self.planner.state(step),
         }
 
-    def resume(self, state: dict[str, Any]) -> None:
-        """Continue from a checkpoint's state. Raises UserError if it is of other data, unless the recipe has
-        resume.allow=[data.sources]."""
-        if state.get("schema") != STATE_SCHEMA:
+    def resume(self, state: dict[str, Any], config: Mapping[str, Any] | None = None) -> None:
+        """Continue from a checkpoint's state; `config` is its config, which a state of version 0.1.0 may need.
+
+        Raises UserError if it is of other shards, unless the recipe has resume.allow=[data.sources].
+        """
+        accepted = {re.split(r"[.\[]", name)[0] for name in self.recipe.resume.allow} & {"data", "mix"}
+        if state.get("schema") == 2:
+            self._resume_tasks(state, config if accepted else None)
+        elif state.get("schema") != STATE_SCHEMA:
             raise UserError(
                 f"the checkpoint's state of the data has schema {state.get('schema')}, this version reads "
                 f"{STATE_SCHEMA}; go on with the version that wrote it, or start a new run with init.from"
             )
-        if state["manifests"] != self.planner.fingerprint and "data.sources" not in self.recipe.resume.allow:
-            raise UserError(
-                "data.sources: the shards differ from those of the checkpoint, so the order of samples would too; "
-                "bring the old shards back, or accept with resume.allow=[data.sources]"
-            )
-        self.planner.load(state["step"], state["tasks"])
+        else:
+            before, now = set(state["folders"]), set(self.planner.folders)
+            if before - now and now - before and not self._may_change_sources():
+                raise UserError(OTHER_SHARDS)
+            for line in self.planner.load(state["step"], state):
+                log.warning("%s", line)
+        if accepted and state["step"] < self.recipe.train.steps:
+            for line in self.planner.position_lines(state["step"]):
+                log.info("%s", line)
+
+    def _resume_tasks(self, state: dict[str, Any], config: Mapping[str, Any] | None) -> None:
+        """Continue from a state of version 0.1.0; `config` is that of the checkpoint if the recipe has other data."""
+        planner, step = self.planner, state["step"]
+        if config is not None:
+            try:
+                tokenizer = TextTokenizer(self.recipe.data.tokenizer, self.recipe.data.template)
+                planner = Planner(from_stored(config, "checkpoint"), tokenizer)
+            except UserError as error:
+                if not self._may_change_sources():
+                    raise UserError(f"{error} (a source of the checkpoint; bring it back for one resume)") from None
+        if state["manifests"] != planner.fingerprint:
+            if not self._may_change_sources():
+                raise UserError(OTHER_SHARDS)
+            planner = self.planner
+            log.warning("the checkpoint is of version 0.1.0 and of other shards: samples of an epoch may be repeated")
+        planner.load_task_positions(step, state["tasks"])
+        if planner is not self.planner:
+            self.planner.load(step, planner.state(step))
+
+    def _may_change_sources(self) -> bool:
+        names = {name.partition("[")[0] for name in self.recipe.resume.allow}
+        return bool(names & {"data", "data.sources", "data.phases"})
 
     def steps(self, first: int, last: int) -> Iterator[StepBatches]:
         """Steps first to last, both included. If a step fails, it is yielded with its `failure` and is the last."""

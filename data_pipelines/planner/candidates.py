@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -41,21 +42,33 @@ class SampleRef:
     """Limit of visual tokens per image that makes the sample fit a pack; 0 uses the recipe's limit."""
     phase: int = 0
     """Index of the phase whose step takes the sample."""
+    pool: int = 0
+    """Index of its pool in the stream of its task."""
     position: int = 0
-    """Position in the stream of its task."""
+    """Position in the pool."""
 
 
 class Candidates:
     """The samples at N positions of one task's stream, in the order of the positions."""
 
-    def __init__(self, task: str, phase: int, positions: np.ndarray, interleave: WeightedInterleave, seed: int) -> None:
-        """A sample that is too long for any pack is replaced by another of its shuffle window.
+    def __init__(
+        self,
+        task: str,
+        phase: int,
+        positions: np.ndarray,
+        interleave: WeightedInterleave,
+        offsets: tuple[int, ...],
+        seed: int,
+    ) -> None:
+        """A sample that is too long for any pack is replaced by another of its shuffle window. `offsets` are those of
+        the pools (shuffle.py).
 
         Raises UserError if all samples of a window are too long.
         """
         self.task = task
         self.phase = phase
         self.positions = positions
+        self._locate = partial(interleave.locate, offsets=offsets)
         self.windows: list[tuple[int, SampleCosts]] = []
         """Epoch and samples of every shuffle window that the positions fall into."""
         self.window_index = np.zeros(len(positions), dtype=np.int64)
@@ -64,7 +77,7 @@ class Candidates:
         """For each candidate, its row in the window."""
         self.too_long = np.zeros(len(positions), dtype=bool)
         """Whether the sample at the position was too long, so that another one replaces it."""
-        for indices, epoch, costs, rows in interleave.rows(positions):
+        for indices, epoch, costs, rows in interleave.rows(positions, offsets):
             self.window_index[indices] = len(self.windows)
             self.row[indices] = rows
             self.too_long[indices] = costs.too_long[rows]
@@ -88,7 +101,9 @@ class Candidates:
     def sample_ref(self, index: int) -> SampleRef:
         """One candidate as the loader needs it."""
         epoch, costs = self.windows[self.window_index[index]]
-        return make_sample_ref(costs, int(self.row[index]), self.task, self.phase, epoch, int(self.positions[index]))
+        return make_sample_ref(
+            costs, int(self.row[index]), self.task, self.phase, epoch, self._locate(int(self.positions[index]))
+        )
 
     def queue(self) -> Queue:
         """Sizes and costs of all candidates, for packing."""
@@ -117,8 +132,10 @@ class Candidates:
         return int(fitting[seed_of(seed, epoch, key, f"{self.task} stand-in") % len(fitting)])
 
 
-def make_sample_ref(costs: SampleCosts, row: int, task: str, phase: int, epoch: int, position: int) -> SampleRef:
-    """The reference to one row of `costs`."""
+def make_sample_ref(
+    costs: SampleCosts, row: int, task: str, phase: int, epoch: int, position: tuple[int, int]
+) -> SampleRef:
+    """The reference to one row of `costs`; `position` is the index of its pool and the position in that."""
     url, sha256 = costs.shards[costs.shard[row]]
     return SampleRef(
         key=costs.keys[row].as_py(),
@@ -134,5 +151,6 @@ def make_sample_ref(costs: SampleCosts, row: int, task: str, phase: int, epoch: 
         num_visual=int(costs.num_visual[row]),
         max_tokens=int(costs.max_tokens[row]),
         phase=phase,
-        position=position,
+        pool=position[0],
+        position=position[1],
     )

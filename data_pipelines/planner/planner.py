@@ -1,31 +1,32 @@
 """Decides which samples make optimizer step k: a function of (seed, k, manifests) alone, the same on every rank.
 
 A step takes the tasks in their exact ratio: either a fixed number of samples, or as many as its slots hold. World size
-has no influence: it only decides which rank computes which slot. The state to resume from is one TaskCursor per task,
-which stays small however far the run is.
+has no influence: it only decides which rank computes which slot. The state to resume from is a position in each pool
+(pools.py), which stays small however far the run is.
 """
 
 import hashlib
 import math
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from data_pipelines.planner.candidates import Candidates, SampleRef, make_sample_ref
 from data_pipelines.planner.costs import CostModel
+from data_pipelines.planner.cursor import TaskCursor
 from data_pipelines.planner.packing import EVEN, Queue, Slots, deal, evenness, fill, look_ahead, spread, sums
-from data_pipelines.planner.shuffle import WeightedInterleave
-from data_pipelines.planner.sources import Sources
+from data_pipelines.planner.pools import Pool, PoolCursor, Positions
+from data_pipelines.planner.sources import Sources, TaskStream
 from data_pipelines.shards.record import added_text_tokens
 from emma_train.config.mix import TASK_NAMES, phases, samples_per_task, task_shares
-from emma_train.config.schema import MixConfig, Recipe
+from emma_train.config.schema import MixConfig, PhaseConfig, Recipe
 from emma_train.errors import UserError
 from emma_train.sequence.seeds import seed_of
 from emma_train.sequence.tasks import TASKS, fixed_text_tokens
 from emma_train.sequence.tokens import TextTokenizer
+from emma_train.storage.urls import display_url
 
 TOKEN_UNITS = 400
 """If the mix is by tokens: units into which the token capacity of a step is divided."""
@@ -61,59 +62,21 @@ class StepPlan:
         return tuple(self.slot(number) for number in range(len(self.slot_items)))
 
 
-@dataclass(slots=True)
-class TaskCursor:
-    """Cursor of one task's stream: the next unread position, and earlier positions that were skipped and come first."""
-
-    next: int = 0
-    """First position after all taken ones."""
-    skipped: tuple[int, ...] = ()
-    """Positions below `next` that are not taken yet, in order."""
-    tokens: int = 0
-    """LLM tokens of all samples taken so far; used if the mix is by tokens."""
-
-    def state(self) -> dict[str, Any]:
-        """As a checkpoint stores it."""
-        return {"next": self.next, "left": list(self.skipped), "tokens": self.tokens}
-
-    @classmethod
-    def from_state(cls, state: dict[str, Any]) -> "TaskCursor":
-        """The inverse of `state`."""
-        return cls(state["next"], tuple(state["left"]), state["tokens"])
-
-    def positions(self, num: int) -> np.ndarray:
-        """The next `num` positions: skipped ones first. int64 [num]."""
-        skipped = np.asarray(self.skipped[:num], dtype=np.int64)
-        fresh = np.arange(self.next, self.next + num - len(skipped), dtype=np.int64)
-        return np.concatenate([skipped, fresh])
-
-    def after(self, positions: np.ndarray, taken: Sequence[int], tokens: int) -> "TaskCursor":
-        """The cursor after a step whose candidates were at `positions` and that took those with indices `taken`.
-
-        `tokens` is the new total.
-        """
-        last = max(taken, default=-1)
-        last_position = int(positions[last]) if last >= 0 else -1
-        indices = set(taken)
-        skipped = [index for index in range(last + 1) if index not in indices]
-        still_skipped = [position for position in self.skipped if position > last_position]
-        return TaskCursor(max(self.next, last_position + 1), (*positions[skipped].tolist(), *still_skipped), tokens)
-
-
 @dataclass(frozen=True)
 class _Phase:
     number: int
     start: int
     """Number of steps before the phase."""
+    end: float
+    """Number of steps before the next phase; infinity for the last one."""
     shares: dict[str, int]
     """The task ratio in its lowest terms."""
     counts: dict[str, int]
     """Samples per step by task; empty if a step takes as many as fit."""
-    streams: dict[str, WeightedInterleave]
+    streams: dict[str, TaskStream]
     """The stream of samples of each task."""
-    taken: dict[str, int]
-    """Samples by task that earlier phases took, if the number per step is fixed. The phase continues at these
-    positions, so that a source of two phases does not repeat the same samples, alternatives and noise."""
+    pools: list[Pool]
+    """All pools that the run has positions in, of earlier phases too."""
 
 
 class Planner:
@@ -125,34 +88,47 @@ class Planner:
         self.model = recipe.model
         caps = {name: getattr(self.data, f"pack_{name}") for name in ("tokens", "pairs", "patches", "pixels")}
         self.caps = {name: cap for name, cap in caps.items() if cap}
-        sources = Sources(self.data, tokenizer)
-        self._phases = self._make_phases(recipe, sources, tokenizer)
-        self.fingerprint = sources.fingerprint
-        """Hash of the shards and rows that the plan can use."""
+        self._configs = phases(recipe)
+        self._cost_models = {
+            task: CostModel(
+                task,
+                TASKS[task].image_config(self.data),
+                self.model,
+                self.caps,
+                self.data.seed,
+                fixed_text_tokens(TASKS[task], tokenizer),
+                added_text_tokens(TASKS[task], tokenizer, self.data.caption_questions),
+            )
+            for task in TASK_NAMES
+        }
+        self._sources = Sources(self.data, tokenizer)
+        self._phases = self._make_phases([], 0)
+        self.fingerprint = self._sources.fingerprint([(c, list(task_shares(c.mix))) for c in self._configs])
+        """Hash of the shards and rows that the plan can use, as version 0.1.0 stored it."""
+        self.folders = self._sources.folders
+        """Hash of the shards of each folder that the plan can use."""
         self._lock = threading.Lock()
-        self._cursors: dict[int, dict[str, TaskCursor]] = {0: {task: TaskCursor() for task in TASK_NAMES}}
-        """Cursors by task after a step, for the steps that are needed."""
+        self._positions: dict[int, Positions] = {0: Positions()}
+        """Positions after a step, for the steps that are needed."""
         self._last: StepPlan | None = None
         self._depth: dict[int, int] = {}
         """By phase: the number of units that `_fill_packs` makes candidates for."""
 
-    def _make_phases(self, recipe: Recipe, sources: Sources, tokenizer: TextTokenizer) -> list[_Phase]:
+    def _make_phases(self, known: list[Pool], done: int) -> list[_Phase]:
+        """The phases of a run that has read the `known` pools in its first `done` steps."""
         result: list[_Phase] = []
-        start, taken = 0, dict.fromkeys(TASK_NAMES, 0)
-        for number, phase in enumerate(phases(recipe)):
-            counts = samples_per_task(phase.mix, self.data.samples_per_step) if self.data.samples_per_step else {}
-            shares = _shares(phase.mix)
-            streams = {}
+        start = 0
+        for number, config in enumerate(self._configs):
+            is_last = number == len(self._configs) - 1
+            end = math.inf if is_last else start + config.steps
+            counts = samples_per_task(config.mix, self.data.samples_per_step) if self.data.samples_per_step else {}
+            shares, streams, pools = _shares(config.mix), {}, list(known)
             for task in shares:
-                image_config = TASKS[task].image_config(self.data)
-                fixed = fixed_text_tokens(TASKS[task], tokenizer)
-                added = added_text_tokens(TASKS[task], tokenizer, self.data.caption_questions)
-                cost_model = CostModel(task, image_config, self.model, self.caps, self.data.seed, fixed, added)
-                streams[task] = sources.stream(phase, cost_model)
-            result.append(_Phase(number, start, shares, counts, streams, dict(taken)))
-            start += phase.steps
-            for task, count in counts.items():
-                taken[task] += phase.steps * count
+                streams[task], pools = self._sources.stream(config, self._cost_models[task], pools)
+            result.append(_Phase(number, start, end, shares, counts, streams, pools))
+            start += config.steps
+            if end > done:
+                known = pools
         return result
 
     def check(self) -> None:
@@ -160,40 +136,76 @@ class Planner:
         such a recipe fails early."""
         for phase in self._phases:
             step = phase.start + 1
-            self._compute(step, self._cursors_before(step) if phase.counts else self._cursors[0])
+            self._compute(step, self._positions_before(step) if phase.counts else self._positions[0])
 
     def plan(self, step: int) -> StepPlan:
         """The plan of optimizer step `step`, counted from 1. Raises UserError if its samples do not fit its slots."""
         with self._lock:
             if self._last is None or self._last.step != step:
-                self._last, self._cursors[step] = self._compute(step, self._cursors_before(step))
+                self._last, self._positions[step] = self._compute(step, self._positions_before(step))
             return self._last
 
-    def state(self, step: int) -> dict[str, dict[str, Any]]:
-        """The cursors after `step` steps, as plain values."""
+    def state(self, step: int) -> dict[str, Any]:
+        """The positions after `step` steps, as plain values."""
         with self._lock:
-            cursors = self._cursors_before(step + 1)
-        return {task: cursor.state() for task, cursor in cursors.items()}
+            return self._positions_before(step + 1).state()
 
-    def load(self, step: int, state: dict[str, dict[str, Any]]) -> None:
-        """Continue from `state` after `step` steps. A task that the state lacks starts at its first sample."""
-        cursors = {task: TaskCursor() for task in TASK_NAMES}
-        cursors |= {task: TaskCursor.from_state(values) for task, values in state.items()}
-        self._cursors, self._last = {step: cursors}, None
+    def load(self, step: int, state: dict[str, Any]) -> list[str]:
+        """Continue from `state` after `step` steps. Returns a line for each pool that cannot go on where it was.
+
+        Pools that are not in the state start at their first sample.
+        """
+        positions, lines = self._sources.reopened(Positions.from_state(state), self._configs_from(step))
+        self._phases = self._make_phases(list(positions.pools), step)
+        self._positions, self._last, self._depth = {step: positions}, None, {}
+        return lines
+
+    def load_task_positions(self, step: int, tasks: dict[str, dict[str, Any]]) -> None:
+        """Continue from a state of version 0.1.0, which has one position for each task, whatever its sources.
+
+        Each task goes on there, also in a phase whose sources no earlier phase had.
+        """
+        pools: dict[Pool, PoolCursor] = {}
+        taken = dict.fromkeys(TASK_NAMES, 0)
+        current = self._phase(max(step, 1))
+        for phase in self._phases[: current.number + 1]:
+            for task, stream in phase.streams.items():
+                values = tasks.get(task, {"next": 0, "left": []})
+                cursor = TaskCursor(values["next"], tuple(values["left"]))
+                if phase.counts and phase is not current:
+                    taken[task] += int(phase.end - phase.start) * phase.counts[task]
+                    cursor = TaskCursor(taken[task])
+                pools |= stream.pool_cursors(cursor)
+        tokens = {task: values["tokens"] for task, values in tasks.items() if values.get("tokens")}
+        self.load(step, Positions(pools, tokens, current.shares).state())
+
+    def position_lines(self, step: int) -> list[str]:
+        """For each task of step `step` + 1, a line that says where its pools go on."""
+        phase = self._phase(step + 1)
+        positions = self._entered(phase, self._positions_before(step + 1))
+        lines = []
+        for task, stream in phase.streams.items():
+            pools = []
+            for pool in stream.pools:
+                folders = ", ".join(display_url(path) for path in dict.fromkeys(p.source.path for p in pool.kept))
+                epoch, sample = divmod(positions.pools[pool].next, pool.num_rows)
+                pools.append(f"{folders} at sample {sample} of {pool.num_rows} in epoch {epoch}")
+            lines.append(f"{task} goes on in {'; '.join(pools)}")
+        return lines
 
     def forget(self, step: int) -> None:
-        """Free the cursors of steps before `step`; these steps cannot be planned again."""
+        """Free the positions of steps before `step`; these steps cannot be planned again."""
         with self._lock:
-            for old in [s for s in self._cursors if s < step]:
-                del self._cursors[old]
+            for old in [s for s in self._positions if s < step]:
+                del self._positions[old]
 
     def substitute(self, sample: SampleRef, attempt: int) -> SampleRef | None:
         """Another sample of the same task and window, to use if `sample` cannot be read. It is no longer than that.
 
         A function of its arguments alone; `attempt` numbers the substitutes, from 0. Returns None if there is none.
         """
-        pool, position = self._phases[sample.phase].streams[sample.task].locate(sample.position)
-        costs = pool.window_costs(position)
+        pool = self._phases[sample.phase].streams[sample.task].interleave.pools[sample.pool]
+        costs = pool.window_costs(sample.position)
         fits = (costs.num_tokens <= sample.num_tokens) & (costs.num_visual <= sample.num_visual) & ~costs.too_long
         shard = costs.shards.index((sample.url, sample.shard))
         is_sample = (costs.offset == sample.offset) & (costs.shard == shard)
@@ -202,37 +214,76 @@ class Planner:
             return None
         seed = seed_of(self.data.seed, sample.epoch, sample.key, f"{sample.task} spare {attempt}")
         row = int(rows[seed % len(rows)])
-        return make_sample_ref(costs, row, sample.task, sample.phase, sample.epoch, sample.position)
+        return make_sample_ref(costs, row, sample.task, sample.phase, sample.epoch, (sample.pool, sample.position))
 
-    def _cursors_before(self, step: int) -> dict[str, TaskCursor]:
-        if self.data.samples_per_step:
-            phase = self._phase(step)
-            counts, steps = phase.counts, step - 1 - phase.start
-            return {task: TaskCursor(taken + steps * counts.get(task, 0)) for task, taken in phase.taken.items()}
-        known = max((s for s in self._cursors if s < step), default=None)
+    def _configs_from(self, step: int) -> list[tuple[PhaseConfig, list[str]]]:
+        """The phases that are not over after `step` steps, with their tasks."""
+        return [(self._configs[p.number], list(p.shares)) for p in self._phases if p.end > step]
+
+    def _positions_before(self, step: int) -> Positions:
+        known = max((s for s in self._positions if s < step), default=None)
         if known is None:
-            raise UserError(f"step {step} was asked for, but the stream goes on after step {min(self._cursors)}")
+            raise UserError(f"step {step} was asked for, but the stream goes on after step {min(self._positions)}")
+        if self.data.samples_per_step:
+            return self._advanced(self._positions[known], known, step - 1)
         for number in range(known + 1, step):
-            self._cursors[number] = self._compute(number, self._cursors[number - 1])[1]
-        return self._cursors[step - 1]
+            self._positions[number] = self._compute(number, self._positions[number - 1])[1]
+        return self._positions[step - 1]
+
+    def _advanced(self, positions: Positions, step: int, last: int) -> Positions:
+        """The positions after step `last`, where they are `positions` after `step`, for steps of a fixed number."""
+        for phase in self._phases:
+            steps = int(min(last, phase.end)) - max(step, phase.start)
+            if steps > 0:
+                positions = self._entered(phase, positions)
+                pools = dict(positions.pools)
+                for task, count in phase.counts.items():
+                    stream = phase.streams[task]
+                    pools |= stream.pool_cursors(stream.cursor(positions).advanced(steps * count))
+                positions = replace(positions, pools=pools)
+        return positions
+
+    def _entered(self, phase: _Phase, positions: Positions) -> Positions:
+        """The positions with all pools of a phase: those that it divides, and new ones at their first sample."""
+        tokens = positions.tokens if positions.shares == phase.shares else {}
+        pools = {pool: positions.pools.get(pool) or self._first_cursor(pool, positions) for pool in phase.pools}
+        return Positions(pools, tokens, phase.shares)
+
+    def _first_cursor(self, pool: Pool, positions: Positions) -> PoolCursor:
+        """The cursor of a pool that is new: where the pool that it was divided from is, or at its first sample."""
+        for wider, cursor in positions.pools.items():
+            if pool.has_order_of(wider) and set(pool.kept) < set(wider.kept):
+                cost_model = self._cost_models[pool.task]
+                one, other = self._sources.shuffled(wider, cost_model), self._sources.shuffled(pool, cost_model)
+                skipped = [
+                    one.num_before(position, other)
+                    for position in cursor.skipped
+                    if one.num_before(position + 1, other) > one.num_before(position, other)
+                ]
+                return PoolCursor(one.num_before(cursor.next, other), tuple(skipped))
+        return PoolCursor()
 
     def _phase(self, step: int) -> _Phase:
         return next(phase for phase in reversed(self._phases) if step > phase.start)
 
-    def _compute(self, step: int, before: dict[str, TaskCursor]) -> tuple[StepPlan, dict[str, TaskCursor]]:
-        """The plan of a step, and the cursors after it."""
+    def _compute(self, step: int, positions: Positions) -> tuple[StepPlan, Positions]:
+        """The plan of a step, and the positions after it."""
         phase = self._phase(step)
+        positions = self._entered(phase, positions)
+        before = {task: stream.cursor(positions) for task, stream in phase.streams.items()}
         choose = self._fixed_count if phase.counts else self._fill_packs
         candidates, queues, slots = choose(step, phase, before)
         taken: list[list[int]] = [[] for _ in candidates]
         for slot in slots:
             for number, index in slot:
                 taken[number].append(index)
-        after = dict(before)
+        after, pools, tokens = dict(before), dict(positions.pools), dict(positions.tokens)
         for of_task, queue, indices in zip(candidates, queues, taken, strict=True):
-            cursor = before[of_task.task]
-            tokens = cursor.tokens + sum(queue.sizes[0][index] for index in indices)
-            after[of_task.task] = cursor.after(of_task.positions, indices, tokens)
+            task = of_task.task
+            if not phase.counts:
+                tokens[task] = tokens.get(task, 0) + sum(queue.sizes[0][index] for index in indices)
+            after[task] = before[task].after(of_task.positions, indices, tokens.get(task, 0))
+            pools |= phase.streams[task].pool_cursors(after[task])
         costs, sizes = sums(queues, slots)
         plan = StepPlan(
             step=step,
@@ -240,11 +291,11 @@ class Planner:
             straggler=max(costs) * len(costs) / sum(costs),
             filled=sum(size[0] for size in sizes) / (self.data.slots * self.data.pack_tokens),
             too_long=sum(int(c.too_long[indices].sum()) for c, indices in zip(candidates, taken, strict=True)),
-            epoch=max(s.epochs(after[task].next - len(after[task].skipped)) for task, s in phase.streams.items()),
+            epoch=max(s.interleave.epochs(*_num_taken(after[task])) for task, s in phase.streams.items()),
             candidates=candidates,
             slot_items=slots,
         )
-        return plan, after
+        return plan, Positions(pools, tokens, phase.shares)
 
     def _fixed_count(
         self, step: int, phase: _Phase, before: dict[str, TaskCursor]
@@ -310,7 +361,8 @@ class Planner:
         return counts
 
     def _candidates(self, phase: _Phase, task: str, cursor: TaskCursor, num: int) -> Candidates:
-        return Candidates(task, phase.number, cursor.positions(num), phase.streams[task], self.data.seed)
+        interleave = phase.streams[task].interleave
+        return Candidates(task, phase.number, cursor.positions(num), interleave, cursor.offsets, self.data.seed)
 
 
 def _digest(candidates: list[Candidates], slots: Slots, taken: list[list[int]]) -> str:
@@ -318,6 +370,11 @@ def _digest(candidates: list[Candidates], slots: Slots, taken: list[list[int]]) 
     lines = [iter(c.digest_lines(indices)) for c, indices in zip(candidates, taken, strict=True)]
     text = "\n".join(next(lines[number]) for slot in slots for number, _ in slot)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def _num_taken(cursor: TaskCursor) -> tuple[int, tuple[int, ...]]:
+    """Number of positions that were taken, and the offsets."""
+    return cursor.next - len(cursor.skipped), cursor.offsets
 
 
 def _shares(mix: MixConfig) -> dict[str, int]:

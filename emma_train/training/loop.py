@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
@@ -56,7 +56,7 @@ class Batches(Protocol):
 
     def state(self, step: int) -> dict[str, Any]: ...
 
-    def resume(self, state: dict[str, Any]) -> None: ...
+    def resume(self, state: dict[str, Any], config: Mapping[str, Any] | None = None) -> None: ...
 
 
 class Trainer:
@@ -97,7 +97,7 @@ class Trainer:
         meta = folders.read_meta(checkpoint)
         assert meta is not None
         check_resume(self.recipe, meta["config"], str(checkpoint))
-        self.stream.resume(meta["data"])
+        self.stream.resume(meta["data"], meta["config"])
         state = self._state()
         dcp.load_training(checkpoint, state)
         self.engine.sync_compute_weights()

@@ -294,7 +294,7 @@ def resume(folder: Path, repeats: int) -> dict[str, Any]:
             recipe.data.samples_per_step, recipe.data.pack_tokens = 0, 8192
             started = time.perf_counter()
             stream = Stream(recipe, 0, 1, None)
-            stream.planner.load(1, {"t2i": state})
+            stream.planner.load_task_positions(1, {"t2i": state})
             packs = stream._load(stream._planned_slots(2, 3, deque()))
             next(packs)
             seconds[position] = min(seconds[position], time.perf_counter() - started)

@@ -386,17 +386,3 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(small: Path) -> 
     recipe.model.decoder.vocab = 100
     with pytest.raises(UserError, match=r"more than model\.decoder\.vocab=100"):
         Stream(recipe, 0, 1, None)
-
-
-def test_state_is_small_and_other_shards_are_a_contradiction(small: Path, tmp_path: Path) -> None:
-    stream = Stream(recipe_of(small), 0, 1, None)
-    state = stream.state(7)
-    shares = {"i2t": 1, "t2i": 1, "it2i": 1, "recon": 0}
-    tasks = {task: {"next": 42 if share else 0, "left": [], "tokens": 0} for task, share in shares.items()}
-    assert state == {"schema": 2, "step": 7, "seed": 0, "manifests": stream.planner.fingerprint, "tasks": tasks}
-    stream.resume(state)
-    Stream(recipe_of(small), 1, 3, None).resume(state)
-    other = write_shards(tmp_path, every_task(13))
-    with pytest.raises(UserError, match=r"data\.sources: the shards differ.*resume\.allow=\[data\.sources\]"):
-        Stream(recipe_of(other), 0, 1, None).resume(state)
-    Stream(recipe_of(other, resume__allow=["data.sources"]), 0, 1, None).resume(state)

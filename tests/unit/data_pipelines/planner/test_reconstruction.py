@@ -55,7 +55,7 @@ def test_the_share_of_recon_does_not_change_the_samples_of_other_tasks(folder: P
 
 def test_a_state_that_does_not_know_the_task_goes_on(folder: Path) -> None:
     planner = Planner(recipe_of(folder, {**SHARES, "recon": 1}), tokenizer())
-    state = planner.state(0)
-    old = {task: values for task, values in state.items() if task != "recon"}
-    planner.load(0, old)
-    assert planner.state(0) == state
+    without = Planner(recipe_of(folder, SHARES), tokenizer())
+    planner.load(1, without.state(1))
+    pools = {pool["task"]: pool["next"] for pool in planner.state(2)["pools"]}
+    assert pools == {"i2t": 8, "t2i": 8, "it2i": 8, "recon": 4}

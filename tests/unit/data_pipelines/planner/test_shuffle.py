@@ -104,7 +104,7 @@ def test_every_run_of_a_blend_keeps_the_weights_within_one_or_two(weights: list[
 
 def test_each_pool_of_an_interleave_goes_through_its_own_epochs() -> None:
     small, large = pool([6], name="a"), pool([0, 20], name="b")
-    interleave = WeightedInterleave([small, large], [1, 2])
+    interleave = WeightedInterleave([small, large], interleave_pattern([1, 2]))
     got = keys(interleave, 0, 60)
     assert Counter(key for key in got if key.startswith("s1")) == {f"s1/{i}": 2 for i in range(20)}
     counts = [key for key in got if key.startswith("s0")]
@@ -112,5 +112,6 @@ def test_each_pool_of_an_interleave_goes_through_its_own_epochs() -> None:
     assert all(Counter(counts[i : i + 6]) == {f"s0/{row}": 1 for row in range(6)} for i in (0, 6, 12))
     assert interleave.epochs(60) == pytest.approx(20 / 6)
     for position in (0, 1, 2, 17, 59):
-        sub_pool, pool_position = interleave.locate(position)
-        assert keys(sub_pool, pool_position, 1) == [got[position]]
+        number, pool_position = interleave.locate(position)
+        assert keys(interleave.pools[number], pool_position, 1) == [got[position]]
+        assert interleave.position_of(number, pool_position, [0, 0]) == position
