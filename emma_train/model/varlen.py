@@ -1,13 +1,14 @@
 """Attention over the spans of a pack (sequence/spans.py) by variable-length kernels: no mask, no masked pair computed.
 
-On a GPU the kernel is flash-attn 4, 3 or 2, whichever is installed, or else torch's own; they take bf16 or fp16. On a
-CPU every run goes through torch's attention by itself, which proves the spans where there is no GPU.
+On a GPU the kernel is the first of `KERNELS` that is installed and right for the card and the size of the heads; it
+takes bf16 or fp16. On a CPU torch's attention computes the runs one by one, which tests the spans without a GPU.
 """
 
 import importlib
 import inspect
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -15,17 +16,50 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from emma_train.errors import UserError
 from emma_train.sequence.spans import Spans, VarlenCall
 
 log = logging.getLogger(__name__)
 Kernel = Callable[[Tensor, Tensor, Tensor, VarlenCall], Tensor]
-FLASH = ("flash_attn.cute", "flash_attn_interface", "flash_attn")
-"""Modules of flash-attn 4, 3 and 2 that offer flash_attn_varlen_func, the one to be preferred first."""
+
+
+@dataclass(frozen=True)
+class FlashKernel:
+    """A kernel of variable-length attention, and where its output and its gradients are right."""
+
+    module: str
+    """The module that offers `function`."""
+    cards: tuple[int, ...]
+    """Major compute capabilities: 8 Ampere and Ada, 9 Hopper, 10 and 12 Blackwell."""
+    head_dim_multiple: int
+    """head_dim is a multiple of this."""
+    max_head_dim: int
+    function: str = "flash_attn_varlen_func"
+    traceable: bool = True
+    """Whether its operators are registered with torch, so that torch.compile keeps them in its graph."""
+
+    def supports(self, card: int, head_dim: int) -> bool:
+        """Whether it is right for heads of this size on a card of this major compute capability."""
+        return card in self.cards and head_dim % self.head_dim_multiple == 0 and head_dim <= self.max_head_dim
+
+
+KERNELS = (
+    # flash-attn 3, built for Hopper. Its kernels pad 72 to 96 inside (flash-attention, hopper/README).
+    FlashKernel("flash_attn_interface", cards=(9,), head_dim_multiple=8, max_head_dim=256),
+    # flash-attn 4. On Hopper the gradient of q is wrong unless 32 divides head_dim: the kernel pads heads to a multiple
+    # of 16, the buffer of dq to one of 32 (flash-attention PR #2896: 72 and 104; #2698 was the same on Blackwell).
+    FlashKernel("flash_attn.cute", cards=(9, 10), head_dim_multiple=32, max_head_dim=128, traceable=False),
+    # flash-attn 2: head_dim a multiple of 8, up to 256 (flash-attention, README).
+    FlashKernel("flash_attn", cards=(8, 9, 10, 12), head_dim_multiple=8, max_head_dim=256),
+    # torch's copy of flash-attn 2, which is always there.
+    FlashKernel("torch.nn.attention.varlen", (8, 9, 10, 12), 8, 256, function="varlen_attn"),
+)
+"""The preferred one first."""
 
 
 def span_attention(q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> Tensor:
     """q: [T, heads, d]; k, v: [T, kv_heads, d], in stream order -> [T, heads, d]."""
-    kernel = find_kernel(q.device.type)
+    kernel = find_kernel(q.device, q.shape[-1])
     q = q.index_select(0, spans.query_order)
     k, v = (_Copied.apply(x, spans.keys, spans.key_copies) for x in (k, v))
     outputs, at_q, at_k = [], 0, 0
@@ -55,20 +89,58 @@ class _Copied(torch.autograd.Function):
         return total.to(grad.dtype), None, None
 
 
+def choose_kernel(card: int, head_dim: int, is_installed: Callable[[FlashKernel], bool]) -> FlashKernel | None:
+    """The first kernel of the table that is installed and right for heads of this size; None where there is none."""
+    return next((kernel for kernel in KERNELS if kernel.supports(card, head_dim) and is_installed(kernel)), None)
+
+
+def find_kernel(device: torch.device, head_dim: int) -> Kernel:
+    """The kernel for heads of this size on a device. Raises UserError where there is none."""
+    return _ready[_kernel_number(device, head_dim)]
+
+
+# torch.compile cannot trace an import. It runs this function while it traces, and keeps the number.
+@torch.compiler.assume_constant_result
+def _kernel_number(device: torch.device, head_dim: int) -> int:
+    """Index into `_ready`, where the kernel is loaded now."""
+    return _load_kernel(device, head_dim)
+
+
 @lru_cache
-def find_kernel(device: str) -> Kernel:
-    """The kernel for a device type, found once and named in the log."""
-    if device != "cuda":
-        return _one_by_one
-    for name in FLASH:
-        try:
-            function = importlib.import_module(name).flash_attn_varlen_func
-        except (ImportError, AttributeError, OSError):
-            continue
-        log.info("attention: %s.flash_attn_varlen_func", name)
-        return lambda q, k, v, call: _flash(function, q, k, v, call)
-    log.info("attention: torch.nn.attention.varlen")
-    return _torch_varlen()
+def _load_kernel(device: torch.device, head_dim: int) -> int:
+    if (card := _card(device)) is None:
+        return len(KERNELS)
+    kernel = choose_kernel(card, head_dim, lambda candidate: _import(candidate) is not None)
+    if kernel is None or (function := _import(kernel)) is None:
+        raise UserError(
+            f"attention.backend=flash has no kernel for heads of {head_dim} on cards of compute capability {card}; "
+            f"use attention.backend=flex"
+        )
+    log.info("attention with heads of %d: %s.%s", head_dim, kernel.module, kernel.function)
+    number = KERNELS.index(kernel)
+    _ready[number] = _adapted(kernel, function)
+    return number
+
+
+def _adapted(kernel: FlashKernel, function: Callable) -> Kernel:
+    if kernel.function == "varlen_attn":
+        return _torch_varlen(function)
+    if not kernel.traceable:
+        function = torch.compiler.disable(function)
+    return lambda q, k, v, call: _flash(function, q, k, v, call)
+
+
+def _card(device: torch.device) -> int | None:
+    """The major compute capability of a card; None of a CPU."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else None
+
+
+def _import(kernel: FlashKernel) -> Callable | None:
+    """The kernel's function; None where it is not installed or does not load."""
+    try:
+        return getattr(importlib.import_module(kernel.module), kernel.function)
+    except (ImportError, AttributeError, OSError):
+        return None
 
 
 def _flash(function: Callable, q: Tensor, k: Tensor, v: Tensor, call: VarlenCall) -> Tensor:
@@ -85,9 +157,7 @@ def _flash(function: Callable, q: Tensor, k: Tensor, v: Tensor, call: VarlenCall
     return out[0] if isinstance(out, tuple) else out
 
 
-def _torch_varlen() -> Kernel:
-    from torch.nn.attention.varlen import varlen_attn
-
+def _torch_varlen(varlen_attn: Callable) -> Kernel:
     # torch 2.11 has neither grouped heads nor, in its first form, windows.
     names = inspect.signature(varlen_attn).parameters
     grouped = "enable_gqa" in names
@@ -119,3 +189,8 @@ def _one_by_one(q: Tensor, k: Tensor, v: Tensor, call: VarlenCall) -> Tensor:
         out = F.scaled_dot_product_attention(q_run, k_run, v_run, attn_mask=mask, enable_gqa=True)
         outputs.append(out[0].transpose(0, 1).to(q.dtype))
     return torch.cat(outputs)
+
+
+_ready: list[Kernel] = [_one_by_one] * (len(KERNELS) + 1)
+"""The kernels of the table once they are loaded, and the CPU's. A list of fixed length: torch.compile would compile
+anew when it grows."""

@@ -1,15 +1,20 @@
 """Attention kernels on a GPU, in bf16, against the dense reference in float32: values, gradients, determinism."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from emma_train.config.schema import VisionConfig
+from emma_train.model import varlen
 from emma_train.model.attention import MaskPlan, attention, build_plan, hybrid_mask, select_backend
 from emma_train.model.emma import Emma
-from emma_train.model.varlen import FLASH, find_kernel
+from emma_train.model.varlen import KERNELS, Kernel, find_kernel
+from emma_train.model.vision import Images, VisionLayer
 from emma_train.sequence.pack import PackedBatch, pack
-from emma_train.sequence.spans import full_call
+from emma_train.sequence.spans import VarlenCall, full_call
 from tests.helpers import i2t_sample, it2i_sample, random_sample, randomise, t2i_sample, tiny_model
 
 pytestmark = pytest.mark.gpu
@@ -49,22 +54,92 @@ def test_flex_in_float32_equals_the_dense_mask() -> None:
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
-def test_auto_takes_flash_and_says_which() -> None:
+def kernels(head_dim: int) -> list[Kernel]:
+    """Every installed kernel that the table calls right for heads of this size on this card."""
+    card = torch.cuda.get_device_capability()[0]
+    usable = [(kernel, varlen._import(kernel)) for kernel in KERNELS if kernel.supports(card, head_dim)]
+    return [varlen._adapted(kernel, function) for kernel, function in usable if function is not None]
+
+
+def test_auto_takes_flash() -> None:
     assert select_backend("auto", CUDA, torch.bfloat16) == "flash"
-    assert find_kernel("cuda") is find_kernel("cuda")
-    assert len(FLASH) == 3
+    assert find_kernel(torch.device("cuda", 0), 72) is not None
 
 
-@pytest.mark.parametrize("head_dim", [64, 72])
-def test_images_of_any_size_through_the_kernel(head_dim: int) -> None:
-    lengths = [64, 1024, 16, 256]
-    call = full_call(lengths).to(CUDA)
-    q, k, v = (torch.randn(sum(lengths), 4, head_dim, device=CUDA).bfloat16() for _ in range(3))
-    got = find_kernel("cuda")(q, k, v, call).split(lengths)
-    for one, *parts in zip(got, *(x.split(lengths) for x in (q, k, v)), strict=True):
-        parts = [x.float().transpose(0, 1) for x in parts]
-        want = torch.nn.functional.scaled_dot_product_attention(*parts).transpose(0, 1)
-        torch.testing.assert_close(one.float(), want, rtol=2e-2, atol=2e-2)
+def assert_as_near_as_dense(call: VarlenCall, shape: tuple[int, int, int], kernel: Kernel) -> None:
+    """Output and gradients of a kernel in bf16 are as near to float32 as torch's dense attention in bf16 is."""
+    heads, kv_heads, head_dim = shape
+    sizes = [(call.num_q, heads), (call.num_k, kv_heads), (call.num_k, kv_heads)]
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(*size, head_dim, generator=generator).bfloat16().to(CUDA) for size in sizes]
+    weight = torch.randn(call.num_q, heads, head_dim, generator=generator).bfloat16().to(CUDA)
+
+    def run(attend: Kernel, dtype: torch.dtype) -> list[Tensor]:
+        q, k, v = (x.to(dtype).requires_grad_() for x in inputs)
+        out = attend(q, k, v, call)
+        return [out.detach(), *torch.autograd.grad((out * weight.to(dtype)).sum(), (q, k, v))]
+
+    exact, dense = run(dense_runs, torch.float32), run(dense_runs, torch.bfloat16)
+    for name, got, want, usual in zip(["o", "dq", "dk", "dv"], run(kernel, torch.bfloat16), exact, dense, strict=True):
+        error, allowed = relative(got, want), relative(usual, want)
+        assert error <= 2 * allowed + 1e-3, f"{name}: {error:.4f}, dense in bf16 {allowed:.4f}"
+
+
+def relative(got: Tensor, want: Tensor) -> float:
+    return float((got.float() - want.float()).norm() / want.float().norm())
+
+
+def dense_runs(q: Tensor, k: Tensor, v: Tensor, call: VarlenCall) -> Tensor:
+    """Each run of a call by matrix products and a softmax, in the inputs' own precision."""
+    groups, outputs = q.shape[1] // k.shape[1], []
+    lengths = [starts.diff().tolist() for starts in (call.cu_seqlens_q, call.cu_seqlens_k, call.cu_seqlens_k)]
+    for q_run, k_run, v_run in zip(*(x.split(sizes) for x, sizes in zip((q, k, v), lengths, strict=True)), strict=True):
+        k_run, v_run = (x.repeat_interleave(groups, dim=1) for x in (k_run, v_run))
+        scores = torch.einsum("qhd,khd->hqk", q_run, k_run) * q.shape[-1] ** -0.5
+        if call.causal:
+            seen = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device)
+            scores = scores.masked_fill(~seen.tril(scores.shape[2] - scores.shape[1]), float("-inf"))
+        outputs.append(torch.einsum("hqk,khd->qhd", scores.float().softmax(-1).to(q.dtype), v_run))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("head_dim", [64, 72, 80, 96, 104, 128])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (8, 2)])
+def test_gradients_of_every_kernel_at_every_size_of_heads(head_dim: int, heads: int, kv_heads: int) -> None:
+    """72 is the vision encoder's; flash-attn 4 on Hopper gives a wrong dq there and at 104, so the table leaves it
+    out."""
+    assert kernels(head_dim)
+    for kernel in kernels(head_dim):
+        assert_as_near_as_dense(full_call([64, 1024, 16, 256]).to(CUDA), (heads, kv_heads, head_dim), kernel)
+
+
+def test_gradients_of_every_kernel_on_the_calls_of_a_pack() -> None:
+    """Causal runs with more keys than queries, as text after an image has."""
+    for call in packs()[4].spans.to(CUDA).calls:
+        for kernel in kernels(DIM):
+            assert_as_near_as_dense(call, (HEADS, KV_HEADS, DIM), kernel)
+
+
+def test_the_vision_encoder_s_gradients_by_kernel_and_by_torch_s_attention() -> None:
+    """At SigLIP2's own 16 heads of 72."""
+    torch.manual_seed(0)
+    layer = VisionLayer(VisionConfig()).to(CUDA, torch.bfloat16)
+    lengths = [1024, 256, 64]
+    x = torch.randn(sum(lengths), 1152, device=CUDA, dtype=torch.bfloat16)
+    weight = torch.randn_like(x)
+
+    def run(images: Images, module: VisionLayer, inputs: Tensor) -> list[Tensor]:
+        inputs = inputs.detach().requires_grad_()
+        parameters = dict(module.named_parameters())
+        out = (module(inputs, images) * weight.to(inputs.dtype)).sum()
+        return list(torch.autograd.grad(out, [inputs, *parameters.values()]))
+
+    exact = run(Images(lengths, None), copy.deepcopy(layer).float(), x.float())
+    usual = run(Images(lengths, None), layer, x)
+    for got, want, torchs in zip(
+        run(Images(lengths, full_call(lengths).to(CUDA)), layer, x), exact, usual, strict=True
+    ):
+        assert relative(got, want) <= 2 * relative(torchs, want) + 1e-3
 
 
 def test_the_model_gives_the_same_losses_with_every_backend() -> None:
