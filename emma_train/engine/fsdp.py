@@ -56,6 +56,8 @@ class FsdpEngine:
         assert isinstance(self.model, FSDPModule)
         for module in self._trained:
             module.set_requires_gradient_sync(last or self._every_micro_step, recurse=False)
+            # Replicas exchange nothing before the last micro-step; until then each adds up its own shards.
+            module.set_requires_all_reduce(last, recurse=False)
         self.model.set_is_last_backward(last)
         (loss / self._sp_size).backward()  # every rank that shares a pack has the loss of the full pack
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.ranks import gathered_gen, norm_over_meshes, spread
+from tests.distributed.ranks import gathered_gen, norm_over_meshes, reductions, spread
 from tests.distributed.spawn import run_ranks
 from tests.helpers import recipe_values, tiny_recipe, write_recipe
 from tests.runs import train
@@ -34,6 +34,18 @@ def test_replicas_and_frozen_units() -> None:
     assert kept["layers"] == 1.0
     # The expert trains in this stage, so it is sharded.
     assert kept["stem_expert"] == pytest.approx(1 / 4, rel=0.05)
+
+
+@pytest.mark.parametrize("every_micro_step", [True, False])
+def test_replicas_sum_gradients_in_the_last_micro_step_only(every_micro_step: bool) -> None:
+    kinds = ["mixed", "t2i", "i2t"]
+    _, _, expected = run_ranks(1, reductions, tiny_recipe(), kinds)[0].value
+    recipe = tiny_recipe(engine__replicate=2, engine__reduce_every_micro_step=every_micro_step)
+    for outcome in run_ranks(4, reductions, recipe, kinds):
+        num_units, counts, norm = outcome.value
+        before_last = (num_units if every_micro_step else 0, 0)
+        assert counts == [before_last, before_last, (num_units, num_units)]
+        assert norm == pytest.approx(expected, rel=1e-5)  # four ranks with the same packs: sums over sums
 
 
 def test_replicas_that_do_not_divide_the_ranks_are_refused(tmp_path: Path) -> None:
