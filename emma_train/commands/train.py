@@ -73,6 +73,7 @@ def _train_locked(run_folder: "RunFolder", file: Path, recipe: "Recipe", world: 
     """Build the data stream, model, engine and loop of one stage, and train it. Returns the exit code."""
     from data_pipelines.loader.loader import Stream, dead_worker
     from emma_train.checkpoint import verify
+    from emma_train.engine.heartbeat import Heartbeat
     from emma_train.generate.generator import Generator
     from emma_train.model.autoencoder import Autoencoder
     from emma_train.sequence.tokens import TextTokenizer
@@ -100,7 +101,8 @@ def _train_locked(run_folder: "RunFolder", file: Path, recipe: "Recipe", world: 
         trainer.resume(checkpoint)
     world.on_main(lambda: run_folder.prepare(recipe, world))
     try:
-        code = trainer.train(stop)
+        with Heartbeat(world):
+            code = trainer.train(stop)
     except (RuntimeError, ConnectionError) as error:  # torch raises it wherever the trainer is when a worker dies
         if (failure := dead_worker(error)) is None:
             raise

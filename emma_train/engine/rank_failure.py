@@ -6,7 +6,7 @@ writes that, waits until the others have written something, and names the ranks 
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch.distributed as dist
 
@@ -32,12 +32,13 @@ def report_failure(error: BaseException, rank: int, size: int) -> RankFailure | 
     if size == 1:
         return None
     lost_contact = is_lost_contact(error)
-    key = f"emma/end/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/"
+    key = store_key("")
     try:
         store = default_store()
         message = _LOST_CONTACT if lost_contact else (str(error).strip().splitlines() or [type(error).__name__])[0]
         store.set(f"{key}{rank}", message)
         if not lost_contact:
+            store.set(store_key("failed"), f"rank {rank} of {size} failed: {message}")  # for engine/heartbeat.py
             return None
         messages = _gather_messages(store, key, size)
         without_contact = [other for other, text in messages.items() if text == _LOST_CONTACT]
@@ -45,7 +46,7 @@ def report_failure(error: BaseException, rank: int, size: int) -> RankFailure | 
         if rank == 0:  # its process may hold the store, which the others still read
             _wait_for_keys(store, [f"{key}{other}/read" for other in without_contact])
     except dist.DistError:
-        return RankFailure(f"rank 0 of {size} died: the store that it keeps does not answer")
+        return RankFailure(store_gone(size))
     return RankFailure(describe_failure(messages, size)) if rank == min(without_contact) else RankFailure()
 
 
@@ -54,12 +55,28 @@ def describe_failure(messages: Mapping[int, str], size: int) -> str:
     parts = [
         f"rank {rank} of {size} failed: {text}" for rank, text in sorted(messages.items()) if text != _LOST_CONTACT
     ]
-    silent = [str(rank) for rank in range(size) if rank not in messages]
+    silent = [rank for rank in range(size) if rank not in messages]
     if silent:
-        few = ", ".join(silent[:8]) + (f" and {len(silent) - 8} more" if silent[8:] else "")
-        ranks, hang = ("ranks", "hang") if silent[1:] else ("rank", "hangs")
-        parts.append(f"{ranks} {few} of {size} died or {hang}: no answer in {PATIENCE_S:g} s")
+        hang = "hang" if silent[1:] else "hangs"
+        parts.append(f"{list_ranks(silent)} of {size} died or {hang}: no answer in {PATIENCE_S:g} s")
     return "; ".join(parts) or f"all {size} ranks lost contact at once, as when a network fails"
+
+
+def list_ranks(ranks: Sequence[int]) -> str:
+    """One name for several ranks, as in "ranks 1, 2"; of more than eight the first eight and how many more."""
+    more = f" and {len(ranks) - 8} more" if ranks[8:] else ""
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks[:8]))}{more}"
+
+
+def store_gone(size: int) -> str:
+    """One line about a store that no longer answers."""
+    return f"rank 0 of {size} died: the store that it keeps does not answer"
+
+
+def store_key(name: str) -> str:
+    """A key in the store of the process group that belongs to this start of the run: the store outlives torchrun's
+    restarts."""
+    return f"emma/end/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{name}"
 
 
 def _gather_messages(store: dist.Store, key: str, size: int) -> dict[int, str]:

@@ -92,6 +92,7 @@ def join(device: str, timeout_s: int, traces: Path | None = None) -> Iterator[Wo
     store = None if "RANK" in os.environ else dist.HashStore()
     timeout = timedelta(seconds=timeout_s)
     record_flights(traces)
+    allow_forks()
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     try:
         yield World(rank, size, local, dist.new_group(backend="gloo", timeout=timeout))
@@ -118,6 +119,17 @@ def record_flights(traces: Path | None) -> None:
     if traces is not None:
         for name in ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"):
             os.environ.setdefault(name, str(traces))
+
+
+def allow_forks() -> None:
+    """Let loader workers be forked while NCCL has memory registered with InfiniBand or EFA; what is set already stays.
+
+    Every stage of a pipeline forks its workers, and from the second on there are communicators. Without this,
+    libibverbs may hand a child's write to the card, and EFA's provider aborts the process that forks (libfabric #6332).
+    Workers themselves never touch CUDA (data_pipelines/loader).
+    """
+    for name in ("RDMAV_FORK_SAFE", "FI_EFA_FORK_SAFE"):
+        os.environ.setdefault(name, "1")
 
 
 def pick_device(device: str) -> str:
