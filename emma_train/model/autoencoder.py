@@ -1,5 +1,5 @@
-"""Gen-Enc: DC-AE (diffusers' AutoencoderDC), frozen in every stage and always in float32: bf16 can give NaN (Sana
-#96)."""
+"""Gen-Enc: DC-AE (diffusers' AutoencoderDC), frozen in every stage and always in float32 (`set_float32_precision` says
+how exact that is): bf16 can give NaN (Sana #96)."""
 
 import hashlib
 import json
@@ -37,6 +37,7 @@ class Autoencoder:
                 f"model.autoencoder.path {config.path}: has {model.config.latent_channels} channels at "
                 f"{model.spatial_compression_ratio}x, but the recipe says {config.channels} at {config.pixels}x"
             )
+        set_float32_precision()
         self._model = model.eval().requires_grad_(False).to(device)
         self.scale = float(model.config.scaling_factor)
 
@@ -63,6 +64,17 @@ class Autoencoder:
         grid = latent.float().T.reshape(1, -1, rows, columns).to(self.device)
         pixels = self._model.decode(grid).sample[0].permute(1, 2, 0)
         return ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
+
+
+def set_float32_precision() -> None:
+    """Set what float32 means on a GPU, whatever torch's defaults are: convolutions, which DC-AE alone has, round their
+    inputs to TF32 (10 bits of mantissa); matrix products do not.
+
+    Ours: TF32 moves latents by about 1e-3, at a standard deviation of about 1, and float32 convolutions would take some
+    three times as long. So latents that were cached on a CPU differ from those of a GPU by as much.
+    """
+    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def fingerprint(folder: Path) -> str:

@@ -100,7 +100,8 @@ class Emma(nn.Module):
         num_seen = (batch.counts[1] + batch.counts[2]) * self.config.vision.shuffle**2
         side = self.config.vision.patch
         patches = batch.patches[:num_seen].reshape(num_seen, side * side * 3)
-        return patches.to(self.vision.patch_embedding.weight.dtype) / 127.5 - 1.0
+        # In float32, as SigLIP2 saw them: bf16 would be off by up to half a grey level.
+        return (patches.float() / 127.5 - 1.0).to(self.vision.patch_embedding.weight.dtype)
 
 
 def training_experts(batch: PackedBatch) -> list[int]:

@@ -200,3 +200,11 @@ def test_the_stem_expert_is_cloned_layer_by_layer_from_the_last_ones() -> None:
         cloned_from("vision.layers.2.q_proj.bias", 27, 3) is None
         and cloned_from("vision.router.fc1.weight", 27, 3) is None
     )
+
+
+def test_pixels_in_bf16_are_the_nearest_to_those_in_float32() -> None:
+    batch = pack(mixed_samples())
+    exact = tiny_emma().pixels(batch)
+    rounded = tiny_emma().bfloat16().pixels(batch)
+    assert rounded.dtype == torch.bfloat16
+    assert torch.equal(rounded, exact.bfloat16())
