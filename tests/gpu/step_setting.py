@@ -1,0 +1,283 @@
+"""One setting of the step benchmark (step.py): whole optimizer steps of Stage 1, measured in a process of its own."""
+
+import statistics
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from data_pipelines.loader.pack_buffer import PackBuffer
+from emma_train.config.load import load_recipe
+from emma_train.config.schema import Recipe
+from emma_train.engine.compiled import num_graphs
+from emma_train.engine.flat_shard import local
+from emma_train.engine.world import World, join
+from emma_train.flops.formulas import mfu
+from emma_train.flops.work import module_flops, pack_work
+from emma_train.model.autoencoder import Autoencoder
+from emma_train.objectives.loss import LossAccumulator, count, losses
+from emma_train.sequence.layout import ImageSegment, Role, Segment, TextSegment
+from emma_train.sequence.pack import ImageTokens, PackedBatch, Sample, pack
+from emma_train.stages.stage import Stage, stage_of
+from emma_train.training.build import TrainingParts, build
+from emma_train.training.forward import micro_loss
+
+ROOT = Path(__file__).parents[2]
+RECIPE = ROOT / "recipes" / "emma-4b" / "stage1.yaml"
+CACHED_LATENTS = cast(Autoencoder, SimpleNamespace(scale=0.41407))
+"""Stands for DC-AE: where latents are cached only its scale is used, here that of dc-ae-f32c32-sana-1.0."""
+TINY = {
+    "model.decoder": {"hidden": 64, "heads": 4, "kv_heads": 2, "head_dim": 16, "intermediate_size": 128, "vocab": 1024},
+    "model.vision": {"hidden": 48, "heads": 2, "num_layers": 4, "intermediate_size": 64, "position_grid": 8},
+    "model": {"time_features": 16},
+}
+"""Sizes for a run that proves the script, not the speed."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How one measurement runs."""
+
+    name: str
+    compile: bool = True
+    backend: str = "flash"
+    depth: float = 1.0
+    """Decoder layers, over those that fit the card."""
+    pairs: int = 8
+    """Understanding and generation samples of a pack, so many of each: 8 as in the recipe, about 6.1 k tokens."""
+    profile: bool = False
+    """Whether to write torch's profile of one step."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What all settings of a run share."""
+
+    device: str
+    tiny: bool
+    num_layers: int
+    micro_steps: int
+    num_steps: int
+
+
+def measure(setting: Setting, scale: Scale, out: Path) -> dict[str, Any]:
+    """Build the model, run the steps, and return what they took."""
+    recipe = make_recipe(setting, scale)
+    stage = stage_of(recipe)
+    with join(scale.device, 600) as world:
+        started = time.perf_counter()
+        parts = build(recipe, stage, world, resuming=True)
+        set_random_weights(parts)
+        packs = make_packs(recipe, setting, scale, pin=world.device.type == "cuda")
+        step = Step(recipe, stage, world, parts, packs)
+        build_s = time.perf_counter() - started
+        first_s, first_loss = step.timed()
+        graphs = num_graphs()
+        for _ in range(2):
+            step.timed()
+        reset_memory(world.device)
+        timed = [step.timed() for _ in range(scale.num_steps)]
+        seconds = statistics.median(s for s, _ in timed)
+        values = {
+            **asdict(setting),
+            "num_layers": recipe.model.decoder.num_layers,
+            "parameters": parts.num_parameters,
+            "tokens_per_micro_step": sum(batch.num_tokens for batch in packs) / len(packs),
+            "labels_per_micro_step": sum(len(batch.labels) for batch in packs) / len(packs),
+            "micro_steps": len(packs),
+            "build_s": build_s,
+            "first_step_s": first_s,
+            "step_s": seconds,
+            "step_s_min": min(s for s, _ in timed),
+            "step_s_max": max(s for s, _ in timed),
+            "tokens_per_s": sum(batch.num_tokens for batch in packs) / seconds,
+            "first_loss": first_loss,
+            "last_loss": timed[-1][1],
+            "graphs": graphs,
+            "graphs_after_first_step": num_graphs() - graphs,
+            **memory(world.device),
+            **utilisation(recipe, stage, packs, seconds, world.device),
+        }
+        values["optimizer_s"] = step.optimizer_seconds()
+        values["waits_for_device"] = waits_for_device(step.run, world.device)
+        if setting.profile:
+            (out / f"profile-{setting.name}.txt").write_text(profile(step.run))
+        return values
+
+
+def make_recipe(setting: Setting, scale: Scale) -> Recipe:
+    """Stage 1 of EMMA-4B at a depth that fits one card; or tiny."""
+    num_layers = max(2, round(scale.num_layers * setting.depth / 2) * 2)
+    values: dict[str, Any] = {
+        "model.decoder.num_layers": num_layers,
+        "model.decoder.num_shared_layers": num_layers // 2,
+        "engine.device": scale.device,
+        "engine.compile": str(setting.compile).lower(),
+        "attention.backend": "auto" if scale.device == "cpu" and setting.backend == "flash" else setting.backend,
+        "init.from": "null",
+    }
+    if scale.tiny:
+        values |= {f"{section}.{key}": value for section, sizes in TINY.items() for key, value in sizes.items()}
+    return load_recipe(RECIPE, [f"{key}={value}" for key, value in values.items()])
+
+
+@torch.no_grad()
+def set_random_weights(parts: TrainingParts) -> None:
+    """Norms are 1, biases 0, the rest small and random; made on the device, where it takes no time."""
+    for name, weight in parts.engine.weights.items():
+        values = local(weight)
+        if name.endswith("bias"):
+            values.zero_()
+        elif "norm" in name:
+            values.fill_(1.0)
+        else:
+            values.normal_(std=0.02)
+    parts.engine.sync_compute_weights()
+
+
+def make_packs(recipe: Recipe, setting: Setting, scale: Scale, pin: bool) -> list[PackedBatch]:
+    """Packs of Stage 1's shape: images of 512² with cached latents, prompts, questions and answers of several lengths,
+    so that no two packs have equally many tokens."""
+    rng = np.random.default_rng(0)
+    side = 4 if scale.tiny else 16
+    packs = []
+    for number in range(scale.micro_steps):
+        samples = [
+            sample for pair in range(setting.pairs) for sample in make_samples(recipe, f"{number}-{pair}", side, rng)
+        ]
+        packs.append(pack(samples))
+    return [PackBuffer.of(batch).pin_memory().batch() for batch in packs] if pin else packs
+
+
+def make_samples(recipe: Recipe, key: str, side: int, rng: np.random.Generator) -> list[Sample]:
+    """An understanding sample with about 130 tokens of text in it, half of them to be predicted, and a generation
+    sample with as much in its prompt."""
+    vision, channels = recipe.model.vision, recipe.model.autoencoder.channels
+    shape = (side**2 * vision.shuffle**2, 3 * vision.patch**2)
+
+    def text(low: int, high: int, supervised: bool = False) -> TextSegment:
+        ids = rng.integers(0, recipe.model.decoder.vocab, int(rng.integers(low, high)))
+        return TextSegment(tuple(int(i) for i in ids), supervised)
+
+    def image(with_pixels: bool) -> ImageTokens:
+        patches = rng.integers(0, 256, shape, dtype=np.uint8) if with_pixels else None
+        return ImageTokens((side, side), patches, rng.standard_normal((side**2, channels), dtype=np.float32))
+
+    seen: list[Segment] = [text(4, 5), ImageSegment("a", Role.UND), text(40, 80), text(48, 96, supervised=True)]
+    made: list[Segment] = [text(96, 160), ImageSegment("a", Role.TARGET)]
+    seeds = [int(seed) for seed in rng.integers(0, 2**40, 2)]
+    return [
+        Sample(f"u{key}", "i2t", seen, {"a": image(with_pixels=True)}),
+        Sample(f"g{key}", "t2i", made, {"a": image(with_pixels=False)}, *seeds),
+    ]
+
+
+class Step:
+    """An optimizer step over the same packs, as the training loop runs it."""
+
+    def __init__(
+        self, recipe: Recipe, stage: Stage, world: World, parts: TrainingParts, packs: list[PackedBatch]
+    ) -> None:
+        self._recipe, self._stage, self._world, self._parts, self._packs = recipe, stage, world, parts, packs
+        self._counts = count(packs, stage.loss)
+
+    def run(self) -> float:
+        """One step; returns its loss."""
+        accumulator = self._accumulate()
+        self._update()
+        return losses(accumulator.sums.tolist(), self._counts, self._recipe.loss)["loss"]
+
+    def timed(self) -> tuple[float, float]:
+        """Seconds and loss of one step."""
+        wait(self._world.device)
+        started = time.perf_counter()
+        loss = self.run()
+        wait(self._world.device)
+        return time.perf_counter() - started, loss
+
+    def optimizer_seconds(self) -> float:
+        """Seconds of norm, clipping, AdamW and averages, which one step has once."""
+        self._accumulate()
+        wait(self._world.device)
+        started = time.perf_counter()
+        self._update()
+        wait(self._world.device)
+        return time.perf_counter() - started
+
+    def _accumulate(self) -> LossAccumulator:
+        accumulator = LossAccumulator(self._recipe.loss, self._counts, self._world.device)
+        for index, host_batch in enumerate(self._packs):
+            batch = host_batch.to(self._world.device)
+            loss = micro_loss(
+                self._parts.engine.model, CACHED_LATENTS, batch, self._recipe.flow, self._stage, accumulator
+            )
+            self._parts.engine.accumulate(loss, last=index == len(self._packs) - 1)
+        return accumulator
+
+    def _update(self) -> None:
+        self._parts.engine.step(self._recipe.optimizer.lr)
+        if self._parts.ema is not None:
+            self._parts.ema.update()
+
+
+def utilisation(
+    recipe: Recipe, stage: Stage, packs: list[PackedBatch], seconds: float, device: torch.device
+) -> dict[str, Any]:
+    """Useful FLOPs of the step, and their share of the card's dense bf16 peak (None of an unknown card)."""
+    shuffle = recipe.model.vision.shuffle
+    flops = sum(sum(module_flops(recipe.model, stage.trainable, pack_work(b, shuffle)).values()) for b in packs)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return {"flops": flops, "tflops_per_s": flops / seconds / 1e12, "mfu": mfu(flops, seconds, 1, name)}
+
+
+def memory(device: torch.device) -> dict[str, float | None]:
+    """Peaks of the allocator since `reset_memory`, in GiB."""
+    if device.type != "cuda":
+        return {"peak_gib": None, "reserved_gib": None}
+    return {
+        "peak_gib": torch.cuda.max_memory_allocated(device) / 2**30,
+        "reserved_gib": torch.cuda.max_memory_reserved(device) / 2**30,
+    }
+
+
+def reset_memory(device: torch.device) -> None:
+    """Start a new interval of `memory`."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def wait(device: torch.device) -> None:
+    """Wait for all work of the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def waits_for_device(step: Callable[[], Any], device: torch.device) -> dict[str, int]:
+    """How often each line makes the host wait for the device in one step: "file:line" -> times; {} on a CPU."""
+    if device.type != "cuda":
+        return {}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    lines = Counter(f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchroniz" in str(w.message))
+    return dict(lines.most_common())
+
+
+def profile(step: Callable[[], Any]) -> str:
+    """The kernels of one step by the time they take, as a table."""
+    with torch.profiler.profile() as profiler:  # of the CPU, and of the GPU where there is one
+        step()
+    averages = profiler.key_averages()
+    sort_by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    return averages.table(sort_by=sort_by, row_limit=60, max_name_column_width=90)
