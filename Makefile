@@ -9,7 +9,7 @@ WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --durations=15
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-slow test-all lint format docs bench clean
+.PHONY: help setup demo test test-fast test-slow test-all lint format docs bench gpu gpu-wheels clean
 
 help: ## print this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -77,6 +77,22 @@ bench: setup ## every benchmark in tests/bench
 	@for bench in $(sort $(wildcard tests/bench/[a-z]*.py)); do \
 	  echo "bench: $$bench"; $(BIN)/python "$$bench" || exit 1; \
 	done
+
+PART ?= tests
+OUT ?= runs/gpu
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
+GPU_SCRIPT = $(if $(filter step,$(PART)),step.py,run_tests.py)
+
+# Without `make setup`: a machine with a GPU has a torch of its own. Both parts end within nine minutes.
+gpu: ## on an NVIDIA GPU: its tests, or with PART=step the speed of whole optimizer steps; results go to runs/gpu (OUT=)
+	@$(if $(filter tests step,$(PART)),,echo "gpu: PART is $(PART); use tests or step"; exit 2)
+	timeout 540 $(GPU_PYTHON) tests/gpu/$(GPU_SCRIPT) --out $(OUT)
+
+WHEELS ?= -r tests/gpu/wheels.txt
+gpu-wheels: ## what make gpu needs on a machine without a network, as wheels for Python 3.12 on x86-64 in .whl/
+	python3 -m pip download --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
+	  $(foreach n,39 35 34 31 28 27 24 17,--platform manylinux_2_$(n)_x86_64) --platform manylinux2014_x86_64 \
+	  --platform manylinux1_x86_64 -d .whl $(WHEELS)
 
 clean: ## remove caches and build leftovers; runs/ and .venv stay
 	rm -rf build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

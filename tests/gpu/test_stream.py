@@ -5,15 +5,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_pipelines.loader.loader import Stream
 from tests.helpers import tiny_recipe
-from tests.shards import every_task, write_shards
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_packs_are_pinned_and_arrive_unchanged(tmp_path: Path, workers: int) -> None:
+    pytest.importorskip("pyarrow")
+    pytest.importorskip("webdataset")
+    from data_pipelines.loader.loader import Stream
+    from tests.shards import every_task, write_shards
+
     folder = write_shards(tmp_path, every_task(12))
     recipe = tiny_recipe(data__sources=[{"path": str(folder)}], data__workers=workers)
     plain = [p for step in Stream(recipe, 0, 1, None).steps(1, 3) for p in step.packs]
