@@ -5,7 +5,7 @@ import time
 import pytest
 
 from emma_train.engine.heartbeat import BeatCounts
-from tests.distributed.ranks import wait_forever
+from tests.distributed.collective_ranks import wait_forever
 from tests.distributed.spawn import run_ranks
 
 

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.ranks import gathered_gen, norm_over_meshes, reductions, spread
+from tests.distributed.collective_ranks import reductions
+from tests.distributed.ranks import gathered_gen, norm_over_meshes, spread
 from tests.distributed.spawn import run_ranks
 from tests.helpers import recipe_values, tiny_recipe, write_recipe
 from tests.runs import train

@@ -1,4 +1,4 @@
-"""Run tests/gpu and write what came of each test to tests.json and tests.md.
+"""Run tests/gpu and write the outcome of each test as JSON and as Markdown.
 
 python tests/gpu/run_tests.py [--out DIR] [PYTEST_ARGUMENT ...]
 """
@@ -28,7 +28,7 @@ class Outcomes:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call" or report.outcome != "passed":
-            text = report.longreprtext or (str(report.longrepr) if report.longrepr else "")
+            text = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longreprtext
             last_line = text.strip().splitlines()[-1:] or [""]
             values = {"test": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 2)}
             self.tests.append({**values, "message": last_line[0], "text": text[-4000:]})
@@ -43,13 +43,15 @@ class Outcomes:
             "python": sys.version.split()[0],
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
-        (self._out / "tests.json").write_text(json.dumps({**facts, "tests": self.tests}, indent=1) + "\n")
+        (self._out / "tests").with_suffix(".json").write_text(
+            json.dumps({**facts, "tests": self.tests}, indent=1) + "\n"
+        )
         lines = ["# Tests on a GPU", "", ", ".join(f"{key} {value}" for key, value in facts.items()), ""]
         lines += ["| test | outcome | s | |", "|---|---|---|---|"]
         for test in self.tests:
             message = test["message"].replace("|", "/")[:200]
             lines.append(f"| {test['test']} | {test['outcome']} | {test['seconds']} | {message} |")
-        (self._out / "tests.md").write_text("\n".join(lines) + "\n")
+        (self._out / "tests").with_suffix(".md").write_text("\n".join(lines) + "\n")
 
 
 def main() -> int:

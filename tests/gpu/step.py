@@ -5,8 +5,8 @@
 
 Stage 1 as its recipe has it (FSDP2 on one rank, bf16, AdamW, averages, clipping, latents cached), with random weights,
 as many decoder layers as fit, and packs of random images and text in the recipe's shape. Each setting runs in a process
-of its own, so one that fails, or that is out of time, leaves the others alone. Writes step.json and step.md after every
-setting, and the kernels of one step as profile-SETTING.txt, to DIR (or $OUT, or runs/gpu).
+of its own, so one that fails, or that is out of time, leaves the others alone. After each setting the results
+are written as JSON and as Markdown, and the kernels of one step as profile-SETTING.txt, to DIR (or $OUT, or runs/gpu).
 
 Needs torch >= 2.11 and the packages of tests/gpu/wheels.txt, nothing else.
 """
@@ -78,7 +78,7 @@ def main() -> int:
     for setting in settings:
         results.append(run_setting(setting, scale, arguments.out, deadline))
         write(arguments.out, machine(scale), results)
-    logging.info("step: %s\n%s", arguments.out / "step.md", (arguments.out / "step.md").read_text())
+    logging.info("step: results in %s\n%s", arguments.out, (arguments.out / "step").with_suffix(".md").read_text())
     return 0 if any("step_s" in result for result in results) else 1
 
 
@@ -156,9 +156,11 @@ def machine(scale: Scale) -> dict[str, Any]:
 
 
 def write(out: Path, facts: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> None:
-    """step.json and step.md."""
+    """Write the results so far, as JSON and as Markdown."""
     full = at_full_depth(results)
-    (out / "step.json").write_text(json.dumps({**facts, "settings": results, "full_depth": full}, indent=1) + "\n")
+    (out / "step").with_suffix(".json").write_text(
+        json.dumps({**facts, "settings": results, "full_depth": full}, indent=1) + "\n"
+    )
     lines = ["# Optimizer steps of Stage 1", "", ", ".join(f"{key} {value}" for key, value in facts.items()), ""]
     lines += [f"| {' | '.join(COLUMNS.values())} |", "|---" * len(COLUMNS) + "|"]
     for result in results:
@@ -175,7 +177,7 @@ def write(out: Path, facts: Mapping[str, Any], results: Sequence[Mapping[str, An
     for result in results:
         if waits := result.get("waits_for_device"):
             lines += ["", f"{result['name']}, waits: {', '.join(f'{line} x {n}' for line, n in waits.items())}"]
-    (out / "step.md").write_text("\n".join(lines) + "\n")
+    (out / "step").with_suffix(".md").write_text("\n".join(lines) + "\n")
 
 
 def at_full_depth(results: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:

@@ -1,0 +1,75 @@
+"""What ranks do in the tests of collectives and of heartbeats. Here, and not in a test module, because a rank finds its
+function by name."""
+
+import ctypes
+import logging
+import os
+import signal
+import time
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from emma_train.config.schema import Recipe
+from emma_train.engine.heartbeat import Heartbeat
+from emma_train.engine.world import join
+from emma_train.stages.stage import stage_of
+from emma_train.training.build import build, set_initial
+from tests.distributed.ranks import make_pack, step_of
+
+
+def reductions(recipe: Recipe, kinds: list[str]) -> tuple[int, list[tuple[int, int]], float]:
+    """FSDP's units with weights that train; by micro-step of one optimizer step the reduce-scatters and the all-reduces
+    of its backward pass; and the gradient norm. Every rank computes one pack of each kind."""
+    calls: list[str] = []
+
+    def counted(name: str) -> None:
+        plain = getattr(dist, name)
+
+        def call(*args: Any, **options: Any) -> Any:
+            calls.append(name)
+            return plain(*args, **options)
+
+        setattr(dist, name, call)
+
+    with join("cpu", 60) as world:
+        built = build(recipe, stage_of(recipe), world, resuming=True)
+        set_initial(built.engine.weights, recipe.model, list(built.engine.weights))
+        built.engine.sync_compute_weights()
+        # Before torch 2.13 FSDP calls the former.
+        scatters = [name for name in ("reduce_scatter_tensor", "reduce_scatter_single") if hasattr(dist, name)]
+        for name in (*scatters, "all_reduce"):
+            counted(name)
+        accumulate, counts = built.engine.accumulate, []
+
+        def accumulate_counted(loss: Tensor, last: bool) -> None:
+            calls.clear()
+            accumulate(loss, last)
+            counts.append((sum(map(calls.count, scatters)), calls.count("all_reduce")))
+
+        built.engine.accumulate = accumulate_counted  # type: ignore[method-assign]
+        norm = step_of(recipe, world, built, [make_pack(recipe, kind) for kind in kinds])["norm"]
+        return len(built.engine._trained), counts, norm  # type: ignore[attr-defined]
+
+
+def wait_forever(victim: int, how: str) -> None:
+    """Ranks whose main thread waits in a system call that never returns; one of them dies, is stopped, fails or leaves
+    in time, and so does the last one after a while."""
+    logging.basicConfig(format="%(message)s", force=True)
+    with join("cpu", 60) as world:
+        with Heartbeat(world, silent_s=4, beat_s=0.5, grace_s=1):
+            time.sleep(2)
+            if world.rank == victim:
+                if how == "killed":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                if how == "stopped":
+                    os.kill(os.getpid(), signal.SIGSTOP)
+                if how == "failed":
+                    raise ValueError("a bad day")
+            if how == "left" and world.rank != victim:
+                time.sleep(8)
+            if how != "left":
+                ctypes.CDLL(None).pause()
+        if how == "left":
+            world.sum([0.0])
