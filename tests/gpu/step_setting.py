@@ -22,8 +22,9 @@ from emma_train.engine.world import World, join
 from emma_train.flops.formulas import mfu
 from emma_train.flops.work import module_flops, pack_work
 from emma_train.model.autoencoder import Autoencoder
+from emma_train.model.varlen import kernel_name
 from emma_train.objectives.loss import LossAccumulator, count, losses
-from emma_train.sequence.layout import ImageSegment, Role, Segment, TextSegment
+from emma_train.sequence.layout import ImageRole, ImageSegment, Segment, TextSegment
 from emma_train.sequence.pack import ImageTokens, PackedBatch, Sample, pack
 from emma_train.stages.stage import Stage, stage_of
 from emma_train.training.build import TrainingParts, build
@@ -102,13 +103,21 @@ def measure(setting: Setting, scale: Scale, out: Path) -> dict[str, Any]:
             "last_loss": timed[-1][1],
             "graphs": graphs,
             "graphs_after_first_step": num_graphs() - graphs,
+            "kernels": {
+                head_dim: kernel_name(world.device, head_dim)
+                for head_dim in (recipe.model.vision.hidden // recipe.model.vision.heads, recipe.model.decoder.head_dim)
+                if setting.backend == "flash"
+            },
             **memory(world.device),
             **utilisation(recipe, stage, packs, seconds, world.device),
         }
         values["optimizer_s"] = step.optimizer_seconds()
-        values["waits_for_device"] = waits_for_device(step.run, world.device)
-        if setting.profile:
-            (out / f"profile-{setting.name}.txt").write_text(profile(step.run))
+        try:
+            values["waits_for_device"] = waits_for_device(step.run, world.device)
+            if setting.profile:
+                (out / f"profile-{setting.name}.txt").write_text(profile(step.run))
+        except RuntimeError as error:  # extras, which may be out of reach on a rented machine
+            values["warning"] = str(error)
         return values
 
 
@@ -170,8 +179,8 @@ def make_samples(recipe: Recipe, key: str, side: int, rng: np.random.Generator) 
         patches = rng.integers(0, 256, shape, dtype=np.uint8) if with_pixels else None
         return ImageTokens((side, side), patches, rng.standard_normal((side**2, channels), dtype=np.float32))
 
-    seen: list[Segment] = [text(4, 5), ImageSegment("a", Role.UND), text(40, 80), text(48, 96, supervised=True)]
-    made: list[Segment] = [text(96, 160), ImageSegment("a", Role.TARGET)]
+    seen: list[Segment] = [text(4, 5), ImageSegment("a", ImageRole.UND), text(40, 80), text(48, 96, supervised=True)]
+    made: list[Segment] = [text(96, 160), ImageSegment("a", ImageRole.TARGET)]
     seeds = [int(seed) for seed in rng.integers(0, 2**40, 2)]
     return [
         Sample(f"u{key}", "i2t", seen, {"a": image(with_pixels=True)}),
@@ -270,7 +279,7 @@ def waits_for_device(step: Callable[[], Any], device: torch.device) -> dict[str,
             step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    lines = Counter(f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchroniz" in str(w.message))
+    lines = Counter(f"{Path(w.filename).name}:{w.lineno}" for w in caught if "called a synchronizing" in str(w.message))
     return dict(lines.most_common())
 
 

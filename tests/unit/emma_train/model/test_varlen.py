@@ -13,7 +13,7 @@ from emma_train.errors import UserError
 from emma_train.model import varlen
 from emma_train.model.attention import rotary_tables
 from emma_train.model.decoder import DecoderLayer
-from emma_train.model.varlen import KERNELS, FlashKernel, choose_kernel, find_kernel
+from emma_train.model.varlen import KERNELS, FlashKernel, choose_kernel, find_kernel, kernel_name
 from emma_train.sequence.pack import pack
 from tests.helpers import mixed_samples, tiny_model
 
@@ -52,6 +52,7 @@ def test_the_kernel_is_right_for_the_card_and_the_heads(
 
 def test_a_cpu_computes_run_by_run() -> None:
     assert find_kernel(CPU, 128) is find_kernel(CPU, 72)
+    assert kernel_name(CPU, 72) == "torch, run by run"
 
 
 @torch.library.custom_op("emma_test::flash", mutates_args=())
