@@ -58,7 +58,7 @@ def wait_forever(victim: int, how: str) -> None:
     in time, and so does the last one after a while."""
     logging.basicConfig(format="%(message)s", force=True)
     with join("cpu", 60) as world:
-        with Heartbeat(world, silent_s=4, beat_s=0.5, grace_s=1):
+        with Heartbeat(world, silent_s=9, beat_s=0.5, grace_s=3):
             time.sleep(2)
             if world.rank == victim:
                 if how == "killed":
@@ -68,7 +68,7 @@ def wait_forever(victim: int, how: str) -> None:
                 if how == "failed":
                     raise ValueError("a bad day")
             if how == "left" and world.rank != victim:
-                time.sleep(8)
+                time.sleep(14)
             if how != "left":
                 ctypes.CDLL(None).pause()
         if how == "left":

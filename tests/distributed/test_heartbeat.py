@@ -12,8 +12,8 @@ from tests.distributed.spawn import run_ranks
 @pytest.mark.parametrize(
     ("how", "victim", "codes", "message"),
     [
-        ("killed", 1, [1, -9, 1], "rank 1 of 3 died or hangs: no sign of life in 4 s"),
-        ("stopped", 1, [1, -9, 1], "rank 1 of 3 died or hangs: no sign of life in 4 s"),
+        ("killed", 1, [1, -9, 1], "rank 1 of 3 died or hangs: no sign of life in 9 s"),
+        ("stopped", 1, [1, -9, 1], "rank 1 of 3 died or hangs: no sign of life in 9 s"),
         ("failed", 2, [1, 1, 1], "rank 2 of 3 failed: a bad day"),
         # The store is kept by rank 0, so both others report it.
         ("killed", 0, [-9, 1, 1], "rank 0 of 3 died: the store that it keeps does not answer"),
@@ -23,11 +23,11 @@ from tests.distributed.spawn import run_ranks
 def test_the_others_end_and_name_the_rank(how: str, victim: int, codes: list[int], message: str) -> None:
     started = time.monotonic()
     with pytest.raises(AssertionError) as failure:
-        run_ranks(3, wait_forever, victim, how, timeout_s=60, grace_s=7)
+        run_ranks(3, wait_forever, victim, how, timeout_s=90, grace_s=20)
     text = str(failure.value)
     assert f"exit codes {codes}" in text
     assert text.count(message) == (2 if victim == 0 else 1), text
-    assert time.monotonic() - started < 40
+    assert time.monotonic() - started < 80
 
 
 def test_a_rank_that_leaves_early_is_not_missed() -> None:
