@@ -140,6 +140,12 @@ def test_the_gen_adapter_starts_from_the_und_adapter_in_stage_1_alone() -> None:
     assert [full(stage).init.gen_adapter for stage in STAGES] == ["random", "und", *["random"] * 4]
 
 
+def test_every_stage_of_the_full_size_has_the_same_start_values_and_questions() -> None:
+    for stage in STAGES:
+        assert full(stage).model.latent_fan_in == "separate"  # the hand-off compares it
+        assert len(full(stage).data.caption_questions) == 6
+
+
 def test_images_of_the_full_size_are_generated_as_bagel_does() -> None:
     for stage in STAGES:
         flow = FlowSettings.of(full(stage))
