@@ -259,8 +259,6 @@ class Recipe:
     """Loss weights."""
     flow: FlowConfig = section(FlowConfig)
     """Flow matching."""
-    generation: GenerationConfig = section(GenerationConfig, resume="free")
-    """How images are generated: samples of a run, and what its exports take where nothing else is said."""
     optimizer: OptimizerConfig = section(OptimizerConfig)
     """AdamW."""
     schedule: ScheduleConfig = section(ScheduleConfig)
@@ -269,6 +267,8 @@ class Recipe:
     """Averaged weights."""
     train: TrainConfig = section(TrainConfig, resume="free")
     """Length of the stage; how often to log, save and sample."""
+    generation: GenerationConfig = section(GenerationConfig, resume="free")
+    """How images are generated: samples of a run, and what its exports take where nothing else is said."""
     engine: EngineConfig = section(EngineConfig, resume="free")
     """Sharding, precision and memory."""
     attention: AttentionConfig = section(AttentionConfig, resume="free")
