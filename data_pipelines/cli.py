@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from emma_train.config.secrets import without_secrets
-from emma_train.errors import RunError, UserError
+from emma_train.errors import RunError, UserError, check_range
 
 TINY_TOKENIZER = Path(__file__).parents[1] / "recipes" / "tiny" / "assets" / "tokenizer" / "tokenizer.json"
 
@@ -43,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
         "index", help="write the index and manifest of a folder of shards; goes on where it stopped"
     )
     index.add_argument("folder", type=Path)
-    index.add_argument("--tokenizer", type=Path, default=TINY_TOKENIZER, help="tokenizer.json that counts the text")
+    index.add_argument("--tokenizer", type=Path, required=True, help="tokenizer.json, or its folder, as data.tokenizer")
     add_workers(index)
     index.add_argument("--again", action="store_true", help="also shards whose index is valid")
     index.set_defaults(run=run_index)
@@ -99,7 +99,7 @@ def add_shards(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "sources", nargs="+", metavar="SOURCE", help="s3://b/set-{000..099}.tar, 'pipe:zcat old/{0..9}.tar.gz', ..."
     )
-    parser.add_argument("--tokenizer", type=Path, default=TINY_TOKENIZER, help="tokenizer.json for the index")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="tokenizer.json, or its folder, for the index")
     add_workers(parser)
     parser.set_defaults(run=run_import_shards)
 
@@ -108,10 +108,10 @@ def run_import_shards(arguments: argparse.Namespace) -> int:
     from data_pipelines.shards.build_index import index_folder
     from data_pipelines.shards.fetch import fetch_shards
 
-    require_file(arguments.tokenizer, "--tokenizer")
+    tokenizer = tokenizer_file(arguments.tokenizer)
     check_range("--workers", arguments.workers, 1, 4096)
     provenance = fetch_shards(arguments.out, arguments.sources, arguments.workers)
-    index_folder(arguments.out, arguments.tokenizer, provenance, arguments.workers)
+    index_folder(arguments.out, tokenizer, provenance, arguments.workers)
     return 0
 
 
@@ -130,7 +130,7 @@ def run_import_fluent_emoji(arguments: argparse.Namespace) -> int:
     check_range("--quality", arguments.quality, 1, 100)
     check_range("--shard-samples", arguments.shard_samples, 1, 1_000_000)
     check_range("--seed", arguments.seed, 0, 2**63)
-    require_file(arguments.tokenizer, "--tokenizer")
+    tokenizer = tokenizer_file(arguments.tokenizer)
     world = WORLDS[arguments.world]
     if arguments.samples:
         for count in arguments.samples:
@@ -143,17 +143,17 @@ def run_import_fluent_emoji(arguments: argparse.Namespace) -> int:
         settings = BuildSettings(arguments.size, arguments.seed, arguments.quality, arguments.shard_samples)
         splits = build_set(catalogue, world, arguments.out, settings)
     for name in splits:
-        index_folder(arguments.out / name, arguments.tokenizer, provenance(catalogue, world, settings, name))
+        index_folder(arguments.out / name, tokenizer, provenance(catalogue, world, settings, name))
     return 0
 
 
 def run_index(arguments: argparse.Namespace) -> int:
     from data_pipelines.shards.build_index import index_folder
 
-    require_file(arguments.tokenizer, "--tokenizer")
+    tokenizer = tokenizer_file(arguments.tokenizer)
     check_range("--workers", arguments.workers, 1, 4096)
     for folder in shard_folders(arguments.folder):
-        index_folder(folder, arguments.tokenizer, workers=arguments.workers, force=arguments.again)
+        index_folder(folder, tokenizer, workers=arguments.workers, force=arguments.again)
     return 0
 
 
@@ -222,13 +222,10 @@ def shard_folders(folder: Path) -> list[Path]:
     return list(dict.fromkeys(subfolders))
 
 
-def check_range(option: str, value: int, low: int, high: int) -> None:
-    """Raise UserError where the value of an option is not in [low, high]."""
-    if not low <= value <= high:
-        raise UserError(f"{option} is {value}; give a number from {low} to {high}")
-
-
-def require_file(path: Path, option: str) -> None:
-    """Raise UserError where the tokenizer that an option names is not a file."""
-    if not path.is_file():
-        raise UserError(f"{option} {path}: no such file; give the path of a tokenizer.json")
+def tokenizer_file(path: Path) -> Path:
+    """The tokenizer.json that --tokenizer names, or that lies in the folder it names. Raises UserError where there is
+    none."""
+    file = path / "tokenizer.json" if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(f"--tokenizer {file}: no such file; give a tokenizer.json or its folder")
+    return file

@@ -1,4 +1,4 @@
-"""The errors that the command line tells in one line, never as a traceback."""
+"""The errors that the command line tells in one line, never as a traceback, and the range of an option's number."""
 
 import errno
 import os
@@ -33,3 +33,9 @@ def describe_shortage(error: BaseException) -> str | None:
     if number is None and isinstance(error, RuntimeError):  # libraries in C++ give the text only
         number = next((known for known in SHORTAGES if os.strerror(known) in str(error)), None)
     return SHORTAGES.get(number) if number is not None else None
+
+
+def check_range(option: str, value: int, low: int, high: int) -> None:
+    """Raise UserError where the value of a command-line option is not in [low, high]."""
+    if not low <= value <= high:
+        raise UserError(f"{option} is {value}; give a number from {low} to {high}")

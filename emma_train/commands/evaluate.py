@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emma_train.commands.model_arguments import add_model_arguments
-from emma_train.errors import UserError
+from emma_train.errors import UserError, check_range
 
 if TYPE_CHECKING:
     from emma_train.config.schema import Recipe
@@ -28,18 +28,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """Print the scores and write them as JSON."""
     from emma_train.generate.load import load_generator
-    from emma_train.storage.files import write_atomic
+    from emma_train.storage.files import make_folder, write_atomic
     from emma_train.storage.paths import as_local, parse_path
 
     if not arguments.out and as_local(parse_path(arguments.model)) is None:
         raise UserError(f"evaluate {arguments.model}: say where to write the scores (--out FILE)")
+    check_range("--limit", arguments.limit, 0, 10**9)
     out = Path(arguments.out or f"{arguments.model}/scores.json")
+    make_folder(out.parent)
     generator, recipe, meta = load_generator(
         arguments.model, arguments.device, not arguments.no_ema, arguments.precision
     )
     scores = _scores(generator, recipe, Path(arguments.data), arguments.limit)
     result = {"model": str(arguments.model), "stage": meta["stage"], "step": meta["step"], "scores": scores}
-    out.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(out, json.dumps(result, indent=1) + "\n")
     for score in scores:
         name, value, baseline = score["name"], score["value"], score["baseline"]

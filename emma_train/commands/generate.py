@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emma_train.commands.model_arguments import add_model_arguments
-from emma_train.errors import UserError
+from emma_train.errors import UserError, check_range
 
 if TYPE_CHECKING:
     import numpy as np
@@ -48,8 +48,11 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from emma_train.generate.load import load_generator
     from emma_train.generate.settings import read_settings, with_overrides
     from emma_train.sequence.tasks import TASKS
+    from emma_train.storage.files import make_folder
     from emma_train.storage.paths import parse_path
 
+    check_range("--num", arguments.num, 1, 100_000)
+    check_range("--batch", arguments.batch, 1, 65_536)
     task = TASKS[arguments.task]
     if task.makes_image and task.condition is not None and not arguments.image:
         raise UserError(f"--task {task.name} needs an image: --image FILE")
@@ -58,6 +61,8 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         raise UserError(f"--task {task.name} takes no --image; use --task {others}, or leave out --image")
     if not task.makes_image:
         _check_marks(arguments.prompt, len(arguments.image))
+    if task.makes_image:
+        make_folder(Path(arguments.out))
     generator, recipe, _ = load_generator(arguments.model, arguments.device, not arguments.no_ema, arguments.precision)
     flow, text = read_settings(parse_path(arguments.model), recipe)
     flow = with_overrides(flow, _given(arguments, flow), "--")
@@ -133,7 +138,6 @@ def _write_images(
     """Write TASK-NUMBER.png for each request and print its path, `batch_size` images at a time."""
     from PIL import Image
 
-    out.mkdir(parents=True, exist_ok=True)
     for start in range(0, len(requests), batch_size):
         batch = requests[start : start + batch_size]
         for number, pixels in enumerate(generator.generate_images(batch, flow), start):

@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from emma_train.errors import check_range
+
 if TYPE_CHECKING:
     from emma_train.config.schema import SourceConfig
 
@@ -23,6 +25,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from emma_train.config.load import load_stages
     from emma_train.plan import print_plan
 
+    check_range("--gpus", arguments.gpus, 1, 10**6)
     stages = load_stages(Path(arguments.recipe), overrides)
     return max(print_plan(recipe, str(file), arguments.gpus, arguments.gpu, read_index_rows) for file, recipe in stages)
 

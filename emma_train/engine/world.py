@@ -2,6 +2,7 @@
 
 import logging
 import os
+import resource
 import socket
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +20,8 @@ from emma_train.errors import RunError, UserError
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+FEWEST_FILES = 64
+"""Open files that a rank needs for its group, shards and workers."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,8 @@ def join(device: str, timeout_s: int, traces: Path | None = None) -> Iterator[Wo
     # Torch warns of its own code: collectives that it deprecates, and views that are never written to in place.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
     warnings.filterwarnings("ignore", message=".*returned a view tensor")
+    if (limit := resource.getrlimit(resource.RLIMIT_NOFILE)[0]) < FEWEST_FILES:
+        raise UserError(f"a process may open {limit} files, too few to train; raise it: ulimit -n {FEWEST_FILES}")
     kind = pick_device(device)
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device("cpu")

@@ -22,7 +22,7 @@ from emma_train.config.schema import Recipe
 from emma_train.engine.flat_shard import local_chunks
 from emma_train.errors import UserError
 from emma_train.model import autoencoder
-from emma_train.storage.files import write_atomic
+from emma_train.storage.files import make_folder, write_atomic
 from emma_train.storage.paths import StoragePath, as_local, storage_of
 from emma_train.storage.protocol import META
 from emma_train.storage.safetensors_io import Spec, Tensors, write_safetensors
@@ -63,7 +63,7 @@ def write_export(
     """Write an export; `value` gives its tensors one at a time by parameter name. Raises UserError where `out` holds
     something else."""
     check_free(out)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     copy_tokenizer(tokenizer, out)
     source = Path(recipe.model.autoencoder.path)
     if source.resolve() != (out / AUTOENCODER_FOLDER).resolve():

@@ -44,18 +44,18 @@ def decoder_config(values: _Values, source: str) -> DecoderConfig:
     }
     for key in ("rope_type", "type"):
         _expect(rope, key, ("default", None), source)
-    layers = int(_need(values, "num_hidden_layers", source))
+    layers = _size(values, "num_hidden_layers", source)
     return DecoderConfig(
-        hidden=int(_need(values, "hidden_size", source)),
+        hidden=_size(values, "hidden_size", source),
         num_layers=layers,
         num_shared_layers=layers // 2,
-        heads=int(_need(values, "num_attention_heads", source)),
-        kv_heads=int(_need(values, "num_key_value_heads", source)),
-        head_dim=int(values.get("head_dim") or 128),
-        intermediate_size=int(_need(values, "intermediate_size", source)),
-        vocab=int(_need(values, "vocab_size", source)),
-        rope_theta=float(_need(rope, "rope_theta", source)),
-        eps=float(values.get("rms_norm_eps", 1e-6)),
+        heads=_size(values, "num_attention_heads", source),
+        kv_heads=_size(values, "num_key_value_heads", source),
+        head_dim=_size({"head_dim": values.get("head_dim") or 128}, "head_dim", source),
+        intermediate_size=_size(values, "intermediate_size", source),
+        vocab=_size(values, "vocab_size", source),
+        rope_theta=_number(rope, "rope_theta", source),
+        eps=_number({"rms_norm_eps": 1e-6, **values}, "rms_norm_eps", source),
         tied=bool(values.get("tie_word_embeddings", False)),
     )
 
@@ -89,19 +89,35 @@ def vision_config(values: _Values, source: str) -> VisionConfig:
     _expect(values, "model_type", ("siglip", "siglip_vision_model"), source)
     values = {**_SIGLIP, **values.get("vision_config", values)}
     _expect(values, "hidden_act", ("gelu_pytorch_tanh",), source)
-    side, patch, layers = int(values["image_size"]), int(values["patch_size"]), int(values["num_hidden_layers"])
+    side, patch, layers = (_size(values, key, source) for key in ("image_size", "patch_size", "num_hidden_layers"))
     if side % patch:
         raise UserError(f"{source}: image_size {side} is not a multiple of patch_size {patch}")
     return VisionConfig(
-        hidden=int(values["hidden_size"]),
+        hidden=_size(values, "hidden_size", source),
         num_layers=layers,
-        heads=int(values["num_attention_heads"]),
-        intermediate_size=int(values["intermediate_size"]),
+        heads=_size(values, "num_attention_heads", source),
+        intermediate_size=_size(values, "intermediate_size", source),
         patch=patch,
         position_grid=side // patch,
-        eps=float(values["layer_norm_eps"]),
+        eps=_number(values, "layer_norm_eps", source),
         expert_layers=min(VisionConfig.expert_layers, layers - 1),
     )
+
+
+def _size(values: _Values, key: str, source: str) -> int:
+    """A whole number above 0. Raises UserError."""
+    value = _need(values, key, source)
+    if not isinstance(value, int) or value <= 0:
+        raise UserError(f"{source}: {key} is {value!r}; it must be a whole number above 0")
+    return value
+
+
+def _number(values: _Values, key: str, source: str) -> float:
+    """A number above 0. Raises UserError."""
+    value = _need(values, key, source)
+    if not isinstance(value, int | float) or not 0 < value < float("inf"):
+        raise UserError(f"{source}: {key} is {value!r}; it must be a number above 0")
+    return float(value)
 
 
 def prefix_of(part: str, keys: Iterable[str]) -> str:

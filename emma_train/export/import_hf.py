@@ -4,6 +4,7 @@ as the autoencoder, and all other weights from the seed."""
 import dataclasses
 import logging
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -47,6 +48,7 @@ def import_pretrained(
         prefix, config = prefixes[part], recipe.model
         used = {k: s for k, s in tensors.shapes.items() if not hf.is_ignored(part, k, prefix, config)}
         hf.check_shapes(wanted, used, str(folder))
+        _check_finite(folder, tensors, wanted)
 
     def value(name: str) -> Tensor:
         if name not in origins:
@@ -62,6 +64,16 @@ def import_pretrained(
     size = sum(spec.num_bytes for spec in specs.values()) / 1e9
     log.info("%d tensors from %s and %s, %d new; %.3f GB", len(origins), llm, vision, len(shapes) - len(origins), size)
     return out
+
+
+def _check_finite(folder: Path, tensors: Tensors, names: Iterable[str]) -> None:
+    """Raise UserError where a tensor holds whole numbers, or a value that is not finite."""
+    for name in names:
+        tensor = tensors.read(name)
+        if not tensor.is_floating_point():
+            raise UserError(f"{folder}: {name} is of type {tensors.specs[name].dtype}, not of floats")
+        if not all(bound.isfinite() for bound in tensor.aminmax()):  # NaN if one value is; no copy of the tensor
+            raise UserError(f"{folder}: {name} holds values that are not finite")
 
 
 def _recipe(

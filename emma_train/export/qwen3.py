@@ -9,7 +9,7 @@ from emma_train.export import hf_names as hf
 from emma_train.export.export import TOKENIZER_EXTRAS, copy_tokenizer
 from emma_train.export.stored_model import StoredModel
 from emma_train.sequence.tokens import TextTokenizer
-from emma_train.storage.files import write_atomic
+from emma_train.storage.files import make_folder, write_atomic
 from emma_train.storage.safetensors_io import write_sharded
 
 FILE_BYTES = 5e9
@@ -27,7 +27,7 @@ def write_qwen3(out: Path, model: StoredModel) -> None:
     UserError where `out` is not empty."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: is not empty; name a new folder")
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     tokenizer = TextTokenizer(model.recipe.data.tokenizer)
     names = hf.und_names(model.specs)
     specs = {key: model.specs[name] for key, name in names.items()}

@@ -23,10 +23,12 @@ from emma_train.storage.files import write_atomic
 def write_report(run: Path) -> Path:
     """Write `report.html` into a run folder or a pipeline's folder and return its path.
 
-    Raises UserError if the folder does not exist.
+    Raises UserError if the folder does not exist or holds no run.
     """
     if not run.is_dir():
         raise UserError(f"{run} is not a folder; give a run folder such as runs/NAME")
+    if not stage_folders(run):
+        raise UserError(f"{run} holds no run: neither metrics.jsonl nor config.yaml is here or one folder below")
     path = run / "report.html"
     write_atomic(path, render_report(run))
     return path

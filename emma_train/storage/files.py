@@ -6,6 +6,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from emma_train.errors import UserError
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder that the user named, with its parents. Raises UserError where nothing can be written into it."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot make this folder ({error.strerror}); name another one") from None
+    if not os.access(path, os.W_OK):
+        raise UserError(f"{path}: cannot write into this folder (no permission); name another one")
+
 
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Replace a file; text is written as UTF-8. Raises OSError."""

@@ -124,7 +124,7 @@ def test_a_world_that_does_not_divide_the_slots_is_told_under_torchrun(recipe: P
     ("argv", "said"),
     [
         (["check", "no/such/folder"], "no/such/folder"),
-        (["index", "no/such/folder"], "no/such/folder"),
+        (["index", "no/such/folder", "--tokenizer", str(ASSETS / "tokenizer")], "no/such/folder"),
         (["stats", "BROKEN"], "shard-000001.tar: missing"),
         (["check", "BROKEN"], "shard-000001.tar: missing"),
         (["cache-latents", "BROKEN", "--autoencoder", "no/such/autoencoder"], "no/such/autoencoder"),

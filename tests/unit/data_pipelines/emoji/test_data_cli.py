@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from data_pipelines.cli import main
+from tests.helpers import ASSETS
 
+TOKENIZER = ["--tokenizer", str(ASSETS / "tokenizer")]
 FAST = ["--size", "32", "--samples", "8", "6", "2", "--shard-samples", "10"]
 
 
@@ -62,7 +64,7 @@ def test_index_keeps_the_provenance(imported: Path, tmp_path: Path) -> None:
     shutil.copytree(imported / "train", copy)
     for path in copy.glob("*.parquet"):
         path.unlink()
-    assert main(["index", str(copy)]) == 0
+    assert main(["index", str(copy), *TOKENIZER]) == 0
     assert json.loads((copy / "manifest.json").read_text()) == json.loads(
         (imported / "train" / "manifest.json").read_text()
     )
@@ -79,7 +81,7 @@ def test_index_keeps_the_provenance(imported: Path, tmp_path: Path) -> None:
         (["stats", "{empty}"], "no *.tar"),
         (["check", "{empty}/missing"], "no *.tar"),
         (["index", "{set}", "--tokenizer", "{empty}/none.json"], "none.json"),
-        (["index", "{set}", "--workers", "0"], "--workers is 0"),
+        (["index", "{set}", *TOKENIZER, "--workers", "0"], "--workers is 0"),
         (["check", "{set}", "--workers", "0"], "--workers is 0"),
         (["cache-latents", "{empty}", "--autoencoder", "{empty}"], "no *.tar"),
     ],
