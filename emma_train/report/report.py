@@ -19,6 +19,9 @@ from emma_train.report.scores import scores_html
 from emma_train.report.stage_run import StageRun, read_object, read_scores, read_stage_run, stage_folders
 from emma_train.storage.files import write_atomic
 
+RUN_FILES = ("scores.json", "samples", "summary.json", "environment.json")
+"""What a page can show where there are neither metrics nor a config."""
+
 
 def write_report(run: Path) -> Path:
     """Write `report.html` into a run folder or a pipeline's folder and return its path.
@@ -27,7 +30,7 @@ def write_report(run: Path) -> Path:
     """
     if not run.is_dir():
         raise UserError(f"{run} is not a folder; give a run folder such as runs/NAME")
-    if not stage_folders(run):
+    if not stage_folders(run) and not any((run / name).exists() for name in RUN_FILES):
         raise UserError(f"{run} holds no run: neither metrics.jsonl nor config.yaml is here or one folder below")
     path = run / "report.html"
     write_atomic(path, render_report(run))

@@ -240,7 +240,6 @@ def test_a_step_that_was_done_again_counts_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "make",
     [
-        lambda run: None,
         lambda run: (run / "metrics.jsonl").write_text(""),
         lambda run: (run / "metrics.jsonl").write_text('{"step": 1}\n'),
         lambda run: (run / "metrics.jsonl").write_text('{"step": 0, "loss": 1.0}\n'),
@@ -263,6 +262,9 @@ def test_whatever_is_missing_there_is_a_page_that_says_so(tmp_path: Path, make: 
 def test_a_folder_that_is_not_there_is_the_users_to_fix(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a folder"):
         write_report(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="holds no run"):
+        write_report(tmp_path)
+    assert not (tmp_path / "report.html").exists()
 
 
 def test_stages_go_by_natural_order(tmp_path: Path) -> None:
