@@ -21,19 +21,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """Print the folder written."""
     from emma_train.export import export as exports
+    from emma_train.export.content import check_content, content_hashes
     from emma_train.export.qwen3 import write_qwen3
     from emma_train.export.stored_model import StoredModel
     from emma_train.generate.settings import read_settings, write_settings
+    from emma_train.model import autoencoder as autoencoders
     from emma_train.sequence.tokens import TextTokenizer
     from emma_train.storage.paths import parse_path
 
     model, out = StoredModel(arguments.checkpoint, use_ema=not arguments.no_ema), Path(arguments.out)
+    fingerprint = autoencoders.fingerprint(Path(model.recipe.model.autoencoder.path))
+    tokenizer = TextTokenizer(model.recipe.data.tokenizer)
+    check_content(model.meta, content_hashes(tokenizer, fingerprint), arguments.checkpoint)
     settings = read_settings(parse_path(arguments.checkpoint), model.recipe)
     if arguments.format == "qwen3":
         write_qwen3(out, model)
     else:
-        tokenizer = TextTokenizer(model.recipe.data.tokenizer).path
-        exports.write_export(out, model.specs, model.read, model.recipe, model.meta, tokenizer)
+        exports.write_export(out, model.specs, model.read, model.recipe, model.meta, tokenizer.path)
         write_settings(out, *settings)
     print(out)
     return 0

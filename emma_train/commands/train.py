@@ -74,6 +74,7 @@ def _train_locked(run_folder: "RunFolder", file: Path, recipe: "Recipe", world: 
     from data_pipelines.loader.loader import Stream, dead_worker
     from emma_train.checkpoint import verify
     from emma_train.engine.heartbeat import Heartbeat
+    from emma_train.export.content import content_hashes
     from emma_train.generate.generator import Generator
     from emma_train.model.autoencoder import Autoencoder
     from emma_train.sequence.tokens import TextTokenizer
@@ -85,6 +86,8 @@ def _train_locked(run_folder: "RunFolder", file: Path, recipe: "Recipe", world: 
     recipe = _with_stored_values(recipe, checkpoint, world)
     stage = stage_of(recipe, str(file))
     autoencoder = Autoencoder(recipe.model.autoencoder, world.device)
+    tokenizer = TextTokenizer(recipe.data.tokenizer, recipe.data.template)
+    _check_content(recipe, checkpoint, content_hashes(tokenizer, autoencoder.fingerprint), world)
     stream = Stream(recipe, world.dp_rank, world.dp_size, autoencoder.fingerprint, pin=world.device.type == "cuda")
     if checkpoint is None:
         world.on_main(run_folder.check_new)
@@ -93,7 +96,7 @@ def _train_locked(run_folder: "RunFolder", file: Path, recipe: "Recipe", world: 
     parts = build(recipe, stage, world, resuming=checkpoint is not None)
     if parts.handoff is not None:
         log.info("from %s: %s", recipe.init.source, "; ".join(parts.handoff.lines()))
-    vision, tokenizer = recipe.model.vision, TextTokenizer(recipe.data.tokenizer, recipe.data.template)
+    vision = recipe.model.vision
     generator = Generator(parts.engine.model, autoencoder, tokenizer, vision.patch, vision.shuffle)
     generate_samples = _sample_writer(generator, requests, recipe, run_folder, world.is_main) if requests else None
     trainer = Trainer(recipe, stage, world, parts, autoencoder, stream, generate_samples)
@@ -111,6 +114,25 @@ def _train_locked(run_folder: "RunFolder", file: Path, recipe: "Recipe", world: 
     if world.is_main and code == 0:
         _try_report(run_folder.path)
     return code
+
+
+def _check_content(recipe: "Recipe", checkpoint: "StoragePath | None", content: dict[str, str], world: "World") -> None:
+    """Raise UserError where tokenizer or autoencoder are others than those of the weights to go on with."""
+    from emma_train.checkpoint import folder as folders
+    from emma_train.export import export
+    from emma_train.export.content import check_content
+    from emma_train.storage.paths import parse_path
+
+    def read_meta() -> dict[str, Any]:
+        given = checkpoint or parse_path(str(recipe.init.source))
+        if checkpoint is None and export.is_export(given):
+            return export.read_export_meta(given)
+        return folders.read_meta(checkpoint or folders.find_checkpoint(given)) or {}
+
+    if checkpoint is not None:
+        check_content(world.on_main(read_meta), content, str(checkpoint), recipe.resume.allow)
+    elif recipe.init.source:
+        check_content(world.on_main(read_meta), content, f"init.from {recipe.init.source}")
 
 
 def _with_stored_values(recipe: "Recipe", checkpoint: "StoragePath | None", world: "World") -> "Recipe":

@@ -67,7 +67,7 @@ class DataConfig:
     """Shard folders. A task draws evenly from the samples of all of them, or by their weights."""
     phases: list[PhaseConfig] = setting([])
     """Curriculum; empty means one phase with the recipe's mix."""
-    tokenizer: str = setting(MISSING, form="path")
+    tokenizer: str = setting(MISSING, form="path", resume="free")
     """tokenizer.json, or a folder that holds it."""
     template: str = setting("plain", choices=("plain", "no_think"))
     """Chat template: plain, or no_think, which puts Qwen3's empty think block before the last answer, as Qwen3's own

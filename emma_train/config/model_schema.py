@@ -79,7 +79,7 @@ class DecoderConfig:
 
 @dataclass
 class AutoencoderConfig:
-    path: str = setting(MISSING, form="path")
+    path: str = setting(MISSING, form="path", resume="free")
     """Folder of a diffusers AutoencoderDC (config.json and safetensors)."""
     channels: int = setting(32, more_than=0, at_most=4096, handoff="equal")
     """Latent channels."""
@@ -97,7 +97,7 @@ class ModelConfig:
     """Shared-and-decoupled language model."""
     autoencoder: AutoencoderConfig = section(AutoencoderConfig)
     """Generation encoder, frozen in every stage."""
-    position_scale: float = setting(0.3, at_least=0, at_most=1000)
+    position_scale: float = setting(0.3, handoff="equal", at_least=0, at_most=1000)
     """Factor of the fixed 2D position that is added to visual tokens. At 1 it would dominate the adapter's output."""
     time_features: int = setting(256, more_than=0, at_most=65536, handoff="equal")
     """Number of sinusoidal features of the flow time."""

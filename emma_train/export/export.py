@@ -21,7 +21,9 @@ from emma_train.config import to_yaml
 from emma_train.config.schema import Recipe
 from emma_train.engine.flat_shard import local_chunks
 from emma_train.errors import UserError
+from emma_train.export.content import CONTENT, content_hashes
 from emma_train.model import autoencoder
+from emma_train.sequence.tokens import TextTokenizer
 from emma_train.storage.files import make_folder, write_atomic
 from emma_train.storage.paths import StoragePath, as_local, storage_of
 from emma_train.storage.protocol import META
@@ -72,7 +74,9 @@ def write_export(
     recipe.model.autoencoder.path = AUTOENCODER_FOLDER
     recipe.data.tokenizer = TOKENIZER_FILE
     write_atomic(out / RECIPE_FILE, to_yaml(recipe))
-    kept = {k: meta[k] for k in ("stage", "step", "config_hash", "time", "sources") if k in meta}
+    kept: dict[str, Any] = {k: meta[k] for k in ("stage", "step", "config_hash", "time", "sources") if k in meta}
+    fingerprint = autoencoder.fingerprint(out / AUTOENCODER_FOLDER)
+    kept[CONTENT] = content_hashes(TextTokenizer(out / TOKENIZER_FILE), fingerprint)
     write_atomic(out / META, json.dumps(kept, indent=1) + "\n")
     write_safetensors(out / WEIGHTS_FILE, specs, value)
 

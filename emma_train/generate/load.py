@@ -6,6 +6,7 @@ import torch
 
 from emma_train.config.schema import Recipe
 from emma_train.engine.world import pick_device
+from emma_train.export.content import check_content, content_hashes
 from emma_train.export.stored_model import StoredModel
 from emma_train.generate.generator import Generator
 from emma_train.model.autoencoder import Autoencoder
@@ -26,6 +27,7 @@ def load_generator(
     autoencoder = Autoencoder(recipe.model.autoencoder, target)
     vision = recipe.model.vision
     tokenizer = TextTokenizer(recipe.data.tokenizer, recipe.data.template)
+    check_content(meta, content_hashes(tokenizer, autoencoder.fingerprint), str(path))
     return Generator(model, autoencoder, tokenizer, vision.patch, vision.shuffle), recipe, meta
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from emma_train.config import config_hash
 from emma_train.config.load import to_stored
 from emma_train.config.schema import Recipe
+from emma_train.export.content import CONTENT
 from emma_train.training.build import TrainingParts
 from emma_train.training.environment import commit
 from emma_train.training.train_state import TrainState
@@ -22,6 +23,7 @@ def checkpoint_meta(
     data_state: dict[str, Any],
     tracker_run: str | None,
     parent: dict[str, Any] | None,
+    content: Mapping[str, str],
     world_size: int,
 ) -> dict[str, Any]:
     """`losses`: those of every logged step since the last checkpoint, of which the means are kept."""
@@ -39,6 +41,7 @@ def checkpoint_meta(
         "data": data_state,
         "tracker_run": tracker_run,
         "parent": parent,
+        CONTENT: dict(content),
         "world_size": world_size,
         "commit": commit(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

@@ -21,11 +21,13 @@ from emma_train.config.schema import Recipe
 from emma_train.engine.compiled import uncompiled
 from emma_train.engine.timeouts import Timeouts
 from emma_train.engine.world import World
+from emma_train.export.content import content_hashes
 from emma_train.metrics import record_metric, recording
 from emma_train.model.autoencoder import Autoencoder
 from emma_train.objectives.loss import Counts, LossAccumulator
 from emma_train.sequence.step_batches import StepBatches
 from emma_train.sequence.tasks import TASKS
+from emma_train.sequence.tokens import TextTokenizer
 from emma_train.stages.freeze import fingerprints
 from emma_train.stages.stage import Stage
 from emma_train.storage.paths import StoragePath
@@ -81,6 +83,7 @@ class Trainer:
         self.autoencoder = autoencoder
         self.stream = stream
         self.generate_samples = generate_samples
+        self._content = content_hashes(TextTokenizer(recipe.data.tokenizer), autoencoder.fingerprint)
         self.run = RunFolder(recipe)
         self.train_state = TrainState()
         self.frozen = fingerprints(self.engine.model)
@@ -236,6 +239,7 @@ class Trainer:
             data_state=self.stream.state(self.train_state.step),
             tracker_run=self.run_id,
             parent=self.parent,
+            content=self._content,
             world_size=self.world.size,
         )
 

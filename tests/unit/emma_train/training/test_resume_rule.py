@@ -22,6 +22,8 @@ FREE_OF_E0297DE = (
     "init.",
     "ema.device",
     "resume.",
+    "data.tokenizer",
+    "model.autoencoder.path",
     "data.workers",
     "data.prefetch",
     "data.max_bad_samples",
