@@ -169,6 +169,7 @@ class Stream:
                 wait_s=time.perf_counter() - started,
                 filled=plan.filled if plan else 0.0,
                 too_long=plan.too_long if plan else 0,
+                unsuitable=plan.unsuitable if plan else 0,
                 replaced=sum(slot.replaced for slot in loaded),
                 epoch=plan.epoch if plan else 0.0,
                 failure=failure,

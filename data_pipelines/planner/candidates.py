@@ -60,10 +60,10 @@ class Candidates:
         offsets: tuple[int, ...],
         seed: int,
     ) -> None:
-        """A sample that is too long for any pack is replaced by another of its shuffle window. `offsets` are those of
-        the pools (shuffle.py).
+        """A sample that is too long for any pack, or has an unsuitable image, is replaced by another of its shuffle
+        window. `offsets` are those of the pools (shuffle.py).
 
-        Raises UserError if all samples of a window are too long.
+        Raises UserError if no sample of a window can be used.
         """
         self.task = task
         self.phase = phase
@@ -77,12 +77,15 @@ class Candidates:
         """For each candidate, its row in the window."""
         self.too_long = np.zeros(len(positions), dtype=bool)
         """Whether the sample at the position was too long, so that another one replaces it."""
+        self.unsuitable = np.zeros(len(positions), dtype=bool)
+        """Whether an image of the sample was too small or too elongated, so that another sample replaces it."""
         for indices, epoch, costs, rows in interleave.rows(positions, offsets):
             self.window_index[indices] = len(self.windows)
             self.row[indices] = rows
             self.too_long[indices] = costs.too_long[rows]
+            self.unsuitable[indices] = costs.unsuitable[rows]
             self.windows.append((epoch, costs))
-        for index in np.flatnonzero(self.too_long).tolist():
+        for index in np.flatnonzero(self.too_long | self.unsuitable).tolist():
             self.row[index] = self._replacement_row(index, seed)
 
     def digest_lines(self, indices: Sequence[int]) -> list[str]:
@@ -119,14 +122,14 @@ class Candidates:
         return out
 
     def _replacement_row(self, index: int, seed: int) -> int:
-        """A row of the candidate's window that fits a pack. Raises UserError if there is none."""
+        """A usable row of the candidate's window. Raises UserError if there is none."""
         epoch, costs = self.windows[self.window_index[index]]
-        fitting = np.flatnonzero(~costs.too_long)
+        fitting = np.flatnonzero(costs.usable)
         if not len(fitting):
             url, _ = costs.shards[costs.shard[self.row[index]]]
             raise UserError(
                 f"{display_url(url)}: no {self.task} sample near it fits a pack; raise data.pack_tokens (or its other "
-                "caps), or lower the size of images"
+                "caps), or lower the size of images, or min_side"
             )
         key = costs.keys[int(self.row[index])].as_py()
         return int(fitting[seed_of(seed, epoch, key, f"{self.task} stand-in") % len(fitting)])

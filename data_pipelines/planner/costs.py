@@ -1,7 +1,8 @@
 """What each sample costs, as arrays over many samples, computed from the rows of shard indexes.
 
 A sample can be too long for a pack. If it makes text and its images have native resolution, its images are
-resized to the tokens that its text leaves free. Any other is marked too long, and the planner replaces it.
+resized to the tokens that its text leaves free. Any other is marked too long, and the planner replaces it. It also
+replaces samples with an image that the recipe does not want (unsuitable).
 """
 
 import math
@@ -13,7 +14,7 @@ import pyarrow as pa
 
 from emma_train.config.schema import ImageConfig, ModelConfig
 from emma_train.flops.formulas import decoder_layer_macs, vision_layer_macs
-from emma_train.sequence.geometry import image_size
+from emma_train.sequence.geometry import image_size, is_suitable
 from emma_train.sequence.layout import ImageRole
 from emma_train.sequence.seeds import choice_of
 from emma_train.sequence.tasks import TASKS
@@ -47,6 +48,13 @@ class SampleCosts:
     """int64: limit of visual tokens per image that makes the sample fit a pack; 0 if it fits without."""
     too_long: np.ndarray
     """bool: fits no pack."""
+    unsuitable: np.ndarray
+    """bool: an image is smaller than the recipe's min_side or longer than its max_aspect."""
+
+    @property
+    def usable(self) -> np.ndarray:
+        """bool: neither too long nor unsuitable."""
+        return ~(self.too_long | self.unsuitable)
 
     def __len__(self) -> int:
         return len(self.num_tokens)
@@ -109,6 +117,7 @@ def sample_costs(
         cost=forward_cost(model, num_tokens, pairs, num_visual, images.patch_pairs),
         max_tokens=max_tokens,
         too_long=np.any(sizes > np.asarray(list(cost_model.caps.values()))[:, None], axis=0),
+        unsuitable=images.unsuitable,
     )
 
 
@@ -140,6 +149,8 @@ class _VisualCounts:
     """Visual tokens of the target image; 0 for a sample without."""
     patch_pairs: np.ndarray
     """Pairs of patches in the vision encoder's attention."""
+    unsuitable: np.ndarray
+    """bool: one of the images is not suitable (geometry.is_suitable)."""
 
 
 def _alternatives(keys: pa.Array, num_texts: np.ndarray, epoch: int, cost_model: CostModel) -> np.ndarray:
@@ -156,13 +167,14 @@ def _count_visual(table: pa.Table, chosen: np.ndarray, cost_model: CostModel) ->
     model = cost_model.model
     widths, images_per_row = _flatten_lists(table, "widths")
     heights = _flatten_lists(table, "heights")[0]
-    visual = _visual_tokens(widths, heights, cost_model.image_config, model.autoencoder.pixels)
+    visual, unsuitable = _measure_images(widths, heights, cost_model.image_config, model.autoencoder.pixels)
     first_image = np.cumsum(images_per_row) - images_per_row
     target = _flatten_lists(table, "target")[0][chosen]
     num_target = np.where(target >= 0, _take(visual, first_image + target), 0)
+    bad_target = (target >= 0) & _take(unsuitable, first_image + target)
     if TASKS[cost_model.task].shows_target:
         patch_pairs = (num_target * model.vision.shuffle**2) ** 2
-        return _VisualCounts((target >= 0).astype(np.int64), num_target, num_target, patch_pairs)
+        return _VisualCounts((target >= 0).astype(np.int64), num_target, num_target, patch_pairs, bad_target)
 
     # `context` is a list (alternatives) of lists (images) per row; `image` has an entry per image that is shown.
     context = _array(table, "context").flatten()
@@ -170,13 +182,15 @@ def _count_visual(table: pa.Table, chosen: np.ndarray, cost_model: CostModel) ->
     num_images, starts = lengths[chosen], (np.cumsum(lengths) - lengths)[chosen]
     row_of = np.repeat(np.arange(len(table)), num_images)
     nth = np.arange(len(row_of)) - np.repeat(np.cumsum(num_images) - num_images, num_images)
-    image = visual[first_image[row_of] + numbers[starts[row_of] + nth]]
+    shown = first_image[row_of] + numbers[starts[row_of] + nth]
+    image = visual[shown]
     patches = image * model.vision.shuffle**2
     return _VisualCounts(
         num_images=num_images,
         num_visual=np.bincount(row_of, image, minlength=len(table)).astype(np.int64),
         num_target=num_target,
         patch_pairs=np.bincount(row_of, patches**2, minlength=len(table)).astype(np.int64),
+        unsuitable=bad_target | (np.bincount(row_of, unsuitable[shown], minlength=len(table)) > 0),
     )
 
 
@@ -211,11 +225,18 @@ def _attention_pairs(task: str, text: np.ndarray, num_visual: np.ndarray, num_ta
     return text**2 // 2 + (text + num_visual) * num_visual + (text + num_visual + num_target) * num_target
 
 
-def _visual_tokens(widths: np.ndarray, heights: np.ndarray, image_config: ImageConfig, pixels: int) -> np.ndarray:
-    """int64 per image. Few sizes occur many times, so each is computed once."""
-    sizes, inverse = np.unique(widths.astype(np.int64) << 32 | heights.astype(np.int64), return_inverse=True)
-    areas = (image_size(size >> 32, size & 0xFFFFFFFF, image_config, pixels) for size in sizes.tolist())
-    return np.asarray([math.prod(area) // pixels**2 for area in areas], dtype=np.int64)[inverse]
+def _measure_images(
+    widths: np.ndarray, heights: np.ndarray, image_config: ImageConfig, pixels: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of each image the visual tokens (int64) and whether it is unsuitable (bool).
+
+    Few sizes occur many times, so each is computed once.
+    """
+    packed, inverse = np.unique(widths.astype(np.int64) << 32 | heights.astype(np.int64), return_inverse=True)
+    sizes = [(size >> 32, size & 0xFFFFFFFF) for size in packed.tolist()]
+    tokens = [math.prod(image_size(*size, image_config, pixels)) // pixels**2 for size in sizes]
+    unsuitable = [not is_suitable(*size, image_config) for size in sizes]
+    return np.asarray(tokens, dtype=np.int64)[inverse], np.asarray(unsuitable, dtype=bool)[inverse]
 
 
 def _array(table: pa.Table, name: str) -> pa.Array:

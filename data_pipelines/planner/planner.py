@@ -45,6 +45,8 @@ class StepPlan:
     """LLM tokens of all slots divided by their capacity."""
     too_long: int
     """Samples that were too long for any pack; each was replaced by another of its window."""
+    unsuitable: int
+    """Samples with an image below min_side or beyond max_aspect; each was replaced likewise."""
     epoch: float
     """Epochs that the run has read of its most read pool of samples; in a phase's own sources."""
     candidates: list[Candidates] = field(compare=False, repr=False)
@@ -206,7 +208,7 @@ class Planner:
         """
         pool = self._phases[sample.phase].streams[sample.task].interleave.pools[sample.pool]
         costs = pool.window_costs(sample.position)
-        fits = (costs.num_tokens <= sample.num_tokens) & (costs.num_visual <= sample.num_visual) & ~costs.too_long
+        fits = (costs.num_tokens <= sample.num_tokens) & (costs.num_visual <= sample.num_visual) & costs.usable
         shard = costs.shards.index((sample.url, sample.shard))
         is_sample = (costs.offset == sample.offset) & (costs.shard == shard)
         rows = np.flatnonzero(fits & ~is_sample)
@@ -291,6 +293,7 @@ class Planner:
             straggler=max(costs) * len(costs) / sum(costs),
             filled=sum(size[0] for size in sizes) / (self.data.slots * self.data.pack_tokens),
             too_long=sum(int(c.too_long[indices].sum()) for c, indices in zip(candidates, taken, strict=True)),
+            unsuitable=sum(int(c.unsuitable[indices].sum()) for c, indices in zip(candidates, taken, strict=True)),
             epoch=max(s.interleave.epochs(*_num_taken(after[task])) for task, s in phase.streams.items()),
             candidates=candidates,
             slot_items=slots,

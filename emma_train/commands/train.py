@@ -71,9 +71,8 @@ def _train_stage(file: Path, recipe: "Recipe", world: "World", stop: "StopReques
 
 def _train_locked(run_folder: "RunFolder", file: Path, recipe: "Recipe", world: "World", stop: "StopRequest") -> int:
     """Build the data stream, model, engine and loop of one stage, and train it. Returns the exit code."""
-    from data_pipelines.loader.loader import Stream, dead_worker
+    from data_pipelines.loader.loader import Stream
     from emma_train.checkpoint import verify
-    from emma_train.engine.heartbeat import Heartbeat
     from emma_train.export.content import content_hashes
     from emma_train.generate.generator import Generator
     from emma_train.model.autoencoder import Autoencoder
@@ -96,24 +95,34 @@ def _train_locked(run_folder: "RunFolder", file: Path, recipe: "Recipe", world: 
     parts = build(recipe, stage, world, resuming=checkpoint is not None)
     if parts.handoff is not None:
         log.info("from %s: %s", recipe.init.source, "; ".join(parts.handoff.lines()))
-    vision = recipe.model.vision
-    generator = Generator(parts.engine.model, autoencoder, tokenizer, vision.patch, vision.shuffle)
-    generate_samples = _sample_writer(generator, requests, recipe, run_folder, world.is_main) if requests else None
+    generate_samples = None
+    if requests:
+        vision = recipe.model.vision
+        generator = Generator(parts.engine.model, autoencoder, tokenizer, vision.patch, vision.shuffle)
+        generate_samples = _sample_writer(generator, requests, recipe, run_folder, world.is_main)
     trainer = Trainer(recipe, stage, world, parts, autoencoder, stream, generate_samples)
     if checkpoint is not None:
         trainer.resume(checkpoint)
     world.on_main(lambda: run_folder.prepare(recipe, world))
-    try:
-        with Heartbeat(world):
-            code = trainer.train(stop)
-    except (RuntimeError, ConnectionError) as error:  # torch raises it wherever the trainer is when a worker dies
-        if (failure := dead_worker(error)) is None:
-            raise
-        raise failure from None
+    code = _train_steps(trainer, world, stop)
     parts.engine.close()
     if world.is_main and code == 0:
         _try_report(run_folder.path)
     return code
+
+
+def _train_steps(trainer: "Trainer", world: "World", stop: "StopRequest") -> int:
+    """Run the steps while heartbeats tell the other ranks that this one lives. Returns the exit code."""
+    from data_pipelines.loader.loader import dead_worker
+    from emma_train.engine.heartbeat import Heartbeat
+
+    try:
+        with Heartbeat(world):
+            return trainer.train(stop)
+    except (RuntimeError, ConnectionError) as error:  # torch raises it wherever the trainer is when a worker dies
+        if (failure := dead_worker(error)) is None:
+            raise
+        raise failure from None
 
 
 def _check_content(recipe: "Recipe", checkpoint: "StoragePath | None", content: dict[str, str], world: "World") -> None:

@@ -19,6 +19,12 @@ class ImageConfig:
     min_pixels: int = setting(0, at_least=0, at_most=2**28)
     """Fewest pixels of an image in native mode; smaller ones are scaled up to about as many (as Qwen-VL does). 0 scales
     none up."""
+    min_side: int = setting(0, at_least=0, at_most=16384, absent=0)
+    """Shortest side in pixels of an image that is used; a sample with a smaller one is replaced by another. 0 uses all
+    images and enlarges small ones. Ours: the paper filters its data beforehand."""
+    max_aspect: float = setting(5.0, at_least=0, at_most=1e6, absent=0.0)
+    """Buckets only: longest side of an image that is used, as a multiple of its shortest one; a sample with a longer
+    image is replaced by another. The buckets end at 4, so that images beyond are squeezed. 0 uses all images. Ours."""
 
 
 @dataclass

@@ -6,7 +6,7 @@ from typing import Any
 
 from emma_train.config.mix import samples_per_task, task_shares
 from emma_train.config.schema import ImageConfig, PhaseConfig, Recipe, SourceConfig
-from emma_train.sequence.geometry import image_size
+from emma_train.sequence.geometry import image_size, is_suitable
 from emma_train.sequence.tasks import TASKS, Task
 
 ASSUMED_NATIVE_TOKENS = 1024
@@ -32,6 +32,10 @@ class MeanSample:
     """Visual tokens of the target image."""
     measured: bool
     """Measured on index rows, not assumed."""
+    unsuitable: float = 0.0
+    """Share of samples with an image below min_side or beyond max_aspect: others are trained on instead."""
+    enlarged: float = 0.0
+    """Share of samples with an image that is enlarged to more than twice its pixels."""
 
     @property
     def tokens(self) -> float:
@@ -80,7 +84,7 @@ def mean_sample(
     of_task = [source for source in sources if not source.tasks or task.name in source.tasks]
     rows = [read_index_rows(source, task.record_key) if read_index_rows else None for source in of_task]
     if any(rows) and None not in rows:
-        total, sums = 0.0, [0.0] * 5
+        total, sums = 0.0, [0.0] * 7
         for source, source_rows in zip(of_task, rows, strict=True):
             # A source with a weight counts as its weight, whatever the number of its rows.
             share = source.weight / len(source_rows) if source.weight and source_rows else 1.0
@@ -88,8 +92,8 @@ def mean_sample(
                 values = _row_means(row, task, image_config, pixels)
                 sums = [so_far + share * value for so_far, value in zip(sums, values, strict=True)]
                 total += share
-        text, supervised, seen, images, made = (value / total for value in sums)
-        return MeanSample(text, supervised, seen, images, made, measured=True)
+        text, supervised, seen, images, made, unsuitable, enlarged = (value / total for value in sums)
+        return MeanSample(text, supervised, seen, images, made, True, unsuitable, enlarged)
     text, supervised = task.typical_text
     image, sees, makes = image_tokens(image_config, pixels), float(task.condition is not None), float(task.makes_image)
     return MeanSample(text, supervised, sees * image, sees, makes * image, measured=False)
@@ -112,7 +116,8 @@ def tokenwise(side: float) -> tuple[int, int, int]:
 
 
 def _row_means(row: dict[str, Any], task: Task, image_config: ImageConfig, pixels: int) -> tuple[float, ...]:
-    """(text, supervised, seen, images_seen, made) of an index row, as means over its alternatives."""
+    """(text, supervised, seen, images_seen, made, unsuitable, enlarged) of an index row, as means over its
+    alternatives."""
 
     def tokens(number: int) -> int:
         height, width = image_size(row["widths"][number], row["heights"][number], image_config, pixels)
@@ -123,4 +128,10 @@ def _row_means(row: dict[str, Any], task: Task, image_config: ImageConfig, pixel
     seen = sum(tokens(i) for context in shown for i in context)
     made = sum(tokens(i) for i in row["target"] if i >= 0)
     images = sum(len(context) for context in shown)
-    return tuple(x / num for x in (sum(row["text_tokens"]), sum(row["supervised_tokens"]), seen, images, made))
+    used = [{*context, target} - {-1} for context, target in zip(shown, row["target"], strict=True)]
+    sizes = list(zip(row["widths"], row["heights"], strict=True))
+    bad = [not is_suitable(width, height, image_config) for width, height in sizes]
+    grown = [tokens(number) * pixels**2 > 2 * width * height for number, (width, height) in enumerate(sizes)]
+    unsuitable, enlarged = (sum(any(flags[i] for i in numbers) for numbers in used) for flags in (bad, grown))
+    texts = sum(row["text_tokens"]), sum(row["supervised_tokens"])
+    return tuple(total / num for total in (*texts, seen, images, made, unsuitable, enlarged))

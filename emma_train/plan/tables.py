@@ -26,6 +26,8 @@ def print_plan(
     console.print(f"[bold]{recipe_path}[/bold]: {plan.stage.name}, {plan.stage.title}, on {num_gpus} x {gpu_name}\n")
     console.print(_parameter_table(plan))
     console.print(_token_table(plan))
+    for note in image_notes(plan):
+        console.print(note)
     vae, least, most = tokenwise(1024)
     emma = (1024 // recipe.model.autoencoder.pixels) ** 2
     console.print(
@@ -79,6 +81,24 @@ def _token_table(plan: Plan) -> Table:
             "index" if mean.measured else "assumption",
         )
     return table
+
+
+def image_notes(plan: Plan) -> list[str]:
+    """A line for each task of which samples are not used, or have images that are enlarged."""
+    notes = []
+    for task, mean in dict.fromkeys(pair for load in plan.loads for pair in load.means.items()):
+        section, image = TASKS[task].images, TASKS[task].image_config(plan.recipe.data)
+        if mean.unsuitable:
+            limits = f"data.{section}.min_side={image.min_side}" + (
+                f", max_aspect={image.max_aspect:g}" if image.mode == "buckets" else ""
+            )
+            notes.append(f"{task}: {mean.unsuitable:.1%} of the samples are not used ({limits})")
+        if mean.enlarged:
+            notes.append(
+                f"{task}: {mean.enlarged:.1%} of the samples have an image that is enlarged to more than twice its "
+                f"pixels; data.{section}.min_side leaves small ones out"
+            )
+    return notes
 
 
 def _step_table(plan: Plan) -> Table:

@@ -40,6 +40,13 @@ def centre_box(width: int, height: int, aspect: float) -> tuple[int, int, int, i
     return left, top, left + kept_width, top + kept_height
 
 
+def is_suitable(width: int, height: int, image_config: ImageConfig) -> bool:
+    """Whether an image of this size is used: not smaller than `min_side`, for buckets not longer than `max_aspect`."""
+    shortest, longest = sorted((width, height))
+    limit = image_config.max_aspect if image_config.mode == "buckets" else 0
+    return shortest >= image_config.min_side and (not limit or longest <= limit * shortest)
+
+
 @lru_cache(maxsize=8)
 def buckets(side: int, pixels: int, max_aspect: float = 4.0) -> tuple[tuple[int, int], ...]:
     """(height, width) of every bucket: sides multiples of `pixels`, area nearest to side², aspect up to

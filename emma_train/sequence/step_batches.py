@@ -35,6 +35,8 @@ class StepBatches:
     """Planned LLM tokens of all slots over the room for them."""
     too_long: int = 0
     """Samples of all slots that were too long for any pack; each was replaced by another of its window."""
+    unsuitable: int = 0
+    """Samples of all slots with an image below min_side or beyond max_aspect; each was replaced likewise."""
     replaced: int = 0
     """Planned samples of this rank that a substitute replaces because they could not be read."""
     epoch: float = 0.0

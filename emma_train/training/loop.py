@@ -202,6 +202,7 @@ class Trainer:
             self._skipped.add(data, grad_norm)
         self.train_state.step = data.step
         self.train_state.too_long_samples += data.too_long
+        self.train_state.unsuitable_samples += data.unsuitable
         self._metrics.after_step()
         if not log_now:
             return totals.stop_requested > 0, None

@@ -103,6 +103,7 @@ def data_metrics(data: StepBatches, state: TrainState) -> dict[str, Any]:
         "data/skipped": state.dropped_samples,
         "data/replaced": state.replaced_samples,
         "data/refused": state.too_long_samples,
+        "data/unsuitable": state.unsuitable_samples,
         "data/fill": data.filled,
         "data/epoch": data.epoch,
     }

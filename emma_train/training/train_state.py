@@ -31,6 +31,8 @@ class TrainState:
     """Planned samples for which nothing could be read."""
     too_long_samples: int = 0
     """Samples that were too long for any pack; others were taken instead."""
+    unsuitable_samples: int = 0
+    """Samples with an image below min_side or beyond max_aspect; others were taken instead."""
     seen: dict[str, int] = field(default_factory=lambda: dict.fromkeys(TASK_NAMES, 0))
     """Samples trained on, by task."""
 

@@ -1,5 +1,6 @@
 """The plan of a step depends on (seed, step, manifests) alone: exact ratio, exact epochs, even slots."""
 
+import io
 import json
 import shutil
 from collections import Counter
@@ -10,6 +11,7 @@ from unittest.mock import patch
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from data_pipelines.planner import sources
 from data_pipelines.planner.candidates import SampleRef
@@ -17,7 +19,7 @@ from data_pipelines.planner.planner import Planner, StepPlan
 from emma_train.config.schema import ModelConfig, Recipe
 from emma_train.errors import UserError
 from tests.helpers import tiny_recipe, tokenizer
-from tests.shards import every_task, question, write_shards
+from tests.shards import every_task, prompt, question, write_shards
 from tests.synthetic import synthetic
 
 EMOJI_RECIPE = {"data__slots": 12, "data__samples_per_step": 192, "data__pack_tokens": 2048, "data__und": {"side": 128}}
@@ -334,6 +336,26 @@ def test_a_sample_that_is_too_long_is_replaced_and_counted(tmp_path: Path) -> No
     assert "long" not in keys and len(keys) == 10
     with pytest.raises(UserError, match=r"shard-000000.tar: no i2t sample near it fits a pack; raise data.pack_tokens"):
         planner(small_recipe(folder, mix=mix, data__samples_per_step=10, data__slots=2, data__pack_tokens=10)).check()
+
+
+@pytest.mark.parametrize("section", [{"side": 64, "min_side": 64}, {"mode": "buckets", "side": 64}])
+def test_a_sample_with_an_unsuitable_image_is_replaced_and_counted(tmp_path: Path, section: dict[str, Any]) -> None:
+    """A target of 320 x 32 pixels: too small for the one recipe, too elongated for the other."""
+    key, record, _ = prompt("thin")
+    file = io.BytesIO()
+    Image.new("RGB", (320, 32)).save(file, "PNG")
+    contents = [*(prompt(f"p{i}", side=64) for i in range(9)), (key, record, {"img0.png": file.getvalue()})]
+    folder = write_shards(tmp_path, contents)
+    settings = {"mix": {"i2t": 0, "t2i": 1, "it2i": 0}, "data__samples_per_step": 10, "data__slots": 2}
+    plans = planner(small_recipe(folder, **settings, data__gen=section))
+    keys = [s.key for s in all_of(plans.plan(1), "t2i")]
+    assert (plans.plan(1).unsuitable, plans.plan(1).too_long) == (1, 0)
+    assert "thin" not in keys and len(keys) == 10
+    every = planner(small_recipe(folder, **settings, data__gen={**section, "min_side": 0, "max_aspect": 0}))
+    assert every.plan(1).unsuitable == 0
+    assert "thin" in [s.key for s in all_of(every.plan(1), "t2i")]
+    with pytest.raises(UserError, match="or lower the size of images, or min_side"):
+        planner(small_recipe(folder, **settings, data__gen={"side": 64, "min_side": 4000})).check()
 
 
 def test_slots_that_cannot_be_even_are_packed_to_fit_before_giving_up(tmp_path: Path) -> None:

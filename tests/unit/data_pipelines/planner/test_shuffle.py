@@ -31,6 +31,7 @@ def columns_of(shards: Any, epoch: int) -> SampleCosts:
         cost=none,
         max_tokens=none,
         too_long=none > 0,
+        unsuitable=none > 0,
     )
 
 

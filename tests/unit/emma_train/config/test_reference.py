@@ -40,12 +40,15 @@ def test_a_row_says_what_the_schema_says() -> None:
     assert rows["data.sources"].kind == "list of sections"
 
 
+UND_KEYS = ("mode", "side", "max_tokens", "min_pixels", "min_side", "max_aspect")
+
+
 @pytest.mark.parametrize(
     ("section", "keys"),
     [
         ("attention", ["attention.backend"]),
         ("optimizer.clip", ["optimizer.max_grad_norm"]),
-        ("data.und", ["data.und.mode", "data.und.side", "data.und.max_tokens", "data.und.min_pixels"]),
+        ("data.und", [f"data.und.{key}" for key in UND_KEYS]),
     ],
 )
 def test_a_section_or_key_limits_the_reference(section: str, keys: list[str]) -> None:

@@ -22,6 +22,7 @@ from emma_train.plan import Plan, print_plan
 from emma_train.plan.autoencoder import DC_AE_F32C32, DC_AE_PARAMETERS, autoencoder_of
 from emma_train.plan.cards import GIB
 from emma_train.plan.samples import MeanSample, image_tokens, tokenwise
+from emma_train.plan.tables import image_notes
 from emma_train.sequence.layout import ImageRole, ImageSegment, TextSegment
 from emma_train.sequence.pack import ImageTokens, Sample, pack
 from tests.distributed.ranks import command_memory
@@ -228,15 +229,34 @@ def test_router_tuning_runs_the_shared_encoder_layers_alone() -> None:
 
 def test_samples_are_measured_where_index_rows_are_at_hand() -> None:
     row = {"text_tokens": [10, 20], "supervised_tokens": [0, 0], "context": [[], []], "target": [0, 0]}
-    rows = [{**row, "widths": [64], "heights": [64]}, {**row, "text_tokens": [30], "context": [[]], "target": [-1]}]
+    text_only = {"text_tokens": [30], "context": [[]], "target": [-1], "widths": [], "heights": []}
+    rows = [{**row, "widths": [64], "heights": [64]}, {**row, **text_only}]
     recipe = load_recipe(TINY / "stage1.yaml", ["data.sources=[{path: a}, {path: b, tasks: [i2t]}]"])
 
     def read(source: SourceConfig, task: str) -> list[dict[str, Any]] | None:
         return rows if source.path == "a" else None
 
     means = Plan(recipe, "stage1.yaml", 2, "h100-80g", read_index_rows=read).loads[0].means
-    assert means["t2i"] == MeanSample(text=22.5, supervised=0, seen=0, images_seen=0, made=8, measured=True)
+    expected = MeanSample(text=22.5, supervised=0, seen=0, images_seen=0, made=8, measured=True, enlarged=0.5)
+    assert means["t2i"] == expected
     assert not means["i2t"].measured, "one of its sources has no index"
+
+
+def test_the_plan_says_which_samples_are_not_used_and_which_images_are_enlarged() -> None:
+    """Of four targets for buckets of 1024² one is tiny, one is 8:1, one is enlarged 4-fold, and one is large enough."""
+    row = {"text_tokens": [10], "supervised_tokens": [0], "context": [[]], "target": [0]}
+    sizes = [(64, 64), (4096, 512), (512, 512), (1024, 1024)]
+    rows = [{**row, "widths": [width], "heights": [height]} for width, height in sizes]
+    words = ["data.sources=[{path: a}]", "data.gen={mode: buckets, side: 1024, min_side: 128}"]
+    planned = Plan(
+        load_recipe(TINY / "stage1.yaml", words), "stage1.yaml", 2, "h100-80g", read_index_rows=lambda *_: rows
+    )
+    notes = [note for note in image_notes(planned) if note.startswith("t2i")]
+    assert notes == [
+        "t2i: 50.0% of the samples are not used (data.gen.min_side=128, max_aspect=5)",
+        "t2i: 50.0% of the samples have an image that is enlarged to more than twice its pixels; data.gen.min_side "
+        "leaves small ones out",
+    ]
 
 
 def test_sources_count_by_their_weights() -> None:

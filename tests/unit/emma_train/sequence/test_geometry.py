@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from emma_train.config.schema import ImageConfig
-from emma_train.sequence.geometry import buckets, centre_box, from_patches, image_size, to_patches
+from emma_train.sequence.geometry import buckets, centre_box, from_patches, image_size, is_suitable, to_patches
 
 sides = st.integers(1, 4)
 
@@ -182,3 +182,23 @@ def test_the_cap_of_tokens_holds_whatever_the_fewest_pixels(width: int, height: 
     assert size[0] * size[1] <= 200 * 32**2
     if width * height >= min_pixels:
         assert size == image_size(width, height, replace(image_config, min_pixels=0), 32)
+
+
+@pytest.mark.parametrize(
+    ("size", "image_config", "expected"),
+    [
+        ((8, 8), ImageConfig(), True),
+        ((511, 4000), ImageConfig(min_side=512), False),
+        ((512, 4000), ImageConfig("native", min_side=512), True),
+        ((800, 100), ImageConfig("buckets", 1024), False),  # would become 4:1, squeezed to half
+        ((100, 800), ImageConfig("buckets", 1024), False),
+        ((500, 100), ImageConfig("buckets", 1024), True),
+        ((800, 100), ImageConfig("buckets", 1024, max_aspect=0), True),
+        ((800, 100), ImageConfig("native"), True),
+        ((800, 100), ImageConfig("square"), True),
+    ],
+)
+def test_images_that_are_too_small_or_too_long_are_not_suitable(
+    size: tuple[int, int], image_config: ImageConfig, expected: bool
+) -> None:
+    assert is_suitable(*size, image_config) == expected
