@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from emma_train.sequence.request import Request
     from emma_train.stages.stage import Stage
     from emma_train.storage.paths import StoragePath
+    from emma_train.training.loop import Trainer
     from emma_train.training.preemption import StopRequest
     from emma_train.training.run_folder import RunFolder
 
