@@ -22,6 +22,7 @@ FREE_OF_E0297DE = (
     "init.",
     "ema.device",
     "resume.",
+    "generation.",
     "data.tokenizer",
     "model.autoencoder.path",
     "data.workers",
