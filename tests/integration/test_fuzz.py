@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.fuzz import check_recipe_case, recipe_cases, try_all, try_recipe
+from tests.fuzz import check_recipe_case, recipe_cases, try_recipe
 
 TRAINED = ("loss.ce_weight=zero", "optimizer.betas=[zero] * 2", "model.decoder.heads=one")
 EVERY = 61
@@ -20,10 +20,3 @@ def test_what_passes_the_checks_trains(name: str) -> None:
     (case,) = [case for case in recipe_cases() if str(case) == name]
     assert check_recipe_case(case) == "passed"
     assert try_recipe(case) == "trained"
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
-def test_every_wrong_value_is_refused_or_trains() -> None:
-    results = try_all(recipe_cases())
-    assert {name: result for name, result in results.items() if result not in ("refused", "trained")} == {}
