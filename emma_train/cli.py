@@ -19,7 +19,6 @@ from emma_train.commands import (
     report,
     train,
 )
-from emma_train.config.secrets import without_secrets
 from emma_train.errors import RankFailure, RunError, UserError, describe_shortage
 
 COMMANDS = {
@@ -85,6 +84,8 @@ def _parser(words: list[str]) -> argparse.ArgumentParser:
 def _print_error(command: str, error: Exception) -> None:
     """One line on stderr, from every rank: only one rank may have met the error. A RankFailure without a text is
     printed by the rank that failed."""
+    from emma_train.config.secrets import without_secrets
+
     if str(error) or not isinstance(error, RankFailure):
         print(f"emma-train {command}: {without_secrets(str(error))}", file=sys.stderr, flush=True)
 

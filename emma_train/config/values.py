@@ -11,6 +11,8 @@ from emma_train.errors import UserError
 
 LONGEST_TEXT, LONGEST_NAME = 4096, 255
 """Bytes of a path, and of one folder or file in it, that Linux allows."""
+BUCKET_SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "az", "http", "https", "hf")
+"""URLs of these kinds begin with the name of a bucket or host."""
 VARIABLE = re.compile(r"\$[A-Za-z_{(]")
 
 
@@ -112,7 +114,8 @@ def _path_problem(text: str, facts: Facts) -> str:
             return f"{text!r}; it must name a folder inside run.root, without a leading / and without .."
     if facts.form == "path" and is_url:
         return f"{text!r}; it must be a local path, not a URL"
-    if facts.form == "url" and is_url and scheme != "file" and not rest.partition("/")[0]:
+    lacks_bucket = not rest.partition("/")[0] and (scheme in BUCKET_SCHEMES or not rest.strip("/"))
+    if facts.form == "url" and is_url and lacks_bucket:
         return f"{text!r}; a URL needs a bucket or host: {scheme}://NAME/..."
     return ""
 

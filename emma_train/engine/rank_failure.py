@@ -46,7 +46,7 @@ def report_failure(error: BaseException, rank: int, size: int) -> RankFailure | 
         if rank == 0:  # its process may hold the store, which the others still read
             _wait_for_keys(store, [f"{key}{other}/read" for other in without_contact])
     except dist.DistError:
-        return RankFailure(store_gone(size))
+        return RankFailure(store_gone(size)) if lost_contact else None  # this rank knows why it failed itself
     return RankFailure(describe_failure(messages, size)) if rank == min(without_contact) else RankFailure()
 
 

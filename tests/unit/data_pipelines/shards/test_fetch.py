@@ -9,6 +9,7 @@ import pytest
 
 from data_pipelines.cli import main
 from data_pipelines.shards.index import read_manifest
+from tests.helpers import tokenizer
 from tests.servers import serving
 from tests.shards import every_task, write_shards
 
@@ -30,7 +31,7 @@ def assert_brought(out: Path, theirs: Path) -> None:
 
 
 def import_shards(out: Path, *sources: str) -> int:
-    return main(["import", "shards", str(out), *sources, "--workers", "1"])
+    return main(["import", "shards", str(out), *sources, "--tokenizer", str(tokenizer().path), "--workers", "1"])
 
 
 def test_the_output_of_commands_and_files_become_one_set(theirs: Path, tmp_path: Path) -> None:
