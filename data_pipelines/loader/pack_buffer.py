@@ -1,7 +1,7 @@
 """Stores a pack in one block of memory, to send it from a worker to the trainer.
 
-torch sends every tensor through its own shared memory with its own file handle; a hundred packs read ahead would need
-more open files than most systems allow. One block needs one handle, and one pinned buffer.
+torch sends every tensor through a separate block of shared memory, each with a file handle; a hundred packs read ahead
+would need more open files than most systems allow. One block needs one handle, and one pinned buffer.
 """
 
 import io

@@ -217,7 +217,7 @@ def _attention_pairs(task: str, text: np.ndarray, num_visual: np.ndarray, num_ta
     """(query, key) pairs that the decoder's attention computes: understanding is causal; in generation an image attends
     to all of itself and to all tokens before it.
 
-    An upper bound in whole numbers. `pack_work` in emma_train/flops/work.py counts the pairs of a pack exactly. Here,
+    An integer upper bound. `pack_work` in emma_train/flops/work.py counts the pairs of a pack exactly. Here,
     exact numbers would put other samples into a pack than earlier versions did, and change the digests of a run.
     """
     if TASKS[task].condition is ImageRole.UND:

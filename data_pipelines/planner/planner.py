@@ -48,7 +48,7 @@ class StepPlan:
     unsuitable: int
     """Samples with an image below min_side or beyond max_aspect; each was replaced likewise."""
     epoch: float
-    """Epochs that the run has read of its most read pool of samples; in a phase's own sources."""
+    """Complete epochs of the pool that the run has read most; counts the pools of the current phase only."""
     candidates: list[Candidates] = field(compare=False, repr=False)
     """One per task of the mix."""
     slot_items: Slots = field(compare=False, repr=False)
@@ -163,9 +163,9 @@ class Planner:
         return lines
 
     def load_task_positions(self, step: int, tasks: dict[str, dict[str, Any]]) -> None:
-        """Continue from a state of version 0.1.0, which has one position for each task, whatever its sources.
+        """Continue from a state of version 0.1.0, which has one position per task and none per pool.
 
-        Each task goes on there, also in a phase whose sources no earlier phase had.
+        Each task continues at that position, even in a phase with sources that no earlier phase had.
         """
         pools: dict[Pool, PoolCursor] = {}
         taken = dict.fromkeys(TASK_NAMES, 0)

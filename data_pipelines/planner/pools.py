@@ -1,8 +1,8 @@
 """Pools: the rows that a task draws from and that are shuffled together. Content identifies a pool, not its path.
 
-A stream goes on with the pools that it has read before, each at its own position, and starts new pools at position 0.
-So no sample of an epoch is repeated or lost where the mix, the phases, the weights or the sources change. A pool whose
-sources part company is divided: both halves keep the order that they had together.
+A stream continues pools that it has read before, each at its stored position, and starts new pools at position 0. So a
+change of the mix, the phases, the weights or the sources repeats no sample of an epoch and loses none. If a change
+separates the sources of a pool, the pool is divided, and both parts keep the order that they had together.
 """
 
 import hashlib
