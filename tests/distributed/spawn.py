@@ -175,5 +175,6 @@ def _outcome(folder: Path) -> Outcome:
 
 def _transcript(outcomes: list[Outcome]) -> str:
     return "\n".join(
-        f"--- {rank}, stdout\n{o.out[-16_000:]}\n--- {rank}, stderr\n{o.err[-16_000:]}" for rank, o in enumerate(outcomes)
+        f"--- {rank}, stdout\n{o.out[-16_000:]}\n--- {rank}, stderr\n{o.err[-16_000:]}"
+        for rank, o in enumerate(outcomes)
     )

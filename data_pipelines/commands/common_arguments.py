@@ -1,0 +1,45 @@
+"""Arguments that several commands share: folders of shards, the tokenizer, the number of workers."""
+
+import argparse
+import os
+from pathlib import Path
+
+from emma_train.errors import UserError, check_range
+
+
+def add_workers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (%(default)s)")
+
+
+def check_workers(arguments: argparse.Namespace) -> int:
+    """The value of --workers. Raises UserError."""
+    check_range("--workers", arguments.workers, 1, 4096)
+    return int(arguments.workers)
+
+
+def shard_folders(folder: Path) -> list[Path]:
+    """The folder itself if it has shards, else its subfolders that have (the splits). Raises UserError if none has."""
+    if any(folder.glob("*.tar")):
+        return [folder]
+    subfolders = sorted(path.parent for path in folder.glob("*/*.tar"))
+    if not subfolders:
+        raise UserError(f"{folder}: no *.tar in it or in its subfolders; give a folder of shards")
+    return list(dict.fromkeys(subfolders))
+
+
+def readable_folders(folder: str) -> dict[str, str]:
+    """Folders of shards by name: those of `shard_folders`, or the URL of a remote folder."""
+    from emma_train.storage.urls import display_url, is_local, local_path
+
+    if not is_local(folder):
+        return {display_url(folder): folder}
+    return {path.name: str(path) for path in shard_folders(Path(local_path(folder)))}
+
+
+def tokenizer_file(path: Path) -> Path:
+    """The tokenizer.json that --tokenizer names, or that lies in the folder it names. Raises UserError where there is
+    none."""
+    file = path / "tokenizer.json" if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(f"--tokenizer {file}: no such file; give a tokenizer.json or its folder")
+    return file

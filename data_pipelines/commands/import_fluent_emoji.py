@@ -1,0 +1,60 @@
+"""Named drawings of the npm package fluentui-emoji."""
+
+import argparse
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+from data_pipelines.commands.common_arguments import tokenizer_file
+from emma_train.errors import UserError, check_range
+
+TINY_TOKENIZER = Path(__file__).parents[2] / "recipes" / "tiny" / "assets" / "tokenizer" / "tokenizer.json"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("out", type=Path, metavar="OUT", help="an empty or new folder")
+    parser.add_argument("--package", type=Path, help="unpacked fluentui-emoji (default: fetched with npm)")
+    parser.add_argument(
+        "--unicode-table", type=Path, help="data-by-emoji.json of unicode-emoji-json (default: fetched with npm)"
+    )
+    parser.add_argument("--world", choices=("tiny", "full"), default="full", help="64 concepts, or all of the package")
+    parser.add_argument("--size", type=int, default=128, help="image side in pixels")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--samples", type=int, nargs=3, metavar=("SINGLES", "PAIRS", "STEM"), help="records of each kind in train"
+    )
+    parser.add_argument("--quality", type=int, default=70, help="WebP quality")
+    parser.add_argument("--shard-samples", type=int, default=500, help="records per shard at most")
+    parser.add_argument("--tokenizer", type=Path, default=TINY_TOKENIZER, help="tokenizer.json for the index")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from data_pipelines.emoji.concepts import WORLDS, Amounts
+    from data_pipelines.emoji.npm import DRAWINGS, UNICODE_TABLE, fetch_package
+    from data_pipelines.shards.build_index import index_folder
+
+    try:
+        from data_pipelines.emoji.build import BuildSettings, build_set, provenance
+        from data_pipelines.emoji.drawings import read_catalogue
+    except ModuleNotFoundError as error:
+        raise UserError(f"importing drawings needs {error.name}; pip install 'emma-train[data]'") from error
+
+    check_range("--size", arguments.size, 32, 2048)
+    check_range("--quality", arguments.quality, 1, 100)
+    check_range("--shard-samples", arguments.shard_samples, 1, 1_000_000)
+    check_range("--seed", arguments.seed, 0, 2**63)
+    tokenizer = tokenizer_file(arguments.tokenizer)
+    world = WORLDS[arguments.world]
+    if arguments.samples:
+        for count in arguments.samples:
+            check_range("--samples", count, 0, 100_000_000)
+        world = replace(world, train=Amounts(*arguments.samples))
+    with tempfile.TemporaryDirectory() as temporary:
+        package = arguments.package or fetch_package(DRAWINGS, Path(temporary))
+        table = arguments.unicode_table or fetch_package(UNICODE_TABLE, Path(temporary)) / "data-by-emoji.json"
+        catalogue = read_catalogue(package, table)
+        settings = BuildSettings(arguments.size, arguments.seed, arguments.quality, arguments.shard_samples)
+        splits = build_set(catalogue, world, arguments.out, settings)
+    for name in splits:
+        index_folder(arguments.out / name, tokenizer, provenance(catalogue, world, settings, name))
+    return 0

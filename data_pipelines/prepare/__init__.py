@@ -1,0 +1,1 @@
+"""Prepares public data sets: importers, operators that annotate records, selections, synthesis, cards."""
