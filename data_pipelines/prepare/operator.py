@@ -42,7 +42,12 @@ from data_pipelines.prepare.stored_record import StoredRecord
 from emma_train.errors import UserError
 
 OPERATORS = {
+    "decontaminate": "data_pipelines.prepare.operators.decontaminate:DECONTAMINATE",
+    "language": "data_pipelines.prepare.operators.language:LANGUAGE",
+    "phash": "data_pipelines.prepare.operators.phash:PHASH",
+    "quality": "data_pipelines.prepare.operators.quality:QUALITY",
     "size": "data_pipelines.prepare.operators.size:SIZE",
+    "stem": "data_pipelines.prepare.operators.stem:STEM",
 }
 """Where each operator is defined, as module:variable; imported when it is used."""
 READ_ERRORS = (OSError, ValueError, SyntaxError, LookupError, TypeError, AttributeError, ArithmeticError)
@@ -81,6 +86,10 @@ class Operator:
     reads: tuple[str, ...] = ()
     """Operators whose columns it needs; `record.columns[operator][column]` has the values. Its job fails where they
     have not run. A record that one of them rejected is rejected."""
+    optional_reads: tuple[str, ...] = ()
+    """The same, but where they have not run, and for records that they rejected, `record.columns` lacks them."""
+    files: frozenset[str] = frozenset()
+    """Settings that name files or folders (one or a list): their content is part of the identity."""
     batch_size: int = 64
     """Most records in a call; all their members may be in memory."""
     cpus: float = 1

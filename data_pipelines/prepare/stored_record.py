@@ -1,5 +1,6 @@
 """A record of a shard as an operator sees it: its index rows at once, its bytes when it asks for them."""
 
+import json
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, BinaryIO
@@ -25,7 +26,8 @@ class StoredRecord:
         """Its index row for each task that it has (i2t, t2i, it2i), with the columns of `shards.index.INDEX_SCHEMA`:
         widths and heights of the images as displayed, tags, tokens of each alternative."""
         self.columns = columns or {}
-        """Values of the operators that this one reads, by operator and column."""
+        """Values of the operators that this one reads, by operator and column; `source` has what an importer kept
+        of the source (scores, URL, ...)."""
         self._shard = shard
 
     @cached_property
@@ -50,6 +52,13 @@ class StoredRecord:
         """The record as docs/data.md has it, turns with the keys role and text; a plain caption pair as a record with
         i2t and t2i. Raises ValueError."""
         return read_record(self.members)
+
+    @cached_property
+    def fields(self) -> dict[str, Any]:
+        """Its JSON as it stands in the shard, with fields that training ignores (provenance, ...); empty if it has
+        none. Raises ValueError."""
+        fields = json.loads(bytes(self.members.get("json", b"{}")))
+        return fields if isinstance(fields, dict) else {}
 
     @cached_property
     def images(self) -> dict[str, bytes | memoryview]:

@@ -1,0 +1,55 @@
+"""The progress of a job: a bar on a terminal, a log line every ten seconds elsewhere."""
+
+import logging
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+log = logging.getLogger(__name__)
+LOG_EVERY_S = 10.0
+
+
+class JobProgress:
+    """Shards done, records per second, rejects and the time that is left."""
+
+    def __init__(self, title: str, num_shards: int, console: Console | None = None) -> None:
+        self.title = title
+        self.num_shards = num_shards
+        self.shards = self.records = self.rejected = 0
+        self._start = self._logged = time.monotonic()
+        self._console = console or Console(stderr=True)
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]:,.0f} records/s, {task.fields[rejected]:,} rejected"),
+            TimeRemainingColumn(),
+            console=self._console,
+        )
+        self._task = self._bar.add_task(title, total=num_shards, rate=0.0, rejected=0)
+
+    def __enter__(self) -> "JobProgress":
+        if self._console.is_terminal and self.num_shards:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def advance(self, records: int, rejected: int) -> None:
+        """A shard is done."""
+        self.shards, self.records, self.rejected = self.shards + 1, self.records + records, self.rejected + rejected
+        now = time.monotonic()
+        rate = self.records / max(now - self._start, 1e-9)
+        self._bar.update(self._task, completed=self.shards, rate=rate, rejected=self.rejected)
+        if not self._console.is_terminal and now > self._logged + LOG_EVERY_S:
+            self._logged = now
+            left = (now - self._start) / self.shards * (self.num_shards - self.shards)
+            log.info(
+                "%s: %d of %d shards, %.0f records/s, %d rejected, %.0f s left",
+                self.title, self.shards, self.num_shards, rate, self.rejected, left,
+            )  # fmt: skip

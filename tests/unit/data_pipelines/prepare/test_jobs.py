@@ -1,0 +1,111 @@
+"""Jobs: counts that add up, markers, what is done again and what is not."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from data_pipelines.prepare.jobs import (
+    JobOptions,
+    RecordCounts,
+    ShardTask,
+    do_task,
+    finished_counts,
+    run_job,
+    unfinished,
+    writing,
+)
+from emma_train.errors import RunError, UserError
+
+CALLS = "calls.txt"
+
+
+def copy(task: ShardTask, text: str) -> RecordCounts:
+    """Writes a file and notes the call."""
+    with open(task.marker.with_name(CALLS), "a") as calls:
+        calls.write(f"{task.name}\n")
+    if text == "broken":
+        raise RunError("the shard is broken")
+    if text == "refused":
+        raise UserError("no such model")
+    with writing(task.outputs[0]) as path:
+        path.write_text(text)
+    return RecordCounts(len(text), len(text) - 1, 1)
+
+
+def tasks(folder: Path, texts: list[str], version: int = 1) -> list[ShardTask]:
+    return [
+        ShardTask(f"s{i}", folder / f"s{i}.done.json", (folder / f"s{i}.txt",), {"version": version}, (text,))
+        for i, text in enumerate(texts)
+    ]
+
+
+def calls(folder: Path) -> list[str]:
+    return (folder / CALLS).read_text().split()
+
+
+def test_a_finished_task_is_not_run_again_and_its_counts_are_kept(tmp_path: Path) -> None:
+    first = run_job("copy", tasks(tmp_path, ["abc", "de"]), copy, JobOptions())
+    again = run_job("copy", tasks(tmp_path, ["abc", "de", "f"]), copy, JobOptions())
+    assert calls(tmp_path) == ["s0", "s1", "s2"]
+    assert first.counts == RecordCounts(5, 3, 2)
+    assert again.counts == RecordCounts(6, 3, 3) and (again.finished_before, again.finished_now) == (2, 1)
+
+
+@pytest.mark.parametrize("damage", ["marker", "output", "cut", "version"])
+def test_a_task_is_run_again_if_anything_of_it_is_missing_or_changed(tmp_path: Path, damage: str) -> None:
+    (task,) = tasks(tmp_path, ["abc"])
+    do_task(task, copy)
+    assert finished_counts(task) == RecordCounts(3, 2, 1)
+    if damage == "marker":
+        task.marker.write_text("{")
+    elif damage == "output":
+        task.outputs[0].unlink()
+    elif damage == "cut":
+        task.outputs[0].write_text("a")
+    else:
+        (task,) = tasks(tmp_path, ["abc"], version=2)
+    assert unfinished([task]) == ([task], RecordCounts())
+
+
+def test_a_failed_shard_does_not_stop_the_others(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"1 of 3 shards failed; s1: the shard is broken"):
+        run_job("copy", tasks(tmp_path, ["abc", "broken", "de"]), copy, JobOptions())
+    assert calls(tmp_path) == ["s0", "s1", "s2"]
+    with pytest.raises(RunError):
+        run_job("copy", tasks(tmp_path, ["abc", "broken", "de"]), copy, JobOptions())
+    assert calls(tmp_path)[3:] == ["s1"]
+
+
+def test_an_error_of_the_user_ends_the_job(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such model"):
+        run_job("copy", tasks(tmp_path, ["refused", "abc"]), copy, JobOptions())
+    assert calls(tmp_path) == ["s0"]
+
+
+def test_an_interrupted_file_leaves_the_former_one_and_its_rest_is_removed_by_the_next_run(tmp_path: Path) -> None:
+    (task,) = tasks(tmp_path, ["abc"])
+    do_task(task, copy)
+    with pytest.raises(KeyboardInterrupt), writing(task.outputs[0]) as path:
+        path.write_text("half")
+        raise KeyboardInterrupt
+    assert task.outputs[0].read_text() == "abc" and not list(tmp_path.glob("*.tmp"))
+    leftover = tmp_path / "s0.txt.123-abc.tmp"
+    leftover.write_text("half")
+    run_job("copy", tasks(tmp_path, ["xyz"], version=2), copy, JobOptions())
+    assert not leftover.exists() and task.outputs[0].read_text() == "xyz"
+
+
+def test_counts_that_do_not_add_up_are_an_error(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="do not add up"):
+        do_task(tasks(tmp_path, ["abc"])[0], lambda task, text: RecordCounts(3, 1, 1))
+
+
+def test_markers_have_no_clock_in_them(tmp_path: Path) -> None:
+    (task,) = tasks(tmp_path, ["abc"])
+    do_task(task, copy)
+    first = task.marker.read_bytes()
+    task.marker.unlink()
+    do_task(task, copy)
+    assert task.marker.read_bytes() == first
+    assert json.loads(first)["counts"] == {"read": 3, "kept": 2, "rejected": 1}
