@@ -182,7 +182,7 @@ class Endpoint:
             raise UserError(f"{self._name}: {detail}; set a valid key in ${self.settings.key_variable}")
         if status == 404:
             raise UserError(
-                f"{self._name}: {detail}; is this the URL up to /v1, and does it have the model {self.settings.model!r}?"
+                f"{self._name}: {detail}; give the URL up to /v1, and a model of it ({self.settings.model}?)"
             )
         if status < 400:
             raise UserError(f"{self._name}: HTTP {status} instead of an answer; name the URL to which it points")

@@ -128,7 +128,7 @@ def test_a_port_where_nobody_listens_ends_the_job() -> None:
     ("fault", "message"),
     [
         (Fault(status=401, body=f'{{"error": {{"message": "bad key {KEY}"}}}}'.encode()), "set a valid key in $OPENAI"),
-        (Fault(status=404, body=b'{"detail": "no such model"}'), "does it have the model 'judge'"),
+        (Fault(status=404, body=b'{"detail": "no such model"}'), "a model of it (judge?)"),
         (Fault(status=308, headers={"Location": "http://elsewhere/v1"}), "name the URL to which it points"),
     ],
     ids=["key", "model", "redirect"],
