@@ -81,7 +81,7 @@ def annotate_tasks(folders: Sequence[Path], choice: OperatorChoice) -> list[Shar
 
 
 def annotate_shard(task: ShardTask, tar: Path, choice: OperatorChoice) -> RecordCounts:
-    """Write the columns and rejects of one shard. The function of a job (`jobs.Work`)."""
+    """Write the columns and rejects of one shard. The function of a job (`jobs.ShardWork`)."""
     operator, annotate = _started(choice)
     num_read, rejects = 0, []
     reads = [*operator.reads, *(name for name in operator.optional_reads if column_file(tar, name).exists())]

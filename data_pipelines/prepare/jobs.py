@@ -85,7 +85,7 @@ class JobResult:
     """A line for each task that failed."""
 
 
-Work = Callable[..., RecordCounts]
+ShardWork = Callable[..., RecordCounts]
 """A module-level function that makes a task's files from `ShardTask.arguments`, with `writing` for each of them. It is
 called with the task and its arguments. A UserError ends the job; a RunError fails the task alone."""
 
@@ -115,7 +115,7 @@ def finished_counts(task: ShardTask) -> RecordCounts | None:
         return None
 
 
-def run_job(title: str, tasks: Sequence[ShardTask], work: Work, options: JobOptions) -> JobResult:
+def run_job(title: str, tasks: Sequence[ShardTask], work: ShardWork, options: JobOptions) -> JobResult:
     """Run the unfinished tasks. Raises UserError where `work` does, and RunError where tasks failed."""
     rest, counts = unfinished(tasks)
     result = JobResult(counts, len(tasks) - len(rest))
@@ -138,7 +138,7 @@ def run_job(title: str, tasks: Sequence[ShardTask], work: Work, options: JobOpti
     return result
 
 
-def do_task(task: ShardTask, work: Work) -> RecordCounts:
+def do_task(task: ShardTask, work: ShardWork) -> RecordCounts:
     """Run one task in this process and write its marker."""
     task.marker.unlink(missing_ok=True)
     counts = work(task, *task.arguments)
@@ -170,12 +170,12 @@ def _remove_leftovers(task: ShardTask) -> None:
             leftover.unlink(missing_ok=True)
 
 
-def _in_process(tasks: Sequence[ShardTask], work: Work) -> Iterator[tuple[ShardTask, RecordCounts | str]]:
+def _in_process(tasks: Sequence[ShardTask], work: ShardWork) -> Iterator[tuple[ShardTask, RecordCounts | str]]:
     for task in tasks:
         yield task, _outcome(task, work)
 
 
-def _outcome(task: ShardTask, work: Work) -> RecordCounts | str:
+def _outcome(task: ShardTask, work: ShardWork) -> RecordCounts | str:
     """The counts of a task, or why it failed. Raises UserError."""
     try:
         return do_task(task, work)
@@ -185,7 +185,7 @@ def _outcome(task: ShardTask, work: Work) -> RecordCounts | str:
         return f"{error.strerror or error} ({error.filename or task.marker.parent})"
 
 
-def _outcome_or_user_error(task: ShardTask, work: Work) -> RecordCounts | str | tuple[str]:
+def _outcome_or_user_error(task: ShardTask, work: ShardWork) -> RecordCounts | str | tuple[str]:
     """As `_outcome`; the message of a UserError comes as a tuple, because Ray would wrap the error in its own."""
     try:
         return _outcome(task, work)
@@ -194,7 +194,7 @@ def _outcome_or_user_error(task: ShardTask, work: Work) -> RecordCounts | str | 
 
 
 def _on_ray(
-    tasks: Sequence[ShardTask], work: Work, options: JobOptions
+    tasks: Sequence[ShardTask], work: ShardWork, options: JobOptions
 ) -> Iterator[tuple[ShardTask, RecordCounts | str]]:
     """Outcomes in the order in which tasks finish."""
     ray = start_ray(options)

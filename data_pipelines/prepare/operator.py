@@ -47,7 +47,7 @@ OPERATORS = {
     "phash": "data_pipelines.prepare.operators.phash:PHASH",
     "quality": "data_pipelines.prepare.operators.quality:QUALITY",
     "size": "data_pipelines.prepare.operators.size:SIZE",
-    "stem": "data_pipelines.prepare.operators.stem:STEM",
+    "stem": "data_pipelines.prepare.operators.stem:STEM_OPERATOR",
 }
 """Where each operator is defined, as module:variable; imported when it is used."""
 READ_ERRORS = (OSError, ValueError, SyntaxError, LookupError, TypeError, AttributeError, ArithmeticError)

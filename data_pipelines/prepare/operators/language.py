@@ -22,7 +22,7 @@ ENGLISH_WORDS = frozenset(
 )
 MIN_ENGLISH_SHARE = 0.1
 """A Latin text is English if this share of its words is among ENGLISH_WORDS; shorter ones are not judged."""
-MIN_WORDS = 5
+MIN_JUDGED_WORDS = 5
 
 
 def script_shares(text: str) -> dict[str, float]:
@@ -43,7 +43,7 @@ def language_of(text: str) -> str:
     if main in ("han", "hangul"):
         return {"han": "zh", "hangul": "ko"}[main]
     words = [word.strip(".,:;!?\"'()").lower() for word in text.split()]
-    if main == "latin" and len(words) >= MIN_WORDS:
+    if main == "latin" and len(words) >= MIN_JUDGED_WORDS:
         return "en" if sum(word in ENGLISH_WORDS for word in words) >= MIN_ENGLISH_SHARE * len(words) else "latin"
     return main
 

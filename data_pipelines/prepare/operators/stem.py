@@ -75,7 +75,7 @@ def _start(settings: Mapping[str, Any]) -> Annotate:
     return for_each_record(annotate_one)
 
 
-STEM = Operator(
+STEM_OPERATOR = Operator(
     "stem",
     1,
     {"label": pa.string(), "source": pa.string()},
