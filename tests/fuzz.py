@@ -12,6 +12,7 @@ import copy
 import json
 import logging
 import math
+import multiprocessing
 import os
 import resource
 import sys
@@ -21,7 +22,7 @@ import traceback
 import typing
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -190,8 +191,11 @@ def limited_command(argv: list[str], folder: str, module: str) -> int:
 
 
 def try_all(cases: Iterable[Case]) -> dict[str, str]:
-    """The result of every case by its text. What passes the checks is tried in a process, two at a time."""
-    results = {str(case): (case, check_recipe_case(case)) for case in cases}
+    """The result of every case by its text, two at a time. What passes the checks is tried in a process of its own."""
+    cases = list(cases)
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("forkserver")) as processes:
+        checked = processes.map(check_recipe_case, cases, chunksize=16)
+        results = {str(case): (case, result) for case, result in zip(cases, checked, strict=True)}
     passed = [case for case, result in results.values() if result == "passed"]
     tried = {}
     with ThreadPoolExecutor(2) as pool:

@@ -19,6 +19,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -49,24 +50,34 @@ def run_ranks(
 
     The function must be defined at the top of a module (a rank imports it by name), and its value must be picklable.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
-    port = free_port()
     with tempfile.TemporaryDirectory() as temporary:
-        folders = [Path(temporary) / str(rank) for rank in range(size)]
-        processes = []
-        for rank, folder in enumerate(folders):
-            folder.mkdir()
-            process = context.Process(target=_rank, args=(function, args, rank, size, port, folder))
-            process.start()
-            processes.append(process)
+        processes = start_ranks(size, function, *args, folder=Path(temporary))
         late = _wait(processes, time.monotonic() + timeout_s, grace_s)
-        outcomes = [_outcome(folder) for folder in folders]
+        outcomes = read_outcomes(size, Path(temporary))
         if late or any(process.exitcode for process in processes):
             codes = [process.exitcode for process in processes]
             problem = f"no end after {timeout_s} s" if late else f"exit codes {codes}"
             raise AssertionError(f"{function.__name__} on {size} ranks: {problem}\n" + _transcript(outcomes))
         return outcomes
+
+
+def start_ranks(size: int, function: Callable[..., Any], *args: Any, folder: Path) -> list[BaseProcess]:
+    """Start function(*args) on `size` ranks as run_ranks does, and return their processes; use read_outcomes later."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    port = free_port()
+    processes = []
+    for rank in range(size):
+        (folder / str(rank)).mkdir()
+        process = context.Process(target=_rank, args=(function, args, rank, size, port, folder / str(rank)))
+        process.start()
+        processes.append(process)
+    return processes
+
+
+def read_outcomes(size: int, folder: Path) -> list[Outcome]:
+    """What the ranks that start_ranks started have returned and written until now."""
+    return [_outcome(folder / str(rank)) for rank in range(size)]
 
 
 def run_command(
@@ -77,7 +88,7 @@ def run_command(
     try:
         out, err = command.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:
-        kill_all(command)
+        kill_all(command.pid)
         out, err = command.communicate()
         raise AssertionError(f"{' '.join(argv)}: no end after {timeout_s} s\n{out}\n{err}") from None
     outcome = Outcome(command.returncode, out, err)
@@ -108,12 +119,12 @@ def start_command(
     )
 
 
-def kill_all(command: subprocess.Popen[str]) -> None:
-    """Send SIGKILL to a started command and all its processes, as if the machine went down."""
+def kill_all(pid: int) -> None:
+    """Send SIGKILL to a process and all its descendants, as if the machine went down."""
     # Parents first, so that no parent sees a child end; torchrun starts its processes in new sessions.
-    for pid in family(command.pid):
+    for member in family(pid):
         with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+            os.kill(member, signal.SIGKILL)
 
 
 def family(pid: int) -> list[int]:

@@ -61,7 +61,7 @@ def test_a_second_job_in_the_same_run_folder_is_refused(recipe: Path) -> None:
                 assert "is being trained by another job (process" in line
         assert first.poll() is None
     finally:
-        kill_all(first)
+        kill_all(first.pid)
     first.communicate()
     # A killed run does not block the next one.
     newest = folders.newest_checkpoint(run / "checkpoints")
@@ -217,7 +217,7 @@ def test_torchrun_restarts_into_a_resume(recipe: Path, monkeypatch: pytest.Monke
         os.kill(children(command.pid)[1], signal.SIGKILL)
         out, err = command.communicate(timeout=120)
     finally:
-        kill_all(command)
+        kill_all(command.pid)
     assert command.returncode == 0, err
     assert err.count("resumed ") == 1
     assert learnt(run) == learnt(recipe.parent / "unbroken")

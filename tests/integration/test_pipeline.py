@@ -58,7 +58,7 @@ def test_a_pipeline_that_is_stopped_in_the_middle_ends_as_if_it_were_not(
         command.send_signal(signal.SIGTERM)
         command.communicate(timeout=60)
     finally:
-        kill_all(command)
+        kill_all(command.pid)
     assert command.returncode == 75
     assert not (run / "stage2").exists()
     finished = (run / "stage0" / "metrics.jsonl").stat().st_mtime_ns

@@ -71,7 +71,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(recipe: Path, straight: P
     try:
         wait_until(command, lambda: steps_logged(run) >= 6)
     finally:
-        kill_all(command)
+        kill_all(command.pid)
     command.communicate()
     assert command.returncode == -signal.SIGKILL
     assert 6 <= steps_logged(run) < STEPS
@@ -88,7 +88,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_exits_with_75(recipe: Path, strai
         command.send_signal(signal.SIGTERM)
         _, err = command.communicate(timeout=60)
     finally:
-        kill_all(command)
+        kill_all(command.pid)
     assert command.returncode == 75, err
     assert "SIGTERM: stopping after this step" in err
     assert "Traceback" not in err
@@ -108,7 +108,7 @@ def test_a_request_to_stop_that_reaches_the_loader_workers_too_is_obeyed(recipe:
         os.killpg(command.pid, signal.SIGTERM)
         _, err = command.communicate(timeout=60)
     finally:
-        kill_all(command)
+        kill_all(command.pid)
     assert command.returncode == 75, err
     assert "Traceback" not in err
     run_command("train", str(recipe), "run.name=all-asked", "data.workers=1")
@@ -123,7 +123,7 @@ def test_a_loader_worker_that_dies_ends_the_run_with_one_line(recipe: Path, stra
         os.kill(children(command.pid)[-1], signal.SIGKILL)
         _, err = command.communicate(timeout=60)
     finally:
-        kill_all(command)
+        kill_all(command.pid)
     assert command.returncode == 1, err
     last = [line for line in err.splitlines() if line.strip()][-1]
     assert "DataLoader worker" in last and "lower data.workers" in last
@@ -142,7 +142,7 @@ def test_two_processes_that_are_asked_to_stop_save_together(recipe: Path, straig
         os.kill(children(command.pid)[-1], signal.SIGTERM)
         _, err = command.communicate(timeout=90)
     finally:
-        kill_all(command)
+        kill_all(command.pid)
     assert command.returncode != 0
     assert "exitcode: 75" in err
     stopped = steps_logged(run)
