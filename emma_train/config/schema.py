@@ -27,6 +27,7 @@ __all__ = [
     "LossConfig",
     "MixConfig",
     "ModelConfig",
+    "MuonConfig",
     "OptimizerConfig",
     "PhaseConfig",
     "Pipeline",
@@ -99,7 +100,28 @@ class GenerationConfig:
 
 
 @dataclass
+class MuonConfig:
+    momentum: float = setting(0.95, at_least=0, less_than=1)
+    """Decay of the mean gradient whose matrix is orthogonalised. This and the next three as Muon's author has them
+    (kellerjordan.github.io/posts/muon)."""
+    nesterov: bool = setting(True)
+    """Orthogonalise the mean of the gradient and the mean gradient (Nesterov), not the mean gradient alone."""
+    iterations: int = setting(5, more_than=0, at_most=100)
+    """Iterations of Newton-Schulz, which brings all singular values near 1."""
+    coefficients: list[float] = setting([3.4445, -4.775, 2.0315], at_least=-100, at_most=100, length=3)
+    """a, b, c of an iteration: X <- aX + b(XX')X + c(XX')(XX')X."""
+    update_rms: float = setting(0.2, more_than=0, at_most=100)
+    """Root mean square of an update at learning rate 1: each is scaled by update_rms * sqrt(longer side). AdamW's is
+    about 0.2, so that both take the same rate and weight decay (arXiv 2502.16982, section 2.2)."""
+    dtype: str = setting("bf16", choices=("bf16", "fp32"))
+    """Type in which matrices are iterated, and sent between ranks for it."""
+
+
+@dataclass
 class OptimizerConfig:
+    kind: str = setting("adamw", choices=("adamw", "muon"), strict=True)
+    """adamw, or muon: Muon for the matrices of decoder layers, vision layers and adapters, AdamW for all else
+    (embedding, heads, router, position table, patch embedding, norms, biases)."""
     lr: float = setting(MISSING, more_than=0, at_most=10)
     """Peak learning rate."""
     lr_scale: dict[str, float] = setting({}, more_than=0, at_most=1000)
@@ -112,6 +134,8 @@ class OptimizerConfig:
     """Decoupled weight decay, on matrices only."""
     max_grad_norm: float = setting(1.0, at_least=0, at_most=1e6)
     """Gradients are scaled down to this global norm; 0 turns clipping off."""
+    muon: MuonConfig = section(MuonConfig)
+    """Muon, where optimizer.kind is muon."""
 
 
 @dataclass
@@ -260,7 +284,7 @@ class Recipe:
     flow: FlowConfig = section(FlowConfig)
     """Flow matching."""
     optimizer: OptimizerConfig = section(OptimizerConfig)
-    """AdamW."""
+    """AdamW, or Muon and AdamW."""
     schedule: ScheduleConfig = section(ScheduleConfig)
     """Learning rate over the steps."""
     ema: EmaConfig = section(EmaConfig)

@@ -35,6 +35,8 @@ class Facts:
     """What a text names: text (any), name (a folder inside run.root), path (local) or url (a path or a URL)."""
     resume: Rule | None = None
     """fixed: a resumed run keeps the value. free: it may change. None: the rule of the section, by default fixed."""
+    strict: bool = False
+    """resume.allow cannot accept another value: the optimizer state of the checkpoint would not fit."""
     handoff: Literal["equal"] | None = None
     """equal: the value must be that of the stage before, since the weights depend on it."""
     absent: Any = UNKNOWN

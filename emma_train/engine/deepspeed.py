@@ -8,15 +8,16 @@ host memory, divided among the ranks.
 import os
 from collections.abc import Iterator
 from math import inf
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from emma_train.config.schema import EngineConfig
-from emma_train.engine.adam_state import MOMENTS, adam_state, set_learning_rate
-from emma_train.engine.flat_shard import FlatShard
+from emma_train.engine.adam_state import set_learning_rate
+from emma_train.engine.flat_shard import FlatShard, Run
+from emma_train.engine.muon_adamw import MuonAdamW, optimizer_state
 from emma_train.engine.protocol import MakeOptimizer
 from emma_train.engine.world import World
 from emma_train.errors import UserError
@@ -26,18 +27,6 @@ BUCKET = 2**26
 """Gradient values that are reduced at once: 256 MiB in float32."""
 MAX_GATHERED = 10**9
 """Parameters that ZeRO-3 may keep gathered."""
-
-
-class Run(NamedTuple):
-    """Where this rank's fp32 values of a parameter lie in the optimizer's memory."""
-
-    flat: Tensor
-    """1-D tensor with the values of many parameters."""
-    first: int
-    """Index of the first value in `flat`."""
-    start: int
-    """Index of the first value in the flattened parameter."""
-    length: int
 
 
 class DeepSpeedEngine:
@@ -57,8 +46,8 @@ class DeepSpeedEngine:
             _materialise_in_parts(model, settings, world.device)
         else:
             model.to_empty(device=world.device)
-        self._adam = make_optimizer({name: p for name, p in model.named_parameters() if p.requires_grad})
-        group_of = {id(p): number for number, g in enumerate(self._adam.param_groups) for p in g["params"]}
+        self._optimizer = make_optimizer({name: p for name, p in model.named_parameters() if p.requires_grad})
+        group_of = {id(p): number for number, g in enumerate(self._optimizer.param_groups) for p in g["params"]}
         root = _Root(model)
         if config.zero_stage == 3:
             # Parameters outside of layers are used all over the model. They stay gathered from the start of forward to
@@ -69,12 +58,14 @@ class DeepSpeedEngine:
                 deepspeed.utils.set_z3_leaf_modules(root, [type(model.vision)])
         self.groups: list[dist.ProcessGroup] = []
         self._deepspeed, self._zero, _, _ = deepspeed.initialize(
-            model=root, optimizer=self._adam, config=settings, dist_init_required=False
+            model=root, optimizer=self._optimizer, config=settings, dist_init_required=False
         )
         self.model = cast(nn.Module, _ModelThroughDeepSpeed(model, self._deepspeed))
         self._parameters = dict(model.named_parameters())
         self._runs = {n: self._run_of(p, group_of[id(p)]) for n, p in self._parameters.items() if p.requires_grad}
         self._shapes = shapes
+        if isinstance(self._optimizer, MuonAdamW):
+            self._optimizer.connect(self._runs, shapes, world, world.size)
         self.weights: dict[str, Tensor] = {
             name: self._flat_shard(name) if name in self._runs else _even_share(shape, world)
             for name, shape in shapes.items()
@@ -87,7 +78,7 @@ class DeepSpeedEngine:
         self._deepspeed.backward(loss * self._world.dp_size, scale_wrt_gas=False)
 
     def step(self, lr: float) -> float:
-        set_learning_rate(self._adam, lr)
+        set_learning_rate(self._optimizer, lr)
         self._deepspeed.step()
         return inf if self._zero.overflow else float(self._deepspeed.get_global_grad_norm())
 
@@ -112,8 +103,8 @@ class DeepSpeedEngine:
     def state(self) -> dict[str, dict[str, Any]]:
         optimizer: dict[str, Any] = {}
         for name, run in self._runs.items():
-            optimizer[f"{name}.step"] = adam_state(self._adam, run.flat)["step"]
-            optimizer |= {f"{name}.{moment}": self._flat_shard(name, moment) for moment in MOMENTS}
+            for key, value in optimizer_state(self._optimizer, name, run.flat).items():
+                optimizer[f"{name}.{key}"] = value if key == "step" else self._flat_shard(name, value)
         return {"model": dict(self.weights), "optimizer": optimizer}
 
     def close(self) -> None:
@@ -130,17 +121,18 @@ class DeepSpeedEngine:
             start = min(self._world.rank * padded, parameter.ds_numel)  # type: ignore[attr-defined]
             length = min(padded, parameter.ds_numel - start)  # type: ignore[attr-defined]
             return Run(zero.fp32_partitioned_groups_flat[number], first, start, length)
-        (flat,) = self._adam.param_groups[group]["params"]
+        (flat,) = self._optimizer.param_groups[group]["params"]
         mapping: Any = parameter._hp_mapping  # type: ignore[attr-defined]
         if mapping is None:
             return Run(flat, 0, 0, 0)
         in_flat, in_parameter = mapping.hp_fragment_address, mapping.lp_fragment_address
         return Run(flat, in_flat.start, in_parameter.start, in_flat.numel)
 
-    def _flat_shard(self, name: str, moment: str | None = None) -> FlatShard:
-        """This rank's fp32 values of a trainable parameter or of one of its moments: a view of optimizer memory."""
+    def _flat_shard(self, name: str, values: Tensor | None = None) -> FlatShard:
+        """This rank's fp32 values of a trainable parameter: a view of optimizer memory. With `values`, a tensor of the
+        same layout as the optimizer's, such as a moment, those of it."""
         flat, first, start, length = self._runs[name]
-        values = flat if moment is None else adam_state(self._adam, flat)[moment]
+        values = flat if values is None else values
         return FlatShard(values.detach()[first : first + length], start, self._shapes[name])
 
 

@@ -3,7 +3,7 @@
 
 from collections.abc import Iterator, Sequence
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -74,6 +74,18 @@ class FlatShard(torch.Tensor):
 
     def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
         return next(values for offset, _, values in self.as_rectangles() if torch.Size(offset) == index.offset)
+
+
+class Run(NamedTuple):
+    """Where this rank's fp32 values of a parameter lie in the optimizer's memory."""
+
+    flat: Tensor
+    """1-D tensor with the values of many parameters, or a shard of one."""
+    first: int
+    """Index of the first value in `flat`."""
+    start: int
+    """Index of the first value in the flattened parameter."""
+    length: int
 
 
 def local_chunks(tensor: Tensor) -> list[tuple[tuple[slice, ...], Tensor]]:

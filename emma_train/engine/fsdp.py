@@ -18,11 +18,12 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 from emma_train.config.schema import EngineConfig
-from emma_train.engine.adam_state import adam_state, set_learning_rate
-from emma_train.engine.flat_shard import local
+from emma_train.engine.adam_state import set_learning_rate
+from emma_train.engine.flat_shard import Run, local
 from emma_train.engine.grad_norm import global_norm
+from emma_train.engine.muon_adamw import MuonAdamW, optimizer_state
 from emma_train.engine.protocol import MakeOptimizer
-from emma_train.engine.torch_private import scale_in_place
+from emma_train.engine.torch_private import local_size_and_offset, scale_in_place
 from emma_train.engine.world import World
 from emma_train.errors import UserError
 from emma_train.model.decoder import DecoderLayer
@@ -44,7 +45,11 @@ class FsdpEngine:
         meshes = {cast(DTensor, weight).device_mesh for weight in self.weights.values()}
         self.groups = [group for mesh in meshes for group in mesh.get_all_groups()]
         self._shards = {name: local(weight) for name, weight in self.weights.items() if weight.requires_grad}
-        self._adam = make_optimizer(self._shards)
+        self._optimizer = make_optimizer(self._shards)
+        if isinstance(self._optimizer, MuonAdamW):
+            runs = {name: _run_of(cast(DTensor, self.weights[name]), shard_) for name, shard_ in self._shards.items()}
+            shapes = {name: weight.shape for name, weight in self.weights.items()}
+            self._optimizer.connect(runs, shapes, world, world.size // config.replicate)
         self._max_grad_norm = max_grad_norm
         self._sp_size = world.sp_size
         self._every_micro_step = config.reduce_every_micro_step
@@ -69,9 +74,9 @@ class FsdpEngine:
                 self._shards[name].grad = gradient.to_local()
             if 0 < self._max_grad_norm < norm:
                 scale_in_place([g.to_local() for g in gradients.values()], self._max_grad_norm / (norm + 1e-6))
-            set_learning_rate(self._adam, lr)
-            self._adam.step()
-        self._adam.zero_grad(set_to_none=True)
+            set_learning_rate(self._optimizer, lr)
+            self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
         for name in gradients:
             self.weights[name].grad = None
         return norm
@@ -87,7 +92,7 @@ class FsdpEngine:
         optimizer: dict[str, Any] = {}
         for name, shard_ in self._shards.items():
             weight = cast(DTensor, self.weights[name])
-            for key, value in adam_state(self._adam, shard_).items():
+            for key, value in optimizer_state(self._optimizer, name, shard_).items():
                 optimizer[f"{name}.{key}"] = value if key == "step" else _with_placement_of(weight, value)
         return {"model": {name: weight.detach() for name, weight in self.weights.items()}, "optimizer": optimizer}
 
@@ -151,6 +156,12 @@ def gather_ahead(layers: Sequence[nn.Module], count: int) -> None:
     for index, unit in enumerate(units):
         unit.set_modules_to_forward_prefetch(units[index + 1 : index + 1 + count])
         unit.set_modules_to_backward_prefetch(units[max(0, index - count) : index][::-1])
+
+
+def _run_of(weight: DTensor, shard_: Tensor) -> Run:
+    """A shard as a run of the flattened parameter: FSDP divides the first dimension, so it is rows."""
+    _, offset = local_size_and_offset(weight)
+    return Run(shard_, 0, offset[0] * (weight.numel() // weight.shape[0]), shard_.numel())
 
 
 def _with_placement_of(weight: DTensor, shard_: Tensor) -> DTensor:

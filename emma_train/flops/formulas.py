@@ -55,6 +55,13 @@ def linear_flops(in_features: int, out_features: int, num_tokens: int, trainable
     return _passes(in_features * out_features * num_tokens, trainable, needs_input_grad)
 
 
+def newton_schulz_flops(rows: int, columns: int, iterations: int) -> int:
+    """FLOPs of orthogonalising a matrix: per iteration the products XX' (short x long x short), (XX')² (short³) and one
+    of both with X (short x short x long), in full, as they are computed (engine/muon.py)."""
+    short, long = min(rows, columns), max(rows, columns)
+    return iterations * (4 * short**2 * long + 2 * short**3)
+
+
 def decoder_flops(
     hidden: int,
     layers: int,

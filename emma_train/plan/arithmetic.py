@@ -10,6 +10,7 @@ import torch
 from emma_train.config.mix import phases
 from emma_train.config.schema import Recipe
 from emma_train.engine.activation_checkpointing import checkpointed_layers
+from emma_train.engine.muon import optimizer_lines
 from emma_train.errors import UserError
 from emma_train.flops.formulas import autoencoder_flops
 from emma_train.flops.work import Work, module_flops
@@ -73,6 +74,8 @@ class Plan:
         self.stored, self.trained = sum(p.stored for p in self.parts), sum(p.trained for p in self.parts)
         self.sizes = sizes_of(model, self.stage, makes_images(recipe))
         self.units = self.sizes.units
+        learns = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
+        self.optimizer_lines = optimizer_lines(recipe.optimizer, learns)
         self.autoencoder, self.encoder_config, self.has_autoencoder = autoencoder_of(recipe)
         self.loads = [step_load(recipe, phase, read_index_rows) for phase in phases(recipe)]
 

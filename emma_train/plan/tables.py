@@ -25,6 +25,8 @@ def print_plan(
     console = Console(width=100, highlight=False, soft_wrap=False)
     console.print(f"[bold]{recipe_path}[/bold]: {plan.stage.name}, {plan.stage.title}, on {num_gpus} x {gpu_name}\n")
     console.print(_parameter_table(plan))
+    for line in plan.optimizer_lines:
+        console.print(line)
     console.print(_token_table(plan))
     for note in image_notes(plan):
         console.print(note)

@@ -34,7 +34,7 @@ from emma_train.stages.handoff import HandOff, check_settings, plan_handoff
 from emma_train.stages.stage import Stage, check_order, departures, makes_images
 from emma_train.storage.paths import StoragePath, parse_path
 from emma_train.training.ema import Ema
-from emma_train.training.optimizer import make_optimizer
+from emma_train.training.optimizer import log_optimizer, make_optimizer
 
 log = logging.getLogger(__name__)
 ENGINES: dict[str, type[FsdpEngine] | type[DeepSpeedEngine]] = {"fsdp": FsdpEngine, "deepspeed": DeepSpeedEngine}
@@ -82,7 +82,8 @@ def build(recipe: Recipe, stage: Stage, world: World, resuming: bool) -> Trainin
     if recipe.engine.compile:
         compile_layers(model, world.device)
     checkpoint_activations(model, recipe.engine.activation_checkpointing)
-    learns = [name for name, p in model.named_parameters() if p.requires_grad]
+    learns = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
+    log_optimizer(recipe.optimizer, learns)
     optimizer = partial(make_optimizer, config=recipe.optimizer)
     engine: Engine = ENGINES[recipe.engine.kind](model, recipe.engine, recipe.optimizer.max_grad_norm, world, optimizer)
     if recipe.engine.debug_lockstep:

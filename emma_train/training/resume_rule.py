@@ -13,12 +13,14 @@ from emma_train.config.load import to_stored
 from emma_train.config.renamed import current_key, with_current_names
 from emma_train.config.schema import Recipe
 from emma_train.config.secrets import without_secrets
-from emma_train.config.setting import Rule, settings_of
+from emma_train.config.setting import Rule, all_settings, settings_of
 from emma_train.config.stored import complete, keep_stored
 from emma_train.errors import UserError
 from emma_train.training.schedule import learning_rate
 
 log = logging.getLogger(__name__)
+STRICT = {key for key, field in all_settings(Recipe) if field.facts.strict}
+"""Keys that resume.allow cannot accept."""
 
 
 def recipe_to_resume(recipe: Recipe, stored: Mapping[str, Any], source: str, step: int = 0) -> Recipe:
@@ -45,7 +47,9 @@ def check_resume(recipe: Recipe, stored: Mapping[str, Any], source: str) -> None
     if differences := contradictions(recipe, stored):
         lines, keys = list(differences.values()), ",".join(differences)
         each = "it" if len(differences) == 1 else "them"
-        ways = f"put {each} back, start another run.name with init.from, or accept with resume.allow=[{keys}]"
+        ways = f"put {each} back, or start another run.name with init.from"
+        if not STRICT & differences.keys():
+            ways = f"put {each} back, start another run.name with init.from, or accept with resume.allow=[{keys}]"
         raise UserError(f"{source}: {', '.join(lines)}; {ways}")
 
 
@@ -94,9 +98,10 @@ def check_allowed_keys(recipe: Recipe, stored: Mapping[str, Any]) -> None:
 
 
 def is_allowed(recipe: Recipe, key: str) -> bool:
-    """Whether resume.allow names the key, or a section or list that it belongs to; old names count too."""
+    """Whether resume.allow names the key, or a section or list that it belongs to; old names count too. STRICT keys are
+    never allowed."""
     allowed = [current_key(name) for name in recipe.resume.allow]
-    return any(key == name or key.startswith((f"{name}.", f"{name}[")) for name in allowed)
+    return key not in STRICT and any(key == name or key.startswith((f"{name}.", f"{name}[")) for name in allowed)
 
 
 def _schema_keys(schema: type, prefix: str = "") -> Iterator[str]:

@@ -69,7 +69,8 @@ def test_what_is_outside_of_a_range_is_told_with_key_value_and_range(key: str) -
             section = getattr(section, parent)
             section = section[0] if isinstance(section, list) else section
         as_list, as_dict = isinstance(field.default, list), isinstance(field.default, dict)
-        setattr(section, name, [inside, value] if as_list else {"vision": value} if as_dict else value)
+        listed = [inside, value, *[inside] * ((facts.length or 2) - 2)]
+        setattr(section, name, listed if as_list else {"vision": value} if as_dict else value)
         message = message_of(recipe)
         assert f"{name}[1] is {value}; " in message or f" is {value}; it must be {allowed_range(facts)}" in message
 

@@ -165,3 +165,22 @@ def test_an_unset_field_keeps_the_checkpoints_value_with_one_line(caplog: pytest
     ]
     with pytest.raises(UserError, match=r"data.text_dropout is 0.1 in the recipe and 0.2 in the checkpoint"):
         recipe_to_resume(tiny_recipe(data__text_dropout=0.1), theirs, "step-3")
+
+
+def test_the_optimizer_never_changes_at_a_resume() -> None:
+    """Its state would not fit, so resume.allow does not help. Checkpoints from before the field have AdamW."""
+    stored = as_dict(tiny_recipe())
+    del stored["optimizer"]["kind"], stored["optimizer"]["muon"]
+    assert recipe_to_resume(tiny_recipe(), stored, "step-1").optimizer.kind == "adamw"
+    for allow in ([], ["optimizer"], ["optimizer.kind"]):
+        muon = tiny_recipe(optimizer__kind="muon", resume__allow=allow)
+        with pytest.raises(UserError) as error:
+            recipe_to_resume(muon, stored, "step-1")
+        message = str(error.value)
+        assert "optimizer.kind is 'muon' in the recipe and 'adamw' in the checkpoint" in message
+        assert "init.from" in message and "resume.allow" not in message and "\n" not in message
+    adamw = tiny_recipe(optimizer__kind="adamw")
+    adamw.set_keys = frozenset({"optimizer.kind"})
+    with pytest.raises(UserError, match="optimizer.kind is 'adamw' in the recipe and 'muon' in the checkpoint"):
+        recipe_to_resume(adamw, as_dict(tiny_recipe(optimizer__kind="muon")), "step-1")
+    assert recipe_to_resume(tiny_recipe(), as_dict(tiny_recipe(optimizer__kind="muon")), "s").optimizer.kind == "muon"
