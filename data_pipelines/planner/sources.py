@@ -22,6 +22,7 @@ from data_pipelines.planner.pools import (
     source_parts,
 )
 from data_pipelines.planner.shuffle import Shard, ShuffledShards, WeightedInterleave, even_pattern, interleave_pattern
+from data_pipelines.shards.excluded import refuse_names, refuse_provenance
 from data_pipelines.shards.index import read_columns, read_manifest
 from emma_train.config.schema import DataConfig, PhaseConfig, SourceConfig
 from emma_train.errors import RunError, UserError
@@ -215,6 +216,8 @@ class Sources:
         if not check_files:
             return read_manifest(folder, self._storage, check_files=False)
         manifest = read_manifest(folder, self._storage)
+        refuse_names([folder], display_url(folder))
+        refuse_provenance(manifest.get("provenance"), display_url(folder))
         if manifest["tokenizer_sha256"] != self._tokenizer.sha256:
             path = self._tokenizer.path
             raise UserError(

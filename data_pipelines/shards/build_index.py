@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_pipelines.shards.excluded import refuse_members, refuse_names, refuse_provenance
 from data_pipelines.shards.images import display_size, image_name, image_parts, open_image
 from data_pipelines.shards.index import INDEX_SCHEMA, MANIFEST, SCHEMA_VERSION, index_path
 from data_pipelines.shards.record import layouts, missing_part, read_record, tags_of
@@ -52,13 +53,15 @@ def index_folder(
 
     An existing index of the same tar and tokenizer is kept, unless `force`. Records that cannot be used are left out,
     counted and logged. `provenance` None keeps that of the previous manifest. Raises UserError on a broken tar and on
-    a key that occurs twice, after all other shards are done.
+    a key that occurs twice, after all other shards are done, and on data of the excluded set (excluded.py).
     """
     folder, text = Path(folder), TextTokenizer(tokenizer)
     tars = sorted(folder.glob("*.tar"))
     if not tars:
         raise UserError(f"{folder}: holds no *.tar to index")
     provenance = _provenance(folder) if provenance is None else provenance
+    refuse_names([folder.absolute().as_posix()], folder)
+    refuse_provenance(provenance, folder)
     unfinished = {"schema": SCHEMA_VERSION, "unfinished": True, "provenance": provenance}
     write_atomic(folder / MANIFEST, json.dumps(unfinished, indent=1) + "\n")
     shards, problems = _index_all(tars, text.path, force, workers)
@@ -176,6 +179,7 @@ def _write_index(tar: Path, tokenizer: TextTokenizer) -> dict[str, Any]:
                 if group.key in keys:
                     raise UserError(f"{tar}: key {group.key} occurs twice; keys are unique in a folder")
                 keys.add(group.key)
+                refuse_members(group.key, group.members, tar)
                 try:
                     new_rows = list(_record_rows(group, tokenizer))
                 except (KeyError, ValueError, TypeError, AttributeError, OSError) as error:

@@ -13,6 +13,7 @@ from typing import Any
 
 from braceexpand import braceexpand
 
+from data_pipelines.shards.excluded import refuse_names
 from emma_train.errors import RunError, UserError
 from emma_train.storage.files import write_atomic
 from emma_train.storage.shard_reader import ShardReader
@@ -33,6 +34,7 @@ def fetch_shards(out: Path, sources: Sequence[str], workers: int) -> dict[str, A
     cannot be copied.
     """
     expanded = [one for source in sources for one in _expanded(source)]
+    refuse_names(expanded, out)
     hashes = [hashlib.sha256(source.encode()).hexdigest()[:16] for source in expanded]
     try:
         out.mkdir(parents=True, exist_ok=True)

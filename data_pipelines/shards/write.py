@@ -23,6 +23,11 @@ def compact_json(record: Record) -> bytes:
     return json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode()
 
 
+def tar_writer(stream: BinaryIO) -> webdataset.TarWriter:
+    """Writes a shard; with a fixed time and user, so that its bytes only depend on the records."""
+    return webdataset.TarWriter(stream, user="emma", group="emma", mtime=0, encoder=False)
+
+
 class ShardWriter:
     """Writes records to `folder/PREFIX-000000.tar`, ... A shard has the suffix `.tmp` until it is complete.
 
@@ -79,8 +84,7 @@ class ShardWriter:
 
     def _start(self) -> None:
         self._stream = self._temporary.open("wb")
-        # Fixed time and user, so that the bytes only depend on the records.
-        self._tar = webdataset.TarWriter(self._stream, user="emma", group="emma", mtime=0, encoder=False)
+        self._tar = tar_writer(self._stream)
         self._open_samples = 0
         self._open_bytes = 0
 

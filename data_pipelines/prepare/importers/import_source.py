@@ -1,0 +1,174 @@
+"""Imports a source: its parts in parallel, then the file of rejects, the counts, and provenance for the manifest."""
+
+import json
+import logging
+import multiprocessing
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from data_pipelines.prepare.importers.diagnosis import nothing_to_import, source_content
+from data_pipelines.prepare.importers.item import ImportOptions, ImportPart
+from data_pipelines.prepare.importers.source_files import listing_sha256
+from data_pipelines.prepare.importers.write_part import PROGRESS_FOLDER, ShardLimits, ShardProgress, write_part
+from emma_train.errors import RunError, UserError
+from emma_train.storage.files import make_folder, write_atomic
+
+log = logging.getLogger(__name__)
+REJECTS_FILE = "rejects.jsonl"
+COUNTS_FILE = "import.json"
+_SETTINGS_FILE = "settings.json"
+LOG_SECONDS = 10
+
+
+@dataclass(frozen=True)
+class ImportCounts:
+    """What became of the items of a source: items = records + rejected."""
+
+    items: int
+    records: int
+    rejected: int
+    text_only: int
+    """Records without an image: i2t trains on them, as text alone."""
+    broken_files: int
+    """Files that break off, whose further items nobody can count."""
+    shards: int
+
+
+def import_source(
+    importer: str,
+    source: Path,
+    out: Path,
+    parts: list[ImportPart],
+    options: ImportOptions,
+    limits: ShardLimits,
+    workers: int,
+) -> dict[str, Any]:
+    """Write the shards of all parts to `out`, with REJECTS_FILE and COUNTS_FILE; returns the provenance.
+
+    The same source gives the same bytes, with any number of workers, and after any interruption. Raises UserError where
+    `out` holds something else, where no item became a record, or where something is of the excluded set.
+    """
+    content = source_content(source)
+    if not parts:
+        raise nothing_to_import(importer, source, content)
+    listing = listing_sha256(source)
+    _claim(out, importer, listing, options, limits)
+    progress = [shard for shards in _write_all(out, parts, options, limits, workers) for shard in shards]
+    rejects = [reject for shard in progress for reject in shard.rejects]
+    lines = (json.dumps(dict(zip(("item", "reason", "count"), r, strict=True)), ensure_ascii=False) for r in rejects)
+    write_atomic(out / REJECTS_FILE, "".join(f"{line}\n" for line in lines))
+    counts = _counts(progress)
+    write_atomic(out / COUNTS_FILE, json.dumps(asdict(counts), indent=1) + "\n")
+    _report(out, counts, rejects)
+    if not counts.records:
+        first = f"the first item: {rejects[0][0]}: {rejects[0][1]}" if rejects else "there is no item"
+        raise UserError(f"{nothing_to_import(importer, source, content)}; {first}")
+    origin = {
+        "dataset": options.dataset,
+        "licence": options.licence,
+        "source": source.as_posix(),
+        "listing_sha256": listing,
+        "configs": _configs(parts),
+    }
+    return {"sources": [origin], "importer": importer, "counts": asdict(counts)}
+
+
+def _claim(out: Path, importer: str, listing: str, options: ImportOptions, limits: ShardLimits) -> None:
+    """Note what the folder is for. Raises UserError where it holds shards of another import."""
+    settings = {"importer": importer, "listing_sha256": listing, **asdict(options), "limits": asdict(limits)}
+    text = json.dumps({**settings, "fields": dict(options.fields)}, indent=1) + "\n"
+    make_folder(out / PROGRESS_FOLDER)
+    file = out / PROGRESS_FOLDER / _SETTINGS_FILE
+    if file.exists():
+        if file.read_text(encoding="utf-8") != text:
+            raise UserError(
+                f"{out}: holds an import of another source or with other options; give the same ones again, or a new "
+                "folder"
+            )
+    elif any(out.glob("*.tar")):
+        raise UserError(f"{out}: holds shards that this command did not write; give a new folder")
+    write_atomic(file, text)
+
+
+def _write_all(
+    out: Path, parts: list[ImportPart], options: ImportOptions, limits: ShardLimits, workers: int
+) -> list[list[ShardProgress]]:
+    """What every part gave, in the order of the parts."""
+    done: dict[int, list[ShardProgress]] = {}
+    last_logged = time.monotonic()
+    for number, shards in _results(out, parts, options, limits, min(workers, len(parts))):
+        done[number] = shards
+        if time.monotonic() > last_logged + LOG_SECONDS:
+            last_logged = time.monotonic()
+            counts = _counts([shard for shards in done.values() for shard in shards])
+            log.info(
+                "%s: %d of %d parts, %d records, %d rejected",
+                out,
+                len(done),
+                len(parts),
+                counts.records,
+                counts.rejected,
+            )
+    return [done[number] for number in range(len(parts))]
+
+
+def _results(
+    out: Path, parts: list[ImportPart], options: ImportOptions, limits: ShardLimits, workers: int
+) -> Iterator[tuple[int, list[ShardProgress]]]:
+    try:
+        if workers <= 1:
+            yield from ((number, write_part(out, number, part, options, limits)) for number, part in enumerate(parts))
+            return
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+            futures = {
+                pool.submit(write_part, out, number, part, options, limits): number for number, part in enumerate(parts)
+            }
+            try:
+                for future in as_completed(futures):
+                    yield futures[future], future.result()
+            finally:
+                pool.shutdown(cancel_futures=True)
+    except BrokenProcessPool:
+        raise RunError(
+            f"{out}: an importing process died (out of memory?); run again with fewer --workers, it goes on"
+        ) from None
+    except OSError as error:
+        raise RunError(f"{out}: cannot be written ({error.strerror or error}); run again, it goes on") from None
+
+
+def _counts(progress: list[ShardProgress]) -> ImportCounts:
+    rejects = [count for shard in progress for _, _, count in shard.rejects]
+    return ImportCounts(
+        items=sum(shard.items for shard in progress),
+        records=sum(shard.records for shard in progress),
+        rejected=sum(rejects),
+        text_only=sum(shard.text_only for shard in progress),
+        broken_files=rejects.count(0),
+        shards=sum(shard.records > 0 for shard in progress),
+    )
+
+
+def _configs(parts: list[ImportPart]) -> list[str]:
+    """The folders of the parts' files, without `data`."""
+    folders = ("/".join(step for step in part.name.split("/")[:-1] if step != "data") for part in parts)
+    return sorted(set(filter(None, folders)))
+
+
+def _report(out: Path, counts: ImportCounts, rejects: list[list[Any]]) -> None:
+    log.info(
+        "%s: %d items = %d records (%d of them text only) in %d shards + %d rejected",
+        *(out, counts.items, counts.records, counts.text_only, counts.shards, counts.rejected),
+    )
+    if counts.broken_files:
+        log.warning("%s: %d files break off or cannot be read; copy them again", out, counts.broken_files)
+    reasons = Counter[str]()
+    for _, reason, count in rejects:
+        reasons[reason] += max(count, 1)
+    for reason, count in reasons.most_common(5):
+        log.warning("%s: %d rejected: %s (all are in %s)", out, count, reason, REJECTS_FILE)

@@ -1,0 +1,49 @@
+"""Lists the files of a source folder, in an order that depends on their names alone."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from data_pipelines.shards.excluded import refuse_names
+from emma_train.errors import UserError
+
+
+def source_files(source: Path, suffixes: Sequence[str]) -> list[Path]:
+    """The files below a folder with one of these suffixes, or the file itself; hidden folders are left out.
+
+    Raises UserError where the source is missing, or a path is of the excluded set.
+    """
+    check_source(source)
+    if source.is_file():
+        return [source] if source.name.endswith(tuple(suffixes)) else []
+    files = [path for path in source.rglob("*") if path.name.endswith(tuple(suffixes)) and path.is_file()]
+    files = [path for path in files if not any(part.startswith(".") for part in path.relative_to(source).parts)]
+    return sorted(files, key=lambda path: path.relative_to(source).parts)
+
+
+def check_source(source: Path) -> None:
+    """Raise UserError where a source is missing or its path is of the excluded set."""
+    refuse_names([source.absolute().as_posix()], source)
+    if not source.exists():
+        raise UserError(f"{source}: no such file or folder; give the folder that was downloaded")
+
+
+def relative_name(path: Path, source: Path) -> str:
+    """The path of a file below its source, with slashes."""
+    return path.name if path == source else path.relative_to(source).as_posix()
+
+
+def config_name(path: Path, source: Path) -> str:
+    """The part of a hub's data set that a file is of: its folder, without `data`; empty for a file at the top."""
+    parts = [part for part in path.relative_to(source).parent.parts if part != "data"] if path != source else []
+    return "/".join(parts)
+
+
+def listing_sha256(source: Path) -> str:
+    """Hash of the relative paths and sizes of all files of a source; their content is not read."""
+    files = [source] if source.is_file() else sorted(path for path in source.rglob("*") if path.is_file())
+    lines = (f"{relative_name(path, source)}\0{path.stat().st_size}\n" for path in files)
+    hashed = hashlib.sha256()
+    for line in lines:
+        hashed.update(line.encode("utf-8", "surrogateescape"))
+    return hashed.hexdigest()
