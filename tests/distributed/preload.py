@@ -1,5 +1,6 @@
 """Imported once by the server that ranks are forked from (spawn.py), so that ranks start fast."""
 
+import gc
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -17,3 +18,5 @@ import tests.distributed.ranks
 import tests.object_stores  # noqa: F401
 
 torch.set_num_threads(1)
+# The trainer collects garbage before its first step, which would copy every page of these modules in every rank.
+gc.freeze()
