@@ -6,6 +6,7 @@ from data_pipelines.loader.sample_builder import SampleBuilder, SampleError
 from data_pipelines.planner.candidates import SampleRef
 from data_pipelines.shards.images import image_members
 from data_pipelines.shards.latents import cached_latent, latents_path, transform_name
+from data_pipelines.shards.record_map import RecordMap, read_map
 from data_pipelines.shards.tar import crc32, read_group
 from emma_train.config.schema import DataConfig, ImageConfig
 from emma_train.errors import RunError, UserError, describe_shortage
@@ -13,7 +14,7 @@ from emma_train.sequence.pack import Sample
 from emma_train.sequence.tokens import TextTokenizer
 from emma_train.storage.shard_reader import ShardReader
 from emma_train.storage.storage_error import StorageError
-from emma_train.storage.urls import display_url
+from emma_train.storage.urls import display_url, parent_url
 
 
 class SampleReader:
@@ -31,6 +32,7 @@ class SampleReader:
         self.builder = SampleBuilder(data, tokenizer, patch, shuffle)
         self.autoencoder_fingerprint = autoencoder_fingerprint
         self.storage = ShardReader.from_config(data)
+        self._maps: dict[str, RecordMap | None] = {}
 
     def read(self, planned: SampleRef, use_cached: bool = True) -> Sample:
         """The planned sample; `use_cached` False leaves cached latents alone. Raises SampleError, and RunError or
@@ -39,7 +41,10 @@ class SampleReader:
             members = self.members(planned)
             files = image_members(members)
             return self.builder.sample(
-                planned, members, lambda name, c: self._latent(planned, name, files[name], c) if use_cached else None
+                planned,
+                members,
+                lambda name, c: self._latent(planned, name, files[name], c) if use_cached else None,
+                self._map(planned),
             )
         except (SampleError, UserError, RunError):
             raise
@@ -62,6 +67,13 @@ class SampleReader:
                 return read_group(data)
             self.storage.forget(planned.url, planned.shard)
         raise SampleError(f"{display_url(planned.url)}: bytes differ from the index's crc32")
+
+    def _map(self, planned: SampleRef) -> RecordMap | None:
+        """The map of the shard's folder, read once."""
+        folder = parent_url(planned.url)
+        if folder not in self._maps:
+            self._maps[folder] = read_map(folder, self.storage)
+        return self._maps[folder]
 
     def _latent(self, planned: SampleRef, name: str, image: memoryview, image_config: ImageConfig) -> np.ndarray | None:
         if self.autoencoder_fingerprint is None:

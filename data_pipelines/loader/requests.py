@@ -7,6 +7,7 @@ from typing import Any
 from data_pipelines.shards.images import image_members, load_resized
 from data_pipelines.shards.index import read_columns, read_manifest
 from data_pipelines.shards.record import read_record
+from data_pipelines.shards.record_map import read_map
 from data_pipelines.shards.tar import read_group
 from emma_train.config.schema import DataConfig
 from emma_train.errors import UserError
@@ -56,7 +57,7 @@ def _read_request(
         members = read_group(
             storage.read_range(join_url(folder, shard["name"]), row["offset"], row["size"], shard["sha256"])
         )
-        record, files = read_record(members), image_members(members)
+        record, files = read_record(members, record_map=read_map(folder, storage)), image_members(members)
         alternative = record[TASKS[task].record_key][number]
         image_config = TASKS[task].image_config(data)
         target = load_resized(files[alternative["target"]], image_config, pixels) if "target" in alternative else None

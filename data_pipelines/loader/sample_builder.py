@@ -9,6 +9,7 @@ import numpy as np
 from data_pipelines.planner.candidates import SampleRef
 from data_pipelines.shards.images import display_size, image_members, load_image, open_image
 from data_pipelines.shards.record import missing_part, read_record
+from data_pipelines.shards.record_map import RecordMap
 from emma_train.config.schema import DataConfig, ImageConfig
 from emma_train.sequence.geometry import image_size, to_patches
 from emma_train.sequence.layout import ImageRole, Segment
@@ -36,11 +37,21 @@ class SampleBuilder:
     def __init__(self, data: DataConfig, tokenizer: TextTokenizer, patch: int, shuffle: int) -> None:
         self.data, self.tokenizer, self.patch, self.shuffle = data, tokenizer, patch, shuffle
 
-    def sample(self, planned: SampleRef, members: Mapping[str, memoryview], find_latent: FindLatent) -> Sample:
-        """The sample of a record. Raises SampleError, and any error that a library raises on foreign data."""
+    def sample(
+        self,
+        planned: SampleRef,
+        members: Mapping[str, memoryview],
+        find_latent: FindLatent,
+        record_map: RecordMap | None = None,
+    ) -> Sample:
+        """The sample of a record; the map says how records of foreign tars are read.
+
+        Raises SampleError, and any error that a library raises on foreign data.
+        """
         draw, task = (self.data.seed, planned.epoch, planned.key), TASKS[planned.task]
         questions = self.data.caption_questions
-        record = read_record(members, questions[choice_of(len(questions), *draw, "caption question")])
+        question = questions[choice_of(len(questions), *draw, "caption question")]
+        record = read_record(members, question, record_map)
         alternative = record[task.record_key][planned.alternative]
         if missing := missing_part(alternative, planned.task):
             raise SampleError(missing)

@@ -3,7 +3,7 @@
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -23,7 +23,8 @@ from data_pipelines.planner.pools import (
 )
 from data_pipelines.planner.shuffle import Shard, ShuffledShards, WeightedInterleave, even_pattern, interleave_pattern
 from data_pipelines.shards.excluded import refuse_names, refuse_provenance
-from data_pipelines.shards.index import read_columns, read_manifest
+from data_pipelines.shards.index import MANIFEST, read_columns, read_manifest
+from data_pipelines.shards.record_map import MAP_FILE, read_map
 from emma_train.config.schema import DataConfig, PhaseConfig, SourceConfig
 from emma_train.errors import RunError, UserError
 from emma_train.sequence.tasks import TASKS
@@ -218,6 +219,7 @@ class Sources:
         manifest = read_manifest(folder, self._storage)
         refuse_names([folder], display_url(folder))
         refuse_provenance(manifest.get("provenance"), display_url(folder))
+        self._check_map(folder, manifest)
         if manifest["tokenizer_sha256"] != self._tokenizer.sha256:
             path = self._tokenizer.path
             raise UserError(
@@ -226,6 +228,14 @@ class Sources:
             )
         self._manifests[folder] = manifest
         return manifest
+
+    def _check_map(self, folder: str, manifest: dict[str, Any]) -> None:
+        """Raise UserError where the manifest was made with another map of records than the folder has now."""
+        record_map = read_map(folder, self._storage)
+        if manifest.get("map") != (asdict(record_map) if record_map is not None else None):
+            raise UserError(
+                f"{display_url(folder)}: {MAP_FILE} is missing or is not the map in {MANIFEST}; copy both or index again"
+            )
 
 
 def _groups(phase: PhaseConfig, task: str) -> list[list[SourceConfig]]:

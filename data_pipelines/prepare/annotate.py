@@ -24,6 +24,7 @@ from data_pipelines.prepare.operator import (
 )
 from data_pipelines.prepare.stored_record import StoredRecord
 from data_pipelines.shards.index import index_path, read_manifest
+from data_pipelines.shards.record_map import read_map
 from emma_train.errors import UserError
 
 ROWS_PER_GROUP = 1 << 16
@@ -168,9 +169,10 @@ def stored_records(tar: Path, shard: BinaryIO, reads: Sequence[str] = ()) -> Ite
         for row in batch.to_pylist():
             rows.setdefault(row["key"], {})[row["task"]] = row
     columns = {name: _rows_by_key(column_file(tar, name)) for name in reads}
+    record_map = read_map(tar.parent)
     for key in sorted(rows, key=lambda key: next(iter(rows[key].values()))["offset"]):
         of_key = {name: by_key[key] for name, by_key in columns.items() if key in by_key}
-        yield StoredRecord(key, rows[key], shard, of_key)
+        yield StoredRecord(key, rows[key], shard, of_key, record_map)
 
 
 def _batches(records: Iterator[StoredRecord], size: int) -> Iterator[list[StoredRecord]]:

@@ -7,6 +7,7 @@ from typing import Any, BinaryIO
 
 from data_pipelines.shards.images import image_members
 from data_pipelines.shards.record import read_record, tags_of
+from data_pipelines.shards.record_map import RecordMap
 from data_pipelines.shards.tar import crc32, read_group
 
 
@@ -20,6 +21,7 @@ class StoredRecord:
         rows: Mapping[str, Mapping[str, Any]],
         shard: BinaryIO,
         columns: Mapping[str, Mapping[str, Any]] | None = None,
+        record_map: RecordMap | None = None,
     ) -> None:
         self.key = key
         self.rows = rows
@@ -29,6 +31,7 @@ class StoredRecord:
         """Values of the operators that this one reads, by operator and column; `source` has what an importer kept
         of the source (scores, URL, ...)."""
         self._shard = shard
+        self._map = record_map
 
     @cached_property
     def row(self) -> Mapping[str, Any]:
@@ -51,7 +54,7 @@ class StoredRecord:
     def json(self) -> dict[str, Any]:
         """The record as docs/data.md has it, turns with the keys role and text; a plain caption pair as a record with
         i2t and t2i. Raises ValueError."""
-        return read_record(self.members)
+        return read_record(self.members, record_map=self._map)
 
     @cached_property
     def fields(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from data_pipelines.shards.excluded import refuse_members, refuse_names, refuse_
 from data_pipelines.shards.images import display_size, image_name, image_parts, open_image
 from data_pipelines.shards.index import INDEX_SCHEMA, MANIFEST, SCHEMA_VERSION, index_path
 from data_pipelines.shards.record import layouts, missing_part, read_record, tags_of
+from data_pipelines.shards.record_map import RecordMap, map_of, read_map, write_map
 from data_pipelines.shards.tar import BrokenTar, Group, Readable, groups
 from emma_train.errors import UserError
 from emma_train.sequence import layout
@@ -47,13 +48,19 @@ class IndexedShard:
 
 
 def index_folder(
-    folder: Path, tokenizer: Path | str, provenance: dict[str, Any] | None = None, workers: int = 1, force: bool = False
+    folder: Path,
+    tokenizer: Path | str,
+    provenance: dict[str, Any] | None = None,
+    workers: int = 1,
+    force: bool = False,
+    record_map: RecordMap | None = None,
 ) -> dict[str, Any]:
     """Write the index of every tar of a folder and its manifest; returns the manifest.
 
     An existing index of the same tar and tokenizer is kept, unless `force`. Records that cannot be used are left out,
-    counted and logged. `provenance` None keeps that of the previous manifest. Raises UserError on a broken tar and on
-    a key that occurs twice, after all other shards are done, and on data of the excluded set (excluded.py).
+    counted and logged. `provenance` None keeps that of the previous manifest, `record_map` None the folder's map.
+    Raises UserError on a broken tar and on a key that occurs twice, after all other shards are done, and on data of the
+    excluded set (excluded.py).
     """
     folder, text = Path(folder), TextTokenizer(tokenizer)
     tars = sorted(folder.glob("*.tar"))
@@ -62,6 +69,9 @@ def index_folder(
     provenance = _provenance(folder) if provenance is None else provenance
     refuse_names([folder.absolute().as_posix()], folder)
     refuse_provenance(provenance, folder)
+    if record_map is not None:
+        write_map(folder, record_map)
+    record_map = read_map(folder)
     unfinished = {"schema": SCHEMA_VERSION, "unfinished": True, "provenance": provenance}
     write_atomic(folder / MANIFEST, json.dumps(unfinished, indent=1) + "\n")
     shards, problems = _index_all(tars, text.path, force, workers)
@@ -83,7 +93,13 @@ def index_folder(
         "samples": samples,
         "shards": entries,
         "provenance": provenance,
+        **({"map": asdict(record_map)} if record_map is not None else {}),
     }
+    log.info(
+        "%s: indexed %s of %d shards; %d records left out",
+        *(folder, ", ".join(f"{num} {task}" for task, num in samples.items())),
+        *(len(entries), sum(entry["left_out"] for entry in entries)),
+    )
     write_atomic(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     return manifest
 
@@ -156,7 +172,10 @@ def _valid_entry(tar: Path, tokenizer: str) -> dict[str, Any] | None:
         metadata = pq.read_metadata(index).metadata or {}
         entry: dict[str, Any] = json.loads(metadata[ENTRY_KEY])
         known = entry.pop("schema"), entry.pop("tokenizer_sha256"), entry["bytes"]
+        stored_map = entry.pop("map", None)
         if known != (SCHEMA_VERSION, tokenizer, tar.stat().st_size):
+            return None
+        if (map_of(stored_map, str(index)) if stored_map else None) != read_map(tar.parent):
             return None
         if tar.stat().st_mtime_ns > index.stat().st_mtime_ns and _sha256(tar) != entry["sha256"]:
             return None
@@ -171,7 +190,7 @@ def _write_index(tar: Path, tokenizer: TextTokenizer) -> dict[str, Any]:
     rows: dict[str, list[dict[str, Any]]] = {task: [] for task in RECORD_KEYS}
     tags: dict[str, Counter[str]] = {task: Counter() for task in RECORD_KEYS}
     keys: set[str] = set()
-    left_out, first = 0, ""
+    left_out, first, record_map = 0, "", read_map(tar.parent)
     try:
         with open(tar, "rb") as raw:
             file = HashedFile(raw)
@@ -181,7 +200,7 @@ def _write_index(tar: Path, tokenizer: TextTokenizer) -> dict[str, Any]:
                 keys.add(group.key)
                 refuse_members(group.key, group.members, tar)
                 try:
-                    new_rows = list(_record_rows(group, tokenizer))
+                    new_rows = list(_record_rows(group, tokenizer, record_map))
                 except (KeyError, ValueError, TypeError, AttributeError, OSError) as error:
                     left_out, first = left_out + 1, first or f"record {group.key}: {type(error).__name__}: {error}"
                     continue
@@ -210,6 +229,7 @@ def _write_index(tar: Path, tokenizer: TextTokenizer) -> dict[str, Any]:
         **({"left_out_first": first} if left_out else {}),
     }
     stamp = {"schema": SCHEMA_VERSION, "tokenizer_sha256": tokenizer.sha256, **entry}
+    stamp |= {"map": asdict(record_map)} if record_map is not None else {}
     schema = INDEX_SCHEMA.with_metadata({ENTRY_KEY: json.dumps(stamp)})
     with replacing(index_path(tar)) as index, pq.ParquetWriter(index, schema, compression="zstd") as writer:
         for table in joined.values():
@@ -218,17 +238,17 @@ def _write_index(tar: Path, tokenizer: TextTokenizer) -> dict[str, Any]:
     return entry
 
 
-def _record_rows(group: Group, tokenizer: TextTokenizer) -> Iterator[dict[str, Any]]:
+def _record_rows(group: Group, tokenizer: TextTokenizer, record_map: RecordMap | None) -> Iterator[dict[str, Any]]:
     """The index rows of one record, one per task. Foreign data can raise many kinds of errors here."""
     "/".join(
         (group.key, *group.members)
     ).encode()  # raises an error if a name is not UTF-8, which the index could not store
     if group.repeated:
         raise ValueError(f"it has two members {group.repeated[0]}")
-    record = read_record(group.members)
+    record = read_record(group.members, record_map=record_map)
     tasks = [task for task in RECORD_KEYS if record.get(task)]
     if not tasks:
-        raise ValueError(f"it has no task: no alternatives of {', '.join(RECORD_KEYS)}, and is no image with a caption")
+        raise ValueError(_no_task(group))
     parts = image_parts(group.members)
     sizes = [display_size(open_image(group.members[part])) for part in parts]
     numbers = {image_name(part): i for i, part in enumerate(parts)}
@@ -253,6 +273,19 @@ def _record_rows(group: Group, tokenizer: TextTokenizer) -> Iterator[dict[str, A
             "heights": [height for _, height in sizes],
             "tags": tags_of(record),
         }
+
+
+def _no_task(group: Group) -> str:
+    """Why a record has no task: its members and keys, and the options that say what they are."""
+    try:
+        keys = list(json.loads(group.members.get("json", b"{}")))
+    except (ValueError, TypeError):
+        keys = []
+    return (
+        f"it has no task: no alternatives of {', '.join(RECORD_KEYS)}, and is no image with a caption; its members: "
+        f"{', '.join(group.members)}; keys of its JSON: {', '.join(map(str, keys)) or 'none'}; "
+        "--caption, --turns, or --source, --target and --instruction say where its texts and images are"
+    )
 
 
 class HashedFile:

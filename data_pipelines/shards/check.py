@@ -14,6 +14,7 @@ from data_pipelines.shards.build_index import HashedFile
 from data_pipelines.shards.images import image_parts, open_image
 from data_pipelines.shards.index import index_name, read_manifest
 from data_pipelines.shards.record import missing_part, read_record
+from data_pipelines.shards.record_map import RecordMap, read_map
 from data_pipelines.shards.tar import BrokenTar, Group, groups
 from emma_train.sequence.tasks import RECORD_KEYS
 from emma_train.storage.shard_reader import ShardReader
@@ -47,13 +48,14 @@ def check_shard(folder: str, shard: dict[str, Any]) -> list[str]:
     except (pa.ArrowException, OSError, ValueError):
         return [*problems, f"{display_url(index)}: is no index that can be read"]
     index_rows = {row["key"]: (row["offset"], row["size"], row["crc32"]) for row in table.to_pylist()}
+    record_map = read_map(folder, storage)
     try:
         with storage.open(tar) as raw:
             file = HashedFile(raw)
             try:
                 for group in groups(file):
                     if group.key in index_rows:  # the index leaves out records that cannot be used
-                        problems += _check_group(display_url(tar), group, index_rows.pop(group.key))
+                        problems += _check_group(display_url(tar), group, index_rows.pop(group.key), record_map)
             except BrokenTar as error:
                 problems.append(f"{display_url(tar)}: broken tar, it {error}")
             if file.finish() != (shard["bytes"], shard["sha256"]):
@@ -63,7 +65,9 @@ def check_shard(folder: str, shard: dict[str, Any]) -> list[str]:
     return problems + [f"{display_url(tar)}: record {key} of the index is not in it" for key in index_rows]
 
 
-def _check_group(tar: str, group: Group, index_row: tuple[int, int, int]) -> Iterator[str]:
+def _check_group(
+    tar: str, group: Group, index_row: tuple[int, int, int], record_map: RecordMap | None
+) -> Iterator[str]:
     if (group.offset, group.size, group.crc32) != index_row:
         yield f"{tar}: record {group.key} differs from its crc32"
         return
@@ -77,7 +81,7 @@ def _check_group(tar: str, group: Group, index_row: tuple[int, int, int]) -> Ite
         except (OSError, ValueError, SyntaxError) as error:
             yield f"{tar}: image {group.key}.{part} cannot be read ({error})"
     try:
-        record = read_record(group.members)
+        record = read_record(group.members, record_map=record_map)
         for task in RECORD_KEYS:
             for alternative in record.get(task, []):
                 if missing := missing_part(alternative, task):

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from data_pipelines.shards.images import image_name, image_parts
+from data_pipelines.shards.record_map import RecordMap
 from emma_train.sequence.layout import ImageRole, Segment
 from emma_train.sequence.tasks import RECORD_KEYS, TASKS, Task
 from emma_train.sequence.tokens import TextTokenizer
@@ -15,8 +16,13 @@ ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assi
 """Roles of turns that records may have, and what each one is in the chat template."""
 
 
-def read_record(members: Mapping[str, bytes | memoryview], caption_question: str = CAPTION_QUESTION) -> dict[str, Any]:
-    """The record of a group: its JSON if that lists alternatives of a task, otherwise a caption pair.
+def read_record(
+    members: Mapping[str, bytes | memoryview],
+    caption_question: str = CAPTION_QUESTION,
+    record_map: RecordMap | None = None,
+) -> dict[str, Any]:
+    """The record of a group: what the map makes of it, or its JSON if that lists alternatives of a task, otherwise a
+    caption pair.
 
     A caption pair is one image and one or more .txt: each caption is an alternative of i2t, as the answer to
     CAPTION_QUESTION, and of t2i. Any other group is a record without tasks. Turns have the keys `role` (system, user or
@@ -28,6 +34,9 @@ def read_record(members: Mapping[str, bytes | memoryview], caption_question: str
         raise ValueError("its JSON is nested too deeply") from None
     if not isinstance(record, dict):
         raise ValueError("its JSON is no object")
+    tags = record.get("tags")
+    if record_map is not None:
+        record = {"tags": tags if isinstance(tags, list) else [], **record_map.record(members)}
     named = [task for task in RECORD_KEYS if task in record]
     for task in named:
         if not isinstance(record[task], list) or not all(isinstance(item, dict) for item in record[task]):
@@ -37,9 +46,9 @@ def read_record(members: Mapping[str, bytes | memoryview], caption_question: str
     if named:
         return record
     images = image_parts(members)
-    captions = [bytes(members[part]).decode().strip() for part in sorted(members) if part.split(".")[-1] == "txt"]
+    texts = [bytes(members[part]).decode() for part in sorted(members) if part.split(".")[-1] == "txt"]
+    captions = [text.strip() for text in (record["captions"] if record_map is not None else texts)]
     captions = [caption for caption in captions if caption]
-    tags = record.get("tags")
     pair: dict[str, Any] = {"tags": tags if isinstance(tags, list) else []}
     if len(images) == 1 and captions:
         name = image_name(images[0])
@@ -80,13 +89,14 @@ def missing_part(alternative: dict[str, Any], task: str) -> str | None:
 
 
 def _turns(alternative: dict[str, Any], task: str) -> list[dict[str, str]]:
-    """The turns of an alternative with the keys role and text. Accepts LLaVA's from and value. Raises ValueError."""
+    """The turns of an alternative with the keys role and text. Accepts LLaVA's from and value,
+    and content. Raises ValueError."""
     turns = alternative.get("turns")
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise ValueError(f"an alternative of its {task} has no list of turns")
     result = []
     for turn in turns:
-        role, text = turn.get("role", turn.get("from")), turn.get("text", turn.get("value"))
+        role, text = turn.get("role", turn.get("from")), turn.get("text", turn.get("value", turn.get("content")))
         if not isinstance(role, str) or role not in ROLES:
             raise ValueError(f"a turn of its {task} has the role {role!r}; known are {', '.join(ROLES)}")
         if not isinstance(text, str):

@@ -30,6 +30,11 @@ def join_url(folder: str | Path, name: str) -> str:
     return _with_path(folder, lambda path: f"{path.rstrip('/')}/{name}")
 
 
+def parent_url(url: str) -> str:
+    """The URL of the folder of a file."""
+    return os.path.dirname(url) if is_local(url) else _with_path(url, lambda path: path.rpartition("/")[0])
+
+
 def replace_suffix(url: str, suffix: str, other: str) -> str:
     """The URL of the file beside it with another suffix."""
     return _with_path(url, lambda path: path.removesuffix(suffix) + other)

@@ -5,7 +5,6 @@ A NAME is a column, a key or a tar member. It may reach into JSON and lists, `js
 """
 
 import json
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +13,7 @@ from data_pipelines.prepare.importers.conversation import conversation_record, c
 from data_pipelines.prepare.importers.hub_image import image_bytes
 from data_pipelines.prepare.importers.item import ImportedSample, clean_text
 from data_pipelines.prepare.importers.omniedit import edit_record
+from data_pipelines.shards.record_map import MISSING, mapped_value
 from emma_train.errors import UserError
 
 MAP_FIELDS = (
@@ -21,7 +21,6 @@ MAP_FIELDS = (
     *("source", "target", "instruction", "kind", "text"),
 )
 IMAGE_FIELDS = ("image", "source", "target")
-MISSING = object()
 
 
 def check_map(fields: Mapping[str, str]) -> None:
@@ -34,37 +33,6 @@ def check_map(fields: Mapping[str, str]) -> None:
             f"--map {' '.join(f'{k}={v}' for k, v in fields.items()) or '(none)'}: makes no sample; give image and "
             "caption, turns, question and answer, or source, target and instruction"
         )
-
-
-def mapped_value(values: Mapping[str, Any], path: str) -> Any:
-    """The value that a NAME means in a row or a record's members, or MISSING."""
-    for name in path.split(","):
-        value = _value(values, name.strip())
-        if value is not MISSING and value is not None:
-            return value
-    return MISSING
-
-
-def _value(values: Mapping[str, Any], name: str) -> Any:
-    if name in values:
-        return values[name]
-    start, *steps = [step for step in re.split(r"[\[\]:]+", name) if step]
-    if start not in values:
-        return MISSING
-    value: Any = values[start]
-    if isinstance(value, bytes | str) and steps:
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            raise ValueError(f"{start}: no JSON") from None
-    for step in steps:
-        if isinstance(value, dict) and step in value:
-            value = value[step]
-        elif isinstance(value, list) and step.isdigit() and int(step) < len(value):
-            value = value[int(step)]
-        else:
-            return MISSING
-    return value
 
 
 def mapped_sample(values: Mapping[str, Any], fields: Mapping[str, str], name: str) -> ImportedSample:

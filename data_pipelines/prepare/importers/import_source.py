@@ -54,6 +54,8 @@ def import_source(
     The same source gives the same bytes, with any number of workers, and after any interruption. Raises UserError where
     `out` holds something else, where no item became a record, or where something is of the excluded set.
     """
+    if out.absolute().is_relative_to(source.absolute()):
+        raise UserError(f"{out}: lies in the source {source}; give a folder outside it")
     content = source_content(source)
     if not parts:
         raise nothing_to_import(importer, source, content)
