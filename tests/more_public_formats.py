@@ -92,6 +92,31 @@ def write_energon(folder: Path, kind: str, field_map: dict[str, str], members: l
     (folder / ".nv-meta/.info.json").write_text(json.dumps({"shard_counts": {"shard_000.tar": 2}}))
 
 
+def write_gpt_image_edit(folder: Path, name: str = "gpt-edit") -> list[dict[str, Any]]:
+    """The layout of GPT-Image-Edit-1.5M, which is refused; under another `name` only its rows and files show it."""
+    rows = [
+        {
+            "id": f"omniedit_swap_{i}",
+            "dataset_source": "omniedit",
+            "task": "swap",
+            "input": f"input/{i}.png",
+            "output": f"output/{i}.png",
+            "instruction": "swap the cat",
+            "instruction_type": "original",
+            "input_description": "a cat",
+        }
+        for i in range(2)
+    ]
+    swap = folder / name / "omniedit" / "swap"
+    for kind in ("input", "output", "metadata"):
+        (swap / kind).mkdir(parents=True)
+    for i in range(2):
+        (swap / f"input/{i}.png").write_bytes(png(i))
+        (swap / f"output/{i}.png").write_bytes(png(i + 2))
+    (swap / "metadata/omniedit_swap.json").write_text(json.dumps(rows))
+    return rows
+
+
 def write_any_parquet(folder: Path) -> list[dict[str, Any]]:
     """Columns of nobody's format: an edit set with a score."""
     schema = [("before", HUB_IMAGE), ("after", HUB_IMAGE), ("how", pa.string()), ("clip", pa.float64())]

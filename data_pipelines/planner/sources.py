@@ -234,7 +234,7 @@ class Sources:
         record_map = read_map(folder, self._storage)
         if manifest.get("map") != (asdict(record_map) if record_map is not None else None):
             raise UserError(
-                f"{display_url(folder)}: {MAP_FILE} is missing or is not the map in {MANIFEST}; copy both or index again"
+                f"{display_url(folder)}: {MAP_FILE} is missing or is not the map in {MANIFEST}; copy it or index again"
             )
 
 

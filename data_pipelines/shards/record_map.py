@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines.shards.images import image_name, image_parts
-from emma_train.errors import UserError
+from emma_train.errors import RunError, UserError
 from emma_train.storage.files import write_atomic
 from emma_train.storage.shard_reader import ShardReader
 from emma_train.storage.storage_error import StorageError
@@ -107,14 +107,15 @@ def _value_of(values: Mapping[str, Any], name: str) -> Any:
 
 
 def read_map(folder: str | Path, storage: ShardReader | None = None) -> RecordMap | None:
-    """The map of a folder of shards; None where its records need none. Raises UserError where it cannot be read."""
+    """The map of a folder of shards; None where its records need none. Raises UserError where it is no map, and
+    RunError where storage does not answer."""
     url = join_url(folder, MAP_FILE)
     try:
         values = json.loads((storage or ShardReader()).read(url))
     except StorageError as error:
         if error.missing or error.permanent:
             return None  # a store may answer 403 for a missing file; the manifest says whether there must be one
-        raise UserError(str(error)) from None
+        raise RunError(str(error)) from None
     except ValueError as error:
         raise UserError(
             f"{display_url(url)}: not valid JSON ({error}); index again with the options of the map"

@@ -42,5 +42,5 @@ def _sample(row: dict[str, Any], name: str, config: str) -> ImportedSample:
     image = row["image"]
     is_null = image is None or (isinstance(image, dict) and image.get("bytes") is None and not image.get("path"))
     record, files = conversation_record(turns, [] if is_null else [image_bytes(image, "image")])
-    columns = {"data_source": row.get("data_source")}
+    columns = {"source": row.get("data_source")}
     return ImportedSample(str(row.get("id") or name), record, files, columns=columns, config=config)

@@ -24,6 +24,8 @@ def source_files(source: Path, suffixes: Sequence[str]) -> list[Path]:
 def check_source(source: Path) -> None:
     """Raise UserError where a source is missing or its path is of the excluded set."""
     refuse_names([source.absolute().as_posix()], source)
+    if ":/" in source.as_posix():
+        raise UserError(f"{source}: is a URL; download it first, import reads local folders and files")
     if not source.exists():
         raise UserError(f"{source}: no such file or folder; give the folder that was downloaded")
 
@@ -34,9 +36,10 @@ def relative_name(path: Path, source: Path) -> str:
 
 
 def config_name(path: Path, source: Path) -> str:
-    """The part of a hub's data set that a file is of: its folder, without `data`; empty for a file at the top."""
-    parts = [part for part in path.relative_to(source).parent.parts if part != "data"] if path != source else []
-    return "/".join(parts)
+    """The part of a hub's data set that a file is of: the folders above it in the source, or the source itself for a
+    file at its top, without `data`."""
+    folders = path.relative_to(source).parent.parts if path != source else ()
+    return "/".join(folder for folder in folders or (path.absolute().parent.name,) if folder != "data")
 
 
 def listing_sha256(source: Path) -> str:

@@ -67,7 +67,9 @@ def test_llava_onevision(tmp_path: Path) -> None:
         assert record["provenance"]["row"] == row["id"]
     assert imported.counts["text_only"] == 1
     assert imported.provenance["sources"][0]["configs"] == ["ai2d(gpt4v)"]
-    assert imported.columns[0] == {"data_source": "ai2d(gpt4v)"}
+    assert imported.columns[0] == {"source": "ai2d(gpt4v)"}
+    one_config = Imported("llava-onevision", tmp_path / "set" / "ai2d(gpt4v)", tmp_path / "one")
+    assert {record["provenance"]["config"] for record in one_config.records} == {"ai2d(gpt4v)"}
 
 
 def test_finevision_by_names_of_columns(tmp_path: Path) -> None:

@@ -4,12 +4,20 @@ import csv
 import json
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from emma_train.errors import UserError
 from tests import more_public_formats as formats
 from tests.imported import Imported
-from tests.public_formats import jpeg, write_finevision, write_img2dataset, write_omniedit, write_tar
+from tests.public_formats import (
+    jpeg,
+    write_finevision,
+    write_img2dataset,
+    write_omniedit,
+    write_table,
+    write_tar,
+)
 from tests.shards import png
 
 
@@ -162,6 +170,31 @@ def test_clip_art(tmp_path: Path) -> None:
     assert [members["txt"] for members in imported.members] == [b"a drawing of red apple (food, fruit)"]
     assert imported.columns == [{"category": "food/fruit"}]
     assert [reject["reason"] for reject in imported.rejects] == ["a file name without words"]
+
+
+def test_gpt_image_edit_is_refused_by_every_importer(tmp_path: Path) -> None:
+    rows = formats.write_gpt_image_edit(tmp_path / "a")
+    formats.write_gpt_image_edit(tmp_path / "b", name="edits")
+    renamed = [{"name": row["id"], "dataset_source": row["dataset_source"], "text": row["instruction"]} for row in rows]
+    write_table(tmp_path / "c/0.parquet", [(name, pa.string()) for name in renamed[0]], renamed)
+    chat = [{"from": "human", "value": "?"}, {"from": "gpt", "value": "!"}]
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d/chat.json").write_text(json.dumps([{"id": "ultraedit_x_1", "conversations": chat}]))
+    write_tar(tmp_path / "e/0.tar", [("hqedit_edit_1.png", png(1)), ("hqedit_edit_1.txt", b"a cat")])
+    (tmp_path / "f").mkdir()
+    (tmp_path / "f/omniedit_gpt_rewrite.json").write_text("[]")
+    cases = (
+        ("folder", "a", {}, "rule path: gpt-edit/omniedit/"),
+        ("x2i2", "b", {}, "rule columns"),
+        ("hf-parquet", "c", {"fields": {"text": "text"}}, "rule dataset_source: omniedit"),
+        ("llava-json", "d", {}, "rule id: ultraedit_"),
+        ("img2dataset", "e", {}, "rule id: hqedit_"),
+        ("energon", "e", {"fields": {"image": "png", "caption": "txt"}}, "rule id: hqedit_"),
+        ("finevision", "f", {}, "rule annotation file: omniedit_gpt_rewrite.json"),
+    )
+    for importer, folder, options, rule in cases:
+        with pytest.raises(UserError, match=rf"is data of GPT-Image-Edit-1\.5M \({rule}"):
+            Imported(importer, tmp_path / folder, tmp_path / "out" / f"{importer}-{folder}", **options)
 
 
 def test_a_source_that_does_not_fit_is_described_with_the_nearest_importer(tmp_path: Path) -> None:
