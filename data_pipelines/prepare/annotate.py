@@ -200,7 +200,7 @@ def content_hash(paths: str | Sequence[str]) -> str:
     """Hash of the content of files, and of all files of folders; of large ones, of their sizes and first MiB. Raises
     UserError where one is missing."""
     hashed = hashlib.sha256()
-    for path in map(Path, [paths] if isinstance(paths, str) else paths):
+    for path in map(Path, filter(None, [paths] if isinstance(paths, str) else paths)):
         files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
         for file in files:
             try:

@@ -42,10 +42,16 @@ from data_pipelines.prepare.stored_record import StoredRecord
 from emma_train.errors import UserError
 
 OPERATORS = {
+    "aesthetic": "data_pipelines.prepare.operators.aesthetic:AESTHETIC",
+    "caption": "data_pipelines.prepare.operators.caption:CAPTION",
     "decontaminate": "data_pipelines.prepare.operators.decontaminate:DECONTAMINATE",
+    "faces": "data_pipelines.prepare.operators.faces:FACES",
+    "judge-edit": "data_pipelines.prepare.operators.judge_edit:JUDGE_EDIT",
     "language": "data_pipelines.prepare.operators.language:LANGUAGE",
+    "ocr": "data_pipelines.prepare.operators.ocr:OCR",
     "phash": "data_pipelines.prepare.operators.phash:PHASH",
     "quality": "data_pipelines.prepare.operators.quality:QUALITY",
+    "safety": "data_pipelines.prepare.operators.safety:SAFETY",
     "size": "data_pipelines.prepare.operators.size:SIZE",
     "stem": "data_pipelines.prepare.operators.stem:STEM_OPERATOR",
 }

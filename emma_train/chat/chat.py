@@ -48,16 +48,16 @@ class Chat:
         by_key = dict(zip(keys, requests, strict=True))
         answers = {key: answer for key, request in by_key.items() if (answer := self._cached(key, request))}
         self.counts["cached"] += len(answers)
-        open_requests = {key: (request, 0) for key, request in by_key.items() if key not in answers}
+        open_requests = [(key, request, 0) for key, request in by_key.items() if key not in answers]
         while open_requests:
-            replies = self.model.reply([request for request, _ in open_requests.values()])
-            self.counts["asked"] += len(replies)
-            again = {}
-            for (key, (request, corrected)), reply in zip(open_requests.items(), replies, strict=True):
+            again = []
+            for number, reply in self.model.reply([request for _, request, _ in open_requests]):
+                key, request, corrected = open_requests[number]
+                self.counts["asked"] += 1
                 answer = self._usable(request, reply)
                 if corrected < self.corrections and _is_correctable(request, answer):
                     correction = (reply.text, CORRECTION.format(problem=answer.detail))
-                    again[key] = (replace(request, correction=correction), corrected + 1)
+                    again.append((key, replace(request, correction=correction), corrected + 1))
                     continue
                 answers[key] = answer
                 if self.cache and not answer.failure:

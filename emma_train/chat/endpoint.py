@@ -6,8 +6,8 @@ import logging
 import os
 import random
 import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -97,13 +97,26 @@ class Endpoint:
         s = self.settings
         return {"model": s.model, "temperature": s.temperature, "max_tokens": s.max_tokens}
 
-    def reply(self, requests: Sequence[ChatRequest]) -> list[ChatReply]:
-        """One reply per request. Raises UserError if URL, key or model is wrong, RunError if no try succeeds."""
+    def reply(self, requests: Sequence[ChatRequest]) -> Iterator[tuple[int, ChatReply]]:
+        """One reply per request, with its number. Raises UserError if URL, key or model is wrong, RunError if no try
+        succeeds; what was answered meanwhile comes before."""
+        failure: BaseException | None = None
         pool = ThreadPoolExecutor(self.settings.parallel)
+        futures = {pool.submit(self._reply, request): number for number, request in enumerate(requests)}
         try:
-            return list(pool.map(self._reply, requests))
+            for future in as_completed(futures):
+                if future.cancelled():
+                    continue
+                if (error := future.exception()) is None:
+                    yield futures[future], future.result()
+                elif failure is None:
+                    failure = error
+                    for other in futures:
+                        other.cancel()
         finally:
             pool.shutdown(cancel_futures=True)
+        if failure is not None:
+            raise failure
 
     def _reply(self, request: ChatRequest) -> ChatReply:
         body: dict[str, Any] = {

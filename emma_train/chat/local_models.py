@@ -3,7 +3,7 @@
 import hashlib
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +38,10 @@ class TransformersModel:
     def identity(self) -> Mapping[str, Any]:
         return {"model": model_stamp(self.folder), "temperature": self.temperature, "max_tokens": self.max_tokens}
 
-    def reply(self, requests: Sequence[ChatRequest]) -> list[ChatReply]:
+    def reply(self, requests: Sequence[ChatRequest]) -> Iterator[tuple[int, ChatReply]]:
         """One reply per request. Raises UserError if the model has no vision and a request shows an image."""
-        return [self._reply(request) for request in requests]
+        for number, request in enumerate(requests):
+            yield number, self._reply(request)
 
     def _reply(self, request: ChatRequest) -> ChatReply:
         import torch
@@ -86,13 +87,13 @@ class VllmModel:
     def identity(self) -> Mapping[str, Any]:
         return {"model": self.model, "temperature": self.temperature, "max_tokens": self.max_tokens}
 
-    def reply(self, requests: Sequence[ChatRequest]) -> list[ChatReply]:
+    def reply(self, requests: Sequence[ChatRequest]) -> Iterator[tuple[int, ChatReply]]:
         """One reply per request, all of them in vLLM's own batches."""
         from vllm import SamplingParams
 
         params = SamplingParams(temperature=self.temperature, max_tokens=self.max_tokens)
         outputs = self._llm.chat([chat_messages(request) for request in requests], params, use_tqdm=False)
-        return [_vllm_reply(output.outputs[0]) for output in outputs]
+        yield from enumerate(_vllm_reply(output.outputs[0]) for output in outputs)
 
 
 def _vllm_reply(output: Any) -> ChatReply:

@@ -3,7 +3,7 @@
 import base64
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -48,8 +48,9 @@ class ChatModel(Protocol):
     def identity(self) -> Mapping[str, Any]:
         """What an answer depends on beside the request: model, temperature and so on. JSON values."""
 
-    def reply(self, requests: Sequence[ChatRequest]) -> list[ChatReply]:
-        """One reply per request, in order. Raises UserError and RunError where no request can be answered."""
+    def reply(self, requests: Sequence[ChatRequest]) -> Iterator[tuple[int, ChatReply]]:
+        """One reply per request, with the request's number, in the order in which they come. Raises UserError and
+        RunError where requests cannot be answered, after all replies that came."""
 
 
 def media_type(image: bytes) -> str:

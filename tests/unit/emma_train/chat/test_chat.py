@@ -2,7 +2,7 @@
 
 import json
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +37,10 @@ class Scripted:
     def identity(self) -> Mapping[str, Any]:
         return {"model": "scripted"}
 
-    def reply(self, requests: Sequence[ChatRequest]) -> list[ChatReply]:
+    def reply(self, requests: Sequence[ChatRequest]) -> Iterator[tuple[int, ChatReply]]:
         self.requests += requests
         replies = [self.replies.pop(0) for _ in requests]
-        return [ChatReply(r) if isinstance(r, str) else r for r in replies]
+        yield from enumerate(ChatReply(r) if isinstance(r, str) else r for r in replies)
 
 
 @pytest.mark.parametrize(
