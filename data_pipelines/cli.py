@@ -5,7 +5,7 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 
-from data_pipelines.commands import annotate, cache_latents, check, import_, index, stats
+from data_pipelines.commands import annotate, cache_latents, check, import_, index, stats, synthesize
 from emma_train.config.secrets import without_secrets
 from emma_train.errors import RunError, UserError
 
@@ -15,6 +15,7 @@ DATA_COMMANDS = {
     "check": check,
     "stats": stats,
     "annotate": annotate,
+    "synthesize": synthesize,
     "cache-latents": cache_latents,
 }
 

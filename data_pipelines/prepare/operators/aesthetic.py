@@ -41,7 +41,7 @@ def brisque_scorer() -> Callable[[np.ndarray], float]:
             "'emma-train[aesthetic]', or give --set model=FOLDER"
         ) from None
 
-    class Brisque(BRISQUE):  # type: ignore[misc]
+    class Brisque(BRISQUE):
         def scale_features(self, features: Any) -> Any:
             """Version 0.2.0 leaves arrays of one number among the features, which numpy 2.4 does not convert."""
             return super().scale_features([np.ravel(feature)[0] for feature in features])

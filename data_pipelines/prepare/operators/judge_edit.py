@@ -39,8 +39,8 @@ Answer as JSON: {{"follows": 1-10, "keeps": 1-10, "quality": 1-10, "reason": "on
 
 def edit_question(before: Sequence[bytes], after: bytes, instruction: str) -> ChatRequest:
     """The judge's question about one edit; images as files that chat models read."""
-    texts = ("Before:", *before, "After:", after, QUESTION.format(instruction=instruction))
-    return ChatRequest(texts, schema=EDIT_SCHEMA)
+    content: list[str | bytes] = ["Before:", *before, "After:", after, QUESTION.format(instruction=instruction)]
+    return ChatRequest(tuple(content), schema=EDIT_SCHEMA)
 
 
 def edit_score(answer: Mapping[str, Any]) -> int:

@@ -40,7 +40,7 @@ class TextReader:
 
     def lines(self, image: np.ndarray) -> list[TextLine]:
         """Lines of an image, uint8 RGB [height, width, 3]."""
-        result = self._engine(np.ascontiguousarray(image[:, :, ::-1]))  # it reads BGR, as OpenCV does
+        result: Any = self._engine(np.ascontiguousarray(image[:, :, ::-1]))  # it reads BGR, as OpenCV does
         if result.txts is None:
             return []
         lines = []

@@ -58,12 +58,12 @@ def test_captions_belong_to_their_images_and_failures_are_rejects(
     with chat_server(answer) as server:
         assert annotate("caption", folder, server, f"tokenizer={ASSETS / 'tokenizer'}") == 0
         assert "6 records read, 4 kept, 2 rejected" in capsys.readouterr().out
-        found = rows(folder, "caption")
-        assert {key: row["caption"] for key, row in found.items()} == {
+        by_key = rows(folder, "caption")
+        assert {key: row["caption"] for key, row in by_key.items()} == {
             key: f"image {key}" for key in ("p000", "p002", "p003", "p005")
         }
         tokenizer = TextTokenizer(ASSETS / "tokenizer")
-        assert all(row["tokens"] == len(tokenizer.encode_user(row["caption"])) for row in found.values())
+        assert all(row["tokens"] == len(tokenizer.encode_user(row["caption"])) for row in by_key.values())
         reasons = rejects(folder, "caption")
         assert reasons["p001"] == "refused: no people"
         assert reasons["p004"].startswith("not_json: ")
@@ -126,10 +126,10 @@ def test_a_judge_sees_both_images_and_the_worst_rating_counts(tmp_path: Path) ->
 
     with chat_server(answer) as server:
         assert annotate("judge-edit", folder, server) == 0
-    found = rows(folder, "judge-edit")
-    assert {key: row["score"] for key, row in found.items()} == {"e000": 7, "e001": 3, "e002": 7}
-    assert found["e001"]["keeps"] == [8, 3]
-    assert found["e000"]["face_distance"] is None
+    by_key = rows(folder, "judge-edit")
+    assert {key: row["score"] for key, row in by_key.items()} == {"e000": 7, "e001": 3, "e002": 7}
+    assert by_key["e001"]["keeps"] == [8, 3]
+    assert by_key["e000"]["face_distance"] is None
     assert edit_score({"follows": 2, "keeps": 9, "quality": 9}) == 2
 
 
