@@ -101,7 +101,7 @@ def ocr_rows(num: int) -> list[Row]:
     read = ["".join(line.text for line in reader.lines(np.asarray(image))) for image, _ in scenes]
     has_word = [bool(word) for _, word in scenes]
     words = [(text, word) for text, (_, word) in zip(read, scenes, strict=True) if word]
-    # A text edit is right where OCR reads the word that was asked for; here it was asked for another one half of the time.
+    # As the check of a text edit, half of them with another word than the one in the image.
     exact = [text == word for text, word in words] + [text == ("GO" if word == "OK" else "OK") for text, word in words]
     return [
         row("ocr: has text", [bool(text) for text in read], has_word),
