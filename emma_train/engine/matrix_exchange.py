@@ -4,7 +4,7 @@ Two all-to-alls, whatever the number of matrices: one brings the parts of each m
 parts of the results. Under every engine a rank's part of a matrix is a run of its values in flattened order.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -50,22 +50,26 @@ class MatrixExchange:
             (owner, m) for owner in ranks for m in range(len(layout.owners)) if layout.owners[m] == owner
         ]
 
-    def apply(self, parts: Sequence[Tensor], work: Callable[[Tensor], Tensor]) -> list[Tensor]:
-        """`work` on every matrix. `parts`: this rank's values of each, 1-D; returns its values of each result."""
+    def apply(self, part: Callable[[int], Tensor], work: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        """`work` on every matrix. `part` gives this rank's values of a matrix by its number, 1-D; returns its values of
+        each result."""
         received = self._exchange(
-            [(owner, parts[m]) for owner, m in self._to_owners],
+            [(owner, self._length(self._rank, m)) for owner, m in self._to_owners],
+            (part(m) for _, m in self._to_owners),
             [(source, self._length(source, m)) for source, m in self._from_sources],
         )
         matrices = {m: torch.empty(self._layout.shapes[m], dtype=self._dtype, device=self._device) for m in self._owned}
         for (source, m), values in zip(self._from_sources, received, strict=True):
             self._part_of(matrices[m], source, m).copy_(values)
-        results = {m: work(matrix) for m, matrix in matrices.items()}
+        del received  # one buffer less while the results are made
+        results = {m: work(matrices.pop(m)) for m in self._owned}
         returned = self._exchange(
-            [(target, self._part_of(results[m], target, m)) for target, m in self._to_all],
+            [(target, self._length(target, m)) for target, m in self._to_all],
+            (self._part_of(results[m], target, m) for target, m in self._to_all),
             [(owner, self._length(self._rank, m)) for owner, m in self._from_owners],
         )
         by_matrix = {m: values for (_, m), values in zip(self._from_owners, returned, strict=True)}
-        return [by_matrix[m] for m in range(len(parts))]
+        return [by_matrix[m] for m in range(len(self._layout.owners))]
 
     def _length(self, rank: int, matrix: int) -> int:
         return self._layout.parts[rank][matrix][1]
@@ -74,17 +78,17 @@ class MatrixExchange:
         start, length = self._layout.parts[rank][matrix]
         return value.reshape(-1)[start : start + length]
 
-    def _exchange(self, sent: Sequence[tuple[int, Tensor]], wanted: Sequence[tuple[int, int]]) -> Sequence[Tensor]:
-        """One all-to-all. `sent`: (rank, values) and `wanted`: (rank, number of values), both in the order of ranks."""
-        num_ranks = len(self._layout.parts)
-        out_sizes, in_sizes = [0] * num_ranks, [0] * num_ranks
-        for rank, values in sent:
-            out_sizes[rank] += len(values)
-        for rank, length in wanted:
-            in_sizes[rank] += length
+    def _exchange(
+        self, sent: Sequence[tuple[int, int]], values: Iterable[Tensor], wanted: Sequence[tuple[int, int]]
+    ) -> Sequence[Tensor]:
+        """One all-to-all. `sent` and `wanted` are (rank, number of values) of each part, in the order of ranks."""
+        out_sizes, in_sizes = [0] * len(self._layout.parts), [0] * len(self._layout.parts)
+        for sizes, parts in ((out_sizes, sent), (in_sizes, wanted)):
+            for rank, length in parts:
+                sizes[rank] += length
         out = torch.empty(sum(out_sizes), dtype=self._dtype, device=self._device)
-        for chunk, (_, values) in zip(out.split([len(values) for _, values in sent]), sent, strict=True):
-            chunk.copy_(values)
+        for chunk, part in zip(out.split([length for _, length in sent]), values, strict=True):
+            chunk.copy_(part)
         received = torch.empty(sum(in_sizes), dtype=self._dtype, device=self._device)
         dist.all_to_all_single(received, out, in_sizes, out_sizes)
         return received.split([length for _, length in wanted])

@@ -4,6 +4,7 @@ Pure functions: which parameters take it, the Newton-Schulz iteration, the scale
 which matrix.
 """
 
+import heapq
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -68,8 +69,17 @@ def update_scale(shape: Sequence[int], config: MuonConfig) -> float:
 
 def assign_owners(costs: Sequence[int], num_ranks: int) -> list[int]:
     """The rank that computes each matrix: the most expensive first, each to the rank with the least work so far."""
-    owners, loads = [0] * len(costs), [0] * num_ranks
+    owners = [0] * len(costs)
+    least_first = [(0, rank) for rank in range(num_ranks)]
     for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        owners[index] = min(range(num_ranks), key=lambda rank: (loads[rank], rank))
-        loads[owners[index]] += costs[index]
+        load, owners[index] = heapq.heappop(least_first)
+        heapq.heappush(least_first, (load + costs[index], owners[index]))
     return owners
+
+
+def owner_loads(costs: Sequence[int], owners: Sequence[int], num_ranks: int) -> list[int]:
+    """The cost that each rank has by `owners`."""
+    loads = [0] * num_ranks
+    for cost, owner in zip(costs, owners, strict=True):
+        loads[owner] += cost
+    return loads

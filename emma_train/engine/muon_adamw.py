@@ -75,7 +75,7 @@ class MuonAdamW(torch.optim.AdamW):
             if tensor.grad is not None:
                 self.momentum(tensor).lerp_(tensor.grad, 1 - config.momentum)
         updates = self._exchange(names).apply(
-            [self._direction(name) for name in names], partial(newton_schulz, config=config)
+            lambda number: self._direction(names[number]), partial(newton_schulz, config=config)
         )
         for tensor in group["params"]:
             if tensor.grad is not None:

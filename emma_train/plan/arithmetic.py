@@ -10,17 +10,17 @@ import torch
 from emma_train.config.mix import phases
 from emma_train.config.schema import Recipe
 from emma_train.engine.activation_checkpointing import checkpointed_layers
-from emma_train.engine.muon import optimizer_lines
+from emma_train.engine.muon import assign_owners, optimizer_lines, owner_loads
 from emma_train.errors import UserError
-from emma_train.flops.formulas import autoencoder_flops
+from emma_train.flops.formulas import autoencoder_flops, newton_schulz_flops
 from emma_train.flops.work import Work, module_flops
 from emma_train.model.cross_entropy import ROWS
 from emma_train.model.emma import Emma
 from emma_train.plan.autoencoder import autoencoder_of
 from emma_train.plan.cards import CARDS, GIB, usable_bytes
-from emma_train.plan.parts import parts_of, sizes_of
+from emma_train.plan.parts import muon_matrices, parts_of, sizes_of
 from emma_train.plan.samples import ReadIndexRows, StepLoad, step_load
-from emma_train.plan.state import state_memory
+from emma_train.plan.state import exchange_memory, state_memory
 from emma_train.sequence.layout import ImageRole
 from emma_train.sequence.tasks import TASKS
 from emma_train.stages.stage import makes_images, stage_of
@@ -41,11 +41,13 @@ class Memory:
     """In use at the same time during the backward pass, by name."""
     encoding: float
     """Working set of the autoencoder. It runs before the forward pass, so never at the same time as TRANSIENT."""
+    exchange: float = 0.0
+    """Matrices of Muon on their way between ranks, in the optimizer step: not at that time either."""
 
     @property
     def peak(self) -> float:
         resident = sum(size for name, size in self.kept.items() if name not in TRANSIENT)
-        return max(sum(self.kept.values()), resident + self.encoding)
+        return max(sum(self.kept.values()), resident + max(self.encoding, self.exchange))
 
 
 class Plan:
@@ -72,10 +74,11 @@ class Plan:
             model = Emma(recipe.model)
         self.parts = parts_of(model, self.stage)
         self.stored, self.trained = sum(p.stored for p in self.parts), sum(p.trained for p in self.parts)
-        self.sizes = sizes_of(model, self.stage, makes_images(recipe))
+        self.sizes = sizes_of(model, self.stage, makes_images(recipe), recipe.optimizer.kind)
         self.units = self.sizes.units
         learns = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
         self.optimizer_lines = optimizer_lines(recipe.optimizer, learns)
+        self.muon_shapes = [tuple(p.shape) for p in muon_matrices(model).values()] * (recipe.optimizer.kind == "muon")
         self.autoencoder, self.encoder_config, self.has_autoencoder = autoencoder_of(recipe)
         self.loads = [step_load(recipe, phase, read_index_rows) for phase in phases(recipe)]
 
@@ -138,7 +141,8 @@ class Plan:
             "one layer's backward": (1 + recomputes) * one_layer,
             "logits": 8 * decodes * min(ROWS, supervised) * d.vocab,
         }
-        return Memory(kept, self._encoding(load, share) if decodes else 0.0)
+        encoding = self._encoding(load, share) if decodes else 0.0
+        return Memory(kept, encoding, exchange_memory(recipe, self.sizes, world))
 
     def _encoding(self, load: StepLoad, share: float) -> float:
         """Bytes of three of the autoencoder's largest feature maps, in fp32, for the images that it encodes at once."""
@@ -211,9 +215,16 @@ class Plan:
             pixel_unshuffle=config["downsample_block_type"] == "pixel_unshuffle",
         )
 
+    def newton_schulz_loads(self) -> list[int]:
+        """FLOPs of each GPU's Newton-Schulz iterations in one step; zeros without Muon."""
+        iterations = self.recipe.optimizer.muon.iterations
+        costs = [newton_schulz_flops(rows, columns, iterations) for rows, columns in self.muon_shapes]
+        return owner_loads(costs, assign_owners(costs, self.num_gpus), self.num_gpus)
+
     def seconds(self, load: StepLoad) -> float:
-        """Estimated time of one optimizer step."""
+        """Estimated time of one optimizer step. In Newton-Schulz all wait for the GPU that has most of it."""
         work = sum(self.flops(load).values()) + self.repeated_flops(load) + TF32_COST * self.encoding_flops(load)
+        work += self.num_gpus * max(self.newton_schulz_loads())
         return work / (self.num_gpus * CARDS[self.gpu_name][1] * self.mfu)
 
     def peak(self, world: int, tokens: float) -> float:

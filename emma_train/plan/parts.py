@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from emma_train.engine.muon import takes_muon
 from emma_train.model.emma import Emma
 from emma_train.plan.state import Sizes
 from emma_train.stages.freeze import freeze, group_of
@@ -55,8 +56,9 @@ def parts_of(model: Emma, stage: Stage) -> list[Part]:
     return [Part(name, stored[name], trained[name]) for name in NETWORK_PARTS if name in stored]
 
 
-def sizes_of(model: Emma, stage: Stage, generates: bool) -> Sizes:
-    """What engines divide among ranks; `generates`: whether the stage runs the Gen branch at all."""
+def sizes_of(model: Emma, stage: Stage, generates: bool, optimizer: str = "adamw") -> Sizes:
+    """What engines divide among ranks. `generates`: whether the stage runs the Gen branch at all; `optimizer`: the
+    recipe's optimizer.kind."""
     freeze(model, stage.trainable)
     units = [dict(unit.named_parameters()) for unit in (model.vision, *model.decoder.layers)]
     unused = [{n: p for n, p in unit.items() if n.startswith("gen.") and not generates} for unit in units]
@@ -67,7 +69,13 @@ def sizes_of(model: Emma, stage: Stage, generates: bool) -> Sizes:
         units=tuple(sorted(_numel(unit) - _numel(part) for unit, part in zip(units, unused, strict=True))),
         frozen_units=sum(map(_numel, frozen)),
         unused=sum(map(_numel, unused)),
+        muon=_numel(muon_matrices(model)) if optimizer == "muon" else 0,
     )
+
+
+def muon_matrices(model: Emma) -> dict[str, Tensor]:
+    """The trainable parameters that take Muon where optimizer.kind is muon."""
+    return {n: p for n, p in model.named_parameters() if p.requires_grad and takes_muon(n, p.shape)}
 
 
 def _numel(parameters: Mapping[str, Tensor]) -> int:

@@ -18,6 +18,8 @@ class Sizes:
     """Sum over the units of which no parameter trains."""
     unused: int
     """The Gen branch's part of the decoder layers, in a stage that never runs it."""
+    muon: int = 0
+    """Of those that train, the parameters that take Muon: they have one moment, all others two."""
 
     @property
     def root(self) -> int:
@@ -30,8 +32,15 @@ def state_memory(recipe: Recipe, sizes: Sizes, world: int) -> dict[str, float]:
     return (_fsdp if recipe.engine.kind == "fsdp" else _deepspeed)(recipe, sizes, world)
 
 
+def exchange_memory(recipe: Recipe, sizes: Sizes, world: int) -> float:
+    """Bytes of one rank while Muon's results return: its parts, sent and received, and the results of the matrices that
+    it owns (engine/matrix_exchange.py)."""
+    value = 2 if recipe.optimizer.muon.dtype == "bf16" else 4
+    return value * sizes.muon * (2 * recipe.engine.replicate + 1) / world
+
+
 def _fsdp(recipe: Recipe, sizes: Sizes, world: int) -> dict[str, float]:
-    """fp32 weights, gradients, both Adam moments and the EMA as shards, on the device or in host memory.
+    """fp32 weights, gradients, moments and the EMA as shards, on the device or in host memory.
 
     Gathered at the same time are the root (embedding, adapters, head) and two units; without
     engine.reshard_after_forward, all units. A unit's gradients leave it in compute precision and are summed in fp32.
@@ -50,7 +59,8 @@ def _fsdp(recipe: Recipe, sizes: Sizes, world: int) -> dict[str, float]:
     return {
         "weights, fp32 shard": on_device * (4 * (sizes.stored - replicated) / shards + 4 * replicated),
         **gradients,
-        "Adam moments, fp32 shards": on_device * 8 * sizes.trained / shards,
+        "Adam moments, fp32 shards": on_device * 8 * (sizes.trained - sizes.muon) / shards,
+        "Muon's momentum, fp32 shards": on_device * 4 * sizes.muon / shards,
         "average (EMA), fp32 shard": on_device * averages,
         "gathered weights": b * gathered,
         "gradients on their way": (b + 4) * min(sizes.trained, max(sizes.units[-1], sizes.root)),
@@ -59,7 +69,7 @@ def _fsdp(recipe: Recipe, sizes: Sizes, world: int) -> dict[str, float]:
 
 def _deepspeed(recipe: Recipe, sizes: Sizes, world: int) -> dict[str, float]:
     """Weights in compute precision: all of them, or (ZeRO-3) a part, of which all may be gathered. Of what trains, fp32
-    values, both Adam moments and the EMA in parts, on the device or in host memory.
+    values, moments and the EMA in parts, on the device or in host memory.
 
     Gradients are in fp32: all of them (ZeRO-1) or a part; once more as one flat tensor in the step; and in buckets on
     their way, of which some exist twice while ranks exchange them. Measured on a CPU, the sum is within a tenth of what
@@ -74,7 +84,8 @@ def _deepspeed(recipe: Recipe, sizes: Sizes, world: int) -> dict[str, float]:
     kept = {
         "weights to compute with": b * sizes.stored / (world if partitioned else 1),
         "weights that train, fp32 part": on_device * 4 * trained / world,
-        "Adam moments, fp32 parts": on_device * 8 * trained / world,
+        "Adam moments, fp32 parts": on_device * 8 * (trained - sizes.muon) / world,
+        "Muon's momentum, fp32 parts": on_device * 4 * sizes.muon / world,
         "average (EMA), fp32 part": on_device * averages,
     }
     if partitioned:

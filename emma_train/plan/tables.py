@@ -119,6 +119,9 @@ def _step_table(plan: Plan) -> Table:
         "FLOPs, model": [_flops(sum(w.values())) for w in work],
         "FLOPs, computed again in backward": [_flops(plan.repeated_flops(x)) for x in loads],
         "FLOPs, autoencoder": [_flops(plan.encoding_flops(x)) for x in loads],
+        **(
+            {"FLOPs, Newton-Schulz": [_flops(sum(plan.newton_schulz_loads()))] * len(loads)} if plan.muon_shapes else {}
+        ),
         f"step at {plan.mfu:.0%} MFU": [_seconds(s) for s in seconds],
         "steps": [f"{n:,}" for n in lengths],
         "samples": [_short_count(n * sum(x.samples.values())) for n, x in zip(lengths, loads, strict=True)],
@@ -143,6 +146,8 @@ def _memory_table(plan: Plan) -> Table:
         if full.kept[name]:
             table.add_row(name, _gib(mean.kept[name]), _gib(full.kept[name]))
     table.add_row("autoencoder at work (before activations)", _gib(mean.encoding), _gib(full.encoding))
+    if full.exchange:
+        table.add_row("Muon's matrices on their way (after backward)", _gib(mean.exchange), _gib(full.exchange))
     table.add_section()
     table.add_row("peak", _gib(mean.peak), _gib(full.peak), style="bold")
     room = _gib(usable_bytes(plan.gpu_name))

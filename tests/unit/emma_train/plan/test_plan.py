@@ -219,6 +219,19 @@ def test_time_is_work_over_peak_and_days_over_phases() -> None:
     assert shorter.phase_steps == [146484, 3516, 0]
 
 
+def test_muon_saves_a_moment_and_costs_its_iterations() -> None:
+    adamw, muon = toy("stage0"), toy("stage0", "optimizer.kind=muon", gpus=2)
+    fc1, fc2 = (192, 4 * 128 + 32), (192, 192)  # of the Und adapter
+    size = 192 * (fc1[1] + fc2[1])
+    assert (muon.muon_shapes, muon.sizes.muon) == ([fc1, fc2], size)
+    assert muon.newton_schulz_loads() == [5 * (4 * 192**2 * long + 2 * 192**3) for _, long in (fc1, fc2)]
+    assert (adamw.muon_shapes, adamw.newton_schulz_loads(), adamw.optimizer_lines) == ([], [0], [])
+    assert [line.split(":")[0] for line in muon.optimizer_lines] == ["Muon", "AdamW"]
+    before, after = (planned.memory(planned.loads[0], 1, 1000) for planned in (adamw, muon))
+    assert sum(before.kept.values()) - sum(after.kept.values()) == 4 * size
+    assert (before.exchange, after.exchange) == (0, 2 * 3 * size)
+
+
 def test_router_tuning_runs_the_shared_encoder_layers_alone() -> None:
     planned = plan(FULL / "stage4_router.yaml")
     patches = 1024 * 4096  # samples a step times patches of a mean image

@@ -1,10 +1,11 @@
 """Memory that each engine keeps for a toy model, in closed form."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from emma_train.plan.state import Sizes, state_memory
+from emma_train.plan.state import Sizes, exchange_memory, state_memory
 from tests.helpers import tiny_recipe
 
 SIZES = Sizes(stored=1000, trained=400, units=(100, 200, 250), frozen_units=100, unused=50)
@@ -59,3 +60,15 @@ def test_zero_divides_more_with_every_stage(stage: int, weights: int, gradients:
     assert memory["gradients, fp32 " + ("whole" if stage == 1 else "part")] == gradients
     assert memory["Adam moments, fp32 parts"] == 800
     assert ("gathered weights" in memory) == (stage == 3)
+
+
+def test_muon_has_one_moment_and_sends_its_matrices() -> None:
+    sizes = replace(SIZES, muon=300)
+    for kind, parts in (("fsdp", "shards"), ("deepspeed", "parts")):
+        memory = state_memory(tiny_recipe(engine__kind=kind), sizes, 4)
+        assert memory[f"Adam moments, fp32 {parts}"] == 8 * 100 / 4
+        assert memory[f"Muon's momentum, fp32 {parts}"] == 4 * 300 / 4
+    # Parts out and back, and the results of the owner's matrices.
+    assert exchange_memory(tiny_recipe(), sizes, 4) == 2 * 300 * 3 / 4
+    assert exchange_memory(tiny_recipe(optimizer__muon__dtype="fp32", engine__replicate=2), sizes, 4) == 4 * 300 * 5 / 4
+    assert exchange_memory(tiny_recipe(), SIZES, 4) == 0
