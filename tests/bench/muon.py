@@ -18,13 +18,16 @@ from emma_train.config.schema import Recipe
 from emma_train.engine.muon import assign_owners
 from emma_train.engine.world import World, join
 from emma_train.flops.formulas import newton_schulz_flops
+from emma_train.model.autoencoder import Autoencoder
+from emma_train.objectives.loss import LossAccumulator, count
 from emma_train.plan import Plan
 from emma_train.stages.stage import stage_of
 from emma_train.training.build import TrainingParts, build, set_initial
+from emma_train.training.forward import micro_loss
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
-from tests.distributed.ranks import make_pack, step_of  # noqa: E402
+from tests.distributed.ranks import make_pack  # noqa: E402
 
 DTYPES = ("bf16", "fp32")
 
@@ -37,35 +40,31 @@ def started(recipe: Recipe, world: World) -> TrainingParts:
 
 
 def tiny_steps(num_packs: int, repeats: int) -> dict[str, float]:
-    """Seconds of a tiny step: all but the optimizer, and the optimizer's part by kind."""
+    """Seconds of a tiny step: forward and backward, and the optimizer's part by kind; and ratios of the sums."""
     path = ROOT / "recipes" / "tiny" / "stage1.yaml"
-    seconds: dict[str, list[float]] = {}
+    ways = {"AdamW": ["optimizer.kind=adamw"]}
+    ways |= {f"Muon {dtype}": ["optimizer.kind=muon", f"optimizer.muon.dtype={dtype}"] for dtype in DTYPES}
+    seconds: dict[str, list[float]] = {"forward and backward": [], **{name: [] for name in ways}}
     with join("cpu", 600) as world:
-        ways = {"adamw": ["optimizer.kind=adamw"]}
-        ways |= {f"muon {dtype}": ["optimizer.kind=muon", f"optimizer.muon.dtype={dtype}"] for dtype in DTYPES}
         recipes = {name: load_recipe(path, ["init.from=null", *overrides]) for name, overrides in ways.items()}
         built = {name: started(recipe, world) for name, recipe in recipes.items()}
-        packs = [make_pack(recipes["adamw"], "mixed")] * num_packs
-        for _ in range(repeats + 1):
-            for name, recipe in recipes.items():
-                engine_step, times = built[name].engine.step, []
-
-                def timed(lr: float, step=engine_step, times=times) -> float:  # type: ignore[no-untyped-def]
-                    before = time.perf_counter()
-                    norm: float = step(lr)
-                    times.append(time.perf_counter() - before)
-                    return norm
-
-                built[name].engine.step = timed  # type: ignore[method-assign]
-                before = time.perf_counter()
-                step_of(recipe, world, built[name], packs, 1e-4)
-                seconds.setdefault("rest", []).append(time.perf_counter() - before - times[0])
-                seconds.setdefault(name, []).append(times[0])
-                built[name].engine.step = engine_step  # type: ignore[method-assign]
-    best = {name: min(values[1:]) for name, values in seconds.items()}
-    ratios = {
-        f"{name}, step over AdamW's": (best["rest"] + best[name]) / (best["rest"] + best["adamw"]) for name in ways
-    }
+        recipe = recipes["AdamW"]
+        packs, stage = [make_pack(recipe, "mixed")] * num_packs, stage_of(recipe)
+        autoencoder = Autoencoder(recipe.model.autoencoder, world.device)
+        for _ in range(repeats):
+            for name, parts in built.items():
+                start = time.perf_counter()
+                losses = LossAccumulator(recipe.loss, count(packs, stage.loss), world.device)
+                for index, pack in enumerate(packs):
+                    loss = micro_loss(parts.engine.model, autoencoder, pack, recipe.flow, stage, losses)
+                    parts.engine.accumulate(loss, last=index == num_packs - 1)
+                middle = time.perf_counter()
+                parts.engine.step(1e-4)
+                seconds["forward and backward"].append(middle - start)
+                seconds[name].append(time.perf_counter() - middle)
+    best = {name: min(values) for name, values in seconds.items()}
+    shared = best["forward and backward"]
+    ratios = {f"step with {name} over AdamW": (shared + best[name]) / (shared + best["AdamW"]) for name in ways}
     return {**{f"{name}, s": value for name, value in best.items()}, **ratios}
 
 
@@ -75,7 +74,8 @@ def counted(num_gpus: int) -> dict[str, float]:
     recipe = load_recipe(path, ["optimizer.kind=muon"])
     plan = Plan(recipe, str(path), num_gpus, "h100-80g")
     loads, model = plan.newton_schulz_loads(), sum(plan.flops(plan.loads[0]).values())
-    costs = [newton_schulz_flops(*shape, recipe.optimizer.muon.iterations) for shape in plan.muon_shapes]
+    iterations = recipe.optimizer.muon.iterations
+    costs = [newton_schulz_flops(rows, columns, iterations) for rows, columns in plan.muon_shapes]
     owners = assign_owners(costs, num_gpus)
     sent, received = [0] * num_gpus, [0] * num_gpus
     for (rows, columns), owner in zip(plan.muon_shapes, owners, strict=True):
