@@ -16,7 +16,7 @@ STEPS = 20
 MUON: dict[str, Any] = {
     "optimizer__kind": "muon",
     "optimizer__muon__dtype": "fp32",
-    "optimizer__lr": 1e-4,
+    "optimizer__lr": 5e-5,
     "optimizer__weight_decay": 0.01,
     "model__decoder__num_layers": 2,
     "model__decoder__num_shared_layers": 1,
