@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from data_pipelines.commands import annotate, cache_latents, check, import_, index, stats, synthesize
 from emma_train.config.secrets import without_secrets
-from emma_train.errors import RunError, UserError
+from emma_train.errors import RunError, UserError, describe_shortage
 
 DATA_COMMANDS = {
     "import": import_,
@@ -30,6 +30,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UserError, RunError) as error:
         sys.stderr.write(f"error: {without_secrets(str(error))}\n")
         return 2 if isinstance(error, UserError) else 1
+    except (OSError, MemoryError, RuntimeError) as error:
+        if (shortage := describe_shortage(error)) is None:
+            raise
+        sys.stderr.write(f"error: {without_secrets(shortage)}\n")
+        return 1
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -7,6 +7,8 @@ SHORTAGES = {
     errno.EMFILE: "this process has too many files open: raise `ulimit -n`, or lower data.workers or data.prefetch",
     errno.ENFILE: "this machine has too many files open: raise fs.file-max, or run less on it",
     errno.ENOMEM: "this machine or container has no memory left: give it more, or lower data.workers or data.prefetch",
+    errno.ENOSPC: "no space is left on this disk: free some, or name a folder on another one",
+    errno.EDQUOT: "the disk quota is used up: free some of it, or name a folder on another disk",
 }
 """What a process may run out of, and what to do."""
 
@@ -26,13 +28,16 @@ class RankFailure(Exception):
 
 
 def describe_shortage(error: BaseException) -> str | None:
-    """What to do where an error says that a process ran out of memory or open files; None for any other error."""
+    """What to do where an error says that a process ran out of memory, open files or disk; None for any other error."""
     if isinstance(error, MemoryError):
         return SHORTAGES[errno.ENOMEM]
     number = error.errno if isinstance(error, OSError) else None
     if number is None and isinstance(error, RuntimeError):  # libraries in C++ give the text only
         number = next((known for known in SHORTAGES if os.strerror(known) in str(error)), None)
-    return SHORTAGES.get(number) if number is not None else None
+    if number is None or number not in SHORTAGES:
+        return None
+    file = (error.filename2 or error.filename) if isinstance(error, OSError) else None
+    return f"{file}: {SHORTAGES[number]}" if file and number in (errno.ENOSPC, errno.EDQUOT) else SHORTAGES[number]
 
 
 def check_range(option: str, value: int, low: int, high: int) -> None:

@@ -236,7 +236,10 @@ def as_run_error(error: Exception, step: int) -> UserError | RunError:
     if shortage := describe_shortage(error):
         return RunError(f"step {step}: {shortage}")
     if "DataLoader timed out" in message:
-        return RunError(f"step {step}: the loader workers sent no pack within engine.step_timeout_s; is the store up?")
+        return RunError(
+            f"step {step}: the loader workers sent no pack within engine.step_timeout_s: is the store up, and has this "
+            "machine memory left?"
+        )
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({os.path.basename(frames[-1].filename)}, line {frames[-1].lineno})" if frames else ""
     return RunError(f"step {step}: the loader failed: {type(error).__name__}: {message}{where}")

@@ -32,6 +32,7 @@ _TRANSPOSITIONS = {
 """How an image is turned for display, by EXIF orientation; 5 to 8 exchange width and height."""
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # open_image raises an error instead
+Image.init()  # a worker that is short of memory could not load a format's library, and PIL would not know the format
 
 
 def image_parts(parts: Iterable[str]) -> list[str]:

@@ -1,11 +1,16 @@
 """Functions that ranks run in tests of failures; a rank imports them by name, so they are in no test module."""
 
+import ctypes
 import errno
 import math
 import os
+import resource
+import subprocess
 from collections.abc import Generator, Iterable
+from pathlib import Path
 from typing import Any
 
+from data_pipelines import cli as data_cli
 from data_pipelines.loader import loader
 from data_pipelines.loader.reader import SampleReader
 from data_pipelines.loader.sample_builder import SampleBuilder
@@ -76,3 +81,29 @@ def _failing_for(method: Any, name: str, number: int) -> Any:
         return method(self, file)
 
     return fail
+
+
+def starved_worker_command(argv: list[str], num_bytes: int) -> int:
+    """A command on whose last rank loader workers may get so many bytes of memory and no more."""
+    start = loader._start_worker
+
+    def starved(number: int) -> None:
+        start(number)
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + num_bytes, used + num_bytes))
+
+    if int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1:
+        loader._start_worker = starved
+    return main(argv)
+
+
+def small_disk_command(argv: list[str], folder: str, size: str, before: str, module: str = "emma_train") -> int:
+    """A command that sees a tmpfs of so many bytes over `folder`, as no other process does. `before`: words of `sh -c`
+    that run first. Raises OSError where a process may not mount."""
+    new_mounts = 0x20000  # CLONE_NEWNS
+    if ctypes.CDLL(None, use_errno=True).unshare(new_mounts):
+        raise OSError(ctypes.get_errno(), "unshare")
+    for options in (["--make-rprivate", "/"], ["-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder]):
+        subprocess.run(["mount", *options], check=True)
+    subprocess.run(["sh", "-c", before], check=True)
+    return (main if module == "emma_train" else data_cli.main)(argv)
