@@ -19,6 +19,9 @@ def check_workers(arguments: argparse.Namespace) -> int:
 
 def shard_folders(folder: Path) -> list[Path]:
     """The folder itself if it has shards, else its subfolders that have (the splits). Raises UserError if none has."""
+    from emma_train.storage.urls import check_local
+
+    check_local(folder)
     if any(folder.glob("*.tar")):
         return [folder]
     subfolders = sorted(path.parent for path in folder.glob("*/*.tar"))
@@ -28,9 +31,10 @@ def shard_folders(folder: Path) -> list[Path]:
 
 
 def readable_folders(folder: str) -> dict[str, str]:
-    """Folders of shards by name: those of `shard_folders`, or the URL of a remote folder."""
-    from emma_train.storage.urls import display_url, is_local, local_path
+    """Folders of shards by name: those of `shard_folders`, or the URL of a remote folder. Raises UserError."""
+    from emma_train.storage.urls import check_url, display_url, is_local, local_path
 
+    check_url(folder)
     if not is_local(folder):
         return {display_url(folder): folder}
     return {path.name: str(path) for path in shard_folders(Path(local_path(folder)))}

@@ -18,7 +18,7 @@ from emma_train.errors import RunError, UserError
 from emma_train.storage.files import write_atomic
 from emma_train.storage.shard_reader import ShardReader
 from emma_train.storage.storage_error import StorageError
-from emma_train.storage.urls import display_url
+from emma_train.storage.urls import check_local, check_url, display_url
 
 log = logging.getLogger(__name__)
 PIPE = "pipe:"
@@ -35,6 +35,10 @@ def fetch_shards(out: Path, sources: Sequence[str], workers: int) -> dict[str, A
     """
     expanded = [one for source in sources for one in _expanded(source)]
     refuse_names(expanded, out)
+    for source in expanded:
+        if not source.startswith(PIPE):
+            check_url(source)
+    check_local(out)
     hashes = [hashlib.sha256(source.encode()).hexdigest()[:16] for source in expanded]
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -101,7 +101,7 @@ def _text_problem(text: str, field: Setting) -> str:
 
 def _path_problem(text: str, facts: Facts) -> str:
     """What is wrong with the name of a folder or file, or an empty text."""
-    scheme, is_url, rest = text.partition("://")
+    is_url = "://" in text
     if long := [name for name in text.split("/") if len(os.fsencode(name)) > LONGEST_NAME]:
         return f"a path with the name {long[0][:40]!r}... in it; a name may have {LONGEST_NAME} bytes"
     if text.startswith("~"):
@@ -114,10 +114,14 @@ def _path_problem(text: str, facts: Facts) -> str:
             return f"{text!r}; it must name a folder inside run.root, without a leading / and without .."
     if facts.form == "path" and is_url:
         return f"{text!r}; it must be a local path, not a URL"
+    return bucket_problem(text) if facts.form == "url" else ""
+
+
+def bucket_problem(url: str) -> str:
+    """What is wrong with a URL without the bucket or host that its kind needs, or an empty text."""
+    scheme, is_url, rest = url.partition("://")
     lacks_bucket = not rest.partition("/")[0] and (scheme in BUCKET_SCHEMES or not rest.strip("/"))
-    if facts.form == "url" and is_url and lacks_bucket:
-        return f"{text!r}; a URL needs a bucket or host: {scheme}://NAME/..."
-    return ""
+    return f"{url!r}; a URL needs a bucket or host: {scheme}://NAME/..." if is_url and lacks_bucket else ""
 
 
 def _bound(number: float) -> str:

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import BinaryIO
 
 from emma_train.errors import UserError
+from emma_train.storage.urls import check_local
 
 
 def make_folder(path: Path) -> None:
     """Make a folder that the user named, with its parents. Raises UserError where nothing can be written into it."""
+    check_local(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -10,7 +10,7 @@ from emma_train.errors import UserError
 from emma_train.storage.local_storage import LocalStorage
 from emma_train.storage.object_storage import ObjectStorage
 from emma_train.storage.protocol import Storage
-from emma_train.storage.urls import display_url, is_local, local_path, opening_errors
+from emma_train.storage.urls import check_url, display_url, is_local, local_path, opening_errors
 
 StoragePath = Path | UPath
 _LOCAL: Storage[Path] = LocalStorage()
@@ -18,11 +18,13 @@ _REMOTE: Storage[UPath] = ObjectStorage()
 
 
 def parse_path(path: str | StoragePath) -> StoragePath:
-    """The path that a user gives as a path or a URL. Raises UserError where no installed package opens the URL."""
+    """The path that a user gives as a path or a URL. Raises UserError where the URL lacks a bucket or host, or where
+    no installed package opens it."""
     if not isinstance(path, str):
         return path
     if is_local(path):
         return Path(local_path(path))
+    check_url(path)
     url = urlsplit(path)
     if url.password is not None or url.query:
         raise UserError(

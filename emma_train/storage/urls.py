@@ -1,11 +1,13 @@
 """Names of files as users give them: local paths, file:// URLs, and URLs that fsspec opens (s3://, https://, ...)."""
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
+from emma_train.config.values import bucket_problem
 from emma_train.errors import UserError
 
 EXTRAS = {"s3": "s3", "s3a": "s3", "http": "http", "https": "http"}
@@ -20,6 +22,18 @@ def is_local(url: str) -> bool:
 def local_path(url: str) -> str:
     """The path of a local URL."""
     return url.removeprefix("file://")
+
+
+def check_url(url: str) -> None:
+    """Raise UserError where a URL lacks the bucket or host that its kind needs."""
+    if problem := bucket_problem(url):
+        raise UserError(f"the URL is {problem}")
+
+
+def check_local(path: Path) -> None:
+    """Raise UserError where the path of a local file or folder was given as a URL; Path makes s3:/ of s3://."""
+    if re.match(r"[a-z][a-z0-9+.-]+:/", str(path)):
+        raise UserError(f"{path}: this must be a local path, not a URL")
 
 
 def join_url(folder: str | Path, name: str) -> str:
