@@ -140,6 +140,12 @@ class Planner:
             step = phase.start + 1
             self._compute(step, self._positions_before(step) if phase.counts else self._positions[0])
 
+    def check_labels(self) -> None:
+        """Raise UserError if a phase has no image with a label for router tuning, whose steps would train nothing."""
+        if self.data.untagged == "unknown":
+            for phase in self._configs:
+                self._sources.check_labels(phase, list(task_shares(phase.mix)))
+
     def plan(self, step: int) -> StepPlan:
         """The plan of optimizer step `step`, counted from 1. Raises UserError if its samples do not fit its slots."""
         with self._lock:

@@ -47,6 +47,10 @@ PLANNED = [
 """Columns of the index that a plan needs."""
 
 
+LABELS = {"stem", "general"}
+"""Tags that label the images of a record for router tuning."""
+
+
 @dataclass(frozen=True)
 class TaskStream:
     """The samples of one task in a phase."""
@@ -209,6 +213,21 @@ class Sources:
                     shards.append(Shard(source.path, entry["name"], *hashes, num_rows, entry["bytes"], source))
             self._shards[key] = shards
         return self._shards[key]
+
+    def check_labels(self, phase: PhaseConfig, tasks: Sequence[str]) -> None:
+        """Raise UserError if no record of these tasks has a tag that labels its images for router tuning."""
+        sources = [(source, task) for task in tasks for group in _groups(phase, task) for source in group]
+        for source, task in sources:
+            for entry in self._manifest(source.path)["shards"]:
+                for names in entry["tags"].get(TASKS[task].record_key, {}):
+                    tags = names.split("|")
+                    if has_wanted_tags(source, tags) and LABELS & set(tags):
+                        return
+        folders = ", ".join(dict.fromkeys(display_url(source.path) for source, _ in sources))
+        raise UserError(
+            f"no image of {folders} has the tag stem or general, and data.untagged is unknown, so that router tuning "
+            "would train nothing; tag the records, or set data.untagged=general"
+        )
 
     def _manifest(self, folder: str, check_files: bool = True) -> dict[str, Any]:
         """The manifest of a folder. Where not `check_files`, its shards may be gone, and it counts for no hash."""

@@ -92,6 +92,8 @@ def _train_locked(run_folder: "RunFolder", file: Path, recipe: "Recipe", world: 
     if checkpoint is None:
         world.on_main(run_folder.check_new)
         stream.planner.check()
+        if stage.loss == "router":
+            stream.planner.check_labels()
     requests = _sample_requests(recipe, stage)
     parts = build(recipe, stage, world, resuming=checkpoint is not None)
     if parts.handoff is not None:
