@@ -1,13 +1,13 @@
 """Reads a record: the alternatives of each task, and the layout of an alternative as text and images."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from data_pipelines.shards.images import image_name, image_parts
 from data_pipelines.shards.record_map import RecordMap
-from emma_train.sequence.layout import ImageRole, Segment
-from emma_train.sequence.tasks import RECORD_KEYS, TASKS, Task
+from emma_train.sequence.layout import ImageRole, Segment, num_text_tokens
+from emma_train.sequence.tasks import RECORD_KEYS, TASKS, Task, fixed_text_tokens
 from emma_train.sequence.tokens import TextTokenizer
 
 CAPTION_QUESTION = "Describe this picture."
@@ -66,6 +66,35 @@ def added_text_tokens(task: Task, tokenizer: TextTokenizer, caption_questions: S
         return 0
     longest = max(len(tokenizer.encode_user(question)) for question in caption_questions)
     return len(tokenizer.answer_prefix) + max(0, longest - len(tokenizer.encode_user(CAPTION_QUESTION)))
+
+
+def text_tokens_in_recipe(
+    task: Task, tokenizer: TextTokenizer, caption_questions: Sequence[str]
+) -> Callable[[Mapping[str, Any]], list[float]]:
+    """A function that gives the text tokens of each alternative of an index row as training lays them out, with the
+    recipe's chat template and as a mean over its caption questions; before condition dropout.
+
+    An index does not say which alternatives are plain captions: taken for one is what shows one image and has as many
+    tokens beside its answer as CAPTION_QUESTION. The last turn is taken for an answer.
+    """
+    if num_fixed := fixed_text_tokens(task, tokenizer):
+        return lambda row: [float(num_fixed)] * len(row["text_tokens"])
+    if task.makes_image:
+        return lambda row: list(row["text_tokens"])
+    prefix, usual = len(tokenizer.answer_prefix), len(tokenizer.encode_user(CAPTION_QUESTION))
+    added = sum(len(tokenizer.encode_user(question)) for question in caption_questions) / len(caption_questions) - usual
+    turns = [{"role": "user", "text": CAPTION_QUESTION}, {"role": "assistant", "text": ""}]
+    text, supervised = num_text_tokens(task.layout(tokenizer, ["image"], {"turns": turns}))
+    asked = text - supervised - prefix
+
+    def text_tokens(row: Mapping[str, Any]) -> list[float]:
+        columns = (row[name] for name in ("text_tokens", "supervised_tokens", "context"))
+        return [
+            text + prefix + (added if text - supervised == asked and len(images) == 1 else 0)
+            for text, supervised, images in zip(*columns, strict=True)
+        ]
+
+    return text_tokens
 
 
 def layouts(record: dict[str, Any], task: str, tokenizer: TextTokenizer) -> list[list[Segment]]:

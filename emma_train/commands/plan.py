@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 from emma_train.errors import check_range
 
 if TYPE_CHECKING:
-    from emma_train.config.schema import SourceConfig
+    from emma_train.config.schema import Recipe, SourceConfig
+    from emma_train.plan.samples import ReadIndexRows
 
 NUM_INDEX_SHARDS = 8
 """Shards of a source whose index is read: enough for means."""
@@ -27,7 +28,32 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
     check_range("--gpus", arguments.gpus, 1, 10**6)
     stages = load_stages(Path(arguments.recipe), overrides)
-    return max(print_plan(recipe, str(file), arguments.gpus, arguments.gpu, read_index_rows) for file, recipe in stages)
+    return max(
+        print_plan(recipe, str(file), arguments.gpus, arguments.gpu, index_reader(recipe)) for file, recipe in stages
+    )
+
+
+def index_reader(recipe: "Recipe") -> "ReadIndexRows":
+    """A function that reads the index rows of a source for a task, with `text_tokens` as the recipe lays them out.
+
+    Where the recipe's tokenizer is not on disk, they are as the index has them.
+    """
+    from data_pipelines.shards.record import text_tokens_in_recipe
+    from emma_train.sequence.tasks import TASKS
+    from emma_train.sequence.tokens import TextTokenizer
+
+    data, path = recipe.data, Path(recipe.data.tokenizer)
+    exists = path.is_file() or (path / "tokenizer.json").is_file()
+    tokenizer = TextTokenizer(path, data.template) if exists else None
+
+    def read(source: "SourceConfig", task: str) -> list[dict[str, Any]] | None:
+        rows = read_index_rows(source, TASKS[task].record_key)
+        if rows is None or tokenizer is None:
+            return rows
+        text_tokens = text_tokens_in_recipe(TASKS[task], tokenizer, data.caption_questions)
+        return [{**row, "text_tokens": text_tokens(row)} for row in rows]
+
+    return read
 
 
 def read_index_rows(source: "SourceConfig", task: str) -> list[dict[str, Any]] | None:

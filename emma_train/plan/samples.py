@@ -15,7 +15,8 @@ FILLED = 0.98
 """Share of the packs' tokens that are filled, if data.samples_per_step is 0."""
 
 ReadIndexRows = Callable[[SourceConfig, str], list[dict[str, Any]] | None]
-"""Index rows of a source that have a task, as in data_pipelines/shards/index.py; None where no index is on disk."""
+"""Index rows of a source that have a task, by its name, as in data_pipelines/shards/index.py, but with `text_tokens` as
+the recipe lays them out; None where no index is on disk."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def mean_sample(
     image_config = task.image_config(recipe.data)
     pixels = recipe.model.autoencoder.pixels
     of_task = [source for source in sources if not source.tasks or task.name in source.tasks]
-    rows = [read_index_rows(source, task.record_key) if read_index_rows else None for source in of_task]
+    rows = [read_index_rows(source, task.name) if read_index_rows else None for source in of_task]
     if any(rows) and None not in rows:
         total, sums = 0.0, [0.0] * 7
         for source, source_rows in zip(of_task, rows, strict=True):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from emma_train.commands.plan import read_index_rows
+from emma_train.commands.plan import index_reader
 from emma_train.config.load import is_pipeline, load_pipeline, load_recipe, load_yaml
 from emma_train.config.mix import phases, samples_per_task
 from emma_train.config.schema import InitConfig, Recipe
@@ -31,7 +31,8 @@ def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("path", STAGE_FILES, ids=name_of)
 def test_stage_recipe_loads_and_plans(path: Path) -> None:
-    plan = Plan(load_recipe(path), str(path), 1, "h200-141g", read_index_rows=read_index_rows)
+    recipe = load_recipe(path)
+    plan = Plan(recipe, str(path), 1, "h200-141g", read_index_rows=index_reader(recipe))
     assert plan.trained > 0
     assert all(load.tokens / plan.recipe.data.slots <= plan.recipe.data.pack_tokens for load in plan.loads)
     assert all(plan.seconds(load) > 0 for load in plan.loads)
@@ -67,7 +68,7 @@ def full(stage: str) -> Recipe:
 
 def samples(recipe: Recipe) -> dict[str, float]:
     """Samples of each task over the whole stage."""
-    plan = Plan(recipe, "recipe", 1, "h200-141g", read_index_rows=read_index_rows)
+    plan = Plan(recipe, "recipe", 1, "h200-141g", read_index_rows=index_reader(recipe))
     totals = {"i2t": 0.0, "t2i": 0.0, "it2i": 0.0}
     for phase, steps in zip(phases(recipe), plan.phase_steps, strict=True):
         for task, count in samples_per_task(phase.mix, recipe.data.samples_per_step).items():
