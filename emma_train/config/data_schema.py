@@ -17,8 +17,8 @@ class ImageConfig:
     max_tokens: int = setting(4096, more_than=0, at_most=262144)
     """Cap of visual tokens per image in native mode; larger images are scaled down to it."""
     min_pixels: int = setting(0, at_least=0, at_most=2**28)
-    """Fewest pixels of an image in native mode; smaller ones are scaled up to about as many (as Qwen-VL does). 0 scales
-    none up."""
+    """Fewest pixels of an image in native mode; smaller ones are scaled up to about as many. 0 scales none up. Qwen3-VL
+    has 65536, `size.shortest_edge` of its preprocessor_config.json: 64 tokens of 32 x 32 pixels, as ours."""
     min_side: int = setting(0, at_least=0, at_most=16384, absent=0)
     """Shortest side in pixels of an image that is used; a sample with a smaller one is replaced by another. 0 uses all
     images and enlarges small ones. Ours: the paper filters its data beforehand."""
