@@ -92,6 +92,7 @@ def join(device: str, timeout_s: int, traces: Path | None = None) -> Iterator[Wo
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device("cpu")
     if kind == "cuda":
+        use_expandable_segments()
         torch.cuda.set_device(local)
     backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
     store = None if "RANK" in os.environ else dist.HashStore()
@@ -114,6 +115,13 @@ def share_packs(world: World, sp_size: int) -> World:
     if world.size % sp_size:
         raise UserError(f"engine.sequence_parallel is {sp_size}, which does not divide {world.size} processes")
     return replace(world, sp_size=sp_size)
+
+
+def use_expandable_segments() -> None:
+    """Let CUDA's allocator extend its segments, before it is used: every pack has another length, and segments of fixed
+    sizes would be left with gaps. Settings of the allocator that exist already stay as they are."""
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def record_flights(traces: Path | None) -> None:
