@@ -43,6 +43,7 @@ VALUES: dict[tuple[str, str], Callable[..., Any]] = {
     ("pathlib._local", "PosixPath"): PurePosixPath,
 }
 """Types of plain values; sizes, the deprecated layout and memory format, and the path where it was written."""
+_TENSOR_TYPES = frozenset(DTYPES.values())
 
 
 def load_dcp_metadata(file: IO[bytes]) -> Metadata:
@@ -89,7 +90,7 @@ class _Unpickler(pickle.Unpickler):
         if key in VALUES:
             return VALUES[key]
         dtype = getattr(torch, name, None) if module == "torch" else None
-        if dtype not in DTYPES.values():
+        if dtype not in _TENSOR_TYPES:
             raise ValueError(f"names {module}.{name}, which no table of contents of tensors needs; do not trust it")
         return dtype
 
@@ -107,7 +108,7 @@ def _metadata(stored: Any) -> Metadata:
 def _tensor(stored: Any) -> TensorStorageMetadata:
     fields = _fields(stored, "TensorStorageMetadata")
     dtype = _fields(fields["properties"], "TensorProperties")["0"]
-    if dtype not in DTYPES.values():
+    if dtype not in _TENSOR_TYPES:
         raise TypeError(f"{dtype!r} is no type of a tensor")
     chunks = []
     for entry in fields["chunks"]:
@@ -135,7 +136,7 @@ def _part(stored: Any) -> _StorageInfo:
 
 
 def _fields(stored: Any, kind: str) -> Mapping[str, Any]:
-    if type(stored).__name__ != kind or not isinstance(stored, _Record):
+    if not isinstance(stored, _Record) or type(stored).__name__ != kind:
         raise TypeError(f"{type(stored).__name__} stands where {kind} should")
     return stored.fields
 
@@ -153,4 +154,7 @@ def _count(value: Any) -> int:
 
 
 def _size(value: Any) -> torch.Size:
-    return torch.Size([_count(length) for length in value])
+    # The types are compared as a set: a large checkpoint has a hundred thousand sizes.
+    if not isinstance(value, tuple) or not {type(length) for length in value} <= {int} or min(value, default=0) < 0:
+        raise TypeError(f"{value!r} is no size of a tensor")
+    return torch.Size(value)
