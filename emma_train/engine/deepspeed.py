@@ -150,10 +150,16 @@ class _Root(nn.Module):
 
 
 class _ModelThroughDeepSpeed:
-    """The model for the rest of the trainer: forward passes go through DeepSpeed, all else to the model itself."""
+    """The model for the rest of the trainer: forward passes go through DeepSpeed. Beside them it has what the trainer
+    uses of a module."""
 
     def __init__(self, model: Emma, engine: Any) -> None:
-        self._model, self._engine = model, engine
+        self._engine = engine
+        self.vision = model.vision
+        self.train = model.train
+        self.parameters = model.parameters
+        self.named_parameters = model.named_parameters
+        self.named_modules = model.named_modules
 
     def __call__(self, *args: Any, **kwargs: Any) -> Prediction:
         values = self._engine("__call__", *args, **kwargs)
@@ -162,9 +168,6 @@ class _ModelThroughDeepSpeed:
     def route(self, *args: Any, **kwargs: Any) -> Tensor:
         logits: Tensor = self._engine("route", *args, **kwargs)["result"]
         return logits
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
 
 
 def deepspeed_config(model: Emma, config: EngineConfig, max_grad_norm: float, device: torch.device) -> dict[str, Any]:

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from emma_train.config.schema import EngineConfig
-from emma_train.engine.deepspeed import deepspeed_config, import_deepspeed
+from emma_train.engine.deepspeed import _ModelThroughDeepSpeed, _Root, deepspeed_config, import_deepspeed
 from emma_train.errors import UserError
-from tests.helpers import tiny_emma
+from emma_train.sequence.pack import pack
+from tests.helpers import i2t_sample, tiny_emma, tiny_model
 
 
 def test_without_the_package_one_line_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,3 +42,24 @@ def test_importing_the_engine_does_not_import_the_package() -> None:
 
     code = "import sys, emma_train.training.build; print('deepspeed' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+def test_what_the_trainer_uses_of_a_model_is_there_and_forward_passes_go_through_the_engine() -> None:
+    model = tiny_emma(tiny_model({"router": True, "stem_expert": True}))
+    calls, root = [], _Root(model)
+
+    def engine(method: str, *args: object, **kwargs: object) -> object:
+        calls.append(method)
+        return root(method, *args, **kwargs)
+
+    through, batch = _ModelThroughDeepSpeed(model, engine), pack([i2t_sample()])
+    latents, time = torch.zeros(4, 32), torch.zeros(0)
+    one, other = through(batch, latents, time), model(batch, latents, time)
+    assert torch.equal(one.logits, other.logits) and one.text_losses is None
+    assert torch.equal(through.route(batch), model.route(batch))
+    assert calls == ["__call__", "route"]
+    assert through.vision is model.vision and list(through.parameters()) == list(model.parameters())
+    assert dict(through.named_parameters()) == dict(model.named_parameters())
+    assert dict(through.named_modules()) == dict(model.named_modules())
+    through.train(False)
+    assert not model.training
