@@ -1,9 +1,9 @@
-"""Scores on a held-out split with known answers; every score names its split, its baseline and the bar it should reach.
+"""Scores on a held-out split with known answers. Every score names its split, its baseline and the value to reach.
 
-- exact match of answers, per kind of question, against always giving the commonest answer
-- velocity loss of flow matching on the split's images, against predicting the mean velocity
-- whether a generated image's nearest neighbour among real images, in latent space, has the prompted concept, style
-  and background, against picking a real image at random
+- Exact match of answers, per kind of question. Baseline: always the commonest answer.
+- Velocity loss of flow matching on the split's images. Baseline: the mean velocity.
+- Share of generated images whose nearest real image, in latent space, has the prompted concept, style or background.
+  Baseline: a real image picked at random.
 """
 
 from collections import Counter
@@ -38,10 +38,11 @@ def score_split(
     recipe: Recipe,
     limit: int,
 ) -> list[dict[str, Any]]:
-    """All scores of a split. `requests` by task; `seen`: training images as further neighbours; `limit`: images
-    to draw.
+    """All scores of a split. `requests`: by task; `seen`: training images that may be nearest neighbours too; `limit`:
+    number of images to generate, 0 for all.
 
-    The bars are for unseen drawings of seen concepts; what was never named in training cannot be named.
+    Only BAR_SPLIT, with new drawings of concepts of the training set, has values to reach: a model cannot name a
+    concept whose name it was not trained on.
     """
     scores = answer_scores(generator, requests["i2t"])
     for task in tasks_of_loss("flow"):
@@ -98,7 +99,7 @@ def velocity_score(generator: Generator, requests: Sequence[Request], flow: Flow
 def neighbour_scores(
     generator: Generator, requests: Sequence[Request], real: Sequence[Request], shift: float, limit: int
 ) -> list[dict[str, Any]]:
-    """Draw the requests; how often the nearest real image shares the prompted label."""
+    """Generate an image for each request; share of them whose nearest real image has the prompted label."""
     requests = requests[: limit or None]
     if not requests:
         return []

@@ -1,5 +1,5 @@
-"""Visual tokens on their way to the LLM: channel-wise fusion, the Und and Gen adapters, 2D positions, flow time
-(paper §2.1)."""
+"""From visual features to LLM tokens: channel-wise fusion, the Und and Gen adapters, 2D positions, flow time (paper
+§2.1)."""
 
 import math
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ class Adapter(nn.Module):
 
 
 class GenAdapter(Adapter):
-    """The adapter of reference and target images: it also says how noisy they are."""
+    """The adapter of reference and target images; it adds an embedding of their flow time."""
 
     def __init__(self, semantic: int, latent: int, hidden: int, time_features: int) -> None:
         super().__init__(semantic, latent, hidden)

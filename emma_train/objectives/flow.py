@@ -22,7 +22,8 @@ class NoisedBatch:
 
 
 def add_noise(batch: PackedBatch, latents: Tensor, config: FlowConfig) -> NoisedBatch:
-    """latents: clean and scaled, [visual tokens, C] in stream order. Draws time and noise from the batch's seeds."""
+    """Noise the target rows of `latents` (clean and scaled, [visual tokens, C] in stream order). Time and noise are
+    computed from the batch's seeds."""
     num_target = batch.counts[3]
     clean = latents[len(latents) - num_target :]
     time = draw_time(batch.time_seeds, config)[batch.target_of_token]
@@ -47,7 +48,7 @@ def draw_noise(batch: PackedBatch, channels: int) -> Tensor:
 
 
 def shift(time: Tensor, s: float) -> Tensor:
-    """s t / (1 + (s - 1) t): larger images need more noise."""
+    """s t / (1 + (s - 1) t): s above 1 moves times towards 1 (noise), which larger images need."""
     return s * time / (1 + (s - 1) * time)
 
 

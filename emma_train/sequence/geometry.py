@@ -30,9 +30,10 @@ def image_size(width: int, height: int, image_config: ImageConfig, pixels: int) 
 
 
 def centre_box(width: int, height: int, aspect: float) -> tuple[int, int, int, int]:
-    """(left, top, right, bottom) of the largest centred part of an image with that width / height.
+    """(left, top, right, bottom) of the largest centred part of an image whose width / height is `aspect`.
 
-    Scaled to a size of this aspect, it is what is left where the image is scaled to cover the size, and then cropped.
+    To crop this part and scale it to a size gives the same image as to scale the image until it covers the size and
+    crop it then.
     """
     kept_width = min(width, max(1, round(height * aspect)))
     kept_height = min(height, max(1, round(width / aspect)))
@@ -64,8 +65,8 @@ def buckets(side: int, pixels: int, max_aspect: float = 4.0) -> tuple[tuple[int,
 def to_patches(image: np.ndarray, patch: int, shuffle: int) -> np.ndarray:
     """uint8 [H, W, 3] -> uint8 [H*W/patch², patch*patch*3].
 
-    The patches of one shuffle x shuffle block are neighbours and the blocks stand in raster order, so that pixel
-    shuffle is a reshape and visual tokens come out in raster order.
+    The patches of a block of shuffle x shuffle follow each other, and the blocks are in raster order. So pixel shuffle
+    is a reshape, and visual tokens are in raster order.
     """
     height, width, _ = image.shape
     block = patch * shuffle
