@@ -53,7 +53,7 @@ IMAGE_MARK = "<image>"
 
 
 def understanding(tokenizer: TextTokenizer, images: Sequence[str], turns: Sequence[tuple[str, str]]) -> list[Segment]:
-    """I2T. `turns` are (role, text) with the roles system, user and assistant.
+    """I2T. `turns` are (speaker, text); a speaker is system, user or assistant.
 
     Each IMAGE_MARK of the user turns is the next image; without marks, all images open the first user turn. Raises
     ValueError as `check_marks` does.
@@ -62,9 +62,9 @@ def understanding(tokenizer: TextTokenizer, images: Sequence[str], turns: Sequen
     segments: list[Segment] = []
     names = iter(images)
     to_open = 0 if num_marks(turns) else len(images)
-    for index, (role, text) in enumerate(turns):
-        _text(segments, tokenizer.encode(f"<|im_start|>{role}\n"))
-        if role == "user":
+    for index, (speaker, text) in enumerate(turns):
+        _text(segments, tokenizer.encode(f"<|im_start|>{speaker}\n"))
+        if speaker == "user":
             for name in islice(names, to_open):
                 _image(segments, tokenizer, name, ImageRole.UND)
             to_open = 0
@@ -72,7 +72,7 @@ def understanding(tokenizer: TextTokenizer, images: Sequence[str], turns: Sequen
             for before_image in before_images:
                 _text(segments, tokenizer.encode_user(before_image))
                 _image(segments, tokenizer, next(names), ImageRole.UND)
-        if role == "assistant":
+        if speaker == "assistant":
             if index + 1 == len(turns):
                 _text(segments, tokenizer.answer_prefix)
             _text(segments, [*tokenizer.encode_user(text), tokenizer.im_end], supervised=True)
@@ -85,7 +85,7 @@ def understanding(tokenizer: TextTokenizer, images: Sequence[str], turns: Sequen
 
 def num_marks(turns: Sequence[tuple[str, str]]) -> int:
     """Number of IMAGE_MARKs in the user turns."""
-    return sum(text.count(IMAGE_MARK) for role, text in turns if role == "user")
+    return sum(text.count(IMAGE_MARK) for speaker, text in turns if speaker == "user")
 
 
 def check_marks(turns: Sequence[tuple[str, str]], num_images: int) -> None:
@@ -93,7 +93,7 @@ def check_marks(turns: Sequence[tuple[str, str]], num_images: int) -> None:
     user turn."""
     if num_marks(turns) not in (0, num_images):
         raise ValueError(f"{num_marks(turns)} {IMAGE_MARK} in the user turns for {num_images} images")
-    if num_images and all(role != "user" for role, _ in turns):
+    if num_images and all(speaker != "user" for speaker, _ in turns):
         raise ValueError("no user turn for its images to stand in")
 
 
