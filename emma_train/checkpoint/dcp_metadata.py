@@ -6,6 +6,7 @@ without behaviour; any other name is an error. DCP's own objects are then made f
 
 import pickle
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from pathlib import PurePosixPath
 from typing import IO, Any
 
@@ -44,6 +45,8 @@ VALUES: dict[tuple[str, str], Callable[..., Any]] = {
 }
 """Types of plain values; sizes, the deprecated layout and memory format, and the path where it was written."""
 _TENSOR_TYPES = frozenset(DTYPES.values())
+_is_file_name = lru_cache(maxsize=4096)(is_file_name)
+"""A table of contents names few files, and each of them many times."""
 
 
 def load_dcp_metadata(file: IO[bytes]) -> Metadata:
@@ -64,12 +67,12 @@ def load_dcp_metadata(file: IO[bytes]) -> Metadata:
 class _Record:
     """The fields of a pickled object."""
 
-    fields: dict[str, Any]
+    __slots__ = ("fields",)
 
     def __setstate__(self, state: Any) -> None:
         if not isinstance(state, dict | tuple):
             raise TypeError("the state of a record is neither a dict nor a tuple")
-        self.fields = state if isinstance(state, dict) else {str(n): value for n, value in enumerate(state)}
+        self.fields: dict[str, Any] = state if isinstance(state, dict) else {str(n): v for n, v in enumerate(state)}
 
     def __hash__(self) -> int:
         return id(self)
@@ -81,7 +84,7 @@ class _Unpickler(pickle.Unpickler):
     def __init__(self, file: IO[bytes]) -> None:
         super().__init__(file)
         # New classes for every file: a pickle may set attributes of the classes that it gets.
-        self._classes: dict[tuple[str, str], Any] = {key: type(key[1], (_Record,), {}) for key in RECORDS}
+        self._classes: dict[tuple[str, str], Any] = {key: type(key[1], (_Record,), {"__slots__": ()}) for key in RECORDS}
 
     def find_class(self, module: str, name: str) -> Any:
         key = (module, name)
@@ -128,7 +131,7 @@ def _index(stored: Any) -> MetadataIndex:
 def _part(stored: Any) -> _StorageInfo:
     fields = _fields(stored, "_StorageInfo")
     name = _text(fields["relative_path"])
-    if not is_file_name(name):
+    if not _is_file_name(name):
         raise ValueError(f"names a file outside its folder: {name}")
     if fields.get("transform_descriptors"):
         raise ValueError("holds compressed tensors, which this version does not write")
