@@ -84,7 +84,9 @@ class _Unpickler(pickle.Unpickler):
     def __init__(self, file: IO[bytes]) -> None:
         super().__init__(file)
         # New classes for every file: a pickle may set attributes of the classes that it gets.
-        self._classes: dict[tuple[str, str], Any] = {key: type(key[1], (_Record,), {"__slots__": ()}) for key in RECORDS}
+        self._classes: dict[tuple[str, str], Any] = {
+            key: type(key[1], (_Record,), {"__slots__": ()}) for key in RECORDS
+        }
 
     def find_class(self, module: str, name: str) -> Any:
         key = (module, name)
