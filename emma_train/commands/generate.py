@@ -53,6 +53,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
     check_range("--num", arguments.num, 1, 100_000)
     check_range("--batch", arguments.batch, 1, 65_536)
+    model = parse_path(arguments.model)
     task = TASKS[arguments.task]
     if task.makes_image and task.condition is not None and not arguments.image:
         raise UserError(f"--task {task.name} needs an image: --image FILE")
@@ -64,7 +65,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     if task.makes_image:
         make_folder(Path(arguments.out))
     generator, recipe, _ = load_generator(arguments.model, arguments.device, not arguments.no_ema, arguments.precision)
-    flow, text = read_settings(parse_path(arguments.model), recipe)
+    flow, text = read_settings(model, recipe)
     flow = with_overrides(flow, _given(arguments, flow), "--")
     text = with_overrides(text, _given(arguments, text), "--")
     image_config = task.image_config(recipe.data)

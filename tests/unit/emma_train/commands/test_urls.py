@@ -29,7 +29,7 @@ def line_of(capsys: pytest.CaptureFixture[str], code: int) -> str:
         ["inspect", "URL"],
         ["inspect", "URL", "--verify"],
         ["export", "URL", "OUT"],
-        ["generate", "URL", *QUESTION, "--out", "."],
+        ["generate", "URL", *QUESTION],
         ["evaluate", "URL"],
         ["emma-data", "check", "URL"],
         ["emma-data", "stats", "URL"],
