@@ -152,3 +152,22 @@ def test_images_are_sent_as_stored_where_models_read_them_and_upright_jpegs_othe
         assert (sent.format, sent.size, sent.mode) == ("JPEG", size, "RGB")
     with pytest.raises(OSError, match="truncated"):
         image_for_chat(png(0, 64)[:-2000], 64)
+
+
+def test_only_records_of_unknown_sources_are_shown_to_the_model(tmp_path: Path) -> None:
+    contents = [prompt(f"p{i:03d}") for i in range(4)]
+    for number, tag in enumerate(("stem", "general")):
+        contents[number][1]["tags"] = [tag]
+    folder = write_shards(tmp_path / "set", contents)
+    diagram = contents[2][2]["img0.png"]
+    assert main(["annotate", "stem", str(folder), "--workers", "1"]) == 0
+    with chat_server(lambda q: json.dumps({"stem": q.images == [diagram], "reason": "lines"})) as server:
+        assert annotate("stem-vlm", folder, server) == 0
+    assert len(server.questions) == 2
+    labels = {key: (row["label"], row["reason"]) for key, row in rows(folder, "stem-vlm").items()}
+    assert labels == {
+        "p000": ("stem", None),
+        "p001": ("general", None),
+        "p002": ("stem", "lines"),
+        "p003": ("general", "lines"),
+    }
