@@ -54,6 +54,7 @@ OPERATORS = {
     "safety": "data_pipelines.prepare.operators.safety:SAFETY",
     "size": "data_pipelines.prepare.operators.size:SIZE",
     "stem": "data_pipelines.prepare.operators.stem:STEM_OPERATOR",
+    "stem-vlm": "data_pipelines.prepare.operators.stem_vlm:STEM_VLM",
 }
 """Where each operator is defined, as module:variable; imported when it is used."""
 READ_ERRORS = (OSError, ValueError, SyntaxError, LookupError, TypeError, AttributeError, ArithmeticError)
