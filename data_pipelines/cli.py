@@ -5,7 +5,19 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 
-from data_pipelines.commands import annotate, cache_latents, check, import_, index, stats, synthesize
+from data_pipelines.commands import (
+    annotate,
+    cache_latents,
+    card,
+    check,
+    import_,
+    index,
+    materialize,
+    run,
+    select,
+    stats,
+    synthesize,
+)
 from emma_train.config.secrets import without_secrets
 from emma_train.errors import RunError, UserError, describe_shortage
 
@@ -15,7 +27,11 @@ DATA_COMMANDS = {
     "check": check,
     "stats": stats,
     "annotate": annotate,
+    "select": select,
     "synthesize": synthesize,
+    "materialize": materialize,
+    "card": card,
+    "run": run,
     "cache-latents": cache_latents,
 }
 
@@ -25,8 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
-        run: Callable[[argparse.Namespace], int] = arguments.run
-        return run(arguments)
+        command: Callable[[argparse.Namespace], int] = arguments.run
+        return command(arguments)
     except (UserError, RunError) as error:
         sys.stderr.write(f"error: {without_secrets(str(error))}\n")
         return 2 if isinstance(error, UserError) else 1
@@ -39,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="emma-data", description="Make data sets, check and select them.")
+    parser.set_defaults(build_parser=build_parser)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, module in DATA_COMMANDS.items():
         command = commands.add_parser(name, help=module.__doc__, description=module.__doc__)

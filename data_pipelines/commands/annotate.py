@@ -3,10 +3,13 @@
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from data_pipelines.commands.common_arguments import add_workers, check_workers, shard_folders
+from data_pipelines.commands.common_arguments import add_job_arguments, check_workers, shard_folders
 from emma_train.errors import UserError
+
+if TYPE_CHECKING:
+    from data_pipelines.prepare.jobs import JobResult
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,17 +22,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_job_arguments(parser)
 
 
-def add_job_arguments(parser: argparse.ArgumentParser) -> None:
-    add_workers(parser)
-    parser.add_argument("--address", default="", help="of a Ray cluster; without it, processes of this machine")
-    parser.add_argument("--dry-run", action="store_true", help="say what there is to do, and do nothing")
-
-
 def run(arguments: argparse.Namespace) -> int:
     from data_pipelines.prepare.annotate import OperatorChoice, annotate_shard, annotate_tasks
     from data_pipelines.prepare.jobs import JobOptions, run_job, unfinished
 
     settings = parse_settings(arguments.settings)
+    if arguments.operator == "duplicates" and not arguments.function:
+        return _run_duplicates(arguments, settings)
     choice = OperatorChoice(arguments.operator, arguments.function, tuple(settings.items()))
     folders = [folder for path in arguments.folders for folder in shard_folders(path)]
     operator, tasks = choice.load(), annotate_tasks(folders, choice)
@@ -41,11 +40,29 @@ def run(arguments: argparse.Namespace) -> int:
         )
         return 0
     options = JobOptions(check_workers(arguments), arguments.address, operator.cpus, operator.gpus)
-    result = run_job(operator.name, tasks, annotate_shard, options)
-    counts = result.counts
+    return _report(operator.name, run_job(operator.name, tasks, annotate_shard, options))
+
+
+def _run_duplicates(arguments: argparse.Namespace, settings: dict[str, Any]) -> int:
+    from data_pipelines.prepare.duplicates import DUPLICATES, duplicate_tasks, find_duplicates
+    from data_pipelines.prepare.jobs import unfinished
+    from data_pipelines.prepare.select_rows import EngineLimits
+
+    max_bits = DUPLICATES.with_settings(settings).settings["max_bits"]
+    folders = [folder for path in arguments.folders for folder in shard_folders(path)]
+    if arguments.dry_run:
+        tasks = duplicate_tasks(folders, max_bits)
+        sys.stdout.write(f"duplicates: {len(tasks)} shards, {len(unfinished(tasks)[0])} to do\n")
+        return 0
+    return _report("duplicates", find_duplicates(folders, max_bits, EngineLimits(threads=check_workers(arguments))))
+
+
+def _report(name: str, result: "JobResult") -> int:
+    """Say what a job did; returns 1 if it kept no record."""
+    counts, num_shards = result.counts, result.finished_before + result.finished_now
     sys.stdout.write(
-        f"{operator.name}: {len(tasks)} shards ({result.finished_before} finished before), {counts.read:,} records "
-        f"read, {counts.kept:,} kept, {counts.rejected:,} rejected\n"
+        f"{name}: {num_shards} shards ({result.finished_before} finished before), {counts.read:,} records read, "
+        f"{counts.kept:,} kept, {counts.rejected:,} rejected\n"
     )
     return 1 if counts.read and not counts.kept else 0
 

@@ -11,6 +11,12 @@ def add_workers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (%(default)s)")
 
 
+def add_job_arguments(parser: argparse.ArgumentParser) -> None:
+    add_workers(parser)
+    parser.add_argument("--address", default="", help="of a Ray cluster; without it, processes of this machine")
+    parser.add_argument("--dry-run", action="store_true", help="say what there is to do, and do nothing")
+
+
 def check_workers(arguments: argparse.Namespace) -> int:
     """The value of --workers. Raises UserError."""
     check_range("--workers", arguments.workers, 1, 4096)
@@ -18,11 +24,14 @@ def check_workers(arguments: argparse.Namespace) -> int:
 
 
 def shard_folders(folder: Path) -> list[Path]:
-    """The folder itself if it has shards, else its subfolders that have (the splits). Raises UserError if none has."""
+    """The folder itself if it has shards or is a selection, else its subfolders that have shards (the splits).
+
+    Raises UserError if none has.
+    """
     from emma_train.storage.urls import check_local
 
     check_local(folder)
-    if any(folder.glob("*.tar")):
+    if any(folder.glob("*.tar")) or any(folder.glob("shard-*.idx.parquet")):
         return [folder]
     subfolders = sorted(path.parent for path in folder.glob("*/*.tar"))
     if not subfolders:

@@ -4,8 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from data_pipelines.commands.annotate import add_job_arguments, parse_settings
-from data_pipelines.commands.common_arguments import check_workers, tokenizer_file
+from data_pipelines.commands.annotate import parse_settings
+from data_pipelines.commands.common_arguments import add_job_arguments, check_workers, tokenizer_file
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

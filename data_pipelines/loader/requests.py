@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines.shards.images import image_members, load_resized
-from data_pipelines.shards.index import read_columns, read_manifest
+from data_pipelines.shards.index import read_columns, read_manifest, shard_url
 from data_pipelines.shards.record import read_record
 from data_pipelines.shards.record_map import read_map
 from data_pipelines.shards.tar import read_group
@@ -17,7 +17,7 @@ from emma_train.sequence.seeds import seed_of
 from emma_train.sequence.tasks import TASKS
 from emma_train.storage.shard_reader import ShardReader
 from emma_train.storage.storage_error import StorageError
-from emma_train.storage.urls import join_url
+from emma_train.storage.urls import parent_url
 
 REQUEST_COLUMNS = ["key", "offset", "size", "target"]
 """Columns of the index that are read."""
@@ -54,10 +54,10 @@ def _read_request(
 ) -> Request:
     """One alternative (`number`) of a record as a request. Raises UserError."""
     try:
-        members = read_group(
-            storage.read_range(join_url(folder, shard["name"]), row["offset"], row["size"], shard["sha256"])
-        )
-        record, files = read_record(members, record_map=read_map(folder, storage)), image_members(members)
+        url = shard_url(folder, shard)
+        members = read_group(storage.read_range(url, row["offset"], row["size"], shard["sha256"]))
+        record_map = read_map(parent_url(url), storage)
+        record, files = read_record(members, record_map=record_map), image_members(members)
         alternative = record[TASKS[task].record_key][number]
         image_config = TASKS[task].image_config(data)
         target = load_resized(files[alternative["target"]], image_config, pixels) if "target" in alternative else None

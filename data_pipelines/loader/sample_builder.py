@@ -1,6 +1,6 @@
 """Builds a sample from a record: the planned alternative, after condition dropout, with resized images."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from data_pipelines.planner.candidates import SampleRef
 from data_pipelines.shards.images import display_size, image_members, load_image, open_image
-from data_pipelines.shards.record import missing_part, read_record
+from data_pipelines.shards.record import caption_alternative, missing_part, read_record
 from data_pipelines.shards.record_map import RecordMap
 from emma_train.config.schema import DataConfig, ImageConfig
 from emma_train.sequence.geometry import image_size, to_patches
@@ -52,7 +52,10 @@ class SampleBuilder:
         questions = self.data.caption_questions
         question = questions[choice_of(len(questions), *draw, "caption question")]
         record = read_record(members, question, record_map)
-        alternative = record[task.record_key][planned.alternative]
+        if planned.caption is None:
+            alternative = record[task.record_key][planned.alternative]
+        else:
+            alternative = caption_alternative(task, next(iter(image_members(members))), planned.caption, question)
         if missing := missing_part(alternative, planned.task):
             raise SampleError(missing)
         segments = self._segments(task, alternative, draw)
@@ -65,7 +68,7 @@ class SampleBuilder:
             latent = find_latent(name, image_config)
             # The model sees no patches of a target; the autoencoder does not need them where the latent is cached.
             grid, patches = self._pixels(files[name], image_config, decode=name in shown or latent is None)
-            stem = self._stem_label(record.get("tags", [])) if name in shown else IGNORE_STEM
+            stem = self._stem_label(planned, record) if name in shown else IGNORE_STEM
             images[name] = ImageTokens(grid, patches, latent, stem)
         return Sample(
             key=planned.key,
@@ -76,11 +79,11 @@ class SampleBuilder:
             time_seed=seed_of(*draw, "time"),
         )
 
-    def _stem_label(self, tags: Sequence[str]) -> int:
+    def _stem_label(self, planned: SampleRef, record: dict[str, Any]) -> int:
         """1 for STEM, 0 for general, -1 for unknown."""
-        if "stem" in tags:
-            return 1
-        return 0 if "general" in tags or self.data.untagged == "general" else IGNORE_STEM
+        tags = record.get("tags", [])
+        label = int("stem" in tags) or -int("general" not in tags) if planned.stem is None else planned.stem
+        return 0 if label < 0 and self.data.untagged == "general" else label
 
     def _segments(self, task: Task, alternative: dict[str, Any], draw: tuple[int, int, str]) -> list[Segment]:
         """The layout; a task that makes an image loses its text or its images by chance (condition dropout)."""

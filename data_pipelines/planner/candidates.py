@@ -46,6 +46,10 @@ class SampleRef:
     """Index of its pool in the stream of its task."""
     position: int = 0
     """Position in the pool."""
+    stem: int | None = None
+    """1 for STEM, 0 for general, -1 for neither, by the tags of the index; None takes the tags of the record."""
+    caption: str | None = None
+    """Text of the alternative where that is a caption of a selection, which the record does not have."""
 
 
 class Candidates:
@@ -156,4 +160,6 @@ def make_sample_ref(
         phase=phase,
         pool=position[0],
         position=position[1],
+        stem=int(costs.stem[row]),
+        caption=None if costs.captions is None else costs.captions[row].as_py(),
     )

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from data_pipelines.shards.index import CAPTIONS
 from emma_train.config.schema import ImageConfig, ModelConfig
 from emma_train.flops.formulas import decoder_layer_macs, vision_layer_macs
 from emma_train.sequence.geometry import image_size, is_suitable
@@ -50,6 +52,10 @@ class SampleCosts:
     """bool: fits no pack."""
     unsuitable: np.ndarray
     """bool: an image is smaller than the recipe's min_side or longer than its max_aspect."""
+    stem: np.ndarray
+    """int8: 1 for the tag stem, 0 for general, -1 for neither. The index decides: a selection may add tags to it."""
+    captions: pa.Array | None = None
+    """Text of the alternative where that is a caption of a selection, else null; None if there are none."""
 
     @property
     def usable(self) -> np.ndarray:
@@ -82,7 +88,7 @@ def sample_costs(
     tables: Sequence[pa.Table], shards: Sequence[tuple[str, str]], epoch: int, cost_model: CostModel
 ) -> SampleCosts:
     """Costs of all rows of some shards: one index table per shard, in order, with columns as in index.INDEX_COLUMNS."""
-    table = pa.concat_tables(tables).combine_chunks()
+    table = pa.concat_tables(tables, promote_options="default").combine_chunks()
     keys = _array(table, "key")
     texts, num_texts = _flatten_lists(table, "text_tokens")
     alternative = _alternatives(keys, num_texts, epoch, cost_model)
@@ -118,6 +124,8 @@ def sample_costs(
         max_tokens=max_tokens,
         too_long=np.any(sizes > np.asarray(list(cost_model.caps.values()))[:, None], axis=0),
         unsuitable=images.unsuitable,
+        stem=_stem_labels(table),
+        captions=_chosen_captions(table, alternative, num_texts),
     )
 
 
@@ -237,6 +245,29 @@ def _measure_images(
     tokens = [math.prod(image_size(*size, image_config, pixels)) // pixels**2 for size in sizes]
     unsuitable = [not is_suitable(*size, image_config) for size in sizes]
     return np.asarray(tokens, dtype=np.int64)[inverse], np.asarray(unsuitable, dtype=bool)[inverse]
+
+
+def _chosen_captions(table: pa.Table, alternative: np.ndarray, num_texts: np.ndarray) -> pa.Array | None:
+    """Texts of the chosen alternatives that are captions of a selection: the last ones of a row."""
+    if CAPTIONS not in table.column_names:
+        return None
+    column = _array(table, CAPTIONS)
+    num_captions = np.asarray(column.value_lengths().fill_null(0))
+    first, from_record = np.cumsum(num_captions) - num_captions, num_texts - num_captions
+    indices = pa.array(first + alternative - from_record, mask=alternative < from_record)
+    return column.flatten().take(indices)
+
+
+def _stem_labels(table: pa.Table) -> np.ndarray:
+    """int8 [N]: 1, 0 or -1, as SampleCosts has them."""
+    labels = np.full(len(table), -1, dtype=np.int8)
+    if "tags" not in table.column_names:
+        return labels
+    tags = _array(table, "tags")
+    rows = np.repeat(np.arange(len(table)), np.asarray(tags.value_lengths().fill_null(0)))
+    for tag, label in (("general", 0), ("stem", 1)):
+        labels[rows[np.asarray(pc.equal(tags.flatten(), tag))]] = label
+    return labels
 
 
 def _array(table: pa.Table, name: str) -> pa.Array:

@@ -140,7 +140,7 @@ def source_parts(
 
 def content_id(shards: Sequence[Shard]) -> str:
     """Hash of the content of some shards and of the numbers of their rows that are used."""
-    text = "\n".join(f"{shard.sha256} {shard.num_rows}" for shard in shards)
+    text = "\n".join(f"{shard.content} {shard.num_rows}" for shard in shards)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 

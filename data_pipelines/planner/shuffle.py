@@ -20,6 +20,7 @@ import numpy as np
 from data_pipelines.planner.costs import SampleCosts
 from emma_train.config.schema import SourceConfig
 from emma_train.sequence.seeds import seed_of
+from emma_train.storage.urls import join_url
 
 KEPT_WINDOWS = 3
 """Windows that ShuffledShards keeps in memory: the previous (for skipped samples), the current and the next one."""
@@ -45,6 +46,18 @@ class Shard:
     """Size of the tar."""
     source: SourceConfig | None = None
     """The source whose tags select these rows; None selects all."""
+    tar: str = ""
+    """Path or URL of the tar of a selection's shard; empty if it is the file of this name in the folder."""
+
+    @property
+    def url(self) -> str:
+        """Path or URL of the tar."""
+        return self.tar or join_url(self.folder, self.name)
+
+    @property
+    def content(self) -> str:
+        """Hash of what the shard holds: of a selection, of the list of its rows."""
+        return self.index_sha256 if self.tar else self.sha256
 
 
 LoadCosts = Callable[[Sequence[Shard], int], SampleCosts]

@@ -23,14 +23,21 @@ from data_pipelines.planner.pools import (
 )
 from data_pipelines.planner.shuffle import Shard, ShuffledShards, WeightedInterleave, even_pattern, interleave_pattern
 from data_pipelines.shards.excluded import refuse_names, refuse_provenance
-from data_pipelines.shards.index import MANIFEST, read_columns, read_manifest
+from data_pipelines.shards.index import (
+    CAPTIONS,
+    MANIFEST,
+    content_sha256,
+    read_columns,
+    read_manifest,
+    shard_url,
+)
 from data_pipelines.shards.record_map import MAP_FILE, read_map
 from emma_train.config.schema import DataConfig, PhaseConfig, SourceConfig
 from emma_train.errors import RunError, UserError
 from emma_train.sequence.tasks import TASKS
 from emma_train.sequence.tokens import TextTokenizer
 from emma_train.storage.shard_reader import ShardReader
-from emma_train.storage.urls import display_url, join_url
+from emma_train.storage.urls import display_url
 
 PLANNED = [
     "key",
@@ -43,6 +50,7 @@ PLANNED = [
     "widths",
     "heights",
     "tags",
+    CAPTIONS,
 ]
 """Columns of the index that a plan needs."""
 
@@ -96,7 +104,7 @@ class Sources:
     @property
     def folders(self) -> list[str]:
         """Hash of the shards of each folder that was read, whatever its path."""
-        return sorted({_hash(shard["sha256"] for shard in manifest["shards"]) for manifest in self._manifests.values()})
+        return sorted({_hash(map(content_sha256, manifest["shards"])) for manifest in self._manifests.values()})
 
     def fingerprint(self, phases: Sequence[tuple[PhaseConfig, Sequence[str]]]) -> str:
         """Hash of the shards and rows of the tasks of some phases, as checkpoints of version 0.1.0 have it."""
@@ -107,7 +115,7 @@ class Sources:
                     for source in group:
                         for entry in self._manifest(source.path)["shards"]:
                             num_rows = _num_rows(entry, source, task)
-                            hashed.update(f"{entry['sha256']} {task} {number} {num_rows}".encode())
+                            hashed.update(f"{content_sha256(entry)} {task} {number} {num_rows}".encode())
         return hashed.hexdigest()[:16]
 
     def stream(self, phase: PhaseConfig, cost_model: CostModel, known: Sequence[Pool]) -> tuple[TaskStream, list[Pool]]:
@@ -210,7 +218,8 @@ class Sources:
             for entry in self._manifest(source.path, check_files)["shards"]:
                 if num_rows := _num_rows(entry, source, task):
                     hashes = entry["sha256"], entry["index_sha256"]
-                    shards.append(Shard(source.path, entry["name"], *hashes, num_rows, entry["bytes"], source))
+                    tar = shard_url(source.path, entry) if "tar" in entry else ""
+                    shards.append(Shard(source.path, entry["name"], *hashes, num_rows, entry["bytes"], source, tar))
             self._shards[key] = shards
         return self._shards[key]
 
@@ -250,6 +259,8 @@ class Sources:
 
     def _check_map(self, folder: str, manifest: dict[str, Any]) -> None:
         """Raise UserError where the manifest was made with another map of records than the folder has now."""
+        if any("tar" in entry for entry in manifest["shards"]):
+            return  # a selection: the maps are those of the folders that have the tars
         record_map = read_map(folder, self._storage)
         if manifest.get("map") != (asdict(record_map) if record_map is not None else None):
             raise UserError(
@@ -296,7 +307,7 @@ def _load(shards: Sequence[Shard], epoch: int, cost_model: CostModel, storage: S
                 f"manifest says {shard.num_rows}; run `emma-data index` again"
             )
         tables.append(table)
-    files = [(join_url(shard.folder, shard.name), shard.sha256) for shard in shards]
+    files = [(shard.url, shard.sha256) for shard in shards]
     storage.fetch_ahead(files, sum(shard.num_bytes for shard in shards))
     return sample_costs(tables, files, epoch, cost_model)
 

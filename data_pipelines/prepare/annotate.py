@@ -23,7 +23,7 @@ from data_pipelines.prepare.operator import (
     reason_of,
 )
 from data_pipelines.prepare.stored_record import StoredRecord
-from data_pipelines.shards.index import index_path, read_manifest
+from data_pipelines.shards.index import index_path, read_manifest, shard_url
 from data_pipelines.shards.record_map import read_map
 from emma_train.errors import UserError
 
@@ -50,6 +50,12 @@ def column_file(tar: Path, operator: str) -> Path:
     return tar.with_name(f"{tar.stem}.{operator}.parquet")
 
 
+def located_column_file(tar: Path, records_tar: str, operator: str) -> Path | None:
+    """The column file of a shard; of a selection's, that beside the shard from which its rows are if it has none."""
+    paths = column_file(tar, operator), column_file(Path(records_tar), operator)
+    return next((path for path in paths if path.exists()), None)
+
+
 def reject_file(tar: Path, operator: str) -> Path:
     """Records that an operator rejected, one JSON object a line: key, reason. Absent where it rejected none."""
     return tar.with_name(f"{tar.stem}.{operator}.rejected.jsonl")
@@ -61,7 +67,10 @@ def done_file(tar: Path, operator: str) -> Path:
 
 
 def annotate_tasks(folders: Sequence[Path], choice: OperatorChoice) -> list[ShardTask]:
-    """One task for each shard of some folders. Raises UserError where an operator that this one reads has not run."""
+    """One task for each shard of some folders; of a selection, for its rows alone.
+
+    Raises UserError where an operator that this one reads has not run.
+    """
     operator, tasks = choice.load(), []
     files = {name: content_hash(operator.settings[name]) for name in sorted(operator.files)}
     for folder in folders:
@@ -72,23 +81,27 @@ def annotate_tasks(folders: Sequence[Path], choice: OperatorChoice) -> list[Shar
                 "files": files,
                 "shard_sha256": entry["sha256"],
                 "index_sha256": entry["index_sha256"],
-                "reads": _hashes_of_columns(tar, operator),
+                "reads": _hashes_of_columns(tar, shard_url(folder, entry), operator),
             }
             outputs = column_file(tar, operator.name), reject_file(tar, operator.name)
-            rows, arguments = sum(entry["rows"].values()), (tar, choice)
+            rows, arguments = sum(entry["rows"].values()), (tar, shard_url(folder, entry), choice)
             marker = done_file(tar, operator.name)
             tasks.append(ShardTask(str(tar), marker, outputs, fingerprint, arguments, rows))
     return tasks
 
 
-def annotate_shard(task: ShardTask, tar: Path, choice: OperatorChoice) -> RecordCounts:
-    """Write the columns and rejects of one shard. The function of a job (`jobs.ShardWork`)."""
+def annotate_shard(task: ShardTask, tar: Path, records_tar: str, choice: OperatorChoice) -> RecordCounts:
+    """Write the columns and rejects of one shard. The function of a job (`jobs.ShardWork`).
+
+    `tar` names index and columns; the records are in `records_tar`, which is another file for a selection.
+    """
     operator, annotate = _started(choice)
     num_read, rejects = 0, []
-    reads = [*operator.reads, *(name for name in operator.optional_reads if column_file(tar, name).exists())]
+    located = {n: located_column_file(tar, records_tar, n) for n in (*operator.reads, *operator.optional_reads)}
+    reads = {name: path for name, path in located.items() if path is not None}
     columns, rejected_file = task.outputs
     with (
-        open(tar, "rb") as shard,
+        open(records_tar, "rb") as shard,
         writing(columns) as path,
         pq.ParquetWriter(path, operator.schema, compression="zstd") as writer,
     ):
@@ -162,14 +175,15 @@ def _results(operator: Operator, annotate: Annotate, records: Sequence[StoredRec
     return columns, reasons
 
 
-def stored_records(tar: Path, shard: BinaryIO, reads: Sequence[str] = ()) -> Iterator[StoredRecord]:
-    """The records of a shard that its index has, in the order of the tar, each with the columns of some operators."""
+def stored_records(tar: Path, shard: BinaryIO, reads: Mapping[str, Path]) -> Iterator[StoredRecord]:
+    """The records of a shard that its index has, in the order of the tar, each with its values in the column files
+    `reads` (operator -> file)."""
     rows: dict[str, dict[str, Mapping[str, Any]]] = {}
     for batch in pq.ParquetFile(index_path(tar)).iter_batches():
         for row in batch.to_pylist():
             rows.setdefault(row["key"], {})[row["task"]] = row
-    columns = {name: _rows_by_key(column_file(tar, name)) for name in reads}
-    record_map = read_map(tar.parent)
+    columns = {name: _rows_by_key(path) for name, path in reads.items()}
+    record_map = read_map(Path(shard.name).parent)
     for key in sorted(rows, key=lambda key: next(iter(rows[key].values()))["offset"]):
         of_key = {name: by_key[key] for name, by_key in columns.items() if key in by_key}
         yield StoredRecord(key, rows[key], shard, of_key, record_map)
@@ -184,12 +198,12 @@ def _rows_by_key(path: Path) -> dict[str, dict[str, Any]]:
     return {row["key"]: row for row in pq.read_table(path).to_pylist()}
 
 
-def _hashes_of_columns(tar: Path, operator: Operator) -> dict[str, str]:
+def _hashes_of_columns(tar: Path, records_tar: str, operator: Operator) -> dict[str, str]:
     """Hash of each column file that an operator reads. Raises UserError where one is missing."""
     hashes = {}
     for name in (*operator.reads, *operator.optional_reads):
-        path = column_file(tar, name)
-        if path.exists():
+        path = located_column_file(tar, records_tar, name)
+        if path is not None:
             hashes[name] = content_hash(str(path))
         elif name in operator.reads:
             raise UserError(f"{tar}: has no columns of {name}; run `emma-data annotate {name} {tar.parent}` first")

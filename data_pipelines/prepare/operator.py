@@ -45,6 +45,7 @@ OPERATORS = {
     "aesthetic": "data_pipelines.prepare.operators.aesthetic:AESTHETIC",
     "caption": "data_pipelines.prepare.operators.caption:CAPTION",
     "decontaminate": "data_pipelines.prepare.operators.decontaminate:DECONTAMINATE",
+    "edit-kind": "data_pipelines.prepare.operators.edit_kind:EDIT_KIND",
     "faces": "data_pipelines.prepare.operators.faces:FACES",
     "judge-edit": "data_pipelines.prepare.operators.judge_edit:JUDGE_EDIT",
     "language": "data_pipelines.prepare.operators.language:LANGUAGE",

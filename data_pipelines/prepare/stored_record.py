@@ -78,6 +78,12 @@ class StoredRecord:
         return bytes(self.images[name])
 
     @property
+    def main_image(self) -> int:
+        """Number of the image that its first alternative makes, or else of its first image."""
+        targets = [number for row in self.rows.values() for number in row["target"] if number >= 0]
+        return int(targets[0]) if targets else 0
+
+    @property
     def tags(self) -> list[str]:
         """Its tags, sorted."""
         return tags_of({"tags": list(self.row["tags"] or [])})

@@ -12,14 +12,14 @@ import pyarrow.parquet as pq
 
 from data_pipelines.shards.build_index import HashedFile
 from data_pipelines.shards.images import image_parts, open_image
-from data_pipelines.shards.index import index_name, read_manifest
+from data_pipelines.shards.index import index_name, read_manifest, shard_url
 from data_pipelines.shards.record import missing_part, read_record
 from data_pipelines.shards.record_map import RecordMap, read_map
 from data_pipelines.shards.tar import BrokenTar, Group, groups
 from emma_train.sequence.tasks import RECORD_KEYS
 from emma_train.storage.shard_reader import ShardReader
 from emma_train.storage.storage_error import StorageError
-from emma_train.storage.urls import display_url, join_url
+from emma_train.storage.urls import display_url, join_url, parent_url
 
 
 def check_folder(folder: str | Path, workers: int = 1) -> list[str]:
@@ -35,7 +35,7 @@ def check_folder(folder: str | Path, workers: int = 1) -> list[str]:
 
 def check_shard(folder: str, shard: dict[str, Any]) -> list[str]:
     """All problems of one shard of a manifest, one line each. One record is in memory at a time."""
-    tar, index = join_url(folder, shard["name"]), join_url(folder, index_name(shard["name"]))
+    tar, index = shard_url(folder, shard), join_url(folder, index_name(shard["name"]))
     storage, problems = ShardReader(), []
     try:
         data = storage.read(index)
@@ -48,7 +48,7 @@ def check_shard(folder: str, shard: dict[str, Any]) -> list[str]:
     except (pa.ArrowException, OSError, ValueError):
         return [*problems, f"{display_url(index)}: is no index that can be read"]
     index_rows = {row["key"]: (row["offset"], row["size"], row["crc32"]) for row in table.to_pylist()}
-    record_map = read_map(folder, storage)
+    record_map = read_map(parent_url(tar), storage)
     try:
         with storage.open(tar) as raw:
             file = HashedFile(raw)

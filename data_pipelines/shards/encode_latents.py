@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from data_pipelines.shards.images import DECODING, image_members, load_resized
-from data_pipelines.shards.index import read_manifest
+from data_pipelines.shards.index import read_manifest, shard_url
 from data_pipelines.shards.latents import is_current, latents_metadata, latents_path, transform_name
 from data_pipelines.shards.tar import groups
 from emma_train.config.schema import AutoencoderConfig, ImageConfig
@@ -42,7 +42,7 @@ def cache_latents(
     manifest = read_manifest(folder)
     num = 0
     for shard in manifest["shards"][rank::size]:
-        tar = folder / shard["name"]
+        tar = Path(shard_url(folder, shard))
         for image_config in {transform_name(i): i for i in image_configs}.values():
             path = Path(latents_path(tar, transform_name(image_config)))
             metadata = _metadata(path) if path.is_file() else {}

@@ -60,6 +60,11 @@ alternative; images are numbered in the order of their names. Rows of one task a
 Indexes of version 0.1 have three more columns, which nothing reads."""
 
 
+CAPTIONS = "captions"
+"""Column that only an index of a selection may have: a list of texts, each a further alternative of its row, after
+those of the record (`record.caption_alternative`)."""
+
+
 def index_path(tar: Path | str) -> Path:
     """The index of a local shard."""
     return Path(index_name(str(tar)))
@@ -70,6 +75,21 @@ def index_name(tar: str) -> str:
     return tar.removesuffix(".tar") + ".idx.parquet"
 
 
+def shard_url(folder: str | Path, entry: Mapping[str, Any]) -> str:
+    """Path or URL of the tar of a shard, given by its entry in the manifest: it is in the folder, or, of a selection,
+    where the entry's `tar` says, relative to the folder."""
+    tar: str | None = entry.get("tar")
+    if tar is None:
+        return join_url(folder, entry["name"])
+    return tar if "://" in tar else os.path.normpath(join_url(folder, tar))
+
+
+def content_sha256(entry: Mapping[str, Any]) -> str:
+    """Hash of the content that a shard of a manifest has: of its tar, or, of a selection, of the list of its rows."""
+    sha256: str = entry["index_sha256"] if "tar" in entry else entry["sha256"]
+    return sha256
+
+
 def read_columns(
     folder: str | Path,
     shard: str,
@@ -78,7 +98,7 @@ def read_columns(
     storage: ShardReader | None = None,
     version: str = "",
 ) -> pa.Table:
-    """All index rows of one task of a shard; all columns, or those given.
+    """All index rows of one task of a shard; all columns, or those given (CAPTIONS where there are any).
 
     `version` is the hash of the index in the manifest; an index with other content is refused. It also identifies a
     cached copy of a remote index. Raises UserError, and RunError if an object store does not answer.
@@ -88,9 +108,11 @@ def read_columns(
         source = _open_index(url, storage, version)
         # Each task has its own row groups, so that other tasks are neither read nor decoded.
         file = pq.ParquetFile(source)
-        if set(columns or INDEX_SCHEMA.names) - set(file.schema_arrow.names):
+        names = file.schema_arrow.names
+        wanted = [name for name in columns or INDEX_SCHEMA.names if name in names or name != CAPTIONS]
+        if set(wanted) - set(names):
             raise UserError(f"{display_url(url)}: is of another version; index again")
-        return file.read_row_groups(_groups_of(file, task), list(columns or INDEX_SCHEMA.names), use_threads=False)
+        return file.read_row_groups(_groups_of(file, task), wanted, use_threads=False)
     except StorageError as error:
         raise (RunError if not error.permanent else UserError)(str(error)) from None
     except (OSError, pa.ArrowException) as error:
@@ -178,6 +200,8 @@ def _name_problem(shard: dict[str, Any]) -> str:
     """What is wrong with the name and the hashes of a shard; local copies are named by the hashes."""
     if not is_file_name(shard["name"]) or not shard["name"].endswith(".tar"):
         return f"name {shard['name']!r} is no name of a tar in the folder"
+    if not isinstance(tar := shard.get("tar", shard["name"]), str) or not tar.endswith(".tar"):
+        return f"tar {tar!r} is no path of a tar"
     for key in ("sha256", "index_sha256"):
         if not re.fullmatch(r"[0-9a-f]{64}", shard[key]):
             return f"{key} {shard[key]!r} is no SHA-256"
@@ -206,14 +230,20 @@ def _kind(value: Any) -> str:
 def _check_files(folder: Path, manifest: dict[str, Any]) -> None:
     names, shards = set(os.listdir(folder)), manifest["shards"]
     for shard in shards:
-        for name in (shard["name"], index_name(shard["name"])):
+        for name in (index_name(shard["name"]), *([] if "tar" in shard else [shard["name"]])):
             if name not in names:
                 raise UserError(
                     f"{folder / name}: missing, but {folder / MANIFEST} lists it; bring it back or index again"
                 )
     for shard in shards[:: -(-len(shards) // SIZES_CHECKED) or 1]:
-        tar = folder / shard["name"]
-        if (size := tar.stat().st_size) != shard["bytes"]:
+        tar = shard_url(folder, shard)
+        if not is_local(tar):
+            continue
+        try:
+            size = os.stat(tar).st_size
+        except OSError:
+            raise UserError(f"{tar}: missing, but the selection {folder} takes rows of it; select again") from None
+        if size != shard["bytes"]:
             raise UserError(f"{tar}: has {size} bytes, the manifest says {shard['bytes']}; copy it again")
 
 

@@ -59,6 +59,14 @@ def read_record(
     return pair
 
 
+def caption_alternative(task: Task, image: str, caption: str, question: str) -> dict[str, Any]:
+    """A caption of an image as an alternative: what a task makes the image of, or the answer to a question."""
+    if task.makes_image:
+        return {"target": image, "text": caption}
+    turns = [{"role": "user", "text": question}, {"role": "assistant", "text": caption}]
+    return {"images": [image], "turns": turns}
+
+
 def added_text_tokens(task: Task, tokenizer: TextTokenizer, caption_questions: Sequence[str]) -> int:
     """Most text tokens that a recipe adds to those of an index: of its chat template, and of caption questions that are
     longer than CAPTION_QUESTION."""

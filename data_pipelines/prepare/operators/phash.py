@@ -31,12 +31,13 @@ def perceptual_hash(data: bytes | memoryview) -> str:
 def _phash(record: StoredRecord) -> Mapping[str, Any] | Rejected:
     if not record.images:
         return Rejected("it has no image")
-    return {"hashes": [perceptual_hash(data) for data in record.images.values()]}
+    hashes = [perceptual_hash(data) for data in record.images.values()]
+    return {"hash": hashes[record.main_image], "hashes": hashes}
 
 
 def _start(settings: Mapping[str, Any]) -> Annotate:
     return for_each_record(_phash)
 
 
-PHASH = Operator("phash", 1, {"hashes": pa.list_(pa.string())}, _start)
-"""hashes: one for each image, in the order of the index."""
+PHASH = Operator("phash", 1, {"hash": pa.string(), "hashes": pa.list_(pa.string())}, _start)
+"""hashes: one for each image, in the order of the index; hash: of the image that the record makes, or of its first."""

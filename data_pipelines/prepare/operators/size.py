@@ -13,7 +13,7 @@ def _size(record: StoredRecord) -> Mapping[str, Any] | Rejected:
     sizes = list(zip(record.row["widths"], record.row["heights"], strict=True))
     if not sizes:
         return Rejected("it has no image")
-    width, height = sizes[_first_target(record)]
+    width, height = sizes[record.main_image]
     return {
         "width": width,
         "height": height,
@@ -22,12 +22,6 @@ def _size(record: StoredRecord) -> Mapping[str, Any] | Rejected:
         "pixels": width * height,
         "images": len(sizes),
     }
-
-
-def _first_target(record: StoredRecord) -> int:
-    """Number of the image that the record's first alternative makes, or else of its first image."""
-    targets = [number for row in record.rows.values() for number in row["target"] if number >= 0]
-    return targets[0] if targets else 0
 
 
 def _start(settings: Mapping[str, Any]) -> Annotate:

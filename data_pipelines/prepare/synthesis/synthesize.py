@@ -16,7 +16,7 @@ from data_pipelines.prepare.jobs import RecordCounts, ShardTask, writing
 from data_pipelines.prepare.operator import Operator, Rejected
 from data_pipelines.prepare.synthesis.rendered_text import RENDERED_TEXT_SETTINGS, TextRenderer, read_texts
 from data_pipelines.prepare.synthesis.synthetic_record import Synthesis, SynthesisOutcome, Synthesize
-from data_pipelines.shards.index import read_manifest
+from data_pipelines.shards.index import read_manifest, shard_url
 from data_pipelines.shards.write import compact_json, tar_writer
 from emma_train.errors import UserError
 
@@ -68,7 +68,8 @@ def synthesis_tasks(folder: Path, out: Path, choice: SynthesisChoice) -> list[Sh
             "index_sha256": entry["index_sha256"],
         }
         tar = folder / entry["name"]
-        tasks.append(_task(str(tar), out / entry["name"], fingerprint, (tar, choice), sum(entry["rows"].values())))
+        arguments, num_rows = (tar, shard_url(folder, entry), choice), sum(entry["rows"].values())
+        tasks.append(_task(str(tar), out / entry["name"], fingerprint, arguments, num_rows))
     return tasks
 
 
@@ -93,11 +94,12 @@ def text_tasks(file: Path, out: Path, settings: tuple[tuple[str, Any], ...]) -> 
     return tasks
 
 
-def synthesize_shard(task: ShardTask, tar: Path, choice: SynthesisChoice) -> RecordCounts:
-    """Write the shard that is made of one input shard. The function of a job (`jobs.ShardWork`)."""
+def synthesize_shard(task: ShardTask, tar: Path, records_tar: str, choice: SynthesisChoice) -> RecordCounts:
+    """Write the shard that is made of one input shard, whose records are in `records_tar`. The function of a job
+    (`jobs.ShardWork`)."""
     synthesis, synthesize = _started(choice)
-    with open(tar, "rb") as shard:
-        records = stored_records(tar, shard)
+    with open(records_tar, "rb") as shard:
+        records = stored_records(tar, shard, {})
 
         def outcomes() -> Iterator[tuple[str, SynthesisOutcome]]:
             while batch := list(islice(records, synthesis.batch_size)):

@@ -32,6 +32,7 @@ def columns_of(shards: Any, epoch: int) -> SampleCosts:
         max_tokens=none,
         too_long=none > 0,
         unsuitable=none > 0,
+        stem=none,
     )
 
 

@@ -1,0 +1,36 @@
+"""The card of a set: everything on one page, nothing from elsewhere, nothing that escapes its place."""
+
+import json
+import re
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from data_pipelines.cli import main
+from data_pipelines.prepare.annotate import column_file, reject_file
+from data_pipelines.shards.build_index import index_folder
+from tests.helpers import ASSETS
+from tests.shards import prompt, write_shards
+
+pytest.importorskip("duckdb")
+
+
+@pytest.mark.seconds
+def test_a_card_shows_counts_licences_histograms_rejects_removals_and_images(tmp_path: Path) -> None:
+    contents = [prompt(f"p{i}", text="<script>alert(1)</script> & a fish") for i in range(12)]
+    folder = write_shards(tmp_path / "set", contents, per_shard=6)
+    index_folder(folder, ASSETS / "tokenizer", {"source": "x", "licence": "CC-BY-4.0"})
+    for tar in sorted(folder.glob("*.tar")):
+        rows = [{"key": f"p{i}", "value": float(i), "kind": "cat" if i % 2 else "dog"} for i in range(5)]
+        pq.write_table(pa.Table.from_pylist(rows), column_file(tar, "score"))
+        reject_file(tar, "score").write_text(json.dumps({"key": "p5", "reason": "no <image>"}) + "\n")
+    assert main(["select", str(tmp_path / "chosen"), "--from", str(folder), "--where", "score.value >= 2"]) == 0
+    assert main(["card", str(tmp_path / "chosen"), "--images", "3"]) == 0
+    page = (tmp_path / "chosen" / "card.html").read_text()
+    assert "CC-BY-4.0" in page and "score.value &gt;= 2" in page and "no &lt;image&gt;" in page
+    assert "<script" not in page and page.count("data:image/webp;base64,") == 3
+    assert re.search(r"samples of t2i<td class=n>3<", page) and "<td>12<td><td>" in page and "<td>3<td>−9<td>" in page
+    assert len(re.findall("<rect", page)) == 24 and "0 to 4, median 2" in page
+    assert not re.findall(r"(?:src|href)=[\"'](?!data:)", page)
