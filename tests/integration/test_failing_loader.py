@@ -3,14 +3,12 @@ line that says what to do, and exit code 1 on all ranks."""
 
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.distributed.failing import diverging_command, failing_command
+from tests.distributed.failing import diverging_command, failing_command, small_disk_command
 from tests.distributed.spawn import Outcome, run_ranks
-from tests.helpers import ROOT
 from tests.integration.conftest import MakeRecipe
 
 NO_NAMESPACE = (
@@ -58,13 +56,9 @@ def test_an_error_on_one_rank_ends_all_of_them_with_one_line(recipe: Path, where
 
 @pytest.mark.skipif(bool(NO_NAMESPACE), reason="may not mount a file system over /dev/shm")
 def test_a_small_dev_shm_is_named(recipe: Path) -> None:
-    mount = 'mount --make-rprivate / && mount -t tmpfs -o size=64k tmpfs /dev/shm && exec "$@"'
-    train = [sys.executable, "-m", "emma_train", "train", str(recipe), "run.name=shm"]
-    command = ["unshare", "-m", "sh", "-c", mount, "sh", *train]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1, done.stderr
-    assert "Traceback" not in done.stderr
-    assert "/dev/shm is full" in done.stderr.splitlines()[-1] and "--shm-size" in done.stderr.splitlines()[-1]
+    argv = ["train", str(recipe), "run.name=shm"]
+    line = one_line(run_ranks(1, small_disk_command, argv, "/dev/shm", "64k", ":"))
+    assert "/dev/shm is full" in line and "--shm-size" in line
 
 
 @pytest.mark.parametrize(("saved", "start"), [(2, "goes on from step-00000002"), (99, "goes on from the beginning")])
