@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from emma_train.model.initial import start_value
 from tests.distributed.muon_ranks import reference_steps, steps_of_ways
 from tests.distributed.spawn import run_ranks
-from tests.helpers import recipe_values, write_recipe
+from tests.helpers import recipe_values, tiny_recipe, write_recipe
 from tests.runs import checkpoint, differences, learnt, stored, train, train_until
 
 STEPS = 20
@@ -117,3 +118,16 @@ def test_a_checkpoint_goes_on_under_other_engines_and_numbers_of_ranks(chain: Pa
 def test_a_resume_with_the_other_optimizer_is_refused_in_one_line(chain: Path) -> None:
     for outcome in train(chain, "run.name=straight", "train.steps=5", "optimizer.kind=adamw", processes=2, code=2):
         assert "optimizer.kind is 'adamw' in the recipe and 'muon' in the checkpoint" in outcome.error_lines[-1]
+
+
+@pytest.mark.slow
+def test_matrices_without_a_gradient_stay(tmp_path: Path) -> None:
+    """Stage 0 does not run the Gen branch: where the decoder trains, its Gen matrices get no gradient."""
+    settings = {**MUON, "optimizer__weight_decay": 0.0, "train__steps": 2, "run__root": str(tmp_path)}
+    recipe = write_recipe(tmp_path / "recipe.yaml", recipe_values("stage0", **settings))
+    train(recipe, "stage.trainable=[decoder, und_adapter]", processes=2)
+    model = tiny_recipe("stage0", **settings).model
+    for name, weight in stored(checkpoint(tmp_path / "test-stage0", 2)).items():
+        if name.startswith("model.") and name.endswith("_proj.weight") and "vision" not in name:
+            start = start_value(name.removeprefix("model."), weight.shape, model)
+            assert torch.equal(weight, start) == (".gen." in name), name

@@ -5,6 +5,7 @@ import torch
 
 from emma_train.config.schema import OptimizerConfig
 from emma_train.engine.adam_state import set_learning_rate
+from emma_train.engine.muon import takes_muon
 from emma_train.stages.freeze import freeze, group_of
 from emma_train.stages.stage import STAGES
 from emma_train.training.optimizer import make_optimizer
@@ -84,3 +85,25 @@ def test_without_scales_the_groups_are_matrices_and_vectors() -> None:
     assert [{p.ndim >= 2 for p in group["params"]} for group in optimizer.param_groups] == [{True}, {False}]
     set_learning_rate(optimizer, 3e-4)
     assert [group["lr"] for group in optimizer.param_groups] == [3e-4, 3e-4]
+
+
+@pytest.mark.parametrize("stage", STAGES.values(), ids=lambda s: s.name)
+def test_with_muon_each_trainable_parameter_takes_one_of_both_and_a_frozen_one_neither(stage) -> None:  # type: ignore[no-untyped-def]
+    model = tiny_emma(tiny_model(vision={"stem_expert": True, "router": True}))
+    freeze(model, stage.trainable)
+    trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    config = OptimizerConfig(lr=1e-3, kind="muon", weight_decay=0.1, lr_scale={"vision": 0.5})
+    optimizer = make_optimizer(trainable, config)
+    taken = {
+        is_muon: [p for g in optimizer.param_groups if g["muon"] == is_muon for p in g["params"]]
+        for is_muon in (True, False)
+    }
+    wanted = {name for name, p in trainable.items() if takes_muon(name, p.shape)}
+    assert {id(p) for p in taken[True]} == {id(trainable[name]) for name in wanted}
+    assert sorted(map(id, taken[True] + taken[False])) == sorted(map(id, trainable.values()))
+    for group in optimizer.param_groups:
+        assert {p.ndim >= 2 for p in group["params"]} == {group["weight_decay"] == 0.1}
+        scales = {
+            config.lr_scale.get(group_of(n), 1.0) for n, p in trainable.items() if any(p is q for q in group["params"])
+        }
+        assert scales == {group["lr_scale"]}
