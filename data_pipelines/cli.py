@@ -19,7 +19,7 @@ from data_pipelines.commands import (
     synthesize,
 )
 from emma_train.config.secrets import without_secrets
-from emma_train.errors import RunError, UserError, describe_shortage
+from emma_train.errors import RunError, UserError, describe_shortage, empty_argument
 
 DATA_COMMANDS = {
     "import": import_,
@@ -38,7 +38,10 @@ DATA_COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Exit codes: 0 done, 1 a check, a job or storage failed, 2 bad usage or input."""
-    arguments = build_parser().parse_args(argv)
+    words, parser = sys.argv[1:] if argv is None else list(argv), build_parser()
+    arguments = parser.parse_args(words)
+    if empty := empty_argument(words):
+        parser.error(f"{empty} is empty; give it a value")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         command: Callable[[argparse.Namespace], int] = arguments.run

@@ -19,7 +19,7 @@ from emma_train.commands import (
     report,
     train,
 )
-from emma_train.errors import RankFailure, RunError, UserError, describe_shortage
+from emma_train.errors import RankFailure, RunError, UserError, describe_shortage, empty_argument
 
 COMMANDS = {
     "train": train,
@@ -44,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else list(argv)
     parser = _parser(words)
     arguments, overrides = parser.parse_known_args(words)
+    if empty := empty_argument(words):
+        parser.error(f"{arguments.command}: {empty} is empty; give it a value")
     takes_overrides = arguments.command in TAKES_OVERRIDES
     wrong = [word for word in overrides if not takes_overrides or word.startswith("-") or "=" not in word]
     if wrong:

@@ -1,7 +1,8 @@
-"""The errors that the command line tells in one line, never as a traceback, and the range of an option's number."""
+"""The errors that the command line tells in one line, never as a traceback, and what is checked of its arguments."""
 
 import errno
 import os
+from collections.abc import Sequence
 
 SHORTAGES = {
     errno.EMFILE: "this process has too many files open: raise `ulimit -n`, or lower data.workers or data.prefetch",
@@ -44,3 +45,17 @@ def check_range(option: str, value: int, low: int, high: int) -> None:
     """Raise UserError where the value of a command-line option is not in [low, high]."""
     if not low <= value <= high:
         raise UserError(f"{option} is {value}; give a number from {low} to {high}")
+
+
+def empty_argument(words: Sequence[str]) -> str | None:
+    """The option that has an empty text, as where a variable of the shell is not set, or "an argument"; None where
+    there is none. Prompts and the values of overrides (key=) may be empty."""
+    option = ""
+    for word in words:
+        if word.startswith("--"):
+            option, has_value, value = word.partition("=")
+            if has_value and not value and option != "--prompt":
+                return option
+        elif not word and option != "--prompt":
+            return option or "an argument"
+    return None

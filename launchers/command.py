@@ -11,6 +11,16 @@ from typing import NoReturn
 
 from emma_train.errors import UserError
 
+RANGES = {
+    "nproc": (1, 1024),
+    "nnodes": (1, 100_000),
+    "max-restarts": (0, 1_000_000),
+    "gpus-per-node": (0, 1024),
+    "cpus-per-process": (1, 4096),
+    "grace-s": (1, 1_000_000),
+}
+"""Lowest and highest value of each option that is a number."""
+
 
 @dataclass(frozen=True)
 class LaunchOptions:
@@ -69,6 +79,14 @@ def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
     slurm.add_argument("--script", metavar="PATH", help="where to write the script; default: the run folder's logs/")
 
 
+def check_counts(counts: Mapping[str, int]) -> None:
+    """Raise UserError on the first value, by option, that is out of its range."""
+    for name, count in counts.items():
+        low, high = RANGES[name]
+        if not low <= count <= high:
+            raise UserError(f"launch: --{name} is {count}; it must be at least {low} and at most {high}")
+
+
 def train_arguments(recipe: str, overrides: Sequence[str] = ()) -> list[str]:
     """Arguments of Python in every process: `-m emma_train train RECIPE key=value …`."""
     return ["-m", "emma_train", "train", recipe, *overrides]
@@ -85,9 +103,7 @@ def torchrun_command(
     max_restarts: int = 0,
 ) -> list[str]:
     """The command of one node. Several nodes agree on their ranks at `rdzv_endpoint`, HOST:PORT of node 0."""
-    for name, value, least in (("nproc", nproc, 1), ("nnodes", nnodes, 1), ("max-restarts", max_restarts, 0)):
-        if value < least:
-            raise UserError(f"launch: --{name} is {value}; it must be at least {least}")
+    check_counts({"nproc": nproc, "nnodes": nnodes, "max-restarts": max_restarts})
     command = ["torchrun"]
     if nnodes == 1:
         if node_rank not in (None, 0):

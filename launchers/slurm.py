@@ -12,6 +12,7 @@ from emma_train.errors import UserError
 from launchers.command import (
     LaunchOptions,
     bin_directory,
+    check_counts,
     default_nproc,
     run_torchrun,
     shell_line,
@@ -19,6 +20,9 @@ from launchers.command import (
     torchrun_environment,
     train_arguments,
 )
+
+TIME_LIMIT = re.compile(r"\d+(-\d+)?(:\d+){0,2}|UNLIMITED|INFINITE", re.IGNORECASE)
+"""As sbatch takes it."""
 
 
 def launch(recipe: str, overrides: Sequence[str], options: LaunchOptions, logs: Path) -> int:
@@ -56,14 +60,10 @@ def slurm_script(
     """The complete batch script: it runs in `workdir` with `bin_path` first in PATH, and writes to `logs`."""
     nproc = options.nproc if options.nproc is not None else options.gpus_per_node or 1
     cpus = options.cpus_per_process
-    for name, count in (
-        ("nnodes", options.nnodes),
-        ("nproc", nproc),
-        ("cpus-per-process", cpus),
-        ("grace-s", options.grace_s),
-    ):
-        if count < 1:
-            raise UserError(f"launch: --{name} is {count}; it must be at least 1")
+    counts = {"gpus-per-node": options.gpus_per_node, "nnodes": options.nnodes, "nproc": nproc}
+    check_counts({**counts, "cpus-per-process": cpus, "grace-s": options.grace_s})
+    if not TIME_LIMIT.fullmatch(options.time):
+        raise UserError(f"launch: --time is {options.time!r}; write minutes, H:M:S or D-H:M:S")
     directives = {
         "job-name": options.job_name,
         "chdir": str(workdir),
@@ -91,10 +91,13 @@ def slurm_script(
 def submit(script: str, path: Path, logs: Path) -> int:
     """Write the script and submit it with sbatch. Returns the exit code of sbatch."""
     # SLURM does not create the folder of --output: without it, a job fails without a message.
-    for folder in (logs, path.parent):
-        folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(script)
-    path.chmod(0o755)
+    try:
+        for folder in (logs, path.parent):
+            folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(script)
+        path.chmod(0o755)
+    except OSError as error:
+        raise UserError(f"launch: --script {path}: cannot be written ({error.strerror}); name another file") from None
     print(shell_line(["sbatch", str(path)]), flush=True)
     if shutil.which("sbatch") is None:
         raise UserError(f"launch: sbatch is not on this machine; submit {path} where SLURM is, or use --on torchrun")

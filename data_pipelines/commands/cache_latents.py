@@ -27,13 +27,14 @@ def run(arguments: argparse.Namespace) -> int:
 
     from data_pipelines.shards.encode_latents import cache_latents
     from emma_train.config.schema import AutoencoderConfig, ImageConfig
+    from emma_train.config.values import check_values
 
     check_range("--batch-size", arguments.batch_size, 1, 65_536)
     autoencoder = AutoencoderConfig(path=str(arguments.autoencoder), chunk=arguments.batch_size)
-    check_range("--max-tokens", arguments.max_tokens, 1, 262_144)
-    check_range("--min-pixels", arguments.min_pixels, 0, 2**28)
     limits = {"max_tokens": arguments.max_tokens, "min_pixels": arguments.min_pixels}
     images = [ImageConfig(mode=arguments.mode, side=side, **limits) for side in arguments.side]
+    for image in images:
+        check_values(image, "cache-latents", "--")
     rank, size, local = (int(os.environ.get(name, one)) for name, one in RANK_VARIABLES.items())
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     for folder in shard_folders(arguments.folder):

@@ -72,6 +72,7 @@ def index_folder(
     if record_map is not None:
         write_map(folder, record_map)
     record_map = read_map(folder)
+    _remove_damaged(folder)
     unfinished = {"schema": SCHEMA_VERSION, "unfinished": True, "provenance": provenance}
     write_atomic(folder / MANIFEST, json.dumps(unfinished, indent=1) + "\n")
     shards, problems = _index_all(tars, text.path, force, workers)
@@ -171,9 +172,9 @@ def _valid_entry(tar: Path, tokenizer: str) -> dict[str, Any] | None:
     try:
         metadata = pq.read_metadata(index).metadata or {}
         entry: dict[str, Any] = json.loads(metadata[ENTRY_KEY])
-        known = entry.pop("schema"), entry.pop("tokenizer_sha256"), entry["bytes"]
+        known = entry.pop("schema"), entry.pop("tokenizer_sha256"), entry["name"], entry["bytes"]
         stored_map = entry.pop("map", None)
-        if known != (SCHEMA_VERSION, tokenizer, tar.stat().st_size):
+        if known != (SCHEMA_VERSION, tokenizer, tar.name, tar.stat().st_size):
             return None
         if (map_of(stored_map, str(index)) if stored_map else None) != read_map(tar.parent):
             return None
@@ -330,6 +331,20 @@ def _duplicate_keys(folder: Path, shards: list[IndexedShard]) -> list[str]:
 
 def _keys(tar: Path) -> set[str]:
     return set(pq.read_table(index_path(tar), columns=["key"])["key"].to_pylist())
+
+
+def _remove_damaged(folder: Path) -> None:
+    """Remove the indexes that differ from their hash in the folder's manifest: they are written again. Those that an
+    interrupted run wrote are in no manifest yet, and are kept."""
+    try:
+        listed = json.loads((folder / MANIFEST).read_bytes())["shards"]
+        hashes = {index_path(folder / shard["name"]): shard["index_sha256"] for shard in listed}
+    except (OSError, ValueError, TypeError, LookupError):
+        return
+    for index, expected in hashes.items():
+        if index.parent == folder and index.is_file() and hashlib.sha256(index.read_bytes()).hexdigest() != expected:
+            log.warning("%s: differs from its sha256 in %s; it is written again", index, MANIFEST)
+            index.unlink()
 
 
 def _provenance(folder: Path) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Encodes every image of a shard folder with DC-AE and stores the latents. DC-AE never trains, so once is enough."""
 
+import json
 import logging
 from collections.abc import Iterator
 from itertools import islice
@@ -14,7 +15,7 @@ from safetensors.numpy import save_file
 from data_pipelines.shards.images import DECODING, image_members, load_resized
 from data_pipelines.shards.index import read_manifest, shard_url
 from data_pipelines.shards.latents import is_current, latents_metadata, latents_path, transform_name
-from data_pipelines.shards.tar import groups
+from data_pipelines.shards.tar import crc32, groups
 from emma_train.config.schema import AutoencoderConfig, ImageConfig
 from emma_train.model.autoencoder import Autoencoder
 from emma_train.storage.files import replacing_path
@@ -35,8 +36,8 @@ def cache_latents(
 ) -> int:
     """Write the latents of each shard beside it, one file per transform; returns the number of images encoded.
 
-    Process `rank` of `size` takes every size-th shard. A current file is kept. Latents are stored in float32, so that
-    cached and online encoding give the same numbers. Raises UserError.
+    Process `rank` of `size` takes every size-th shard. A current file is kept, unless one of its latents is damaged.
+    Latents are stored in float32, so that cached and online encoding give the same numbers. Raises UserError.
     """
     encoder = Autoencoder(autoencoder, device)
     manifest = read_manifest(folder)
@@ -45,7 +46,7 @@ def cache_latents(
         tar = Path(shard_url(folder, shard))
         for image_config in {transform_name(i): i for i in image_configs}.values():
             path = Path(latents_path(tar, transform_name(image_config)))
-            metadata = _metadata(path) if path.is_file() else {}
+            metadata = _intact_metadata(path) if path.is_file() else {}
             if is_current(metadata, encoder.fingerprint, shard["sha256"]) and metadata.get("decoding") == str(DECODING):
                 continue
             latents: dict[str, np.ndarray] = {}
@@ -77,9 +78,15 @@ def _batches(items: Iterator[_T], size: int) -> Iterator[list[_T]]:
         yield batch
 
 
-def _metadata(path: Path) -> dict[str, str]:
+def _intact_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a file of latents; empty where the file is incomplete or a latent differs from its checksum."""
     try:
         with safe_open(path, framework="numpy") as file:
-            return file.metadata() or {}
-    except SafetensorError:  # an incomplete copy
+            metadata: dict[str, str] = file.metadata() or {}
+            checksums = json.loads(metadata.get("crc32", "{}"))
+            damaged = [n for n in file.keys() if crc32(file.get_tensor(n).tobytes()) != checksums.get(n)]  # noqa: SIM118
+    except (AttributeError, SafetensorError, ValueError):
         return {}
+    if damaged:
+        log.warning("%s: the latent of %s is damaged; the file is written anew", path, damaged[0])
+    return {} if damaged else metadata

@@ -54,7 +54,7 @@ def read_meta(folder: StoragePath) -> dict[str, Any] | None:
     except OSError as error:
         check_gone(folder / META, error)
         return None
-    if not isinstance(meta, dict) or meta.pop("checksum", None) != _checksum(meta):
+    if not isinstance(meta, dict) or meta.pop("checksum", None) != checksum(meta):
         return None
     _check_names(folder, meta)
     return meta
@@ -199,7 +199,7 @@ def commit_checkpoint(written: StoragePath, meta: Mapping[str, Any], files: File
     """Make a written folder a checkpoint: metadata, its final name, then `latest`."""
     folder = written.with_suffix("")
     storage = storage_of(folder)
-    storage.publish(written, folder, _with_checksum({**meta, "schema": SCHEMA, "files": files}))
+    storage.publish(written, folder, with_checksum({**meta, "schema": SCHEMA, "files": files}))
     storage.write(folder.parent / LATEST, f"{folder.name}\n".encode())
     return folder
 
@@ -208,7 +208,7 @@ def commit_frozen(written: StoragePath, files: FileEntries) -> str:
     """Publish a written folder of frozen weights. Returns its name."""
     storage, name = storage_of(written), frozen_name(written, files)
     meta = {"files": files} if storage.can_rename else {"files": files, "name": name}
-    storage.publish(written, written.parent / name, _with_checksum(meta))
+    storage.publish(written, written.parent / name, with_checksum(meta))
     return name
 
 
@@ -220,14 +220,16 @@ def frozen_name(written: StoragePath, files: FileEntries) -> str:
 def frozen_digest(files: FileEntries) -> str:
     """A hash of the sizes and checksums of shards, which names frozen weights by their content."""
     # Tables of contents hold the time and path of writing, so the same weights would get other names.
-    return _checksum({name: entry for name, entry in files.items() if not name.endswith(".metadata")})[:16]
+    return checksum({name: entry for name, entry in files.items() if not name.endswith(".metadata")})[:16]
 
 
-def _with_checksum(meta: Mapping[str, Any]) -> str:
-    return json.dumps({**meta, "checksum": _checksum(meta)}, indent=1)
+def with_checksum(meta: Mapping[str, Any]) -> str:
+    """Metadata as JSON, with its own checksum."""
+    return json.dumps({**meta, "checksum": checksum(meta)}, indent=1)
 
 
-def _checksum(values: Mapping[str, Any]) -> str:
+def checksum(values: Mapping[str, Any]) -> str:
+    """SHA-256 of metadata."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 

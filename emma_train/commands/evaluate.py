@@ -35,6 +35,8 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         raise UserError(f"evaluate {arguments.model}: say where to write the scores (--out FILE)")
     check_range("--limit", arguments.limit, 0, 10**9)
     out = Path(arguments.out or f"{arguments.model}/scores.json")
+    if out.is_dir():
+        raise UserError(f"--out {out}: is a folder; name a file")
     make_folder(out.parent)
     generator, recipe, meta = load_generator(
         arguments.model, arguments.device, not arguments.no_ema, arguments.precision

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from emma_train.generate.settings import FlowSettings
     from emma_train.sequence.request import Request
 
+LONGEST_SIDE = 16_384
+"""Of an image to make, in pixels."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from emma_train.config.mix import TASK_NAMES
@@ -113,8 +116,8 @@ def _image_size(
     """(height, width) in pixels: those of --size, else of the first image, else a square. Raises UserError."""
     if wanted:
         width, height = wanted
-        if width % multiple or height % multiple or min(width, height) <= 0:
-            raise UserError(f"--size {width} {height}: both must be multiples of {multiple}")
+        if width % multiple or height % multiple or min(width, height) <= 0 or max(width, height) > LONGEST_SIDE:
+            raise UserError(f"--size {width} {height}: both must be multiples of {multiple} up to {LONGEST_SIDE}")
         return height, width
     if images:
         return images[0].shape[0], images[0].shape[1]

@@ -5,7 +5,7 @@ import argparse
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="run folder, checkpoint (or a URL of one) or export")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where it runs (%(default)s)")
     parser.add_argument(
         "--precision",
         choices=("auto", "bf16", "fp32"),

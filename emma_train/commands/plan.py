@@ -1,6 +1,7 @@
 """Memory, throughput and batch arithmetic of a recipe, without a GPU."""
 
 import argparse
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ if TYPE_CHECKING:
     from emma_train.config.schema import Recipe, SourceConfig
     from emma_train.plan.samples import ReadIndexRows
 
+log = logging.getLogger(__name__)
 NUM_INDEX_SHARDS = 8
 """Shards of a source whose index is read: enough for means."""
 INDEX_COLUMNS = ("text_tokens", "supervised_tokens", "context", "target", "widths", "heights", "tags")
@@ -62,6 +64,7 @@ def read_index_rows(source: "SourceConfig", task: str) -> list[dict[str, Any]] |
     from data_pipelines.shards.index import MANIFEST, read_columns, read_manifest
 
     if not (Path(source.path) / MANIFEST).is_file():
+        log.info("%s: has no %s; sizes of %s samples are assumed", source.path, MANIFEST, task)
         return None
     shards = read_manifest(source.path)["shards"][:NUM_INDEX_SHARDS]
     tables = [

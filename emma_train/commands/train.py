@@ -168,7 +168,10 @@ def _with_stored_values(recipe: "Recipe", checkpoint: "StoragePath | None", worl
     given = parse_path(recipe.init.source)
 
     def read() -> dict[str, Any]:
-        return stored_config(given if export.is_export(given) else folders.find_checkpoint(given, "init.from"))
+        if not export.is_export(given):
+            return stored_config(folders.find_checkpoint(given, "init.from"))
+        export.read_export_meta(given)  # it raises where the recipe is not what was exported
+        return stored_config(given)
 
     return recipe_to_start(recipe, world.on_main(read))
 

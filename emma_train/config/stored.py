@@ -12,6 +12,7 @@ from emma_train.config.load import as_dict, from_dict, plain
 from emma_train.config.renamed import with_current_names
 from emma_train.config.schema import Recipe
 from emma_train.config.setting import Rule, Setting, settings_of
+from emma_train.errors import UserError
 
 
 def complete(stored: Mapping[str, Any], source: str, schema: type = Recipe) -> dict[str, Any]:
@@ -19,7 +20,7 @@ def complete(stored: Mapping[str, Any], source: str, schema: type = Recipe) -> d
 
     Keys that this version does not know are kept as they are.
     """
-    return _with_old_values(with_current_names(dict(stored), source), schema)
+    return _with_old_values(with_current_names(dict(stored), source), schema, source)
 
 
 def from_stored(stored: Mapping[str, Any], source: str) -> Recipe:
@@ -49,13 +50,16 @@ def keep_stored(
     return kept, lines
 
 
-def _with_old_values(values: dict[str, Any], schema: type) -> dict[str, Any]:
+def _with_old_values(values: Any, schema: type, source: str) -> dict[str, Any]:
+    if not isinstance(values, dict):
+        raise UserError(f"{source}: {values!r} stands where a section should be; copy it again")
     filled = dict(values)
     for field in settings_of(schema):
         if field.section is not None:
-            filled[field.key] = _with_old_values(values.get(field.key) or {}, field.section)
+            filled[field.key] = _with_old_values(values.get(field.key) or {}, field.section, source)
         elif field.element is not None and field.key in values:
-            filled[field.key] = [_with_old_values(entry, field.element) for entry in values[field.key]]
+            entries = values[field.key] if isinstance(values[field.key], list) else [values[field.key]]
+            filled[field.key] = [_with_old_values(entry, field.element, source) for entry in entries]
         elif field.key not in values and not field.required:
             filled[field.key] = plain(field.old_value)
     return filled

@@ -2,21 +2,23 @@
 
 model.safetensors       weights by parameter name, in float32 or in the type in which they were imported
 recipe.yaml             the recipe that made it, with paths into this folder
-meta.json               stage, step and origin
+meta.json               stage, step, origin, and the hashes of the two; written last
 generation.json         how it generates (generate/settings.py)
 tokenizer.json, autoencoder/
 """
 
 import copy
-import json
 import shutil
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
+from emma_train.checkpoint import folder as folders
+from emma_train.checkpoint.verify import file_entry
 from emma_train.config import to_yaml
 from emma_train.config.schema import Recipe
 from emma_train.engine.flat_shard import local_chunks
@@ -27,7 +29,7 @@ from emma_train.sequence.tokens import TextTokenizer
 from emma_train.storage.files import make_folder, write_atomic
 from emma_train.storage.paths import StoragePath, as_local, storage_of
 from emma_train.storage.protocol import META
-from emma_train.storage.safetensors_io import Spec, Tensors, write_safetensors
+from emma_train.storage.safetensors_io import Spec, Tensors, read_json, write_safetensors
 from emma_train.storage.urls import is_inner_path
 
 WEIGHTS_FILE = "model.safetensors"
@@ -39,9 +41,12 @@ AUTOENCODER_FOLDER = "autoencoder"
 
 
 def is_export(path: StoragePath) -> TypeGuard[Path]:
-    """Whether a folder is an export. Raises UserError where it lies in an object store."""
+    """Whether a folder is an export. Raises UserError where it lies in an object store or is incomplete."""
     exists = storage_of(path).exists
-    if not (exists(path / WEIGHTS_FILE) and exists(path / RECIPE_FILE)):
+    missing = [name for name in (WEIGHTS_FILE, RECIPE_FILE) if not exists(path / name)]
+    if len(missing) == 1 and exists(path / META):
+        raise UserError(f"{path / missing[0]}: missing from this export; copy it there again, or export again")
+    if missing:
         return False
     if as_local(path) is None:
         raise UserError(f"{path}: an export is read from a local folder; copy it to one")
@@ -77,8 +82,9 @@ def write_export(
     kept: dict[str, Any] = {k: meta[k] for k in ("stage", "step", "config_hash", "time", "sources") if k in meta}
     fingerprint = autoencoder.fingerprint(out / AUTOENCODER_FOLDER)
     kept[CONTENT] = content_hashes(TextTokenizer(out / TOKENIZER_FILE), fingerprint)
-    write_atomic(out / META, json.dumps(kept, indent=1) + "\n")
     write_safetensors(out / WEIGHTS_FILE, specs, value)
+    kept["files"] = {name: file_entry(out / name) for name in (WEIGHTS_FILE, RECIPE_FILE)}
+    write_atomic(out / META, folders.with_checksum(kept) + "\n")
 
 
 def locate_parts(recipe: Recipe, folder: Path) -> None:
@@ -103,9 +109,24 @@ def copy_tokenizer(tokenizer: Path, out: Path) -> None:
 
 
 def read_export_meta(folder: Path) -> dict[str, Any]:
-    """Stage, step and origin of an export."""
-    meta: dict[str, Any] = json.loads((folder / META).read_text())
+    """Stage, step and origin of an export whose weights and recipe are intact to the byte. Exports of version 0.2 and
+    older have no hashes of them, and are not compared. Raises UserError."""
+    meta = read_json(folder / META)
+    checksum, files = meta.pop("checksum", None), meta.get("files", {})
+    if checksum is not None and checksum != folders.checksum(meta):
+        raise UserError(f"{folder / META}: is damaged; copy it there again, or export again")
+    if not (isinstance(meta.get("stage"), str) and isinstance(meta.get("step"), int) and isinstance(files, dict)):
+        raise UserError(f"{folder / META}: does not tell stage and step of an export; copy it there again")
+    for name in files.keys() & {WEIGHTS_FILE, RECIPE_FILE}:
+        if _file_entry(folder / name, (folder / name).stat().st_mtime_ns) != files[name]:
+            raise UserError(f"{folder / name}: is not what was exported; copy it there again, or export again")
     return meta
+
+
+@cache
+def _file_entry(path: Path, mtime_ns: int) -> dict[str, Any]:
+    """Size and hash of a file; the argument `mtime_ns` makes a file that was written again be read again."""
+    return file_entry(path)
 
 
 def export_shapes(folder: Path) -> dict[str, tuple[int, ...]]:

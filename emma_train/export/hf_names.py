@@ -39,8 +39,8 @@ def decoder_config(values: _Values, source: str) -> DecoderConfig:
     # transformers 4 has rope_theta beside rope_scaling, transformers 5 has it in rope_parameters.
     rope = {
         "rope_theta": values.get("rope_theta"),
-        **(values.get("rope_scaling") or {}),
-        **(values.get("rope_parameters") or {}),
+        **_section(values, "rope_scaling", source),
+        **_section(values, "rope_parameters", source),
     }
     for key in ("rope_type", "type"):
         _expect(rope, key, ("default", None), source)
@@ -87,7 +87,7 @@ def qwen3_config(decoder: DecoderConfig) -> dict[str, Any]:
 def vision_config(values: _Values, source: str) -> VisionConfig:
     """Sizes of a SigLIP's config.json. Raises UserError for a NaFlex checkpoint or another model."""
     _expect(values, "model_type", ("siglip", "siglip_vision_model"), source)
-    values = {**_SIGLIP, **values.get("vision_config", values)}
+    values = {**_SIGLIP, **(_section(values, "vision_config", source) or values)}
     _expect(values, "hidden_act", ("gelu_pytorch_tanh",), source)
     side, patch, layers = (_size(values, key, source) for key in ("image_size", "patch_size", "num_hidden_layers"))
     if side % patch:
@@ -102,6 +102,14 @@ def vision_config(values: _Values, source: str) -> VisionConfig:
         eps=_number(values, "layer_norm_eps", source),
         expert_layers=min(VisionConfig.expert_layers, layers - 1),
     )
+
+
+def _section(values: _Values, key: str, source: str) -> _Values:
+    """An object in a config.json; empty where it has none. Raises UserError."""
+    section = values.get(key) or {}
+    if not isinstance(section, dict):
+        raise UserError(f"{source}: {key} is {section!r}; it must be an object")
+    return section
 
 
 def _size(values: _Values, key: str, source: str) -> int:

@@ -17,7 +17,7 @@ from emma_train.config.schema import AutoencoderConfig, DecoderConfig, Recipe, V
 from emma_train.errors import UserError
 from emma_train.export import export
 from emma_train.export import hf_names as hf
-from emma_train.model.autoencoder import WEIGHTS_STEM
+from emma_train.model.autoencoder import WEIGHTS_STEM, loading
 from emma_train.model.emma import Emma
 from emma_train.model.initial import start_value
 from emma_train.sequence.tokens import TextTokenizer
@@ -116,7 +116,7 @@ def _autoencoder_config(folder: Path) -> AutoencoderConfig:
     values = read_json(folder / CONFIG_FILE)
     if values.get("_class_name") != "AutoencoderDC":
         raise UserError(f"{folder / CONFIG_FILE}: is a {values.get('_class_name')}; EMMA needs an AutoencoderDC")
-    with torch.device("meta"):
+    with loading(folder), torch.device("meta"):
         model = AutoencoderDC.from_config(values)
     wanted = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     hf.check_shapes(wanted, Tensors(folder, WEIGHTS_STEM).shapes, str(folder))

@@ -24,8 +24,9 @@ class StoredModel:
         self._exported = export.is_export(self.folder)
         self._tensors: Tensors | CheckpointTensors
         if export.is_export(self.folder):
-            self.recipe = from_stored(load_stored_yaml(self.folder / export.RECIPE_FILE), str(self.folder))
             self.meta = export.read_export_meta(self.folder)
+            recipe = self.folder / export.RECIPE_FILE
+            self.recipe = from_stored(load_stored_yaml(recipe), str(recipe))
             export.locate_parts(self.recipe, self.folder)
             self._tensors = Tensors(self.folder)
         else:

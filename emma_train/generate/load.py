@@ -1,5 +1,6 @@
 """Loads a model for generation, in one process without torch.distributed, from a run folder, checkpoint or export."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from emma_train.engine.world import pick_device
 from emma_train.export.content import check_content, content_hashes
 from emma_train.export.stored_model import StoredModel
 from emma_train.generate.generator import Generator
-from emma_train.model.autoencoder import Autoencoder
+from emma_train.model.autoencoder import Autoencoder, fingerprint
 from emma_train.model.emma import Emma
 from emma_train.sequence.tokens import TextTokenizer
 from emma_train.storage.paths import StoragePath
@@ -24,10 +25,10 @@ def load_generator(
     """
     target = torch.device(pick_device(device))
     model, recipe, meta = load_model(path, target, use_ema, weight_type(precision, target))
-    autoencoder = Autoencoder(recipe.model.autoencoder, target)
     vision = recipe.model.vision
     tokenizer = TextTokenizer(recipe.data.tokenizer, recipe.data.template)
-    check_content(meta, content_hashes(tokenizer, autoencoder.fingerprint), str(path))
+    check_content(meta, content_hashes(tokenizer, fingerprint(Path(recipe.model.autoencoder.path))), str(path))
+    autoencoder = Autoencoder(recipe.model.autoencoder, target)
     return Generator(model, autoencoder, tokenizer, vision.patch, vision.shuffle), recipe, meta
 
 

@@ -64,6 +64,17 @@ class TextSettings:
 
 Settings = TypeVar("Settings", FlowSettings, TextSettings)
 ABOVE_0 = ("steps", "shift", "max_tokens")
+HIGHEST = {
+    "steps": 10_000,
+    "text_guidance": 1000,
+    "image_guidance": 1000,
+    "shift": 1000,
+    "guidance_from": 1,
+    "guidance_to": 1,
+    "max_tokens": 131_072,
+    "temperature": 1000,
+}
+"""Upper bounds, those of a recipe where it has the field: far beyond use."""
 
 
 def write_settings(folder: Path, flow: FlowSettings, text: TextSettings) -> None:
@@ -99,6 +110,6 @@ def with_overrides(settings: Settings, values: Mapping[str, Any], where: str) ->
             raise UserError(f"{where}{key} is {value!r}; it is one of {', '.join(SOLVERS)}")
         if key in ABOVE_0 and not value > 0:
             raise UserError(f"{where}{key} is {value}; it must be more than 0")
-        if kinds[key] is float and not 0 <= value < float("inf"):
-            raise UserError(f"{where}{key} is {value}; it is a number from 0 on")
+        if key in HIGHEST and not 0 <= value <= HIGHEST[key]:
+            raise UserError(f"{where}{key} is {value}; it is a number from 0 to {HIGHEST[key]}")
     return replace(settings, **{key: kinds[key](value) for key, value in values.items()})

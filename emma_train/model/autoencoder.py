@@ -3,14 +3,16 @@ how exact that is): bf16 can give NaN (Sana #96)."""
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from emma_train.config.schema import AutoencoderConfig
-from emma_train.errors import UserError
+from emma_train.errors import UserError, describe_shortage
+from emma_train.storage.safetensors_io import read_json
 
 WEIGHTS_STEM = "diffusion_pytorch_model"
 WEIGHTS = f"{WEIGHTS_STEM}.safetensors"
@@ -25,13 +27,14 @@ class Autoencoder:
 
         self.config, self.device = config, device
         self.fingerprint = fingerprint(Path(config.path))
-        model = AutoencoderDC.from_pretrained(
-            config.path,
-            torch_dtype=torch.float32,
-            local_files_only=True,
-            low_cpu_mem_usage=False,
-            use_safetensors=True,  # the other format is a pickle
-        )
+        with loading(Path(config.path)):
+            model = AutoencoderDC.from_pretrained(
+                config.path,
+                torch_dtype=torch.float32,
+                local_files_only=True,
+                low_cpu_mem_usage=False,
+                use_safetensors=True,  # the other format is a pickle
+            )
         if model.config.latent_channels != config.channels or model.spatial_compression_ratio != config.pixels:
             raise UserError(
                 f"model.autoencoder.path {config.path}: has {model.config.latent_channels} channels at "
@@ -77,9 +80,23 @@ def set_float32_precision() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
 
 
+@contextmanager
+def loading(folder: Path) -> Iterator[None]:
+    """Turn what diffusers raises on files that it does not understand into a UserError."""
+    try:
+        yield
+    except (AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
+        if describe_shortage(error) is not None:
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"{folder}: config.json and {WEIGHTS} are no AutoencoderDC ({type(error).__name__}: {reason}); copy or "
+            "download them again"
+        ) from None
+
+
 def fingerprint(folder: Path) -> str:
     """Sixteen hex digits of a DC-AE folder's config and weights. Raises UserError where files are missing."""
-    digest = hashlib.sha256()
     for name in ("config.json", WEIGHTS):
         try:
             content = (folder / name).read_bytes()
@@ -87,8 +104,6 @@ def fingerprint(folder: Path) -> str:
             raise UserError(
                 f"{folder / name}: cannot read the autoencoder ({error.strerror}); set model.autoencoder.path"
             ) from None
-        if name == "config.json":
-            # The version of diffusers that wrote it changes no latent.
-            content = json.dumps({k: v for k, v in json.loads(content).items() if k[0] != "_"}, sort_keys=True).encode()
-        digest.update(content)
-    return digest.hexdigest()[:16]
+    # The version of diffusers that wrote it changes no latent.
+    values = {key: value for key, value in read_json(folder / "config.json").items() if not key.startswith("_")}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode() + content).hexdigest()[:16]

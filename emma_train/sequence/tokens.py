@@ -26,6 +26,8 @@ class TextTokenizer:
             text = self.path.read_text(encoding="utf-8")
         except OSError as error:
             raise UserError(f"{self.path}: cannot read the tokenizer ({error.strerror}); set data.tokenizer") from None
+        except UnicodeDecodeError:
+            raise UserError(f"{self.path}: not a tokenizer.json (no text in UTF-8)") from None
         try:
             self._tokenizer = Tokenizer.from_str(text)
             self._plain = Tokenizer.from_str(text)

@@ -106,8 +106,12 @@ def find_source(recipe: Recipe, world: World) -> tuple[StoragePath | None, dict[
     if not recipe.init.source:
         return None, None
     given = parse_path(recipe.init.source)
-    source = given if export.is_export(given) else verify.find_verified(given, world=world)
-    meta = export.read_export_meta(source) if export.is_export(source) else folders.read_meta(source) or {}
+    source: StoragePath = given
+    if export.is_export(given):
+        meta = world.on_main(partial(export.read_export_meta, given))
+    else:
+        source = verify.find_verified(given, world=world)
+        meta = folders.read_meta(source) or {}
     return source, {"path": str(source), "stage": meta["stage"], "step": meta["step"]}
 
 

@@ -1,5 +1,7 @@
-"""A small version of the shipped recipes, for every test of the command line."""
+"""A small version of the shipped recipes, and what commit e0297de wrote, for every test of the command line."""
 
+import shutil
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.helpers import DECODER, ROOT, VISION
+from tests.helpers import ASSETS, DECODER, ROOT, VISION
 
 SMALL: dict[str, Any] = {
     "model": {"vision": VISION, "decoder": {**DECODER, "num_layers": 2, "num_shared_layers": 1}, "time_features": 16},
@@ -17,6 +19,7 @@ SMALL: dict[str, Any] = {
     "engine": {"precision": "fp32", "device": "cpu"},
 }
 MakeRecipe = Callable[..., Path]
+FIXTURE = ROOT / "tests" / "assets" / "e0297de"
 
 
 @pytest.fixture(scope="session")
@@ -34,3 +37,21 @@ def make_recipe() -> MakeRecipe:
         return path
 
     return make
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """The run folder that e0297de wrote, stopped in step 4 of 8."""
+    with tarfile.open(FIXTURE / "micro.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    return tmp_path / "micro"
+
+
+@pytest.fixture
+def export(tmp_path: Path) -> Path:
+    """The export of e0297de, with the two parts that are copies of files in recipes/tiny/assets."""
+    folder = tmp_path / "export"
+    shutil.copytree(FIXTURE / "export", folder)
+    shutil.copytree(ASSETS / "autoencoder", folder / "autoencoder")
+    shutil.copy(ASSETS / "tokenizer" / "tokenizer.json", folder)
+    return folder

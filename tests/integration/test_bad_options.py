@@ -41,9 +41,12 @@ def line_of(*argv: str) -> str:
         (["generate", "MODEL", *QUESTION, "--num", "-1"], "--num is -1; give a number from 1 to"),
         (["export", "MODEL", "/proc/none"], "/proc/none: cannot make this folder"),
         (["export", "MODEL", "/proc/none", "--as", "qwen3"], "/proc/none: cannot make this folder"),
+        (["evaluate", "MODEL", "--out", "PARENT"], "is a folder; name a file"),
         (["evaluate", "MODEL", "--limit", "-1"], "--limit is -1; give a number from 0 to"),
         (["plan", "recipes/tiny/stage1.yaml", "--gpus", "0"], "--gpus is 0; give a number from 1 to"),
         (["report", "PARENT"], "holds no run"),
+        (["generate", "MODEL", *QUESTION, "--max-tokens", "1000000"], "--max_tokens is 1000000; it is a number from 0"),
+        (["generate", "MODEL", *QUESTION, "--size", "32768", "32"], "both must be multiples of 32 up to 16384"),
     ],
     ids=lambda value: " ".join(value[:1] + value[-2:]) if isinstance(value, list) else "",
 )
@@ -51,6 +54,31 @@ def test_a_command_names_what_it_cannot_use(model: Path, argv: list[str], words:
     paths = {"MODEL": str(model), "FILE": str(model.parent / "file"), "PARENT": str(model.parent)}
     assert words in line_of(*(paths.get(word, word) for word in argv))
     assert not (model.parent / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("module", "argv", "words"),
+    [
+        ("emma_train", ["inspect", ""], "inspect: an argument is empty; give it a value"),
+        ("emma_train", ["export", "run", "out", "--as="], "argument --as: invalid choice: ''"),
+        ("emma_train", ["plan", "recipe.yaml", "--gpu="], "plan: --gpu is empty; give it a value"),
+        (
+            "emma_train",
+            ["generate", "run", "--task", "t2i", "--prompt", "x", "--device", "gpu"],
+            "--device: invalid choice",
+        ),
+        ("data_pipelines", ["index", "", "--tokenizer", "x"], "an argument is empty; give it a value"),
+        ("data_pipelines", ["check", ""], "an argument is empty; give it a value"),
+        (
+            "data_pipelines",
+            ["cache-latents", ".", "--autoencoder", "x", "--side", "0"],
+            "--side is 0; it must be more than 0",
+        ),
+    ],
+)
+def test_arguments_that_are_none(tmp_path: Path, module: str, argv: list[str], words: str) -> None:
+    (outcome,) = run_ranks(1, limited_command, argv, str(tmp_path), module)
+    assert outcome.value == 2 and words in outcome.error_lines[-1]
 
 
 def test_index_needs_a_tokenizer_and_takes_its_folder(tmp_path: Path) -> None:

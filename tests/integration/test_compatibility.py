@@ -6,8 +6,6 @@ computed them, and within a small tolerance on any other. Names, data digests an
 
 import hashlib
 import json
-import shutil
-import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +18,8 @@ from safetensors.numpy import load_file
 from emma_train.config.load import load_recipe
 from tests.distributed.ranks import command, command_with_old_seeds
 from tests.distributed.spawn import run_ranks
-from tests.helpers import ASSETS, ROOT
+from tests.integration.conftest import FIXTURE
 
-FIXTURE = ROOT / "tests" / "assets" / "e0297de"
 RECIPE, IMAGE = FIXTURE / "recipe.yaml", FIXTURE / "image.webp"
 EXPECTED: dict[str, Any] = json.loads((FIXTURE / "expected.json").read_text())
 FLOATS = ("loss", "loss/i2t", "loss/t2i", "loss/it2i", "grad_norm")
@@ -47,24 +44,6 @@ def _is_same_machine() -> bool:
 
 
 SAME_MACHINE = _is_same_machine()
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    """The run folder, stopped in step 4 of 8."""
-    with tarfile.open(FIXTURE / "micro.tar.xz") as archive:
-        archive.extractall(tmp_path, filter="data")
-    return tmp_path / "micro"
-
-
-@pytest.fixture
-def export(tmp_path: Path) -> Path:
-    """The export, with the two parts that are copies of files in recipes/tiny/assets."""
-    folder = tmp_path / "export"
-    shutil.copytree(FIXTURE / "export", folder)
-    shutil.copytree(ASSETS / "autoencoder", folder / "autoencoder")
-    shutil.copy(ASSETS / "tokenizer" / "tokenizer.json", folder)
-    return folder
 
 
 @pytest.fixture(params=["run", "export"])

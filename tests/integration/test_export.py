@@ -162,7 +162,7 @@ def test_generate_follows_the_settings_of_an_export_unless_told_otherwise(
             ({"flow": {"stepps": 3}}, "flow.stepps: unknown key; did you mean steps?"),
             ({"flow": {"steps": 2.5}}, "flow.steps is 2.5; it is of type int"),
             ({"flow": {"solver": "midpoint"}}, "flow.solver is 'midpoint'; it is one of euler, heun"),
-            ({"text": {"temperature": -1.0}}, "text.temperature is -1.0; it is a number from 0 on"),
+            ({"text": {"temperature": -1.0}}, "text.temperature is -1.0; it is a number from 0 to 1000"),
             ({"flows": {}}, "unknown section flows; it has flow and text"),
         ):
             (exported / "generation.json").write_text(json.dumps(wrong))

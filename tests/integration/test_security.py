@@ -5,7 +5,6 @@ import json
 import os
 import pickle
 import shutil
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,9 @@ from emma_train.checkpoint import folder as folders
 from emma_train.checkpoint.verify import file_entry
 from tests.distributed.ranks import command
 from tests.distributed.spawn import run_command, run_ranks
-from tests.helpers import ASSETS, ROOT
+from tests.helpers import ASSETS
+from tests.integration.conftest import FIXTURE
 
-FIXTURE = ROOT / "tests" / "assets" / "e0297de"
 RECIPE = str(FIXTURE / "recipe.yaml")
 STEP = "step-00000004"
 QUESTION = ("--task", "i2t", "--device", "cpu", "--prompt", "What?", "--image", str(FIXTURE / "image.webp"))
@@ -37,29 +36,13 @@ class Crafted:
         return self.call
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    with tarfile.open(FIXTURE / "micro.tar.xz") as archive:
-        archive.extractall(tmp_path, filter="data")
-    return tmp_path / "micro"
-
-
-@pytest.fixture
-def export(tmp_path: Path) -> Path:
-    folder = tmp_path / "export"
-    shutil.copytree(FIXTURE / "export", folder)
-    shutil.copytree(ASSETS / "autoencoder", folder / "autoencoder")
-    shutil.copy(ASSETS / "tokenizer" / "tokenizer.json", folder)
-    return folder
-
-
 def sign(checkpoint: Path, **changes: Any) -> None:
     """Write meta.json anew with checksums of what the files hold now, as one who crafts a checkpoint would."""
     meta = json.loads((checkpoint / "meta.json").read_text())
     del meta["checksum"]
     meta["files"] = {name: file_entry(checkpoint / name) for name in meta["files"]}
     meta |= changes
-    (checkpoint / "meta.json").write_text(json.dumps({**meta, "checksum": folders._checksum(meta)}))
+    (checkpoint / "meta.json").write_text(json.dumps({**meta, "checksum": folders.checksum(meta)}))
 
 
 def commands_on(run: Path, out: Path) -> dict[str, list[str]]:

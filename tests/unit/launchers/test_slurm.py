@@ -92,11 +92,24 @@ def test_script_is_bash(nnodes: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "bad",
-    [LaunchOptions(nnodes=0), LaunchOptions(nproc=0), LaunchOptions(sbatch=["exclusive"]), LaunchOptions(qos="a\nb")],
+    [
+        LaunchOptions(nnodes=0),
+        LaunchOptions(nproc=0),
+        LaunchOptions(gpus_per_node=-1),
+        LaunchOptions(cpus_per_process=10**18),
+        LaunchOptions(time="word"),
+        LaunchOptions(sbatch=["exclusive"]),
+        LaunchOptions(qos="a\nb"),
+    ],
 )
 def test_impossible_options_are_refused(bad: LaunchOptions) -> None:
     with pytest.raises(UserError, match="launch: "):
         render(bad)
+
+
+def test_a_script_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"--script {tmp_path}: cannot be written"):
+        launch(RECIPE, [], LaunchOptions(on="slurm", script=str(tmp_path)), tmp_path / "logs")
 
 
 def test_dry_run_prints_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -111,6 +111,18 @@ def test_an_index_of_another_tokenizer_or_a_torn_one_is_written_again(tmp_path: 
     )
 
 
+def test_an_index_with_a_flipped_bit_is_written_again(tmp_path: Path) -> None:
+    write_shards(tmp_path, every_task(4))
+    index = tmp_path / "shard-000000.idx.parquet"
+    content = index.read_bytes()
+    for part in (0.05, 0.1, 0.2, 0.3):
+        damaged = bytearray(content)
+        damaged[int(len(content) * part)] ^= 4
+        index.write_bytes(damaged)
+        index_folder(tmp_path, TOKENIZER)
+        assert index.read_bytes() == content
+
+
 def test_an_interrupted_run_goes_on_and_keeps_provenance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_shards(tmp_path, every_task(4), per_shard=4, index=False)
     real, written = build_index._write_index, []

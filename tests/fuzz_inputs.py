@@ -1,0 +1,123 @@
+"""What the fuzz of options and of files (tests/fuzz_options.py, tests/fuzz_files.py) gives to the commands, and how a
+command is tried. All paths are relative to the folder of the inputs.
+
+recipe.yaml                      two steps a checkpoint, of two sequences, with the model of tests/assets/e0297de
+shards/, prompts/                two shards with cached latents; the held-out splits of a data set
+runs/micro/                      a run of four steps with the checkpoints of steps 2 and 4 and frozen weights
+export/                          its export
+llm/, vision/, autoencoder/      Hugging Face folders of random models; the weights of llm are in several files
+package/                         drawings of an npm package
+image.png, file, folder/         an image to ask about; what is no folder and no file
+"""
+
+import os
+import resource
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from emma_train.config.load import load_yaml
+from tests.distributed.spawn import run_ranks
+from tests.drawings import write_package
+from tests.helpers import ASSETS, ROOT
+from tests.shards import every_task, png, write_shards
+
+MEMORY = 4 << 30
+TOKENIZER = str(ASSETS / "tokenizer")
+AUTOENCODER = str(ASSETS / "autoencoder")
+TIMEOUT_S = 180
+TRAINABLE = ["und_adapter", "gen_adapter", "decoder", "velocity_head"]
+"""Without the vision encoder, so that a checkpoint has frozen weights."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command line; `emma_train` or `data_pipelines`."""
+
+    argv: list[str]
+    module: str = "emma_train"
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended: `code` is None where it raised or did not end, which `err` says."""
+
+    code: int | None
+    out: str
+    err: str
+
+    @property
+    def is_one_line(self) -> bool:
+        """Whether the last line of stderr is a message of the command, and no other line is."""
+        lines = [line for line in self.err.splitlines() if line.strip()]
+        messages = [line for line in lines if line.startswith(("error: ", "emma-train", "emma-data"))]
+        return messages == lines[-1:] != []
+
+
+CACHE_LATENTS = Command(
+    ["cache-latents", "shards", "--autoencoder", AUTOENCODER, "--side", "64"], module="data_pipelines"
+)
+
+
+def make_inputs(folder: Path) -> Path:
+    """Write all inputs to a folder, which is returned."""
+    from tests import public  # imports transformers, for seconds
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe_values()))
+    (folder / "image.png").write_bytes(png(0, 64))
+    (folder / "file").write_text("a file\n")
+    (folder / "folder").mkdir()
+    write_package(folder / "package")
+    write_shards(folder / "shards", every_task(6), per_shard=9)
+    for split in ("train", "heldout_drawings", "heldout_concepts"):
+        write_shards(folder / "prompts" / split, every_task(1))
+    public.llm(folder / "llm", num_hidden_layers=2, shard="50KB")
+    public.vision(folder / "vision")
+    public.autoencoder(folder / "autoencoder")
+    for command in (CACHE_LATENTS, Command(["train", "recipe.yaml"]), Command(["export", "runs/micro", "export"])):
+        ended = try_command(command, folder)
+        assert ended.code == 0, ended.err
+    return folder
+
+
+def recipe_values() -> dict[str, Any]:
+    """The micro recipe for four steps on the shards of the inputs."""
+    values = load_yaml(ROOT / "tests" / "assets" / "e0297de" / "recipe.yaml")
+    values["stage"]["trainable"] = TRAINABLE
+    values["model"]["autoencoder"]["path"] = AUTOENCODER
+    values["data"] |= {"tokenizer": TOKENIZER, "sources": [{"path": "shards"}], "slots": 2, "samples_per_step": 6}
+    values["train"] |= {"steps": 4, "save_every": 2, "keep": 3}
+    return values
+
+
+def try_command(command: Command, folder: Path, timeout_s: float = TIMEOUT_S) -> Ended:
+    """Run a command in a process of its own, with its working directory in `folder` and 4 GiB of addresses."""
+    try:
+        (outcome,) = run_ranks(1, _limited, command.argv, str(folder), command.module, timeout_s=timeout_s)
+    except AssertionError as error:
+        return Ended(None, "", str(error))
+    return Ended(outcome.value, outcome.out, outcome.err)
+
+
+def problem_of(ended: Ended) -> str:
+    """What is wrong with the end of a command: a traceback, a hang, or more than one line; else an empty text."""
+    if ended.code is None or "Traceback" in ended.err or ended.code not in (0, 1, 2):
+        return f"exit code {ended.code}: {ended.err[-3000:]}"
+    if ended.code == 2 and not ended.is_one_line:
+        return f"not one line: {ended.err[-3000:]}"
+    return ""
+
+
+def _limited(argv: list[str], folder: str, module: str) -> int:
+    from data_pipelines import cli as data_cli
+    from emma_train import cli
+
+    os.chdir(folder)
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    try:
+        return (cli if module == "emma_train" else data_cli).main(argv)
+    except SystemExit as error:  # argparse
+        return int(error.code or 0)
