@@ -8,36 +8,29 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from data_pipelines.prepare.importers.diagnosis import nothing_to_import, source_content
 from data_pipelines.prepare.importers.item import ImportOptions, ImportPart
 from data_pipelines.prepare.importers.source_files import listing_sha256
-from data_pipelines.prepare.importers.write_part import PROGRESS_FOLDER, ShardLimits, ShardProgress, write_part
+from data_pipelines.prepare.importers.write_part import (
+    PROGRESS_FOLDER,
+    ImportCounts,
+    ShardLimits,
+    part_progress,
+    write_part,
+)
 from emma_train.errors import RunError, UserError
-from emma_train.storage.files import make_folder, write_atomic
+from emma_train.storage.files import make_folder, replacing, write_atomic
 
 log = logging.getLogger(__name__)
 REJECTS_FILE = "rejects.jsonl"
 COUNTS_FILE = "import.json"
 _SETTINGS_FILE = "settings.json"
 LOG_SECONDS = 10
-
-
-@dataclass(frozen=True)
-class ImportCounts:
-    """What became of the items of a source: items = records + rejected."""
-
-    items: int
-    records: int
-    rejected: int
-    text_only: int
-    """Records without an image: i2t trains on them, as text alone."""
-    broken_files: int
-    """Files that break off, whose further items nobody can count."""
-    shards: int
+NUM_REASONS = 1000
 
 
 def import_source(
@@ -61,16 +54,12 @@ def import_source(
         raise nothing_to_import(importer, source, content)
     listing = listing_sha256(source)
     _claim(out, importer, listing, options, limits)
-    progress = [shard for shards in _write_all(out, parts, options, limits, workers) for shard in shards]
-    rejects = [reject for shard in progress for reject in shard.rejects]
-    lines = (json.dumps(dict(zip(("item", "reason", "count"), r, strict=True)), ensure_ascii=False) for r in rejects)
-    write_atomic(out / REJECTS_FILE, "".join(f"{line}\n" for line in lines))
-    counts = _counts(progress)
+    counts = _write_all(out, parts, options, limits, workers)
+    first, reasons = _write_rejects(out, len(parts))
     write_atomic(out / COUNTS_FILE, json.dumps(asdict(counts), indent=1) + "\n")
-    _report(out, counts, rejects)
+    _report(out, counts, reasons)
     if not counts.records:
-        first = f"the first item: {rejects[0][0]}: {rejects[0][1]}" if rejects else "there is no item"
-        raise UserError(f"{nothing_to_import(importer, source, content)}; {first}")
+        raise UserError(f"{nothing_to_import(importer, source, content)}; the first item: {first}")
     origin = {
         "dataset": options.dataset,
         "licence": options.licence,
@@ -100,40 +89,32 @@ def _claim(out: Path, importer: str, listing: str, options: ImportOptions, limit
 
 def _write_all(
     out: Path, parts: list[ImportPart], options: ImportOptions, limits: ShardLimits, workers: int
-) -> list[list[ShardProgress]]:
-    """What every part gave, in the order of the parts."""
-    done: dict[int, list[ShardProgress]] = {}
-    last_logged = time.monotonic()
-    for number, shards in _results(out, parts, options, limits, min(workers, len(parts))):
-        done[number] = shards
+) -> ImportCounts:
+    """Write the shards of all parts."""
+    counts, num_done, last_logged = ImportCounts(), 0, time.monotonic()
+    for of_part in _results(out, parts, options, limits, min(workers, len(parts))):
+        counts, num_done = counts + of_part, num_done + 1
         if time.monotonic() > last_logged + LOG_SECONDS:
             last_logged = time.monotonic()
-            counts = _counts([shard for shards in done.values() for shard in shards])
             log.info(
                 "%s: %d of %d parts, %d records, %d rejected",
-                out,
-                len(done),
-                len(parts),
-                counts.records,
-                counts.rejected,
+                *(out, num_done, len(parts), counts.records, counts.rejected),
             )
-    return [done[number] for number in range(len(parts))]
+    return counts
 
 
 def _results(
     out: Path, parts: list[ImportPart], options: ImportOptions, limits: ShardLimits, workers: int
-) -> Iterator[tuple[int, list[ShardProgress]]]:
+) -> Iterator[ImportCounts]:
     try:
         if workers <= 1:
-            yield from ((number, write_part(out, number, part, options, limits)) for number, part in enumerate(parts))
+            yield from (write_part(out, number, part, options, limits) for number, part in enumerate(parts))
             return
         with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-            futures = {
-                pool.submit(write_part, out, number, part, options, limits): number for number, part in enumerate(parts)
-            }
+            futures = [pool.submit(write_part, out, number, part, options, limits) for number, part in enumerate(parts)]
             try:
                 for future in as_completed(futures):
-                    yield futures[future], future.result()
+                    yield future.result()
             finally:
                 pool.shutdown(cancel_futures=True)
     except BrokenProcessPool:
@@ -144,33 +125,33 @@ def _results(
         raise RunError(f"{out}: cannot be written ({error.strerror or error}); run again, it goes on") from None
 
 
-def _counts(progress: list[ShardProgress]) -> ImportCounts:
-    rejects = [count for shard in progress for _, _, count in shard.rejects]
-    return ImportCounts(
-        items=sum(shard.items for shard in progress),
-        records=sum(shard.records for shard in progress),
-        rejected=sum(rejects),
-        text_only=sum(shard.text_only for shard in progress),
-        broken_files=rejects.count(0),
-        shards=sum(shard.records > 0 for shard in progress),
-    )
-
-
 def _configs(parts: list[ImportPart]) -> list[str]:
     """The folders of the parts' files, without `data`."""
     folders = ("/".join(step for step in part.name.split("/")[:-1] if step != "data") for part in parts)
     return sorted(set(filter(None, folders)))
 
 
-def _report(out: Path, counts: ImportCounts, rejects: list[list[Any]]) -> None:
+def _write_rejects(out: Path, num_parts: int) -> tuple[str, Counter[str]]:
+    """Write REJECTS_FILE from what each part noted; returns the first reject, and how many have each reason (of the
+    first NUM_REASONS reasons: those with names of files in them are without end)."""
+    first, reasons = "", Counter[str]()
+    with replacing(out / REJECTS_FILE) as file:
+        for number in range(num_parts):
+            for item, reason, count in (reject for shard in part_progress(out, number) for reject in shard.rejects):
+                line = json.dumps({"item": item, "reason": reason, "count": count}, ensure_ascii=False)
+                file.write(f"{line}\n".encode())
+                first = first or f"{item}: {reason}"
+                if reason in reasons or len(reasons) < NUM_REASONS:
+                    reasons[reason] += max(count, 1)
+    return first, reasons
+
+
+def _report(out: Path, counts: ImportCounts, reasons: Counter[str]) -> None:
     log.info(
         "%s: %d items = %d records (%d of them text only) in %d shards + %d rejected",
         *(out, counts.items, counts.records, counts.text_only, counts.shards, counts.rejected),
     )
     if counts.broken_files:
         log.warning("%s: %d files break off or cannot be read; copy them again", out, counts.broken_files)
-    reasons = Counter[str]()
-    for _, reason, count in rejects:
-        reasons[reason] += max(count, 1)
     for reason, count in reasons.most_common(5):
         log.warning("%s: %d rejected: %s (all are in %s)", out, count, reason, REJECTS_FILE)

@@ -7,7 +7,7 @@ last.
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,24 @@ class ShardLimits:
     bytes: int = 256 << 20
 
 
+@dataclass(frozen=True)
+class ImportCounts:
+    """What became of the items of a source: items = records + rejected."""
+
+    items: int = 0
+    records: int = 0
+    rejected: int = 0
+    text_only: int = 0
+    """Records without an image: i2t trains on them, as text alone."""
+    broken_files: int = 0
+    """Files that break off, whose further items nobody can count."""
+    shards: int = 0
+
+    def __add__(self, other: "ImportCounts") -> "ImportCounts":
+        sums = (getattr(self, field.name) + getattr(other, field.name) for field in fields(self))
+        return ImportCounts(*sums)
+
+
 @dataclass
 class ShardProgress:
     """What one output shard took from its part, as its file in PROGRESS_FOLDER says."""
@@ -54,6 +72,12 @@ class ShardProgress:
     rejects: list[list[Any]] = field(default_factory=list)
     """[name of the item, reason, count]."""
 
+    @property
+    def counts(self) -> ImportCounts:
+        numbers = [count for _, _, count in self.rejects]
+        is_shard = int(self.records > 0)
+        return ImportCounts(self.items, self.records, sum(numbers), self.text_only, numbers.count(0), is_shard)
+
 
 def part_progress(out: Path, part: int) -> list[ShardProgress]:
     """What was done of a part, shard by shard."""
@@ -63,15 +87,13 @@ def part_progress(out: Path, part: int) -> list[ShardProgress]:
     return done
 
 
-def write_part(
-    out: Path, number: int, part: ImportPart, options: ImportOptions, limits: ShardLimits
-) -> list[ShardProgress]:
+def write_part(out: Path, number: int, part: ImportPart, options: ImportOptions, limits: ShardLimits) -> ImportCounts:
     """Write the shards of a part that are missing; returns what all of them took. Raises OSError and UserError."""
     done = part_progress(out, number)
     while not (done and done[-1].is_last):
         start = done[-1].start + done[-1].items if done else 0
         done += _write_shards(out, number, len(done), part, options, limits, start)
-    return done
+    return sum((shard.counts for shard in done), ImportCounts())
 
 
 def _write_shards(
