@@ -41,6 +41,7 @@ def rejects(folder: Path, operator: str) -> dict[str, str]:
     return {line["key"]: line["reason"] for line in lines}
 
 
+@pytest.mark.seconds
 def test_captions_belong_to_their_images_and_failures_are_rejects(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

@@ -67,6 +67,7 @@ def test_a_failure_that_may_pass_is_tried_again(status: int) -> None:
     assert len(server.questions) == 3
 
 
+@pytest.mark.seconds
 def test_waits_double_and_retry_after_is_honoured() -> None:
     faults = {1: Fault(status=503), 2: Fault(status=503), 3: Fault(status=429, headers={"Retry-After": "1"})}
     with chat_server(lambda q: faults.get(q.number, "yes")) as server:
