@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import multiprocessing
+import os
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from data_pipelines.shards.images import display_size, image_name, image_parts, 
 from data_pipelines.shards.index import INDEX_SCHEMA, MANIFEST, SCHEMA_VERSION, index_path
 from data_pipelines.shards.record import layouts, missing_part, read_record, tags_of
 from data_pipelines.shards.record_map import RecordMap, map_of, read_map, write_map
-from data_pipelines.shards.tar import BrokenTar, Group, Readable, groups
+from data_pipelines.shards.tar import TAR_BLOCK, BrokenTar, Group, Readable, groups
 from emma_train.errors import UserError
 from emma_train.sequence import layout
 from emma_train.sequence.tasks import RECORD_KEYS
@@ -193,6 +194,7 @@ def _write_index(tar: Path, tokenizer: TextTokenizer) -> dict[str, Any]:
     keys: set[str] = set()
     left_out, first, record_map = 0, "", read_map(tar.parent)
     try:
+        _check_end(tar)
         with open(tar, "rb") as raw:
             file = HashedFile(raw)
             for group in groups(file):
@@ -237,6 +239,16 @@ def _write_index(tar: Path, tokenizer: TextTokenizer) -> dict[str, Any]:
             if len(table):
                 writer.write_table(table, row_group_size=1 << 16)
     return entry
+
+
+def _check_end(tar: Path) -> None:
+    """Raise BrokenTar where a tar has no byte, and log where it lacks the zeros that end one."""
+    with open(tar, "rb") as file:
+        if (size := file.seek(0, os.SEEK_END)) == 0:
+            raise BrokenTar("is empty")
+        file.seek(size - min(TAR_BLOCK, size))
+        if file.read().strip(b"\0"):
+            log.warning("%s: does not end with zeros, as a tar does; was it cut off?", tar)
 
 
 def _record_rows(group: Group, tokenizer: TextTokenizer, record_map: RecordMap | None) -> Iterator[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """Indexing foreign shards: in parallel, resumed after an interruption, with unusable records left out and counted."""
 
+import contextlib
 import hashlib
 import io
 import json
@@ -109,6 +110,20 @@ def test_an_index_of_another_tokenizer_or_a_torn_one_is_written_again(tmp_path: 
         json.loads(pq.read_metadata(index).metadata[build_index.ENTRY_KEY])["tokenizer_sha256"]
         == manifest["tokenizer_sha256"]
     )
+
+
+def test_an_empty_tar_is_broken_and_one_without_its_end_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_shards(tmp_path, every_task(2), per_shard=3)
+    tar = tmp_path / "shard-000001.tar"
+    tar.write_bytes(tar.read_bytes()[: 10 * 512])
+    with caplog.at_level(logging.WARNING), contextlib.suppress(UserError):
+        index_folder(tmp_path, TOKENIZER)
+    assert f"{tar}: does not end with zeros, as a tar does; was it cut off?" in caplog.text
+    tar.write_bytes(b"")
+    with pytest.raises(UserError, match=r"shard-000001\.tar: broken tar, it is empty; write it again"):
+        index_folder(tmp_path, TOKENIZER)
 
 
 def test_an_index_with_a_flipped_bit_is_written_again(tmp_path: Path) -> None:
