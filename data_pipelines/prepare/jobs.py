@@ -12,7 +12,7 @@ import logging
 import os
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -214,12 +214,18 @@ def _on_ray(
                 outcome = f"its process died {TASK_RETRIES + 1} times (out of memory?); run again with fewer --workers"
             except ray.exceptions.OutOfMemoryError:
                 outcome = "out of memory; run again with fewer --workers"
+            except ray.exceptions.RayTaskError:
+                raise
+            except ray.exceptions.RayError as error:
+                reason = str(error).strip().splitlines()[0]
+                raise RunError(f"Ray stopped ({reason}); run again, finished shards are kept") from None
             if isinstance(outcome, tuple):
                 raise UserError(outcome[0])
             yield task, outcome
     finally:
-        for reference in running:
-            ray.cancel(reference, force=True)
+        with suppress(ray.exceptions.RayError):
+            for reference in running:
+                ray.cancel(reference, force=True)
 
 
 def start_ray(options: JobOptions) -> Any:

@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw
 
 from data_pipelines.prepare.operator import load_operator
 from data_pipelines.prepare.operators.decontaminate import GRAM, HashList, band_masks, grams, word_list
+from data_pipelines.prepare.operators.edit_kind import edit_kind
 from data_pipelines.prepare.operators.language import language_of
 from data_pipelines.prepare.operators.phash import perceptual_hash
 from data_pipelines.prepare.operators.quality import given_scores, repetition
@@ -163,6 +164,25 @@ def test_a_tag_decides_before_the_source_and_columns_before_provenance() -> None
     assert values("stem", record(tags=("general",)))["label"] == "general"
     assert values("stem", record(columns={"source": {"source": "vqav2"}}))["label"] == "general"
     assert values("stem", record(columns={"source": {"source": "birds"}}), stem=["birds"])["label"] == "stem"
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("addition", "add"),
+        ("removal", "remove"),
+        ("obj_swap", "replace"),
+        ("background_swap", "background"),
+        ("env", "tone"),
+        ("style", "tone"),
+        ("attribute_modification", "tone"),
+        ("try-on", "try-on"),
+        ("text", "text"),
+        ("viewpoint", "other"),
+    ],
+)
+def test_names_of_edits_that_sources_give_are_the_papers_seven_kinds(name: str, kind: str) -> None:
+    assert edit_kind(name) == kind
 
 
 def test_quality_is_the_lowest_score_and_null_where_there_is_none() -> None:
