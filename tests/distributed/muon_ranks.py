@@ -7,13 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emma_train.config.schema import MuonConfig, OptimizerConfig, Recipe
+from emma_train.config.schema import AutoencoderConfig, MuonConfig, OptimizerConfig, Recipe
 from emma_train.engine.flat_shard import local
 from emma_train.engine.muon import takes_muon
 from emma_train.engine.world import World, join, share_packs
+from emma_train.model.autoencoder import Autoencoder
+from emma_train.objectives.loss import Counts, LossAccumulator, count
 from emma_train.sequence.pack import PackedBatch
+from emma_train.sequence.tasks import TASKS
 from emma_train.stages.stage import stage_of
 from emma_train.training.build import TrainingParts, build, set_initial
+from emma_train.training.forward import micro_loss
 from tests.distributed.ranks import full_tensor, make_pack, step_of
 from tests.helpers import tiny_recipe
 
@@ -30,7 +34,7 @@ def steps_of_ways(ways: list[dict[str, Any]], steps: int) -> list[dict[str, Tens
             built = _started(recipe, world)
             packs = [_pack(kind) for kind in KINDS[world.dp_rank :: world.dp_size]]
             for _ in range(steps):
-                step_of(recipe, world, built, packs, recipe.optimizer.lr)
+                _step(recipe, world, built, packs)
             state = built.engine.state()
             named = {**state["model"], **state["optimizer"]}
             results.append({name: full_tensor(tensor).clone() for name, tensor in named.items()})
@@ -64,6 +68,24 @@ def _started(recipe: Recipe, world: World) -> TrainingParts:
             local(weight).fill_(0.02)  # at zero, the gradients before it would be zero
     built.engine.sync_compute_weights()
     return built
+
+
+def _step(recipe: Recipe, world: World, built: TrainingParts, packs: list[PackedBatch]) -> None:
+    """What `step_of` does, without gathering the gradients."""
+    stage = stage_of(recipe)
+    totals = world.sum(list(count(packs, stage.loss).by_task.values()))
+    counts = Counts({task: int(n) for task, n in zip(TASKS, totals, strict=True)})
+    accumulator = LossAccumulator(recipe.loss, counts, world.device)
+    autoencoder = _autoencoder(recipe.model.autoencoder.path)
+    for index, batch in enumerate(packs):
+        loss = micro_loss(built.engine.model, autoencoder, batch, recipe.flow, stage, accumulator)
+        built.engine.accumulate(loss, last=index == len(packs) - 1)
+    built.engine.step(recipe.optimizer.lr)
+
+
+@cache
+def _autoencoder(path: str) -> Autoencoder:
+    return Autoencoder(AutoencoderConfig(path), torch.device("cpu"))
 
 
 @cache
