@@ -125,6 +125,7 @@ def run_job(title: str, tasks: Sequence[ShardTask], work: ShardWork, options: Jo
     results = _in_process(rest, work) if in_process else _on_ray(rest, work, options)
     with JobProgress(title, len(rest)) as progress:
         for task, outcome in results if rest else ():
+            _remove_leftovers(task)  # of a process that died; another one has finished the task
             if isinstance(outcome, RecordCounts):
                 result.counts += outcome
                 result.finished_now += 1
