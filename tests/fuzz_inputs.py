@@ -89,6 +89,7 @@ def recipe_values() -> dict[str, Any]:
     values["stage"]["trainable"] = TRAINABLE
     values["model"]["autoencoder"]["path"] = AUTOENCODER
     values["data"] |= {"tokenizer": TOKENIZER, "sources": [{"path": "shards"}], "slots": 2, "samples_per_step": 6}
+    values["schedule"]["kind"] = "constant"  # a cosine would follow train.steps, which a resume changes
     values["train"] |= {"steps": 4, "save_every": 2, "keep": 3}
     return values
 
