@@ -72,7 +72,8 @@ def rows(shard: int, task: str, sizes: list[int]) -> pa.Table:
         "heights": _lists(sides, images),
         "tags": pa.array([[]] * num, pa.list_(pa.string())),
     }
-    return pa.table({name: columns[name].cast(INDEX_SCHEMA.field(name).type) for name in sources.PLANNED})
+    planned = [name for name in sources.PLANNED if name in INDEX_SCHEMA.names]
+    return pa.table({name: columns[name].cast(INDEX_SCHEMA.field(name).type) for name in planned})
 
 
 def _lists(values: np.ndarray, length: int) -> pa.ListArray:

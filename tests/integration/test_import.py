@@ -126,7 +126,7 @@ def test_a_truncated_export_is_named(folder: Path, make_recipe: MakeRecipe, tmp_
     file.write_bytes(file.read_bytes()[:-10])
     (outcome,) = train(make_recipe(tmp_path, "stage0"), *overrides(initial), code=2)
     (line,) = outcome.error_lines
-    assert f"{file}: not a complete safetensors file" in line
+    assert f"{file}: is not what was exported" in line
 
 
 def test_bad_folders_are_one_line_and_exit_code_2(folder: Path, tmp_path: Path) -> None:

@@ -213,7 +213,9 @@ def test_a_pipeline_is_told_from_a_stage_and_passes_overrides_on(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    "path", sorted((ROOT / "recipes").glob("*/stage*.yaml")), ids=lambda p: f"{p.parent.name}-{p.stem}"
+    "path",
+    [path for path in sorted((ROOT / "recipes").glob("*/stage*.yaml")) if path.parent.name != "data"],
+    ids=lambda p: f"{p.parent.name}-{p.stem}",
 )
 def test_every_shipped_stage_recipe_has_only_known_keys(path: Path) -> None:
     assert load_yaml(path)
