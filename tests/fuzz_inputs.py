@@ -3,6 +3,7 @@ command is tried. All paths are relative to the folder of the inputs.
 
 recipe.yaml                      two steps a checkpoint, of two sequences, with the model of tests/assets/e0297de
 shards/, prompts/                two shards with cached latents; the held-out splits of a data set
+selection/, data.yaml            all rows of the shards; a data recipe that selects them
 runs/micro/                      a run of four steps with the checkpoints of steps 2 and 4 and frozen weights
 export/                          its export
 llm/, vision/, autoencoder/      Hugging Face folders of random models; the weights of llm are in several files
@@ -59,6 +60,7 @@ class Ended:
 CACHE_LATENTS = Command(
     ["cache-latents", "shards", "--autoencoder", AUTOENCODER, "--side", "64"], module="data_pipelines"
 )
+EXPORT = Command(["export", "runs/micro", "export"])
 
 
 def make_inputs(folder: Path) -> Path:
@@ -77,7 +79,9 @@ def make_inputs(folder: Path) -> Path:
     public.llm(folder / "llm", num_hidden_layers=2, shard="50KB")
     public.vision(folder / "vision")
     public.autoencoder(folder / "autoencoder")
-    for command in (CACHE_LATENTS, Command(["train", "recipe.yaml"]), Command(["export", "runs/micro", "export"])):
+    (folder / "data.yaml").write_text("variables: {}\nout: data\nsteps:\n  - select {out} --from shards\n")
+    select = Command(["select", "selection", "--from", "shards"], module="data_pipelines")
+    for command in (CACHE_LATENTS, select, Command(["train", "recipe.yaml"]), EXPORT):
         ended = try_command(command, folder)
         assert ended.code == 0, ended.err
     return folder
