@@ -16,11 +16,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from data_pipelines.prepare.card import card
-    from emma_train.storage.files import write_atomic
+    from emma_train.storage.files import output_file, write_atomic
 
     check_range("--images", arguments.images, 0, 500)
     for folder in shard_folders(arguments.folder):
-        page = arguments.out or folder / "card.html"
+        page = output_file("--out", arguments.out or folder / "card.html")
         write_atomic(page, card(folder, arguments.images))
         sys.stdout.write(f"{page}\n")
     return 0

@@ -28,16 +28,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """Print the scores and write them as JSON."""
     from emma_train.generate.load import load_generator
-    from emma_train.storage.files import make_folder, write_atomic
+    from emma_train.storage.files import output_file, write_atomic
     from emma_train.storage.paths import as_local, parse_path
 
     if not arguments.out and as_local(parse_path(arguments.model)) is None:
         raise UserError(f"evaluate {arguments.model}: say where to write the scores (--out FILE)")
     check_range("--limit", arguments.limit, 0, 10**9)
-    out = Path(arguments.out or f"{arguments.model}/scores.json")
-    if out.is_dir():
-        raise UserError(f"--out {out}: is a folder; name a file")
-    make_folder(out.parent)
+    out = output_file("--out", Path(arguments.out or f"{arguments.model}/scores.json"))
     generator, recipe, meta = load_generator(
         arguments.model, arguments.device, not arguments.no_ema, arguments.precision
     )

@@ -21,6 +21,14 @@ def make_folder(path: Path) -> None:
         raise UserError(f"{path}: cannot write into this folder (no permission); name another one")
 
 
+def output_file(option: str, path: Path) -> Path:
+    """The file that an option names; its folder is made. Raises UserError where it is a folder or cannot be written."""
+    if path.is_dir():
+        raise UserError(f"{option} {path}: is a folder; name a file")
+    make_folder(path.parent)
+    return path
+
+
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Replace a file; text is written as UTF-8. Raises OSError."""
     with replacing(path) as file:

@@ -34,3 +34,12 @@ def test_a_card_shows_counts_licences_histograms_rejects_removals_and_images(tmp
     assert re.search(r"samples of t2i<td class=n>3<", page) and "<td>12<td><td>" in page and "<td>3<td>−9<td>" in page
     assert len(re.findall("<rect", page)) == 24 and "0 to 4, median 2" in page
     assert not re.findall(r"(?:src|href)=[\"'](?!data:)", page)
+
+
+def test_the_page_may_go_to_a_new_folder_but_is_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_shards(tmp_path / "set", [prompt("p0")])
+    assert main(["card", str(folder), "--out", str(tmp_path / "new" / "page.html")]) == 0
+    assert (tmp_path / "new" / "page.html").is_file()
+    capsys.readouterr()
+    assert main(["card", str(folder), "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"error: --out {tmp_path}: is a folder; name a file\n"
