@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("operator", metavar="OPERATOR", help="its name; that of your own with --operator")
+    parser.add_argument("operator", metavar="OPERATOR", help="its name; with --operator, a name for your function")
     parser.add_argument("folders", nargs="+", type=Path, metavar="SHARDS", help="folders of shards with an index")
     parser.add_argument("--operator", dest="function", default="", metavar="PKG.MOD:FN", help="a function of yours")
     parser.add_argument(
