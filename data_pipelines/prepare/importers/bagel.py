@@ -1,7 +1,5 @@
 """BAGEL's three forms: parquet of (image, captions), of (image_list, instruction_list), and JSON lines for its VLM."""
 
-from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +9,10 @@ from data_pipelines.prepare.importers.item import (
     ImportedSample,
     ImportOptions,
     ImportPart,
-    Outcome,
-    Reject,
     clean_text,
-    outcome,
 )
 from data_pipelines.prepare.importers.llava_json import llava_json_parts
-from data_pipelines.prepare.importers.parquet_rows import parquet_columns, parquet_files, parquet_rows
-from data_pipelines.prepare.importers.source_files import config_name, relative_name
+from data_pipelines.prepare.importers.parquet_rows import parquet_columns, parquet_files, parquet_part
 
 T2I_COLUMNS = ("image", "captions")
 EDIT_COLUMNS = ("image_list", "instruction_list")
@@ -28,19 +22,10 @@ def bagel_parts(source: Path, options: ImportOptions) -> list[ImportPart]:
     """One part for each parquet file, and those of the conversations."""
     parts = []
     for file in dict.fromkeys([*parquet_files(source, T2I_COLUMNS), *parquet_files(source, EDIT_COLUMNS)]):
-        columns = EDIT_COLUMNS if "image_list" in parquet_columns(file) else T2I_COLUMNS
-        parts.append(ImportPart(relative_name(file, source), partial(_read, file, columns, config_name(file, source))))
+        is_edit = "image_list" in parquet_columns(file)
+        make, columns = (_edits, EDIT_COLUMNS) if is_edit else (_pair, T2I_COLUMNS)
+        parts.append(parquet_part(file, source, make, columns))
     return [*parts, *llava_json_parts(source, options)]
-
-
-def _read(file: Path, columns: tuple[str, ...], config: str, start: int) -> Iterator[Outcome]:
-    make = _edits if columns == EDIT_COLUMNS else _pair
-    for number, row in parquet_rows(file, columns, (), start):
-        if isinstance(row, Reject):
-            yield row
-        else:
-            name = f"{file.name}#{number}"
-            yield outcome(name, row, partial(make, row, name, config))
 
 
 def _pair(row: dict[str, Any], name: str, config: str) -> ImportedSample:

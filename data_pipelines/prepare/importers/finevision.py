@@ -4,8 +4,6 @@ The order of columns, and of the fields of a text, differs from config to config
 """
 
 import math
-from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +13,9 @@ from data_pipelines.prepare.importers.item import (
     ImportedSample,
     ImportOptions,
     ImportPart,
-    Outcome,
-    Reject,
     clean_text,
-    outcome,
 )
-from data_pipelines.prepare.importers.parquet_rows import parquet_files, parquet_rows
-from data_pipelines.prepare.importers.source_files import config_name, relative_name
+from data_pipelines.prepare.importers.parquet_rows import parquet_files, parquet_part
 
 _COLUMNS = ("images", "texts")
 QUALITIES = ("relevance", "image_correspondence", "visual_dependency", "formatting")
@@ -31,16 +25,7 @@ _OPTIONAL = ("source", *(f"{quality}_{kind}" for quality in QUALITIES for kind i
 def finevision_parts(source: Path, options: ImportOptions) -> list[ImportPart]:
     """One part for each parquet file."""
     files = parquet_files(source, _COLUMNS)
-    return [ImportPart(relative_name(file, source), partial(_read, file, config_name(file, source))) for file in files]
-
-
-def _read(file: Path, config: str, start: int) -> Iterator[Outcome]:
-    for number, row in parquet_rows(file, _COLUMNS, _OPTIONAL, start):
-        if isinstance(row, Reject):
-            yield row
-        else:
-            name = f"{file.name}#{number}"
-            yield outcome(name, row, partial(_sample, row, name, config))
+    return [parquet_part(file, source, _sample, _COLUMNS, _OPTIONAL) for file in files]
 
 
 def _sample(row: dict[str, Any], name: str, config: str) -> ImportedSample:

@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pyarrow.types as kinds
 
 from data_pipelines.prepare.importers.field_map import check_map, mapped_sample
-from data_pipelines.prepare.importers.item import ImportedSample, ImportOptions, ImportPart, Outcome, Reject, outcome
-from data_pipelines.prepare.importers.parquet_rows import parquet_columns, parquet_rows
+from data_pipelines.prepare.importers.item import ImportedSample, ImportOptions, ImportPart, Outcome
+from data_pipelines.prepare.importers.parquet_rows import parquet_columns, row_outcomes
 from data_pipelines.prepare.importers.source_files import config_name, relative_name, source_files
 
 
@@ -28,20 +28,12 @@ def hf_parquet_parts(source: Path, options: ImportOptions) -> list[ImportPart]:
 
 
 def _read(file: Path, fields: dict[str, str], config: str, start: int) -> Iterator[Outcome]:
-    kept = scalar_columns(file)
-    for number, row in parquet_rows(file, (), parquet_columns(file), start):
-        if isinstance(row, Reject):
-            yield row
-            continue
-        name = f"{file.name}#{number}"
-        columns = {key: row[key] for key in kept}
-        yield outcome(name, row, partial(_sample, row, fields, name, columns, config))
+    make = partial(_sample, fields, scalar_columns(file))
+    return row_outcomes(file, make, config, (), parquet_columns(file), "", start)
 
 
-def _sample(
-    row: dict[str, Any], fields: dict[str, str], name: str, columns: dict[str, Any], config: str
-) -> ImportedSample:
-    return replace(mapped_sample(row, fields, name), columns=columns, config=config)
+def _sample(fields: dict[str, str], kept: list[str], row: dict[str, Any], name: str, config: str) -> ImportedSample:
+    return replace(mapped_sample(row, fields, name), columns={key: row[key] for key in kept}, config=config)
 
 
 def scalar_columns(file: Path) -> list[str]:

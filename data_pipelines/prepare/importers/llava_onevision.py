@@ -1,7 +1,5 @@
 """LLaVA-OneVision-Data: parquet files in a folder for each config, with one image or none and a conversation."""
 
-from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +9,8 @@ from data_pipelines.prepare.importers.item import (
     ImportedSample,
     ImportOptions,
     ImportPart,
-    Outcome,
-    Reject,
-    outcome,
 )
-from data_pipelines.prepare.importers.parquet_rows import parquet_files, parquet_rows
-from data_pipelines.prepare.importers.source_files import config_name, relative_name
+from data_pipelines.prepare.importers.parquet_rows import parquet_files, parquet_part
 
 _COLUMNS = ("image", "conversations")
 _OPTIONAL = ("id", "data_source")
@@ -25,16 +19,7 @@ _OPTIONAL = ("id", "data_source")
 def llava_onevision_parts(source: Path, options: ImportOptions) -> list[ImportPart]:
     """One part for each parquet file."""
     files = parquet_files(source, _COLUMNS)
-    return [ImportPart(relative_name(file, source), partial(_read, file, config_name(file, source))) for file in files]
-
-
-def _read(file: Path, config: str, start: int) -> Iterator[Outcome]:
-    for number, row in parquet_rows(file, _COLUMNS, _OPTIONAL, start):
-        if isinstance(row, Reject):
-            yield row
-        else:
-            name = f"{file.name}#{number}"
-            yield outcome(row.get("id") or name, row, partial(_sample, row, name, config))
+    return [parquet_part(file, source, _sample, _COLUMNS, _OPTIONAL, "id") for file in files]
 
 
 def _sample(row: dict[str, Any], name: str, config: str) -> ImportedSample:
@@ -43,4 +28,4 @@ def _sample(row: dict[str, Any], name: str, config: str) -> ImportedSample:
     is_null = image is None or (isinstance(image, dict) and image.get("bytes") is None and not image.get("path"))
     record, files = conversation_record(turns, [] if is_null else [image_bytes(image, "image")])
     columns = {"source": row.get("data_source")}
-    return ImportedSample(str(row.get("id") or name), record, files, columns=columns, config=config)
+    return ImportedSample(name, record, files, columns=columns, config=config)

@@ -1,7 +1,5 @@
 """OmniEdit-Filtered-1.2M: parquet files with a source image, an edited one, and several wordings of the instruction."""
 
-from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +8,9 @@ from data_pipelines.prepare.importers.item import (
     ImportedSample,
     ImportOptions,
     ImportPart,
-    Outcome,
-    Reject,
     clean_text,
-    outcome,
 )
-from data_pipelines.prepare.importers.parquet_rows import parquet_files, parquet_rows
-from data_pipelines.prepare.importers.source_files import config_name, relative_name
+from data_pipelines.prepare.importers.parquet_rows import parquet_files, parquet_part
 from data_pipelines.shards.write import Record
 
 _COLUMNS = ("src_img", "edited_img", "edited_prompt_list")
@@ -27,16 +21,7 @@ _OPTIONAL = ("omni_edit_id", "task", *SCORES)
 def omniedit_parts(source: Path, options: ImportOptions) -> list[ImportPart]:
     """One part for each parquet file."""
     files = parquet_files(source, _COLUMNS)
-    return [ImportPart(relative_name(file, source), partial(_read, file, config_name(file, source))) for file in files]
-
-
-def _read(file: Path, config: str, start: int) -> Iterator[Outcome]:
-    for number, row in parquet_rows(file, _COLUMNS, _OPTIONAL, start):
-        if isinstance(row, Reject):
-            yield row
-        else:
-            name = row.get("omni_edit_id") or f"{file.name}#{number}"
-            yield outcome(name, row, partial(_sample, row, str(name), config))
+    return [parquet_part(file, source, _sample, _COLUMNS, _OPTIONAL, "omni_edit_id") for file in files]
 
 
 def _sample(row: dict[str, Any], name: str, config: str) -> ImportedSample:

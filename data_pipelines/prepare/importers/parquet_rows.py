@@ -1,17 +1,20 @@
 """Reads rows of a parquet file by the names of its columns, some at a time."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_pipelines.prepare.importers.item import Reject
-from data_pipelines.prepare.importers.source_files import source_files
+from data_pipelines.prepare.importers.item import ImportedSample, ImportPart, Outcome, Reject, outcome
+from data_pipelines.prepare.importers.source_files import config_name, relative_name, source_files
 from data_pipelines.shards.excluded import refuse_columns
 
 _ROWS_AT_ONCE = 32
+MakeSample = Callable[[dict[str, Any], str, str], ImportedSample]
+"""Row, name of the item, config of the set -> sample. A module-level function; raises ValueError and alike."""
 
 
 def parquet_columns(path: Path) -> list[str]:
@@ -26,6 +29,38 @@ def parquet_files(source: Path, required: Sequence[str]) -> list[Path]:
     """The parquet files of a source, or none where not one of them has the required columns."""
     files = source_files(source, (".parquet",))
     return files if any(set(required) <= set(parquet_columns(path)) for path in files) else []
+
+
+def parquet_part(
+    file: Path,
+    source: Path,
+    make: MakeSample,
+    required: Sequence[str],
+    optional: Sequence[str] = (),
+    id_column: str = "",
+) -> ImportPart:
+    """A file as a part: a sample or a reject for each of its rows."""
+    read = partial(row_outcomes, file, make, config_name(file, source), required, optional, id_column)
+    return ImportPart(relative_name(file, source), read)
+
+
+def row_outcomes(
+    file: Path,
+    make: MakeSample,
+    config: str,
+    required: Sequence[str],
+    optional: Sequence[str],
+    id_column: str,
+    start: int,
+) -> Iterator[Outcome]:
+    """What `make` makes of each row from row `start` on. A row is named by its `id_column`, or by its number where it
+    has none."""
+    for number, row in parquet_rows(file, required, optional, start):
+        if isinstance(row, Reject):
+            yield row
+        else:
+            name = str(row.get(id_column) or f"{file.name}#{number}")
+            yield outcome(name, row, partial(make, row, name, config))
 
 
 def parquet_rows(
