@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from data_pipelines.commands.common_arguments import shard_folders
-from emma_train.errors import check_range
+from emma_train.errors import UserError, check_range
 
 RANK_VARIABLES = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
 """Environment variables that torchrun sets, and their values without torchrun."""
@@ -26,17 +26,21 @@ def run(arguments: argparse.Namespace) -> int:
     import torch
 
     from data_pipelines.shards.encode_latents import cache_latents
-    from emma_train.config.schema import AutoencoderConfig, ImageConfig
+    from emma_train.config.schema import ImageConfig
     from emma_train.config.values import check_values
+    from emma_train.model.autoencoder import autoencoder_config
 
     check_range("--batch-size", arguments.batch_size, 1, 65_536)
-    autoencoder = AutoencoderConfig(path=str(arguments.autoencoder), chunk=arguments.batch_size)
     limits = {"max_tokens": arguments.max_tokens, "min_pixels": arguments.min_pixels}
     images = [ImageConfig(mode=arguments.mode, side=side, **limits) for side in arguments.side]
     for image in images:
         check_values(image, "cache-latents", "--")
     rank, size, local = (int(os.environ.get(name, one)) for name, one in RANK_VARIABLES.items())
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-    for folder in shard_folders(arguments.folder):
+    folders = shard_folders(arguments.folder)
+    autoencoder = autoencoder_config(arguments.autoencoder, arguments.batch_size)
+    if wrong := [side for side in arguments.side if side % autoencoder.pixels]:
+        raise UserError(f"--side {wrong[0]}: must be a multiple of {autoencoder.pixels}, the pixels of a latent")
+    for folder in folders:
         cache_latents(folder, autoencoder, images, device, rank, size)
     return 0

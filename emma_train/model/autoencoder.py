@@ -80,6 +80,16 @@ def set_float32_precision() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
 
 
+def autoencoder_config(folder: Path, chunk: int) -> AutoencoderConfig:
+    """The config of a DC-AE folder with the channels and pixels per latent that its config.json says, or diffusers'
+    defaults where it says nothing. Raises UserError."""
+    values = read_json(folder / "config.json")
+    channels, blocks = values.get("latent_channels", 32), values.get("encoder_block_out_channels", [0] * 6)
+    if not isinstance(channels, int) or not isinstance(blocks, list) or not 0 < len(blocks) < 12:
+        raise UserError(f"{folder / 'config.json'}: is no AutoencoderDC's; copy or download it again")
+    return AutoencoderConfig(path=str(folder), channels=channels, pixels=2 ** (len(blocks) - 1), chunk=chunk)
+
+
 @contextmanager
 def loading(folder: Path) -> Iterator[None]:
     """Turn what diffusers raises on files that it does not understand into a UserError."""

@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from data_pipelines.cli import main
 from data_pipelines.shards import latents
 from data_pipelines.shards.latents import cached_latent, latents_metadata, latents_path
 from emma_train.storage.local_cache import LocalCache
 from emma_train.storage.shard_reader import ShardReader
+from tests import public
 from tests.servers import serving
-from tests.shards import jpeg_with_orientation, png, sixteen_bit_png
+from tests.shards import jpeg_with_orientation, png, prompt, sixteen_bit_png, write_shards
 
 MARK, SHARD = "0123456789abcdef", "f" * 64
 IMAGE = png(0)
@@ -109,3 +111,23 @@ def test_of_an_older_cache_only_latents_of_images_that_decode_as_before_are_used
     for image in (jpeg_with_orientation(6), sixteen_bit_png()):
         assert cached_latent(str(path), name, image, MARK, SHARD, ShardReader()) is None
         assert cached_latent(str(file), name, image, MARK, SHARD, ShardReader()) is not None
+
+
+@pytest.mark.seconds
+def test_an_autoencoder_of_another_shape_is_cached_by_its_config(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """16 channels at 16 pixels."""
+    blocks = {f"{part}_{name}": value for part in ("encoder", "decoder") for name, value in {
+        "block_types": ["ResBlock"] * 5, "block_out_channels": [8, 8, 8, 16, 16], "layers_per_block": [1] * 5,
+        "qkv_multiscales": [[]] * 5,
+    }.items()}  # fmt: skip
+    public.autoencoder(tmp_path / "autoencoder", latent_channels=16, **blocks)
+    write_shards(tmp_path / "set", [prompt("p0")])
+    command = ["cache-latents", str(tmp_path / "set"), "--autoencoder", str(tmp_path / "autoencoder"), "--side"]
+    assert main([*command, "48"]) == 0
+    (latent,) = load_file(tmp_path / "set" / "shard-000000.square-48.latents.safetensors").values()
+    assert latent.shape == (9, 16)
+    capsys.readouterr()
+    assert main([*command, "40"]) == 2
+    assert capsys.readouterr().err == "error: --side 40: must be a multiple of 16, the pixels of a latent\n"
