@@ -12,12 +12,11 @@ LOG_EVERY_S = 10.0
 
 
 class JobProgress:
-    """Shards done, records per second, rejects and the time that is left."""
+    """Shards (or what `unit` names) done, records per second, rejects and the time that is left."""
 
-    def __init__(self, title: str, num_shards: int, console: Console | None = None) -> None:
-        self.title = title
-        self.num_shards = num_shards
-        self.shards = self.records = self.rejected = 0
+    def __init__(self, title: str, num_units: int, console: Console | None = None, unit: str = "shards") -> None:
+        self.title, self.num_units, self.unit = title, num_units, unit
+        self.units = self.records = self.rejected = 0
         self._start = self._logged = time.monotonic()
         self._console = console or Console(stderr=True)
         self._bar = Progress(
@@ -28,10 +27,10 @@ class JobProgress:
             TimeRemainingColumn(),
             console=self._console,
         )
-        self._task = self._bar.add_task(title, total=num_shards, rate=0.0, rejected=0)
+        self._task = self._bar.add_task(title, total=num_units, rate=0.0, rejected=0)
 
     def __enter__(self) -> "JobProgress":
-        if self._console.is_terminal and self.num_shards:
+        if self._console.is_terminal and self.num_units:
             self._bar.start()
         return self
 
@@ -41,15 +40,15 @@ class JobProgress:
         self._bar.stop()
 
     def advance(self, records: int, rejected: int) -> None:
-        """A shard is done."""
-        self.shards, self.records, self.rejected = self.shards + 1, self.records + records, self.rejected + rejected
+        """A unit is done."""
+        self.units, self.records, self.rejected = self.units + 1, self.records + records, self.rejected + rejected
         now = time.monotonic()
         rate = self.records / max(now - self._start, 1e-9)
-        self._bar.update(self._task, completed=self.shards, rate=rate, rejected=self.rejected)
+        self._bar.update(self._task, completed=self.units, rate=rate, rejected=self.rejected)
         if not self._console.is_terminal and now > self._logged + LOG_EVERY_S:
             self._logged = now
-            left = (now - self._start) / self.shards * (self.num_shards - self.shards)
+            left = (now - self._start) / self.units * (self.num_units - self.units)
             log.info(
-                "%s: %d of %d shards, %.0f records/s, %d rejected, %.0f s left",
-                self.title, self.shards, self.num_shards, rate, self.rejected, left,
+                "%s: %d of %d %s, %.0f records/s, %d rejected, %.0f s left",
+                self.title, self.units, self.num_units, self.unit, rate, self.rejected, left,
             )  # fmt: skip

@@ -3,7 +3,6 @@
 import json
 import logging
 import multiprocessing
-import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -22,6 +21,7 @@ from data_pipelines.prepare.importers.write_part import (
     part_progress,
     write_part,
 )
+from data_pipelines.prepare.job_progress import JobProgress
 from emma_train.errors import RunError, UserError
 from emma_train.storage.files import make_folder, replacing, write_atomic
 
@@ -29,7 +29,6 @@ log = logging.getLogger(__name__)
 REJECTS_FILE = "rejects.jsonl"
 COUNTS_FILE = "import.json"
 _SETTINGS_FILE = "settings.json"
-LOG_SECONDS = 10
 NUM_REASONS = 1000
 
 
@@ -91,15 +90,11 @@ def _write_all(
     out: Path, parts: list[ImportPart], options: ImportOptions, limits: ShardLimits, workers: int
 ) -> ImportCounts:
     """Write the shards of all parts."""
-    counts, num_done, last_logged = ImportCounts(), 0, time.monotonic()
-    for of_part in _results(out, parts, options, limits, min(workers, len(parts))):
-        counts, num_done = counts + of_part, num_done + 1
-        if time.monotonic() > last_logged + LOG_SECONDS:
-            last_logged = time.monotonic()
-            log.info(
-                "%s: %d of %d parts, %d records, %d rejected",
-                *(out, num_done, len(parts), counts.records, counts.rejected),
-            )
+    counts = ImportCounts()
+    with JobProgress(str(out), len(parts), unit="parts") as progress:
+        for of_part in _results(out, parts, options, limits, min(workers, len(parts))):
+            counts += of_part
+            progress.advance(of_part.items, of_part.rejected)
     return counts
 
 
