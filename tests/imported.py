@@ -33,7 +33,7 @@ class Imported:
             self.members += [group.members for group in records]
             self.columns += rows
         self.records = [json.loads(members["json"]) for members in self.members]
-        self.rejects = [json.loads(line) for line in (out / REJECTS_FILE).read_text().splitlines()]
+        self.rejects = [json.loads(line) for line in (out / REJECTS_FILE).read_bytes().splitlines()]
         self.counts = json.loads((out / COUNTS_FILE).read_text())
         assert self.counts["items"] == len(self.records) + sum(reject["count"] for reject in self.rejects)
         self.manifest = index_folder(out, ASSETS / "tokenizer", self.provenance)

@@ -151,7 +151,7 @@ def write_img2dataset(folder: Path, num: int = 5, score: str = "AESTHETIC_SCORE"
     rows, members = [], []
     for i in range(num):
         key, is_failed = f"{i:09d}", i == 1
-        row = {
+        row: dict[str, Any] = {
             "url": f"https://example.org/{i}.jpg",
             "caption": f"a caption {i}",
             "WIDTH": 640.0 + i,

@@ -122,7 +122,7 @@ def _rejects(columns: Path) -> Iterator[tuple[str, str]]:
     operator = columns.name.removesuffix(".parquet").rpartition(".")[2]
     path = reject_file(columns.with_name(columns.name.removesuffix(f".{operator}.parquet") + ".tar"), operator)
     if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_bytes().splitlines():  # of text they would be split at U+2028 and alike, too
             row = json.loads(line)
             yield row["key"], row["reason"]
 

@@ -113,14 +113,19 @@ def _members(file: Readable) -> Iterator[tuple[int, str, bytes, list[bytes]]]:
         if not is_header:
             raise BrokenTar(f"has no tar header at byte {position}")
         name, size = override.name or name, size if override.size is None else override.size
+        if size < 0:
+            raise BrokenTar(f"has a header with a negative size at byte {position}")
         padded = _exactly(file, size + -size % TAR_BLOCK)
         position += TAR_BLOCK + len(padded)
         if len(padded) < size:
             raise BrokenTar(f"ends within {name}, at byte {position}")
         raw += [block, padded]
         content = padded[:size]
-        if override.takes(kind, content):
-            continue
+        try:
+            if override.takes(kind, content):
+                continue
+        except (ValueError, IndexError):
+            raise BrokenTar(f"has an extended header before byte {position} that cannot be read") from None
         yield start, name if kind in REGULAR_TYPES else "", content, raw
         start, raw, override = position, [], _Override()
 

@@ -73,10 +73,10 @@ def _table_rows(path: Path) -> dict[str, dict[str, Any]]:
     Raises UserError where its columns are those of the excluded set."""
     try:
         table = pq.read_table(path, use_threads=False)
-    except (OSError, pa.ArrowException):
+        refuse_columns(table.column_names, path)
+        return {str(row["key"]): row for row in table.to_pylist()} if "key" in table.column_names else {}
+    except (OSError, pa.ArrowException, UnicodeDecodeError):
         return {}
-    refuse_columns(table.column_names, path)
-    return {str(row["key"]): row for row in table.to_pylist()} if "key" in table.column_names else {}
 
 
 def _outcome(group: Group, row: dict[str, Any] | None) -> Outcome:

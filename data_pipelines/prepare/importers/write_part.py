@@ -145,7 +145,7 @@ class _PartShard:
             self._writer = tar_writer(self._file)
         key = f"{key_prefix(self.options.dataset)}-{self.part:05d}-{self.progress.start + self.progress.items:08d}"
         self._bytes += self._writer.write({"__key__": key, **members})
-        self._rows.append({"key": key, **outcome.columns})
+        self._rows.append({"key": key, **{_column_name(name): value for name, value in outcome.columns.items()}})
         self.progress.items += 1
         self.progress.records += 1
         self.progress.text_only += is_text_only(list(members))
@@ -171,6 +171,11 @@ def columns_table(rows: list[dict[str, Any]]) -> pa.Table:
     arrays = [_column([row.get(name) for row in rows]) for name in names]
     identity = {"operator": SOURCE_COLUMNS, "version": 1, "settings": {}}
     return pa.table(arrays, names).replace_schema_metadata({METADATA_KEY: json.dumps(identity, sort_keys=True)})
+
+
+def _column_name(name: str) -> str:
+    """A name of the source as that of a column: `key` is the record's, and what is no UTF-8 is escaped."""
+    return "source_key" if name == "key" else name.encode("utf-8", "backslashreplace").decode()
 
 
 def _column(values: list[Any]) -> pa.Array:

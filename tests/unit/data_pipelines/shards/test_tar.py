@@ -181,3 +181,15 @@ def test_memory_does_not_grow_with_the_tar() -> None:
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 1.2 * peaks[0]
+
+
+@pytest.mark.parametrize("content", [b"0 path=a\n", b"x path=a\n", b"9 p\xff=b\n", b"\0" * 9, b"11 size=zz\n"])
+def test_an_extended_header_that_cannot_be_read_is_a_broken_tar(content: bytes) -> None:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as tar:
+        for name, kind, data in (("a.json", tarfile.REGTYPE, b"{}"), ("x", tarfile.XHDTYPE, content)):
+            member = tarfile.TarInfo(name)
+            member.size, member.type = len(data), kind
+            tar.addfile(member, io.BytesIO(data))
+    with pytest.raises(BrokenTar, match="has an extended header before byte 2048 that cannot be read"):
+        list(groups(io.BytesIO(file.getvalue())))

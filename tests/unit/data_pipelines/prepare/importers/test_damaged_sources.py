@@ -1,9 +1,7 @@
 """Damaged sources: every item is a correct record or a reject with its reason, and counts add up."""
 
-import io
 import json
 import math
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,49 +10,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 
 from data_pipelines.shards.images import image_members, load_resized
 from emma_train.config.schema import ImageConfig
 from emma_train.errors import UserError
 from tests import public_formats as formats
+from tests.fuzz_sources import SOURCES, Fuzz
 from tests.imported import Imported
-from tests.shards import jpeg_with_orientation, png, sixteen_bit_png
-
-
-def saved(image: Image.Image, form: str, **options: Any) -> bytes:
-    file = io.BytesIO()
-    image.save(file, form, **options)
-    return file.getvalue()
-
-
-def bomb() -> bytes:
-    """A PNG of a few hundred bytes whose header says 60,000 x 60,000 pixels."""
-    data = bytearray(png(0))
-    data[16:24] = (60_000).to_bytes(4, "big") * 2
-    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
-    return bytes(data)
-
-
-FRAMES = [Image.new("P", (40, 40), color) for color in (1, 2, 3)]
-IMAGES: dict[str, tuple[bytes | None, str]] = {
-    "good": (png(1), ""),
-    "cmyk": (saved(Image.new("CMYK", (40, 40), (9, 8, 7, 6)), "JPEG"), ""),
-    "16 bits": (sixteen_bit_png(), ""),
-    "animated": (saved(FRAMES[0], "GIF", save_all=True, append_images=FRAMES[1:]), ""),
-    "turned": (jpeg_with_orientation(6), ""),
-    "transparent": (saved(Image.new("RGBA", (40, 40)), "WEBP"), ""),
-    "one pixel": (saved(Image.new("1", (1, 1)), "PNG"), ""),
-    "null": (None, "no image (null)"),
-    "0 bytes": (b"", "an image of 0 bytes"),
-    "cut PNG": (png(2, 64)[:-900], "broken one"),
-    "cut JPEG": (formats.jpeg(2, 64)[:-400], "broken one"),
-    "text": (b"<html>404</html>", "cannot identify image file"),
-    "svg": (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "cannot identify image file"),
-    "bomb": (bomb(), "pixels"),
-    "float": (saved(Image.new("F", (40, 40), 0.5), "TIFF"), "floating-point"),
-    "icon": (saved(Image.new("RGB", (32, 32)), "ICO"), "in the format ICO"),
-}
+from tests.odd_images import IMAGES
+from tests.shards import png
 
 
 @pytest.mark.parametrize("name", IMAGES)
@@ -217,3 +181,15 @@ def test_a_page_of_parquet_that_cannot_be_read_costs_its_row_group_only(tmp_path
     (reject,) = imported.rejects
     assert reject["count"] == 2
     assert reject["reason"].startswith("rows 2 to 3 cannot be read")
+
+
+@pytest.mark.seconds
+def test_a_sample_of_the_fuzz_of_sources(tmp_path: Path) -> None:
+    """`python -m tests.fuzz_sources` tries thousands (docs/reliability.md)."""
+    fuzz, outcomes = Fuzz(tmp_path), {}
+    for seed in range(2):
+        for name in SOURCES:
+            what, outcome = fuzz.try_case(name, seed)
+            outcomes[f"{name}, seed {seed}: {what}"] = outcome
+    assert {case: outcome for case, outcome in outcomes.items() if outcome.startswith("wrong")} == {}
+    assert set(outcomes.values()) == {"complete", "with rejects", "refused"}

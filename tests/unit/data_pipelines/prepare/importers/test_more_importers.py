@@ -110,6 +110,13 @@ def test_parquet_by_a_map(tmp_path: Path) -> None:
         Imported("hf-parquet", tmp_path / "set", tmp_path / "other", fields={"colour": "how"})
 
 
+def test_a_column_named_key_does_not_replace_the_keys_of_records(tmp_path: Path) -> None:
+    rows = [{"key": "a", "text": "one", "b": 1}, {"key": "a", "text": "two", "b": 2}]
+    write_table(tmp_path / "set/0.parquet", [("key", pa.string()), ("text", pa.string()), ("b", pa.int64())], rows)
+    imported = Imported("hf-parquet", tmp_path / "set", tmp_path / "out", fields={"text": "text"})
+    assert imported.columns == [{"source_key": "a", "text": row["text"], "b": row["b"]} for row in rows]
+
+
 def test_folder_with_texts_beside_images(tmp_path: Path) -> None:
     (tmp_path / "set/sub").mkdir(parents=True)
     for name in ("a.png", "b.png", "sub/c [1].png"):
