@@ -125,7 +125,7 @@ def test_what_is_selected_is_what_the_sources_say(data: Path) -> None:
         assert shapes == {((SIDE // 32) ** 2, 32)}
     sources = [{"path": str(data / "chosen" / name)} for name in ("generate", "edit")]
     recipe = tiny_recipe(
-        data__sources=sources, data__slots=2, data__samples_per_step=4, data__gen__side=SIDE,
+        data__sources=sources, data__slots=2, data__samples_per_step=4,
         mix__i2t=0, mix__t2i=1, mix__it2i=1,
     )  # fmt: skip
     packs = [
