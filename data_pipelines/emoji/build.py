@@ -13,13 +13,14 @@ import numpy as np
 from PIL import Image
 
 from data_pipelines.emoji.concepts import Amounts, EmojiWorld
+from data_pipelines.emoji.drawing_sheet import make_sheet, write_sheet
 from data_pipelines.emoji.drawings import Catalogue, Drawing, select_drawings
 from data_pipelines.emoji.edits import EDITS, DrawingPool, make_edit
 from data_pipelines.emoji.records import RecordMaker
 from data_pipelines.emoji.scenes import BACKGROUNDS, BIG_SIZES, OFF_CENTRE_SIZE, SMALL_SIZE, Layer, Scene
 from data_pipelines.emoji.seeded_rng import pick, seeded_generator
 from data_pipelines.emoji.splits import SPLITS, allowed_drawings, split_drawings
-from data_pipelines.emoji.stem import StemImage, make_stem
+from data_pipelines.emoji.stem import StemImage, make_stem, with_all_values
 from data_pipelines.shards.write import Record, ShardWriter, webp
 from emma_train.errors import UserError
 
@@ -43,7 +44,8 @@ class BuildSettings:
 
 
 def build_set(catalogue: Catalogue, world: EmojiWorld, out: Path, settings: BuildSettings) -> dict[str, Amounts]:
-    """Write `out/SPLIT/*.tar` for the three splits; returns the number of records of each by kind.
+    """Write `out/SPLIT/*.tar` for the three splits, and the sheet of a tiny world's drawings; returns the number of
+    records of each by kind.
 
     Raises UserError if `out` already has shards.
     """
@@ -69,6 +71,8 @@ def build_set(catalogue: Catalogue, world: EmojiWorld, out: Path, settings: Buil
                     log.info("%s: %d records", name, writer.samples)
         log.info("%s: %d records in %d shards", name, writer.samples, len(writer.shards))
         done[name] = amounts
+    if world.concepts is not None:  # all of the package's drawings would be one huge image
+        write_sheet(out, make_sheet(drawings))
     return done
 
 
@@ -161,3 +165,22 @@ def distinct_stems(split: str, count: int, seed: int) -> list[StemImage]:
     if len(distinct) < count:
         log.warning("%s: only %d different STEM images exist, %d were asked for", split, len(distinct), count)
     return list(distinct.values())
+
+
+def unseen_stems(num_questions: int, num_train: int, seed: int) -> list[StemImage]:
+    """Different STEM images with `num_questions` questions or a few more.
+
+    None of them is among the `num_train` that a data set of this seed has in train. A bar chart is asked for each of
+    its values.
+    """
+    train = {stem.content for stem in distinct_stems(SPLITS[0], num_train, seed)}
+    unseen: dict[str, StemImage] = {}
+    missing = num_questions
+    for draw in range(num_questions * STEM_ATTEMPTS):
+        if missing <= 0:
+            break
+        stem = make_stem(seeded_generator(seed, f"unseen-stem/{draw}"))
+        if stem.content not in train and stem.content not in unseen:
+            unseen[stem.content] = with_all_values(stem)
+            missing -= len(unseen[stem.content].questions)
+    return list(unseen.values())

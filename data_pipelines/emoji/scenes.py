@@ -76,13 +76,21 @@ def render_scene(scene: Scene, side: int) -> Image.Image:
     for layer in scene.layers:
         pixels = round(layer.size * side)
         drawing = rasterise(layer.drawing.path, pixels)
-        x, y = (round(share * side - pixels / 2) for share in POSITIONS[layer.position])
-        corner = (min(max(x, 0), side - pixels), min(max(y, 0), side - pixels))
-        image.paste(drawing, corner, drawing)
+        image.paste(drawing, paste_corner(layer.position, pixels, side), drawing)
     if scene.word:
-        pen = ImageDraw.Draw(image)
-        pen.text((side / 2, side * 0.87), scene.word, fill=(0, 0, 0), font=load_font(round(side * 0.24)), anchor="mm")
+        draw_word(ImageDraw.Draw(image), scene.word, side, (0, 0, 0))
     return image
+
+
+def paste_corner(position: str, pixels: int, side: int) -> tuple[int, int]:
+    """Left and top pixel of a drawing of `pixels` x `pixels` at a position of an image of side x side pixels."""
+    x, y = (round(share * side - pixels / 2) for share in POSITIONS[position])
+    return min(max(x, 0), side - pixels), min(max(y, 0), side - pixels)
+
+
+def draw_word(pen: ImageDraw.ImageDraw, word: str, side: int, fill: int | tuple[int, int, int]) -> None:
+    """Write the word of a scene at the bottom of an image of side x side pixels."""
+    pen.text((side / 2, side * 0.87), word, fill=fill, font=load_font(round(side * 0.24)), anchor="mm")
 
 
 @lru_cache(maxsize=16)

@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import matplotlib
@@ -35,6 +35,15 @@ class StemImage:
 
 def make_stem(rng: np.random.Generator) -> StemImage:
     return pick(rng, (sum_of_two, formula, bar_chart_image, bar_chart_image, line_chart_image))(rng)
+
+
+def with_all_values(stem: StemImage) -> StemImage:
+    """A bar chart with a question for each of its values; any other image as it is."""
+    if stem.labels["stem"] != "bars":
+        return stem
+    values = zip(BAR_NAMES, stem.labels["values"], strict=True)
+    asked = tuple((f"What is the value of {name}?", str(value)) for name, value in values)
+    return replace(stem, questions=stem.questions[:2] + asked)
 
 
 def render_stem(stem: StemImage, side: int) -> Image.Image:

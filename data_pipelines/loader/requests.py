@@ -75,6 +75,8 @@ def _read_request(
             seed=seed_of(data.seed, 0, row["key"], "request noise"),
             truth=truth,
             target=target,
+            image_names=list(names),
+            target_name=alternative.get("target", ""),
             kind=alternative.get("kind", ""),
             labels=record.get("labels", {}),
         )

@@ -29,6 +29,9 @@ class Request:
     """Right answer of a question, where it is known."""
     target: np.ndarray | None = None
     """uint8 [H, W, 3]: what the image should look like, where it is known."""
+    image_names: list[str] = field(default_factory=list)
+    target_name: str = ""
+    """What the record calls the images and the target."""
     kind: str = ""
     """Kind of question or edit."""
     labels: dict[str, Any] = field(default_factory=dict)
