@@ -49,7 +49,7 @@ def score_split(
         if requests.get(task):
             scores.append(velocity_score(generator, requests[task], recipe.flow, task))
     lone = [r for r in requests["t2i"] if len(r.labels.get("concepts", [])) == 1]
-    scores += neighbour_scores(generator, lone, [*seen, *lone], recipe.flow.shift, limit)
+    scores += neighbour_scores(generator, lone, [*seen, *lone], FlowSettings.of(recipe), limit)
     has_bar = split == BAR_SPLIT
     return [{**score, "split": split, "bar": score["bar"] if has_bar else None} for score in scores]
 
@@ -97,13 +97,13 @@ def velocity_score(generator: Generator, requests: Sequence[Request], flow: Flow
 
 
 def neighbour_scores(
-    generator: Generator, requests: Sequence[Request], real: Sequence[Request], shift: float, limit: int
+    generator: Generator, requests: Sequence[Request], real: Sequence[Request], settings: FlowSettings, limit: int
 ) -> list[dict[str, Any]]:
     """Generate an image for each request; share of them whose nearest real image has the prompted label."""
     requests = requests[: limit or None]
     if not requests:
         return []
-    made = [x for asked in _batches(requests) for x in generator.generate_latents(asked, FlowSettings(shift=shift))]
+    made = [x for asked in _batches(requests) for x in generator.generate_latents(asked, settings)]
     known = [r for r in real if r.target is not None and len(r.labels.get("concepts", [])) == 1]
     encoded = generator.autoencoder.encode([torch.from_numpy(r.target) for r in known])
     nearest = torch.cdist(_flat(made), _flat(encoded)).argmin(1).tolist()

@@ -152,7 +152,7 @@ def test_images_of_the_full_size_are_generated_as_bagel_does() -> None:
         flow = FlowSettings.of(full(stage))
         assert (flow.steps, flow.shift, flow.text_guidance, flow.image_guidance) == (50, 3.0, 4.0, 2.0)
         assert (flow.guidance_from, flow.guidance_to, flow.guidance_renorm) == (0.4, 1.0, True)
-        assert FlowSettings.of(load_recipe(ROOT / "tiny" / f"{stage}.yaml")) == FlowSettings()
+        assert FlowSettings.of(load_recipe(ROOT / "tiny" / f"{stage}.yaml")) == FlowSettings(shift=3.0)
 
 
 def test_full_size_stages_start_from_the_run_folder_before_them() -> None:
