@@ -17,7 +17,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--unicode-table", type=Path, help="data-by-emoji.json of unicode-emoji-json (default: fetched with npm)"
     )
-    parser.add_argument("--world", choices=("tiny", "full"), default="full", help="64 concepts, or all of the package")
+    parser.add_argument(
+        "--world",
+        choices=("tiny", "tiny-scenes", "full"),
+        default="full",
+        help="64 concepts, the same in scenes of several drawings, or all of the package",
+    )
     parser.add_argument("--size", type=int, default=128, help="image side in pixels")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
@@ -48,7 +53,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.samples:
         for count in arguments.samples:
             check_range("--samples", count, 0, 100_000_000)
-        world = replace(world, train=Amounts(*arguments.samples))
+        singles, pairs, stem = arguments.samples
+        world = replace(world, train=Amounts(singles, pairs, stem, world.train.scenes))
     with tempfile.TemporaryDirectory() as temporary:
         package = arguments.package or fetch_package(DRAWINGS, Path(temporary))
         table = arguments.unicode_table or fetch_package(UNICODE_TABLE, Path(temporary)) / "data-by-emoji.json"

@@ -16,6 +16,7 @@ from data_pipelines.emoji.concepts import Amounts, EmojiWorld
 from data_pipelines.emoji.drawing_sheet import make_sheet, write_sheet
 from data_pipelines.emoji.drawings import Catalogue, Drawing, select_drawings
 from data_pipelines.emoji.edits import EDITS, DrawingPool, make_edit
+from data_pipelines.emoji.prompts import PROMPT_MAKERS, make_prompt
 from data_pipelines.emoji.records import RecordMaker
 from data_pipelines.emoji.scenes import BACKGROUNDS, BIG_SIZES, OFF_CENTRE_SIZE, SMALL_SIZE, Layer, Scene
 from data_pipelines.emoji.seeded_rng import pick, seeded_generator
@@ -27,6 +28,7 @@ from emma_train.errors import UserError
 log = logging.getLogger(__name__)
 
 EDIT_KINDS = tuple(EDITS)
+PROMPT_KINDS = tuple(PROMPT_MAKERS)
 STEM_ATTEMPTS = 200
 
 
@@ -117,6 +119,7 @@ def make_records(
     jobs = [("single", i) for i in range(amounts.singles)]
     jobs += [("pair", i) for i in range(amounts.pairs)]
     jobs += [("stem", i) for i in range(len(stems))]
+    jobs += [("scene", i) for i in range(amounts.scenes)]
     keyed = {f"{split}-{kind}-{i:06d}": (kind, i) for kind, i in jobs}
     for key in sorted(keyed, key=lambda k: hashlib.sha256(k.encode()).digest()):
         kind, i = keyed[key]
@@ -126,6 +129,10 @@ def make_records(
         elif kind == "single":
             drawing = take_turn(concepts, i)
             yield key, *maker.single(rng, single_scene(rng, drawing))
+        elif kind == "scene":
+            lead = take_turn(concepts, i // len(PROMPT_KINDS))
+            prompt = make_prompt(rng, PROMPT_KINDS[i % len(PROMPT_KINDS)], lead, pool)
+            yield key, *maker.prompt(rng, prompt, lead)
         else:
             edit_kind = EDIT_KINDS[i % len(EDIT_KINDS)]
             leads = with_skin_tones(concepts) if edit_kind == "recolour" else concepts

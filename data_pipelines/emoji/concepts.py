@@ -1,5 +1,5 @@
-"""The two emoji worlds, tiny and full: their concepts, skin tones and numbers of records. A model learns the tiny one
-in minutes."""
+"""The emoji worlds, tiny, tiny-scenes and full: their concepts, skin tones and numbers of records. A model learns the
+tiny one in minutes."""
 
 from dataclasses import dataclass, field
 
@@ -40,6 +40,8 @@ class Amounts:
     singles: int
     pairs: int
     stem: int
+    scenes: int = 0
+    """Prompts for scenes of several drawings or a word."""
 
 
 @dataclass(frozen=True)
@@ -77,4 +79,14 @@ FULL = EmojiWorld(
     captions=3,
     scene_captions=True,
 )
-WORLDS = {world.name: world for world in (TINY, FULL)}
+TINY_SCENES = EmojiWorld(
+    name="tiny-scenes",
+    concepts=TINY.concepts,
+    tones=TINY.tones,
+    train=Amounts(singles=600, pairs=400, stem=60, scenes=1500),
+    heldout_drawings=Amounts(singles=60, pairs=60, stem=24, scenes=240),
+    heldout_concepts=Amounts(singles=20, pairs=20, stem=0, scenes=60),
+    scene_captions=True,
+)
+"""The drawings of the tiny world, most of them in scenes of several, with attributes and positions for each."""
+WORLDS = {world.name: world for world in (TINY, TINY_SCENES, FULL)}

@@ -43,8 +43,8 @@ def prompt_kind(kind: str, wanted: Scene) -> str:
 def judge_prompt(kind: str, wanted: Scene, reading: Reading) -> dict[str, bool]:
     """Fact -> whether it is right, of the facts that a prompt for the scene states; `all`: every one of them is.
 
-    Nothing is right in an image that cannot be read. `kind` is that of the prompt; a kind `position` states where
-    drawings are to each other, other kinds at which positions they are.
+    Nothing but the background is right in an image that cannot be read. `kind` is that of the prompt; a kind `position`
+    states where drawings are to each other, other kinds at which positions they are.
     """
     shown = reading.scene
     right = {
@@ -65,8 +65,8 @@ def judge_prompt(kind: str, wanted: Scene, reading: Reading) -> dict[str, bool]:
         right["word"] = shown.word == wanted.word
     stated = {fact: value for fact, value in right.items() if fact not in UNSTATED.get(kind, set())}
     if not reading.is_readable:
-        stated = dict.fromkeys(stated, False)
-    return {**stated, "all": all(stated.values())}
+        stated = {fact: value and fact == "background" for fact, value in stated.items()}
+    return {**stated, "all": reading.is_readable and all(stated.values())}
 
 
 def judge_edit(source: Scene, target: Scene, reading: Reading) -> dict[str, bool]:

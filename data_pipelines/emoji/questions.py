@@ -4,7 +4,8 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines.emoji.scenes import Scene, without_hyphens
+from data_pipelines.emoji.prompts import COUNT_WORDS
+from data_pipelines.emoji.scenes import Scene, position_phrase, without_hyphens
 from data_pipelines.emoji.seeded_rng import pick
 
 PHRASINGS: dict[str, tuple[str, ...]] = {
@@ -31,6 +32,17 @@ def known_answers(scene: Scene) -> dict[str, str]:
             known["group"] = drawing.group.lower()
         known["place"] = scene.layers[0].position
     return known
+
+
+def scene_questions(rng: np.random.Generator, image: str, scene: Scene) -> list[dict[str, Any]]:
+    """How many drawings there are, what is at one of their positions, and the word or the background."""
+    layer = pick(rng, scene.layers)
+    kind = "word" if scene.word else "background"
+    return [
+        question_alternative(image, "How many drawings?", COUNT_WORDS[len(scene.layers)], "count"),
+        question_alternative(image, f"What is {position_phrase(layer.position)}?", layer.drawing.concept, "at"),
+        make_question(rng, image, kind, known_answers(scene)[kind]),
+    ]
 
 
 def make_question(rng: np.random.Generator, image: str, kind: str, answer: str) -> dict[str, Any]:

@@ -8,7 +8,8 @@ from PIL import Image
 
 from data_pipelines.emoji.drawings import Drawing
 from data_pipelines.emoji.edits import Edit
-from data_pipelines.emoji.questions import known_answers, make_question, question_alternative
+from data_pipelines.emoji.prompts import Prompt
+from data_pipelines.emoji.questions import known_answers, make_question, question_alternative, scene_questions
 from data_pipelines.emoji.scenes import Scene, captions, render_scene
 from data_pipelines.emoji.seeded_rng import pick, pick_some
 from data_pipelines.emoji.stem import StemImage, render_stem
@@ -65,6 +66,22 @@ class RecordMaker:
             **self.common(tuple(scenes), labels, tuple(shown)),
         }
         return record, {name: render_scene(scene, self.side) for name, scene in scenes.items()}
+
+    def prompt(self, rng: np.random.Generator, prompt: Prompt, lead: Drawing) -> tuple[Record, dict[str, Image.Image]]:
+        """A scene of several drawings or a word: its prompt, and questions about count, position and word."""
+        scene = prompt.scene
+        labels = {
+            "concepts": list(dict.fromkeys(d.concept for d in scene.drawings)),
+            "style": lead.style,
+            "background": scene.background,
+            "scenes": {"img0": scene_truth(scene)},
+        }
+        record = {
+            "i2t": scene_questions(rng, "img0", scene),
+            "t2i": [{"target": "img0", "text": prompt.text, "kind": prompt.kind}],
+            **self.common(("img0",), labels, tuple(dict.fromkeys(scene.drawings))),
+        }
+        return record, {"img0": render_scene(scene, self.side)}
 
     def stem(self, stem: StemImage) -> tuple[Record, dict[str, Image.Image]]:
         """A formula or chart with its questions."""

@@ -1,7 +1,11 @@
 """Score a model on the held-out splits of the emoji set."""
 
 import argparse
+import hashlib
 import json
+import logging
+import time
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,25 +13,41 @@ from emma_train.commands.model_arguments import add_model_arguments
 from emma_train.errors import UserError, check_range
 
 if TYPE_CHECKING:
+    from data_pipelines.emoji.exact import ImageJudge, Judgement
     from emma_train.config.schema import Recipe
     from emma_train.generate.generator import Generator
+    from emma_train.generate.items import EvaluationItem
+    from emma_train.generate.settings import FlowSettings
+    from emma_train.sequence.request import Request
+
+log = logging.getLogger(__name__)
 
 SCORE_SPLITS = ("heldout_drawings", "heldout_concepts")
 NUM_TRAINING_IMAGES = 600
 """Training images among which a generated image's nearest neighbour is looked for, beside the split's own."""
+NUM_STEM_QUESTIONS = 400
+"""Questions about formulas and charts that are drawn for the evaluation; a split alone has too few."""
+STEM_SIDE, STEM_QUALITY = 128, 70
+"""As the tiny data set stores its images."""
+
+Scores = list[dict[str, Any]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     parser.add_argument("--benchmark", choices=("emoji",), default="emoji")
     parser.add_argument("--data", default="recipes/tiny/assets/emoji", help="folder with the held-out splits")
-    parser.add_argument("--limit", type=int, default=96, help="images to draw per split; 0 draws all (%(default)s)")
-    parser.add_argument("--out", help="where to write the scores (MODEL/scores.json)")
+    parser.add_argument("--limit", type=int, default=96, help="images to draw per split and task; 0: all (%(default)s)")
+    parser.add_argument(
+        "--out", help="where to write the scores (MODEL/scores.json); a folder of that name gets the details"
+    )
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    """Print the scores and write them as JSON."""
+    """Print the scores and write them as JSON, with all items beside them."""
     from emma_train.generate.load import load_generator
+    from emma_train.generate.results import write_results
+    from emma_train.generate.settings import FlowSettings
     from emma_train.storage.files import output_file, write_atomic
     from emma_train.storage.paths import as_local, parse_path
 
@@ -38,25 +58,146 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     generator, recipe, meta = load_generator(
         arguments.model, arguments.device, not arguments.no_ema, arguments.precision
     )
-    scores = _scores(generator, recipe, Path(arguments.data), arguments.limit)
+    settings = FlowSettings.of(recipe)
+    scores, items = _evaluate(generator, recipe, Path(arguments.data), arguments.limit, settings)
+    about = _about(arguments, meta, settings)
+    write_results(_details_folder(out), scores, items, about)
     result = {"model": str(arguments.model), "stage": meta["stage"], "step": meta["step"], "scores": scores}
     write_atomic(out, json.dumps(result, indent=1) + "\n")
     for score in scores:
-        name, value, baseline = score["name"], score["value"], score["baseline"]
-        print(f"{score['split']:18} {name:34} {value:8.3f}   (chance or baseline {baseline:.3f})")
+        value = f"{score['value']:8.3f} ± {score['stderr']:.3f}"
+        note = f"(n {score['num']}, chance or baseline {score['baseline']:.3f})"
+        print(f"{score['split']:18} {score['name']:34} {value}   {note}")
     print(out)
     return 0
 
 
-def _scores(generator: "Generator", recipe: "Recipe", data: Path, limit: int) -> list[dict[str, Any]]:
-    """The scores of all held-out splits; `limit`: images to generate for a split (0: all)."""
-    from data_pipelines.loader.requests import read_requests
-    from emma_train.generate.scores import score_split
-    from emma_train.sequence.tasks import RECORD_KEYS
+def _details_folder(out: Path) -> Path:
+    """scores.json -> scores; a file without a suffix gets one of another name."""
+    return out.with_suffix("") if out.suffix else out.with_name(f"{out.name}-details")
 
-    pixels, scores = recipe.model.autoencoder.pixels, []
+
+def _about(arguments: argparse.Namespace, meta: dict[str, Any], settings: "FlowSettings") -> dict[str, Any]:
+    """What was evaluated, how and with which code, as results.json says it."""
+    from emma_train.training.environment import PACKAGES, commit, installed_version
+
+    digest = hashlib.sha256(json.dumps(meta, sort_keys=True, default=str).encode()).hexdigest()
+    config = {
+        "model": "emma",
+        "model_args": str(arguments.model),
+        "stage": meta["stage"],
+        "step": meta["step"],
+        "checkpoint_digest": digest,
+        "ema": not arguments.no_ema,
+        "device": arguments.device,
+        "dtype": arguments.precision,
+        "limit": arguments.limit or None,
+        "data": str(arguments.data),
+        "gen_kwargs": asdict(settings),
+    }
+    return {
+        "config": config,
+        "model_name": str(arguments.model),
+        "date": time.time(),
+        "git_hash": commit(),
+        "package_versions": {name: v for name in PACKAGES if (v := installed_version(name))},
+    }
+
+
+def _evaluate(
+    generator: "Generator", recipe: "Recipe", data: Path, limit: int, settings: "FlowSettings"
+) -> tuple[Scores, list["EvaluationItem"]]:
+    """Scores and items of all held-out splits; `limit`: images to generate for a split and task (0: all)."""
+    from data_pipelines.loader.requests import read_requests
+    from emma_train.generate import scores as measures
+    from emma_train.generate.items import share_scores
+    from emma_train.sequence.tasks import RECORD_KEYS, tasks_of_loss
+
+    pixels, judge = recipe.model.autoencoder.pixels, _image_judge(data)
+    scores: Scores = []
+    items: list[EvaluationItem] = []
     seen = read_requests(data / "train", "t2i", recipe.data, pixels, NUM_TRAINING_IMAGES)
     for split in SCORE_SPLITS:
         requests = {task: read_requests(data / split, task, recipe.data, pixels) for task in RECORD_KEYS}
-        scores += score_split(generator, split, requests, seen, recipe, limit)
-    return scores
+        answers = measures.answer_items(generator, split, requests["i2t"])
+        scores += share_scores(answers, "exact match", "answer")
+        for task in tasks_of_loss("flow"):
+            if requests.get(task):
+                scores.append(measures.velocity_score(generator, split, requests[task], recipe.flow, task))
+        prompts = requests["t2i"][: limit or None]
+        latents = measures.generated_latents(generator, prompts, settings)
+        real = [*seen, *requests["t2i"]]
+        scores += measures.neighbour_scores(generator, split, prompts, latents, real)
+        images = _judged_images(generator, judge, split, requests, limit, settings, latents) if judge else []
+        scores += share_scores(images, "share of images", "image")
+        items += [*answers, *images]
+    if judge:
+        stems = measures.answer_items(generator, "heldout_stem", _stem_requests(recipe, data / "train"))
+        scores += share_scores(stems, "exact match", "answer")
+        scores += share_scores([replace(item, kind="stem") for item in stems], "exact match", "answer")
+        items += stems
+    return [measures.with_bar(score) for score in scores], items
+
+
+def _image_judge(data: Path) -> "ImageJudge | None":
+    """None, with a warning, where the packages that draw scenes are not installed, or the data set has no sheet of its
+    drawings."""
+    try:
+        from data_pipelines.emoji.drawing_sheet import read_sheet
+        from data_pipelines.emoji.exact import ImageJudge
+    except ModuleNotFoundError as error:
+        log.warning("exact scores are left out: they need %s; pip install 'emma-train[data]'", error.name)
+        return None
+    try:
+        return ImageJudge(read_sheet(data))
+    except UserError as error:
+        log.warning("exact scores are left out: %s", error)
+        return None
+
+
+def _judged_images(
+    generator: "Generator",
+    judge: "ImageJudge",
+    split: str,
+    requests: dict[str, list["Request"]],
+    limit: int,
+    settings: "FlowSettings",
+    latents: list[Any],
+) -> list["EvaluationItem"]:
+    """The images of prompts (`latents`) and of edits, judged."""
+    from emma_train.generate.scores import decoded_images, generated_latents
+
+    prompts, edits = requests["t2i"][: limit or None], requests.get("it2i", [])[: limit or None]
+    judged = judge.prompts(prompts, decoded_images(generator, prompts, latents))
+    changed = decoded_images(generator, edits, generated_latents(generator, edits, settings)) if edits else []
+    return [_item(split, judgement) for judgement in [*judged, *judge.edits(edits, changed)]]
+
+
+def _item(split: str, judgement: "Judgement") -> "EvaluationItem":
+    from emma_train.generate.items import EvaluationItem
+
+    request = judgement.request
+    asked = (request.task, judgement.kind, request.key, request.text, request.seed)
+    item = EvaluationItem(split, *asked, judgement.verdicts)
+    item.output, item.image, item.baseline = judgement.reading, judgement.image, judgement.baseline
+    return item
+
+
+def _stem_requests(recipe: "Recipe", train: Path) -> list["Request"]:
+    """Questions about formulas and charts that the training set `train` does not show, drawn now."""
+    from data_pipelines.emoji.build import unseen_stems
+    from data_pipelines.emoji.stem import render_stem
+    from data_pipelines.shards.images import load_resized
+    from data_pipelines.shards.index import read_manifest
+    from data_pipelines.shards.write import webp
+    from emma_train.sequence.request import Request
+
+    manifest, requests = read_manifest(train), []
+    num_train = sum(shard["tags"]["i2t"].get("stem", 0) for shard in manifest["shards"])
+    for number, stem in enumerate(unseen_stems(NUM_STEM_QUESTIONS, num_train, manifest["provenance"]["seed"])):
+        encoded = webp(render_stem(stem, STEM_SIDE), STEM_QUALITY)
+        image = load_resized(encoded, recipe.data.und, recipe.model.autoencoder.pixels)
+        for index, (question, answer) in enumerate(stem.questions):
+            key = f"stem-{number:06d}/{index}"
+            requests.append(Request(key, "i2t", question, [image], truth=answer, kind=stem.labels["stem"]))
+    return requests

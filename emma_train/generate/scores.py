@@ -1,4 +1,5 @@
-"""Scores on a held-out split with known answers. Every score names its split, its baseline and the value to reach.
+"""Scores on a held-out split with known answers. Every score has its standard error, its baseline and, perhaps, the
+value to reach.
 
 - Exact match of answers, per kind of question. Baseline: always the commonest answer.
 - Velocity loss of flow matching on the split's images. Baseline: the mean velocity.
@@ -10,69 +11,80 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from emma_train.config.schema import FlowConfig, Recipe
+from emma_train.config.schema import FlowConfig
 from emma_train.generate.generator import Generator
+from emma_train.generate.items import EvaluationItem, cluster_stderr, make_score, share_stderr
 from emma_train.generate.settings import FlowSettings, TextSettings
 from emma_train.objectives.flow import add_noise, velocity_loss
+from emma_train.sequence.layout import ImageRole
 from emma_train.sequence.pack import ImageTokens, pack
 from emma_train.sequence.request import Request, as_sample
-from emma_train.sequence.tasks import tasks_of_loss
 
 BATCH = 32
 BAR_SPLIT = "heldout_drawings"
-FEWEST = 10
-"""Kinds of question that a split asks less often have no score."""
 GROUP_BAR = 0.60
 VELOCITY_BAR = 0.60
 """Group answers: at least 60 % right. Velocity loss: at most 60 % of the baseline's."""
+ANSWER_TOKENS = 12
 
 
-def score_split(
-    generator: Generator,
-    split: str,
-    requests: dict[str, list[Request]],
-    seen: list[Request],
-    recipe: Recipe,
-    limit: int,
-) -> list[dict[str, Any]]:
-    """All scores of a split. `requests`: by task; `seen`: training images that may be nearest neighbours too; `limit`:
-    number of images to generate, 0 for all.
+def with_bar(score: dict[str, Any]) -> dict[str, Any]:
+    """The score with the value to reach, if it has one.
 
     Only BAR_SPLIT, with new drawings of concepts of the training set, has values to reach: a model cannot name a
     concept whose name it was not trained on.
     """
-    scores = answer_scores(generator, requests["i2t"])
-    for task in tasks_of_loss("flow"):
-        if requests.get(task):
-            scores.append(velocity_score(generator, requests[task], recipe.flow, task))
-    lone = [r for r in requests["t2i"] if len(r.labels.get("concepts", [])) == 1]
-    scores += neighbour_scores(generator, lone, [*seen, *lone], FlowSettings.of(recipe), limit)
-    has_bar = split == BAR_SPLIT
-    return [{**score, "split": split, "bar": score["bar"] if has_bar else None} for score in scores]
+    if score["split"] != BAR_SPLIT:
+        return score
+    if score["task"] == "i2t_group":
+        return {**score, "bar": GROUP_BAR}
+    if score["metric"] == "velocity_loss":
+        return {**score, "bar": VELOCITY_BAR * score["baseline"]}
+    return score
 
 
-def answer_scores(generator: Generator, requests: Sequence[Request]) -> list[dict[str, Any]]:
-    """Exact match per kind of question."""
-    scores = []
-    for kind in sorted({r.kind for r in requests}):
-        asked = [r for r in requests if r.kind == kind]
-        if len(asked) < FEWEST:
-            continue
-        answers = [a for batch in _batches(asked) for a in generator.generate_text(batch, TextSettings(max_tokens=12))]
-        right = sum(a.strip() == r.truth for a, r in zip(answers, asked, strict=True))
-        commonest = Counter(r.truth for r in asked).most_common(1)[0][1]
-        score = _score(f"answer: {kind}", right / len(asked), commonest / len(asked), "exact match", len(asked))
-        scores.append({**score, "bar": GROUP_BAR} if kind == "group" else score)
-    return scores
+def answer_items(generator: Generator, split: str, requests: Sequence[Request]) -> list[EvaluationItem]:
+    """Answers to questions, right where they match the truth exactly. Baseline: the commonest answer of the kind."""
+    commonest = {
+        kind: Counter(r.truth for r in requests if r.kind == kind).most_common(1)[0][0]
+        for kind in {r.kind for r in requests}
+    }
+    items, settings = [], TextSettings(max_tokens=ANSWER_TOKENS)
+    for asked in _batches(sorted(requests, key=lambda r: r.kind)):
+        for request, answer in zip(asked, generator.generate_text(asked, settings), strict=True):
+            right = {"exact_match": answer.strip() == request.truth}
+            item = EvaluationItem(split, "i2t", request.kind, request.key, request.text, request.seed, right)
+            item.output, item.truth = answer.strip(), request.truth or ""
+            item.baseline = {"exact_match": commonest[request.kind] == request.truth}
+            items.append(item)
+    return items
+
+
+def generated_latents(generator: Generator, requests: Sequence[Request], settings: FlowSettings) -> list[Tensor]:
+    """Unscaled latents of the images that a model makes for the requests."""
+    return [x for asked in _batches(requests) for x in generator.generate_latents(asked, settings)]
+
+
+def decoded_images(generator: Generator, requests: Sequence[Request], latents: Sequence[Tensor]) -> list[np.ndarray]:
+    """The images of generated latents: uint8 [H, W, 3]."""
+    side = generator.patch * generator.shuffle
+    return [
+        generator.autoencoder.decode(latent, r.size[0] // side, r.size[1] // side).numpy()
+        for latent, r in zip(latents, requests, strict=True)
+    ]
 
 
 @torch.no_grad()
-def velocity_score(generator: Generator, requests: Sequence[Request], flow: FlowConfig, task: str) -> dict[str, Any]:
+def velocity_score(
+    generator: Generator, split: str, requests: Sequence[Request], flow: FlowConfig, task: str
+) -> dict[str, Any]:
     """Mean velocity loss over the requests' targets, and that of predicting the mean velocity of each channel."""
-    losses, velocities = [], []
+    losses: list[Tensor] = []
+    velocities = []
     for asked in _batches(requests):
         samples = []
         for request, latents in zip(asked, generator.latents_of(asked), strict=True):
@@ -86,40 +98,46 @@ def velocity_score(generator: Generator, requests: Sequence[Request], flow: Flow
         batch = pack(samples).to(generator.autoencoder.device)
         assert batch.latents is not None
         step = add_noise(batch, batch.latents * generator.autoencoder.scale, flow)
-        losses.append(velocity_loss(generator.model(batch, step.latents, step.time).velocity, step.velocity))
+        loss = velocity_loss(generator.model(batch, step.latents, step.time).velocity, step.velocity)
+        losses += loss.split([rows * columns for rows, columns in batch.grids[ImageRole.TARGET]])
         velocities.append(step.velocity)
     velocity = torch.cat(velocities)
     baseline = float((velocity - velocity.mean(0)).square().mean())
-    score = _score(
-        f"velocity loss: {task}", float(torch.cat(losses).mean()), baseline, "mean squared error", len(requests)
-    )
-    return {**score, "higher_is_better": False, "bar": VELOCITY_BAR * baseline}
+    means = [float(loss.mean()) for loss in losses]
+    stderr = cluster_stderr(means, [r.key.partition("/")[0] for r in requests])
+    mean = float(torch.cat(losses).mean())
+    score = make_score(f"velocity loss: {task}", mean, baseline, "mean squared error", len(requests), stderr)
+    return {**score, "split": split, "task": task, "metric": "velocity_loss", "higher_is_better": False}
 
 
 def neighbour_scores(
-    generator: Generator, requests: Sequence[Request], real: Sequence[Request], settings: FlowSettings, limit: int
+    generator: Generator, split: str, requests: Sequence[Request], latents: Sequence[Tensor], real: Sequence[Request]
 ) -> list[dict[str, Any]]:
-    """Generate an image for each request; share of them whose nearest real image has the prompted label."""
-    requests = requests[: limit or None]
-    if not requests:
+    """Share of the images generated for the requests (`latents`) whose nearest real image has the prompted label.
+
+    Only prompts and real images of one concept count.
+    """
+    pairs = [(r, x) for r, x in zip(requests, latents, strict=True) if _is_lone(r)]
+    known = [r for r in real if r.target is not None and _is_lone(r)]
+    if not pairs or not known:
         return []
-    made = [x for asked in _batches(requests) for x in generator.generate_latents(asked, settings)]
-    known = [r for r in real if r.target is not None and len(r.labels.get("concepts", [])) == 1]
     encoded = generator.autoencoder.encode([torch.from_numpy(r.target) for r in known])
-    nearest = torch.cdist(_flat(made), _flat(encoded)).argmin(1).tolist()
+    nearest = torch.cdist(_flat([x for _, x in pairs]), _flat(encoded)).argmin(1).tolist()
     scores = []
     for label in ("concepts", "style", "background"):
-        wanted = [r.labels.get(label) for r in requests]
+        wanted = [r.labels.get(label) for r, _ in pairs]
         real_labels = [r.labels.get(label) for r in known]
-        hits = sum(real_labels[n] == w for n, w in zip(nearest, wanted, strict=True)) / len(wanted)
+        hits = [float(real_labels[n] == w) for n, w in zip(nearest, wanted, strict=True)]
         chance = sum(real_labels.count(w) for w in wanted) / (len(wanted) * len(real_labels))
-        scores.append(_score(f"nearest image: {label.removesuffix('s')}", hits, chance, "share of images", len(wanted)))
+        stderr = share_stderr(hits, [r.key.partition("/")[0] for r, _ in pairs])
+        name = label.removesuffix("s")
+        score = make_score(f"nearest image: {name}", float(np.mean(hits)), chance, "share of images", len(hits), stderr)
+        scores.append({**score, "split": split, "task": "t2i", "metric": f"nearest_{name}"})
     return scores
 
 
-def _score(name: str, value: float, baseline: float, unit: str, num: int) -> dict[str, Any]:
-    score = {"name": name, "value": value, "baseline": baseline, "unit": unit, "num": num}
-    return {**score, "bar": None, "higher_is_better": True}
+def _is_lone(request: Request) -> bool:
+    return len(request.labels.get("concepts", [])) == 1
 
 
 def _batches(requests: Sequence[Request]) -> Iterator[Sequence[Request]]:

@@ -15,7 +15,7 @@ from emma_train.report.gallery import samples_html
 from emma_train.report.metrics import loss_charts, loss_warning, machine_charts, run_axis, times_html
 from emma_train.report.overview import header_html, tiles_html
 from emma_train.report.page import html_page, html_section
-from emma_train.report.scores import scores_html
+from emma_train.report.scores import scores_html, sheet_html
 from emma_train.report.stage_run import StageRun, read_object, read_scores, read_stage_run, stage_folders
 from emma_train.storage.files import write_atomic
 
@@ -57,6 +57,7 @@ def render_report(run: Path) -> str:
             header_html(run, stages, scores, environment),
             _stages_section(stages),
             _scores_section(scores),
+            _judged_section([run, *(stage.folder for stage in stages)]),
             _samples_section(stages),
             _losses_section(losses, stages),
             _machine_section(machine, stages),
@@ -92,6 +93,15 @@ def _scores_section(scores: list[dict[str, Any]]) -> str:
     if not scores:
         return ""
     return html_section("scores", "Scores", "Measured after training, on the named split.", scores_html(scores))
+
+
+def _judged_section(folders: list[Path]) -> str:
+    """The contact sheet of the first folder that has one."""
+    sheets = (sheet_html(folder / "scores" / "sheet.png") for folder in folders)
+    note = (
+        "Prompts and edits of the held-out splits. Green: all that was asked for is read from the image; red: not all."
+    )
+    return next((html_section("judged", "What was scored", note, sheet) for sheet in sheets if sheet), "")
 
 
 def _samples_section(stages: list[StageRun]) -> str:

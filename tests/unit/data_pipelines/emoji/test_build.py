@@ -1,7 +1,9 @@
 """Builds a small data set from the toy package: same bytes every time, the right amounts, complete records."""
 
 import io
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import pytest
 from PIL import Image
 
 from data_pipelines.emoji import splits
-from data_pipelines.emoji.build import BuildSettings, build_set
+from data_pipelines.emoji.build import PROMPT_KINDS, BuildSettings, build_set
 from data_pipelines.emoji.concepts import Amounts, EmojiWorld
 from data_pipelines.emoji.drawings import Catalogue
 from emma_train.errors import UserError
@@ -76,3 +78,18 @@ def test_records_are_whole(toy: Path, read_set: ReadSet) -> None:
 def test_a_folder_with_shards_is_refused(toy: Path, catalogue: Catalogue) -> None:
     with pytest.raises(UserError, match="already holds shards"):
         build_set(catalogue, WORLD, toy, SETTINGS)
+
+
+def test_scenes_have_one_prompt_of_each_kind_in_turn(tmp_path: Path, catalogue: Catalogue, read_set: ReadSet) -> None:
+    world = replace(WORLD, train=Amounts(2, 0, 0, scenes=12), scene_captions=True)
+    build_set(catalogue, world, tmp_path / "scenes", SETTINGS)
+    records = [
+        record for split, key, record, _ in read_set(tmp_path / "scenes") if split == "train" and "-scene-" in key
+    ]
+    kinds = Counter(record["t2i"][0]["kind"] for record in records)
+    assert len(records) == 12 and kinds["counting"] >= 2 and set(kinds) <= set(PROMPT_KINDS)
+    for record in records:
+        layers = record["labels"]["scenes"]["img0"]["layers"]
+        answers = {alternative["kind"]: alternative["turns"][-1]["text"] for alternative in record["i2t"]}
+        assert answers["count"] == {1: "one", 2: "two", 3: "three"}[len(layers)]
+        assert len(answers) == 3
