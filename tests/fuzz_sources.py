@@ -1,6 +1,6 @@
 """Damaged and odd public sets, for every importer, and damaged shards, for the operators that need no model.
 
-    python -m tests.fuzz_sources [--cases 3000] [--seed 0] [--only img2dataset]
+    python -m tests.fuzz_sources [--cases 3000] [--minutes 30] [--seed 0] [--only img2dataset]
 
 Each case changes one thing in one file of a small set (tests/odd_content.py), imports it and holds the result against
 that of the intact set. Right is: refused in one line; or every item is a record or a reject with a reason, the counts
@@ -198,6 +198,7 @@ def _hang(*arguments: Any) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=3000)
+    parser.add_argument("--minutes", type=float, default=1e9, help="no further case is begun after so long")
     parser.add_argument("--seed", type=int, default=0, help="of the first case")
     parser.add_argument("--only", default="", choices=["", *SOURCES])
     arguments = parser.parse_args()
@@ -209,6 +210,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         fuzz = Fuzz(Path(folder))
         for number in range(arguments.cases):
+            if time.monotonic() > start + 60 * arguments.minutes:
+                break
             name, seed = names[number % len(names)], arguments.seed + number // len(names)
             what, outcome = fuzz.try_case(name, seed)
             kind, _, problem = outcome.partition(": ")
