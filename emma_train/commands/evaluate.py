@@ -129,7 +129,10 @@ def _evaluate(
         real = [*seen, *requests["t2i"]]
         scores += measures.neighbour_scores(generator, split, prompts, latents, real)
         images = _judged_images(generator, judge, split, requests, limit, settings, latents) if judge else []
-        scores += share_scores(images, "share of images", "image")
+        edits = [item for item in images if item.task == "it2i"]
+        scores += share_scores([item for item in images if item.task == "t2i"], "share of images", "image")
+        scores += share_scores(edits, "share of edits", "edit")
+        scores += share_scores([replace(item, kind="any") for item in edits], "share of edits", "edit")
         items += [*answers, *images]
     if judge:
         stems = measures.answer_items(generator, "heldout_stem", _stem_requests(recipe, data / "train"))

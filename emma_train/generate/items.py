@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-FEWEST = 10
+FEWEST = 5
 """Kinds of which a split has fewer items get no score."""
 
 
