@@ -1,6 +1,7 @@
 """Writes a package of simple drawings, so that no test needs npm."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 GROUPS = {
@@ -24,11 +25,11 @@ def svg(fill: str, shape: int, outline: bool) -> str:
     return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32">{shapes[shape % 3]} {paint}/></svg>'
 
 
-def write_package(folder: Path) -> Path:
-    """Six concepts in three styles, one of them in three skin tones, and one that the Unicode table lacks; returns the
-    folder."""
+def write_package(folder: Path, groups: Mapping[str, str] = GROUPS) -> Path:
+    """Concepts (by default six) in three styles, the waving hand in three skin tones, and one that the Unicode table
+    lacks; returns the folder."""
     colours = ("#c22", "#2a2", "#22c", "#28a", "#a82", "#fc4", "#808")
-    for i, concept in enumerate([*GROUPS, "nameless thing"]):
+    for i, concept in enumerate([*groups, "nameless thing"]):
         for style in ("flat", "modern", "high-contrast"):
             tones: tuple[str | None, ...] = (None,)
             if concept == "waving hand":
@@ -39,7 +40,7 @@ def write_package(folder: Path) -> Path:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 fill = "#000" if style == "high-contrast" else colours[(i + j) % 7]
                 path.write_text(svg(fill, i + (style == "modern"), style == "high-contrast"))
-    table = {str(i): {"slug": c.replace(" ", "_"), "group": g} for i, (c, g) in enumerate(GROUPS.items())}
+    table = {str(i): {"slug": c.replace(" ", "_"), "group": g} for i, (c, g) in enumerate(groups.items())}
     (folder / "data-by-emoji.json").write_text(json.dumps(table))
     (folder / "package.json").write_text('{"version": "9.9.9"}')
     return folder

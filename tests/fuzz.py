@@ -24,6 +24,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -106,13 +107,18 @@ def _fields(schema: type, prefix: str = "") -> Iterator[tuple[str, Setting]]:
 
 def micro_recipe(folder: Path) -> dict[str, Any]:
     """Values of the micro recipe for three steps in `folder`, with absolute paths."""
-    values = load_yaml(ROOT / "tests" / "assets" / "e0297de" / "recipe.yaml")
+    values = copy.deepcopy(_micro_values())
     values["run"]["root"] = str(folder / "runs")
     values["model"]["autoencoder"]["path"] = str(ASSETS / "autoencoder")
     values["data"]["tokenizer"] = str(ASSETS / "tokenizer")
     values["data"]["sources"][0]["path"] = str(ASSETS / "emoji" / "train")
     values["train"] |= {"steps": STEPS, "save_every": STEPS}
     return values
+
+
+@lru_cache(maxsize=1)
+def _micro_values() -> dict[str, Any]:
+    return load_yaml(ROOT / "tests" / "assets" / "e0297de" / "recipe.yaml")
 
 
 def with_value(values: dict[str, Any], case: Case) -> dict[str, Any]:
@@ -130,11 +136,16 @@ def with_value(values: dict[str, Any], case: Case) -> dict[str, Any]:
     return values
 
 
+def _write_recipe(path: Path, case: Case) -> None:
+    values = with_value(micro_recipe(path.parent), case)
+    path.write_text(yaml.dump(values, Dumper=yaml.CSafeDumper, allow_unicode=True))
+
+
 def check_recipe_case(case: Case) -> str:
     """`refused` or `passed` by the checks before training, or what went wrong with a case."""
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary) / "recipe.yaml"
-        path.write_text(yaml.safe_dump(with_value(micro_recipe(Path(temporary)), case), allow_unicode=True))
+        _write_recipe(path, case)
         try:
             for file, recipe in load_stages(path):
                 stage_of(recipe, str(file))
@@ -150,7 +161,7 @@ def try_recipe(case: Case, timeout_s: float = 120) -> str:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         path = folder / "recipe.yaml"
-        path.write_text(yaml.safe_dump(with_value(micro_recipe(folder), case), allow_unicode=True))
+        _write_recipe(path, case)
         result = try_command(["train", str(path)], folder, timeout_s)
         if result != "done":
             return result

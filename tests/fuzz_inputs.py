@@ -8,18 +8,22 @@ runs/micro/                      a run of four steps with the checkpoints of ste
 export/                          its export
 llm/, vision/, autoencoder/      Hugging Face folders of random models; the weights of llm are in several files
 package/                         drawings of an npm package
+formats/NAME/                    a source of every importer
 image.png, file, folder/         an image to ask about; what is no folder and no file
 """
 
 import os
 import resource
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from data_pipelines.emoji.concepts import TINY_CONCEPTS
 from emma_train.config.load import load_yaml
+from tests import more_public_formats, public_formats
 from tests.distributed.spawn import run_ranks
 from tests.drawings import write_package
 from tests.helpers import ASSETS, ROOT
@@ -63,6 +67,35 @@ CACHE_LATENTS = Command(
 EXPORT = Command(["export", "runs/micro", "export"])
 
 
+def _energon(folder: Path) -> None:
+    members = [("a.jpg", public_formats.jpeg(0)), ("a.txt", b"a caption")]
+    more_public_formats.write_energon(folder, "CaptioningSample", {"image": "png,jpg", "caption": "txt"}, members)
+
+
+def _captioned_images(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    (folder / "0.png").write_bytes(png(0))
+    (folder / "0.txt").write_text("a caption")
+
+
+SOURCES: dict[str, Callable[[Path], Any]] = {
+    "llava-pretrain": public_formats.write_llava_pretrain,
+    "llava-json": public_formats.write_llava_pretrain,
+    "llava-onevision": public_formats.write_onevision,
+    "finevision": lambda folder: public_formats.write_finevision(folder, "ai2d"),
+    "omniedit": public_formats.write_omniedit,
+    "img2dataset": public_formats.write_img2dataset,
+    "x2i2": more_public_formats.write_x2i2,
+    "bagel": more_public_formats.write_bagel,
+    "energon": _energon,
+    "hf-parquet": more_public_formats.write_any_parquet,
+    "folder": _captioned_images,
+    "tuxpaint-stamps": more_public_formats.write_stamps,
+    "openclipart": more_public_formats.write_clip_art,
+}
+"""Writes a small source of each importer."""
+
+
 def make_inputs(folder: Path) -> Path:
     """Write all inputs to a folder, which is returned."""
     from tests import public  # imports transformers, for seconds
@@ -72,7 +105,9 @@ def make_inputs(folder: Path) -> Path:
     (folder / "image.png").write_bytes(png(0, 64))
     (folder / "file").write_text("a file\n")
     (folder / "folder").mkdir()
-    write_package(folder / "package")
+    write_package(folder / "package", {name: group for group, names in TINY_CONCEPTS.items() for name in names})
+    for name, write in SOURCES.items():
+        write(folder / "formats" / name)
     write_shards(folder / "shards", every_task(6), per_shard=9)
     for split in ("train", "heldout_drawings", "heldout_concepts"):
         write_shards(folder / "prompts" / split, every_task(1))

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from data_pipelines.cli import build_parser
 from emma_train import cli
-from tests.fuzz_inputs import AUTOENCODER, TOKENIZER, Command, make_inputs, problem_of, try_command
+from tests.fuzz_inputs import AUTOENCODER, SOURCES, TOKENIZER, Command, make_inputs, problem_of, try_command
 
 log = logging.getLogger(__name__)
 VALUES = {
@@ -36,7 +36,21 @@ VALUES = {
     "folder": "folder",
     "file": "file",
 }
+EXPRESSION = {"unclosed": "('", "several": "1; 2", "null": "NULL"}
+MORE_VALUES = {
+    **dict.fromkeys(("--where", "--per", "--balance", "--spread", "--best", "--tag", "--captions"), EXPRESSION),
+    "--map": {
+        "no field of ours": "colour=how",
+        "no field of theirs": "text=colour",
+        "half": "text=",
+        "unclosed": "text=json[",
+        "no index": "text=json[0][[]",
+    },
+}
+"""Further values of options that take SQL or FIELD=NAME."""
 RIGHT = ("refused", "done")
+LEGAL_LINE = "legal"
+"""The name of the case in which no value is wrong."""
 IMAGE = {"--prompt": ["a cat"], "--task": ["t2i"], "--steps": ["1"], "--size": ["32", "32"]}
 LEGAL: dict[str, dict[str, list[str]]] = {
     "emma-train train": {"recipe": ["recipe.yaml"]},
@@ -78,7 +92,12 @@ LEGAL: dict[str, dict[str, list[str]]] = {
         "--workers": ["1"],
     },
     "emma-data select": {"out": ["out"], "--from": ["shards"], "--threads": ["1"]},
-    "emma-data materialize": {"selection": ["selection"], "out": ["out"], "--tokenizer": [TOKENIZER]},
+    "emma-data materialize": {
+        "selection": ["selection"],
+        "out": ["out"],
+        "--tokenizer": [TOKENIZER],
+        "--workers": ["1"],
+    },
     "emma-data card": {"folder": ["shards"]},
     "emma-data run": {"recipe": ["data.yaml"]},
     "emma-data index": {"folder": ["shards"], "--tokenizer": [TOKENIZER], "--workers": ["1"]},
@@ -87,16 +106,22 @@ LEGAL: dict[str, dict[str, list[str]]] = {
     "emma-data stats": {"folder": ["shards"]},
 }
 """Values with which each command runs, by option or name of the positional."""
-IMPORTER = {"source": ["shards"], "out": ["out"], "--tokenizer": [TOKENIZER], "--workers": ["1"]}
-"""The same of the importers of public formats, and of any command that is not listed."""
+IMPORTER = {"out": ["out"], "--tokenizer": [TOKENIZER], "--workers": ["1"]}
+"""The same of the importers of public formats, beside their source."""
+EDIT_MAP = {"--map": ["source=before", "target=after", "instruction=how"]}
+LEGAL |= {f"emma-data import {name}": {"source": [f"formats/{name}"], **IMPORTER} for name in SOURCES}
+LEGAL["emma-data import hf-parquet"] |= EDIT_MAP
 ALSO = {
     "slurm": {"--on": ["slurm"]},
     "--image": {"--task": ["it2i"]},
     "--image-guidance": {"--task": ["it2i"], "--image": ["image.png"]},
     "--temperature": {"--task": ["i2t"], "--image": ["image.png"], "--max-tokens": ["4"]},
     "--max-tokens": {"--task": ["i2t"], "--image": ["image.png"]},
+    "--per": {"--top": ["1"]},
+    "--captions": {"--tokenizer": [TOKENIZER]},
+    "emma-data select --tokenizer": {"--captions": ["key"]},
 }
-"""What else an option needs to have an effect."""
+"""What else an option, or one of a command, needs to have an effect."""
 
 
 @dataclass(frozen=True)
@@ -112,14 +137,19 @@ class Case:
     argv: tuple[str, ...]
 
     def __str__(self) -> str:
-        return f"{self.command} {self.option}={self.name}"
+        return f"{self.command} {self.option}={self.name}" if self.option else f"{self.command} {self.name}"
 
 
 def option_cases() -> list[Case]:
-    """Every option and positional of every command with every wrong value; a switch is given once."""
-    return [
-        case for name, parser in commands() for action in options_of(parser) for case in _cases(name, parser, action)
-    ]
+    """Every option and positional of every command with every wrong value; a switch is given once. Before them, for
+    every command, its legal values."""
+    return [case for name, parser in commands() for case in _cases_of(name, parser)]
+
+
+def _cases_of(command: str, parser: argparse.ArgumentParser) -> Iterator[Case]:
+    yield Case(command, "", LEGAL_LINE, _argv(command, parser, LEGAL[command]))
+    for action in options_of(parser):
+        yield from _cases(command, parser, action)
 
 
 def commands() -> Iterator[tuple[str, argparse.ArgumentParser]]:
@@ -148,13 +178,13 @@ def _leaves(name: str, parser: argparse.ArgumentParser) -> Iterator[tuple[str, a
 
 def _cases(command: str, parser: argparse.ArgumentParser, action: argparse.Action) -> Iterator[Case]:
     option = name_of(action)
-    legal = LEGAL.get(command, IMPORTER) | ALSO.get(option, {})
+    legal = LEGAL[command] | ALSO.get(option, {}) | ALSO.get(f"{command} {option}", {})
     if command.endswith("launch") and any(action in group._group_actions for group in _slurm_groups(parser)):
         legal |= ALSO["slurm"]
     if action.nargs == 0:
         yield Case(command, option, "given", _argv(command, parser, legal | {option: []}))
         return
-    for name, value in VALUES.items():
+    for name, value in {**VALUES, **MORE_VALUES.get(option, {})}.items():
         num = action.nargs if isinstance(action.nargs, int) else 1
         yield Case(command, option, name, _argv(command, parser, legal | {option: [value] * num}))
 
@@ -184,6 +214,8 @@ def try_case(case: Case, inputs: Path) -> str:
         ended = try_command(Command(list(case.argv), module), folder)
         if (problem := problem_of(ended)) or (ended.code == 1 and not ended.is_one_line):
             return problem or f"exit code 1: {ended.err[-1000:]}{ended.out[-300:]}"
+        if case.name == LEGAL_LINE and ended.code != 0:
+            return f"legal values are refused: {ended.err[-1000:]}"
         return "done" if ended.code == 0 else "refused"
 
 

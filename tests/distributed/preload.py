@@ -6,13 +6,17 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import diffusers.models.autoencoders.autoencoder_dc  # noqa: F401
+import pandas  # noqa: F401 (pyarrow imports it when it first makes an array)
 import torch.distributed.checkpoint.state_dict
 import torch.distributed.fsdp
 
+import data_pipelines.cli
 import data_pipelines.loader.loader
-import data_pipelines.loader.requests  # noqa: F401
+import data_pipelines.loader.requests
+import data_pipelines.prepare.importers.import_source  # noqa: F401
 import emma_train.cli
 import emma_train.generate.samples
+import emma_train.report.report
 import emma_train.training.loop  # noqa: F401
 import tests.distributed.ranks
 import tests.object_stores  # noqa: F401
