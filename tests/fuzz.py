@@ -41,6 +41,8 @@ from tests.helpers import ASSETS, ROOT
 log = logging.getLogger(__name__)
 MEMORY = 4 << 30
 STEPS = 3
+TIMEOUT_S = 600
+"""Long, so that a busy machine makes no hang; a run takes a second."""
 VALUES: dict[str, Any] = {
     "wrong type": "word",
     "zero": 0,
@@ -156,7 +158,7 @@ def check_recipe_case(case: Case) -> str:
         return "passed"
 
 
-def try_recipe(case: Case, timeout_s: float = 120) -> str:
+def try_recipe(case: Case, timeout_s: float = TIMEOUT_S) -> str:
     """`refused`, `trained`, or what went wrong with a case; in a process of its own."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

@@ -1,12 +1,12 @@
 """Imported once by the server that ranks are forked from (spawn.py), so that ranks start fast."""
 
+import contextlib
 import gc
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import diffusers.models.autoencoders.autoencoder_dc  # noqa: F401
-import pandas  # noqa: F401 (pyarrow imports it when it first makes an array)
 import torch.distributed.checkpoint.state_dict
 import torch.distributed.fsdp
 
@@ -20,6 +20,9 @@ import emma_train.report.report
 import emma_train.training.loop  # noqa: F401
 import tests.distributed.ranks
 import tests.object_stores  # noqa: F401
+
+with contextlib.suppress(ModuleNotFoundError):
+    import pandas  # noqa: F401 (pyarrow imports it, where it is installed, when it first makes an array)
 
 torch.set_num_threads(1)
 # The trainer collects garbage before its first step, which would copy every page of these modules in every rank.
