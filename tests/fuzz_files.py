@@ -192,7 +192,8 @@ def _run_content(run: Path) -> dict[str, Any]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = sorted((run / "checkpoints").glob("step-*[0-9]"))
     shards = {str(file.relative_to(run)): _digest(file) for step in steps[-1:] for file in step.rglob("*.distcp")}
-    return {"last": {key: lines[-1].get(key) for key in SAME_EVERYWHERE}, **shards}
+    last = lines[-1] if lines else {}  # a run that was refused may have an empty file
+    return {"last": {key: last.get(key) for key in SAME_EVERYWHERE}, **shards}
 
 
 def _digest(file: Path) -> str:
