@@ -1,12 +1,17 @@
-"""Measures the preparation of data: records/s of operators that need no model, selecting, materializing.
+"""Measures the preparation of data: records/s of operators that need no model, importing, selecting, materializing, and
+memory over the number of shards.
 
 --rows     synthetic index rows for select, in files of 1,250,000 (default 2,000,000; 50,000,000 takes minutes)
---records  records of the shards that operators read
+--records  records of the shards that operators read, and of the sets that are imported
+--shards   numbers of tiny shards over which the memory of the driver is measured (1,000 takes a minute)
 """
 
 import argparse
 import json
+import os
 import resource
+import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -16,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from PIL import Image
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
@@ -35,10 +41,19 @@ from data_pipelines.prepare.select_rows import (  # noqa: E402
 from data_pipelines.prepare.selection_rules import SelectionRules, aspect_bucket, selection_sql  # noqa: E402
 from data_pipelines.shards.build_index import index_folder  # noqa: E402
 from data_pipelines.shards.write import ShardWriter, webp  # noqa: E402
+from tests.public_formats import HUB_IMAGE, hub_image, jpeg, write_table, write_tar  # noqa: E402
 
 ROWS_PER_FILE = 1_250_000
+PEAK = """
+import resource, sys
+from data_pipelines.cli import main
+code = main(sys.argv[1:])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+sys.exit(code)
+"""
 OPERATORS = ("size", "language", "phash", "stem", "quality")
 TOKENIZER = ROOT / "recipes" / "tiny" / "assets" / "tokenizer"
+GREY = webp(Image.new("RGB", (32, 32), "grey"), 80)
 
 
 def main() -> None:
@@ -46,13 +61,17 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="the last line is one flat JSON object")
     parser.add_argument("--rows", type=int, default=2_000_000)
     parser.add_argument("--records", type=int, default=400)
+    parser.add_argument("--shards", type=int, nargs="*", default=[10, 100])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--memory-gib", type=float, default=4.0)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        figures = operator_figures(Path(folder) / "set", arguments.records)
         limits = EngineLimits(arguments.memory_gib, arguments.threads)
-        figures |= select_figures(Path(folder) / "rows", arguments.rows, limits)
+        figures = select_figures(Path(folder) / "rows", arguments.rows, limits)  # first: its peak is the process's
+        figures |= operator_figures(Path(folder) / "set", arguments.records)
+        figures |= import_figures(Path(folder) / "public", arguments.records)
+        for num in arguments.shards:
+            figures |= memory_figures(Path(folder) / f"shards{num}", num)
     for name, value in figures.items():
         sys.stdout.write(f"{name:32} {value:,.2f}\n")
     if arguments.json:
@@ -61,8 +80,6 @@ def main() -> None:
 
 def operator_figures(folder: Path, num: int) -> dict[str, float]:
     """Records per second and core of each operator, and MB/s of materialize against copying the tar."""
-    from PIL import Image
-
     rng = np.random.default_rng(0)
     smooth = rng.integers(0, 256, (num, 8, 8, 3), dtype=np.uint8)
     with ShardWriter(folder, max_samples=num) as writer:
@@ -83,6 +100,67 @@ def operator_figures(folder: Path, num: int) -> dict[str, float]:
         lambda: materialize(folder.parent / "selection", copied, TOKENIZER, JobOptions())
     )
     return figures | {"tar_copy_mb_per_s": size / copy}
+
+
+def import_figures(folder: Path, num: int) -> dict[str, float]:
+    """MB/s of images that one process imports, from parquet and from tars, and of copying such a tar."""
+    jpegs = [jpeg(number, 512) for number in range(num)]
+    size = sum(map(len, jpegs)) / 1e6
+    texts = pa.list_(pa.struct([("user", pa.string()), ("assistant", pa.string())]))
+    schema = [("images", pa.list_(HUB_IMAGE)), ("texts", texts)]
+    rows = [{"images": [hub_image(j)], "texts": [{"user": "What is this?", "assistant": "Noise."}]} for j in jpegs]
+    write_table(folder / "finevision" / "0.parquet", schema, rows)
+    members = [(f"{i:09d}.{end}", data) for i, j in enumerate(jpegs) for end, data in (("jpg", j), ("txt", b"Noise."))]
+    write_tar(folder / "img2dataset" / "00000.tar", members)
+    figures = {}
+    for name in ("finevision", "img2dataset"):
+        for suffix, options in (("", ()), ("_header_only", ("--header-only",))):
+            out = folder / f"{name}{suffix}-out"
+            words = ["import", name, folder / name, out, "--tokenizer", TOKENIZER, "--workers", 1, *options]
+            elapsed = seconds(lambda: main_of_data(list(map(str, words))))  # noqa: B023
+            figures[f"import_{name}{suffix}_mb_per_s"] = size / elapsed
+    tar = folder / "img2dataset" / "00000.tar"
+    copied = seconds(lambda: copy_file(tar, folder / "copy.tar"))
+    return figures | {"import_mb": size, "import_tar_copy_mb_per_s": tar.stat().st_size / 1e6 / copied}
+
+
+def memory_figures(folder: Path, num: int) -> dict[str, float]:
+    """Peak memory in MiB of the driver of each command over `num` shards of two records, in a process of its own."""
+    with ShardWriter(folder / "set", max_samples=2) as writer:
+        for number in range(2 * num):
+            record = {"t2i": [{"target": "img0", "text": f"a grey image, number {number}"}]}
+            writer.write(f"r{number}", record, {"img0": GREY})
+    commands: dict[str, list[str]] = {
+        "index": ["index", "set", "--tokenizer", str(TOKENIZER), "--workers", "1"],
+        "annotate": ["annotate", "phash", "set", "--workers", "1"],
+        "select": ["select", "selection", "--from", "set", "--where", "phash.hash IS NOT NULL", "--threads", "1"],
+        "materialize": ["materialize", "selection", "copy", "--tokenizer", str(TOKENIZER), "--workers", "1"],
+    }
+    return {f"{name}_{num}_shards_mib": peak_mib(words, folder) for name, words in commands.items()}
+
+
+def peak_mib(words: list[str], folder: Path) -> float:
+    """Peak memory of a command of emma-data, run in a folder."""
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, *words], cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return float(done.stdout.split()[-1])
+
+
+def main_of_data(words: list[str]) -> None:
+    """One command of emma-data, which must succeed."""
+    from data_pipelines.cli import main as run_command
+
+    if run_command(words) != 0:
+        raise RuntimeError(f"emma-data {' '.join(words)} failed")
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file and wait until it is on the disk, as an import does."""
+    shutil.copyfile(source, target)
+    with open(target, "rb") as file:
+        os.fsync(file.fileno())
 
 
 def select_figures(folder: Path, num_rows: int, limits: EngineLimits) -> dict[str, float]:
