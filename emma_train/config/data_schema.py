@@ -109,7 +109,7 @@ class DataConfig:
     text_dropout: float = setting(0.1, at_least=0, at_most=1)
     """Probability that a generation prompt is dropped, for guidance."""
     reference_dropout: float = setting(0.1, at_least=0, at_most=1)
-    """Probability that editing loses its reference image, for guidance."""
+    """Probability that editing loses its reference image, for guidance. BAGEL takes 0.3."""
     workers: int = setting(0, at_least=0, at_most=1024, resume="free")
     """Loader processes per rank; 0 reads in a background thread of the trainer."""
     prefetch: int = setting(8, more_than=0, at_most=65536, resume="free")

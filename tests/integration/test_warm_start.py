@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from emma_train.checkpoint import folder as folders
+from tests.distributed.ranks import command
+from tests.distributed.spawn import run_ranks
 from tests.helpers import ASSETS, ROOT
 from tests.runs import checkpoint, train
 
@@ -55,6 +57,18 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
         "same": [f"model.autoencoder.path={same[0]}", f"data.tokenizer={same[1]}"],
         "model.autoencoder.path": [f"model.autoencoder.path={other}"],
     }
+
+
+def test_a_tokenizer_that_changed_is_refused_by_what_reads_a_run(run: Path, tmp_path: Path) -> None:
+    tokenizer = Path(shutil.copytree(ASSETS / "tokenizer", tmp_path / "tokenizer"))
+    train(RECIPE, f"run.root={run.parent}", "train.steps=5", f"data.tokenizer={tokenizer}")
+    with (tokenizer / "tokenizer.json").open("a") as file:
+        file.write("\n")
+    asked = ["--task", "t2i", "--prompt", "a cat", "--steps", "1", "--size", "32", "32", "--device", "cpu"]
+    for argv in (["export", str(run), str(tmp_path / "exported")], ["generate", str(run), *asked]):
+        (outcome,) = run_ranks(1, command, argv)
+        assert outcome.value == 2, outcome.err
+        assert "its weights belong to another data.tokenizer: its content has the hash " in outcome.error_lines[-1]
 
 
 def test_content_decides_and_not_the_path(run: Path, tmp_path: Path, parts: dict[str, list[str]]) -> None:

@@ -147,6 +147,16 @@ def test_every_stage_of_the_full_size_has_the_same_start_values_and_questions() 
         assert len(full(stage).data.caption_questions) == 6
 
 
+def test_stage_2_draws_stem_to_general_and_portrait_to_general_one_to_one() -> None:
+    _, *balanced = phases(full("stage2"))
+    for task, tag in (("i2t", "stem"), ("t2i", "portrait")):
+        for phase in balanced:
+            sources = [source for source in phase.sources or [] if source.tasks == [task]]
+            ((first, second),) = [sources]
+            assert (first.require_tags, second.exclude_tags) == ([tag], [tag])
+            assert first.path == second.path and first.weight == second.weight == 1
+
+
 def test_images_of_the_full_size_are_generated_as_bagel_does() -> None:
     for stage in STAGES:
         flow = FlowSettings.of(full(stage))

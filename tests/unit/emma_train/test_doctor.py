@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from emma_train import doctor as module
-from emma_train.doctor import Check, checks, doctor
+from emma_train.doctor import Check, _shared_memory, checks, doctor
 
 
 def by_name(results: list[Check]) -> dict[str, Check]:
@@ -81,6 +81,15 @@ def test_little_disk_is_a_warning(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=2 * 2**30))
     disk = by_name(checks(tmp_path / "runs"))[str(tmp_path / "runs")]
     assert (disk.status, disk.detail) == ("warn", "2 GiB free")
+
+
+def test_a_small_shared_memory_is_a_warning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(total=64 * 2**20))
+    memory = _shared_memory(tmp_path)
+    assert (memory.status, memory.detail) == ("warn", "64 MiB")
+    assert "--shm-size=16g" in memory.advice and "data.workers=0" in memory.advice
+    assert _shared_memory(tmp_path / "none").status == "missing"
 
 
 def test_gpus_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -116,6 +116,13 @@ def test_what_shapes_do_not_tell_must_agree(section: str, key: str, other: objec
         check_settings(stored, tiny_recipe(init={"from": "a"}))
 
 
+def test_the_scale_of_positions_must_agree() -> None:
+    stored = as_dict(tiny_recipe())
+    stored["model"]["position_scale"] = 1.0
+    with pytest.raises(UserError, match=r"init.from a: model.position_scale is 1.0 there and 0.3 in this recipe"):
+        check_settings(stored, tiny_recipe(init={"from": "a"}))
+
+
 def test_the_order_of_what_is_shared_does_not_matter() -> None:
     stored = as_dict(tiny_recipe())
     stored["model"]["decoder"]["shared"].reverse()
