@@ -3,6 +3,7 @@ JSON lines, and a contact sheet of the generated images."""
 
 import json
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ FILTER = "none"
 """lm-eval names the filter of answers in every key; there is none here."""
 TASK_VERSION = 1
 SHEET_SIDE, SHEET_COLUMNS, SHEET_IMAGES = 96, 12, 96
+LINE_LETTERS, LINE_PIXELS, PROMPT_LINES = 17, 15, 4
 GREEN, RED = (0, 128, 93), (213, 94, 0)
 
 
@@ -87,7 +89,7 @@ def sample_line(number: int, item: EvaluationItem) -> dict[str, Any]:
 
 def contact_sheet(items: Sequence[EvaluationItem]) -> Image.Image:
     """The generated images in rows, each above its prompt, framed in green if all of it is right and in red if not."""
-    cell, text = SHEET_SIDE + 8, 36
+    cell, text = SHEET_SIDE + 8, PROMPT_LINES * LINE_PIXELS + 4
     columns = min(SHEET_COLUMNS, len(items))
     sheet = Image.new("RGB", (columns * cell, math.ceil(len(items) / columns) * (cell + text)), "white")
     pen = ImageDraw.Draw(sheet)
@@ -96,7 +98,7 @@ def contact_sheet(items: Sequence[EvaluationItem]) -> Image.Image:
         pen.rectangle((x + 1, y + 1, x + cell - 2, y + cell - 2), fill=GREEN if all(item.verdicts.values()) else RED)
         assert item.image is not None
         sheet.paste(Image.fromarray(item.image).resize((SHEET_SIDE, SHEET_SIDE), Image.Resampling.BOX), (x + 4, y + 4))
-        wrapped = [item.prompt[start : start + 17] for start in range(0, min(len(item.prompt), 51), 17)]
-        safe = "\n".join(wrapped).encode("ascii", "replace").decode()
+        prompt = textwrap.wrap(item.prompt, LINE_LETTERS, max_lines=PROMPT_LINES, placeholder=" ...")
+        safe = "\n".join(prompt).encode("ascii", "replace").decode()
         pen.text((x + 4, y + cell), safe, fill="black")
     return sheet

@@ -116,7 +116,7 @@ vertical-align:middle;line-height:1.4;overflow-wrap:anywhere}
 .image-grid .apart{padding-left:16px}
 .image-grid img,.answer img{display:block;border-radius:8px;background:var(--tint);object-fit:contain}
 .image-grid img{width:96px;height:96px}
-.image-grid img.sheet{width:auto;height:auto;max-width:none;border-radius:0}
+.image-grid img.sheet{width:auto;height:auto;max-width:max(100%,800px);border-radius:0}
 .answers{display:grid;grid-template-columns:repeat(auto-fill,minmax(310px,1fr));gap:16px}
 .answer{padding:16px;display:grid;grid-template-columns:96px 1fr;gap:16px;align-items:start;font-size:14px}
 .answer img{width:96px;height:96px}
