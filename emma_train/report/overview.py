@@ -58,7 +58,7 @@ def tiles_html(stages: list[StageRun]) -> str:
     tiles = []
     for stage in stages:
         ends = loss_ends(stage)
-        big = f"{short_number(ends[0])}<span>→</span><wbr>{short_number(ends[1])}" if ends else "no loss logged"
+        big = f"{short_number(ends[0])}<span>→</span>{short_number(ends[1])}" if ends else "no loss logged"
         groups = stage.summary.get("trainable")
         if isinstance(groups, dict):
             parts = [

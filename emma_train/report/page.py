@@ -35,7 +35,7 @@ section>h2~div,section>h2~figure{margin-top:24px}
 .tile{padding:18px 18px 16px;display:flex;flex-direction:column;overflow:hidden}
 .tile .spark{height:52px;margin:12px -18px 10px;width:calc(100% + 36px)}
 .tile .big{font-size:23px;font-weight:640;letter-spacing:-.02em;line-height:1.2}
-.tile .big span{color:var(--soft);font-weight:400;padding:0 .25em}
+.tile .big span{color:var(--soft);font-weight:400;padding:0 .25em;display:inline-block}
 .tile small,.tile .plain{font-size:13px;color:var(--soft)}
 .chips{list-style:none;display:flex;flex-wrap:wrap;gap:6px;margin-top:12px}
 .chips li{font-size:12.5px;line-height:1;padding:5px 8px;border-radius:99px;background:var(--tint)}
