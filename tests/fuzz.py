@@ -12,7 +12,6 @@ import copy
 import json
 import logging
 import math
-import multiprocessing
 import os
 import resource
 import sys
@@ -35,7 +34,7 @@ from emma_train.config.schema import Recipe
 from emma_train.config.setting import Setting, settings_of
 from emma_train.errors import UserError
 from emma_train.stages.stage import stage_of
-from tests.distributed.spawn import run_ranks
+from tests.distributed.spawn import fork_server, run_ranks
 from tests.helpers import ASSETS, ROOT
 
 log = logging.getLogger(__name__)
@@ -206,7 +205,7 @@ def limited_command(argv: list[str], folder: str, module: str) -> int:
 def try_all(cases: Iterable[Case]) -> dict[str, str]:
     """The result of every case by its text, two at a time. What passes the checks is tried in a process of its own."""
     cases = list(cases)
-    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("forkserver")) as processes:
+    with ProcessPoolExecutor(2, mp_context=fork_server()) as processes:
         checked = processes.map(check_recipe_case, cases, chunksize=16)
         results = {str(case): (case, result) for case, result in zip(cases, checked, strict=True)}
     passed = [case for case, result in results.values() if result == "passed"]

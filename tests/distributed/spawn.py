@@ -19,6 +19,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -61,10 +62,17 @@ def run_ranks(
         return outcomes
 
 
-def start_ranks(size: int, function: Callable[..., Any], *args: Any, folder: Path) -> list[BaseProcess]:
-    """Start function(*args) on `size` ranks as run_ranks does, and return their processes; use read_outcomes later."""
+def fork_server() -> ForkServerContext:
+    """Where processes are forked from, one for this process. It imports what training imports only if it is asked to
+    before its first process starts."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
+    return context
+
+
+def start_ranks(size: int, function: Callable[..., Any], *args: Any, folder: Path) -> list[BaseProcess]:
+    """Start function(*args) on `size` ranks as run_ranks does, and return their processes; use read_outcomes later."""
+    context = fork_server()
     port = free_port()
     processes = []
     for rank in range(size):
