@@ -7,6 +7,7 @@ from pathlib import Path
 
 from data_pipelines.commands.common_arguments import tokenizer_file
 from emma_train.errors import UserError, check_range
+from emma_train.storage.files import make_folder
 
 TINY_TOKENIZER = Path(__file__).parents[2] / "recipes" / "tiny" / "assets" / "tokenizer" / "tokenizer.json"
 
@@ -60,6 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
         table = arguments.unicode_table or fetch_package(UNICODE_TABLE, Path(temporary)) / "data-by-emoji.json"
         catalogue = read_catalogue(package, table)
         settings = BuildSettings(arguments.size, arguments.seed, arguments.quality, arguments.shard_samples)
+        make_folder(arguments.out)
         splits = build_set(catalogue, world, arguments.out, settings)
     for name in splits:
         index_folder(arguments.out / name, tokenizer, provenance(catalogue, world, settings, name))

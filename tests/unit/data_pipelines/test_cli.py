@@ -75,6 +75,7 @@ def test_index_keeps_the_provenance(imported: Path, tmp_path: Path) -> None:
     [
         (["import", "fluent-emoji", "{new}", "--package", "{empty}", "--unicode-table", "{empty}/t"], "no icons"),
         (["import", "fluent-emoji", "{set}", "{sources}"], "already holds shards"),
+        (["import", "fluent-emoji", "{set}/train/manifest.json", "{sources}"], "cannot make this folder (File exists)"),
         (["import", "fluent-emoji", "{new}", "{sources}", "--world", "tiny"], "has no drawing of"),
         (["import", "fluent-emoji", "{new}", "{sources}", "--size", "3"], "--size is 3"),
         (["import", "fluent-emoji", "{new}", "{sources}", "--tokenizer", "{empty}/none.json"], "none.json"),
