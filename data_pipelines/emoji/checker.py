@@ -31,7 +31,7 @@ from data_pipelines.emoji.scenes import (
 
 WORK_SIDE = 32
 RENDER_SIDE = 128
-"""Positions are rounded to whole pixels of images of this side, as in the images of the tiny worlds."""
+"""Side in pixels of the tiny worlds' images: positions are whole pixels at this size."""
 CELL_MARGIN = 16
 """Transparent pixels around a drawing's cell, from which the pixels at the edges of its template take their part."""
 MAX_SHIFT = 2

@@ -26,7 +26,7 @@ from data_pipelines.emoji.seeded_rng import pick
 
 COUNT_WORDS = {1: "one", 2: "two", 3: "three"}
 RELATIONS = {"left": ("left of", "right of"), "top": ("above", "below")}
-"""Position of the first drawing of a layout -> how it stands to the second one, and the second one to it."""
+"""Position of the first drawing -> (relation of the first to the second, relation of the second to the first)."""
 
 
 @dataclass(frozen=True)
