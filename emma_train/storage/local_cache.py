@@ -62,7 +62,8 @@ class LocalCache:
                 with open(part, "r+b") as file:
                     for piece in pieces:
                         file.write(piece)
-                os.replace(part, path)
+                with self._room():  # a file that is renamed while the folder is listed may be missed
+                    os.replace(part, path)
             except OSError as error:
                 part.unlink(missing_ok=True)
                 raise RunError(f"data.cache_dir {self.folder}: cannot be written ({error.strerror})") from None
@@ -81,7 +82,7 @@ class LocalCache:
 
     def _try_reserve(self, part: Path, size: int) -> bool:
         """Remove copies until there is room for `part`, and create it; False while there is no room."""
-        with FileLock(self.folder / "room.lock"):
+        with self._room():
             copies = [copy for copy in self._copies() if copy.path != part]
             free = self.limit - size - sum(copy.size for copy in copies)
             for copy in copies:
@@ -93,11 +94,15 @@ class LocalCache:
                 file.truncate(size)
             return True
 
+    def _room(self) -> FileLock:
+        """Held while the copies are counted or change their names."""
+        return FileLock(self.folder / "room.lock")
+
     def _copies(self) -> list["_Copy"]:
         """Every copy and every unfinished one, the one that was read longest ago first."""
         copies = []
         for path in self.folder.iterdir():
-            with suppress(FileNotFoundError):  # other processes rename and remove files meanwhile
+            with suppress(FileNotFoundError):  # other processes remove files meanwhile
                 status = path.stat()
                 if path.suffix != ".lock":
                     copies.append(_Copy(status.st_mtime_ns, status.st_size, path))
