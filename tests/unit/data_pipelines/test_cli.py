@@ -8,6 +8,7 @@ import pytest
 
 from data_pipelines.cli import main
 from tests.helpers import ASSETS
+from tests.shards import every_task, write_shards
 
 TOKENIZER = ["--tokenizer", str(ASSETS / "tokenizer")]
 FAST = ["--size", "32", "--samples", "8", "6", "2", "--shard-samples", "10"]
@@ -90,17 +91,17 @@ def test_index_keeps_the_provenance(imported: Path, tmp_path: Path) -> None:
 def test_bad_input_is_one_line_and_exit_2(
     arguments: list[str],
     names: str,
-    imported: Path,
     package: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    written = write_shards(tmp_path / "set" / "train", every_task(2)).parent
     filled: list[str] = []
     for argument in arguments:
         if argument == "{sources}":
             filled += sources(package)
         else:
-            filled.append(argument.format(new=tmp_path / "new", empty=tmp_path, set=imported))
+            filled.append(argument.format(new=tmp_path / "new", empty=tmp_path / "empty", set=written))
     assert main(filled) == 2
     (line,) = capsys.readouterr().err.splitlines()[-1:]
     assert line.startswith("error: ")

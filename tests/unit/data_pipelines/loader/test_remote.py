@@ -27,6 +27,7 @@ from tests.servers import FileServer, s3_serving, serving
 from tests.shards import damage, every_task, write_shards
 
 STEPS = 4
+pytestmark = pytest.mark.seconds
 
 
 @pytest.fixture(scope="module")
@@ -301,7 +302,6 @@ def test_remote_latents_are_taken_like_local_ones(tmp_path: Path) -> None:
     assert all(pack.latents is not None for step in far for pack in step.packs)
 
 
-@pytest.mark.seconds
 def test_s3_is_read_through_its_usual_credentials(folder: Path) -> None:
     with s3_serving() as system:
         for path in folder.iterdir():

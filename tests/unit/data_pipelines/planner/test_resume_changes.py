@@ -167,6 +167,7 @@ def test_no_sample_of_an_epoch_is_repeated_and_none_is_lost(folders: dict[str, s
         assert len(json.dumps(state)) < 6000
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("filled", [False, True])
 def test_a_moved_folder_is_the_same_and_new_shards_begin_at_0(tmp_path: Path, filled: bool) -> None:
     settings = {"samples_per_step": 0, "pack_tokens": 150} if filled else {}
@@ -208,6 +209,7 @@ def test_a_source_that_was_removed_with_its_manifest_ends_the_epoch(tmp_path: Pa
     assert {epoch for _, _, epoch in later} == {1}
 
 
+@pytest.mark.seconds
 def test_an_unchanged_recipe_goes_on_in_the_middle_of_any_phase(folders: dict[str, str]) -> None:
     """Phases that divide and join pools: a resume makes the same pools as the run that was not interrupted."""
     phases = [

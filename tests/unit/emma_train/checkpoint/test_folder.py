@@ -157,6 +157,7 @@ class Killed(BaseException):
     pass
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("again", [False, True], ids=["a new step", "a step that is there"])
 def test_a_kill_before_any_operation_of_a_save_leaves_a_valid_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: bool

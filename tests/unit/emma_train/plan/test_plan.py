@@ -310,6 +310,7 @@ def test_stage1_fits_64_h100_and_says_so_quickly(capsys: pytest.CaptureFixture[s
     assert max(len(line) for line in out.splitlines()) <= 100
 
 
+@pytest.mark.seconds
 def test_a_plan_does_not_take_the_models_memory() -> None:
     """The command, in a process that has planned another: 31.5 GB of weights stay numbers."""
     warm_up = ["plan", str(TINY / "stage1.yaml"), "--gpus", "6"]
