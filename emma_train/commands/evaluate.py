@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     check_range("--limit", arguments.limit, 0, 10**9)
     out = output_file("--out", Path(arguments.out or f"{arguments.model}/scores.json"))
     generator, recipe, meta = load_generator(
-        arguments.model, arguments.device, not arguments.no_ema, arguments.precision
+        arguments.model, arguments.device, not arguments.no_ema, arguments.precision, not arguments.no_experts
     )
     settings = FlowSettings.of(recipe)
     scores, items = _evaluate(generator, recipe, Path(arguments.data), arguments.limit, settings)
@@ -89,6 +89,7 @@ def _about(arguments: argparse.Namespace, meta: dict[str, Any], settings: "FlowS
         "step": meta["step"],
         "checkpoint_digest": digest,
         "ema": not arguments.no_ema,
+        "experts": not arguments.no_experts,
         "device": arguments.device,
         "dtype": arguments.precision,
         "limit": arguments.limit or None,

@@ -67,7 +67,9 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         _check_marks(arguments.prompt, len(arguments.image))
     if task.makes_image:
         make_folder(Path(arguments.out))
-    generator, recipe, _ = load_generator(arguments.model, arguments.device, not arguments.no_ema, arguments.precision)
+    generator, recipe, _ = load_generator(
+        arguments.model, arguments.device, not arguments.no_ema, arguments.precision, not arguments.no_experts
+    )
     flow, text = read_settings(model, recipe)
     flow = with_overrides(flow, _given(arguments, flow), "--")
     text = with_overrides(text, _given(arguments, text), "--")

@@ -13,3 +13,6 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the weights; auto: bf16 on a GPU, fp32 on CPUs",
     )
     parser.add_argument("--no-ema", action="store_true", help="use the weights, not their average")
+    parser.add_argument(
+        "--no-experts", action="store_true", help="send every image to the versatile encoder, none to the STEM expert"
+    )

@@ -1,7 +1,7 @@
 """Requests in, text or images out. Packed samples never see each other, so a batch of requests is simply one pack."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -13,12 +13,28 @@ from emma_train.model.autoencoder import Autoencoder
 from emma_train.model.cache import KVCache
 from emma_train.objectives.counter_rng import uniform
 from emma_train.objectives.flow import draw_noise, shift
-from emma_train.sequence.layout import ImageRole, TextSegment
+from emma_train.objectives.next_token import next_token_loss
+from emma_train.sequence.layout import ImageRole, Segment, TextSegment, num_text_tokens
 from emma_train.sequence.pack import PackedBatch, Sample, continued, pack
 from emma_train.sequence.request import Request, as_sample
 from emma_train.sequence.tokens import TextTokenizer
 
 Velocity = Callable[[Tensor, float], Tensor]
+
+
+@dataclass(frozen=True)
+class AnswerLikelihood:
+    """Natural logarithms of the probabilities that a model gives an answer."""
+
+    tokens: tuple[float, ...]
+    """Of each token of the answer and, last, of its end."""
+    is_greedy: bool
+    """Whether every token of the answer is the likeliest one."""
+
+    @property
+    def text(self) -> float:
+        """Of the answer, whatever follows it."""
+        return sum(self.tokens[:-1])
 
 
 class Generator:
@@ -54,10 +70,29 @@ class Generator:
                 finished[i] = finished[i] or token in (self.tokenizer.im_end, self.tokenizer.endoftext)
                 if not finished[i]:
                     written[i].append(token)
+                    finished[i] = self._has_stop(written[i], settings.stop)
                 samples[i].segments.append(TextSegment((token,)))
             if all(finished) and not settings.fixed_length:
                 break
-        return [self.tokenizer.decode(ids) for ids in written]
+        return [_before_stop(self.tokenizer.decode(ids), settings.stop) for ids in written]
+
+    @torch.no_grad()
+    def answer_likelihoods(self, requests: Sequence[Request], answers: Sequence[str]) -> list[AnswerLikelihood]:
+        """How likely an answer to each request is: what training on request and answer has as its text loss."""
+        samples = [
+            as_sample(r, self.tokenizer, self.patch, self.shuffle, latents, answer=answer)
+            for r, answer, latents in zip(requests, answers, self.latents_of(requests), strict=True)
+        ]
+        samples = [replace(sample, segments=_only_last_supervised(sample.segments)) for sample in samples]
+        batch = pack(samples).to(self.autoencoder.device)
+        logits = self._logits(batch, None)
+        lengths = [num_text_tokens(sample.segments)[1] for sample in samples]
+        losses = next_token_loss(logits, batch.labels).split(lengths)
+        likeliest = (logits.argmax(-1) == batch.labels).split(lengths)
+        return [
+            AnswerLikelihood(tuple((-loss).tolist()), bool(is_likeliest[:-1].all()))
+            for loss, is_likeliest in zip(losses, likeliest, strict=True)
+        ]
 
     @torch.no_grad()
     def generate_latents(self, requests: Sequence[Request], settings: FlowSettings = FlowSettings()) -> list[Tensor]:
@@ -153,10 +188,19 @@ class Generator:
     ) -> Sample:
         return as_sample(request, self.tokenizer, self.patch, self.shuffle, latents, with_text, with_images)
 
+    def _has_stop(self, ids: list[int], stop: Sequence[str]) -> bool:
+        """Whether one of the texts stands at the end of what is written, with what the last token adds to it."""
+        # A token has at least one byte, so a text of n bytes lies within so many tokens and the last one.
+        return any(text in self.tokenizer.decode(ids[-len(text.encode()) - 1 :]) for text in stop)
+
     def _last_logits(self, batch: PackedBatch, cache: KVCache | None) -> Tensor:
         """Logits after the last text token of each sample: float32 [samples, vocab]."""
         batch = batch.to(self.autoencoder.device)
         batch.predictors = _last_text(batch, len(batch.keys))
+        return self._logits(batch, cache)
+
+    def _logits(self, batch: PackedBatch, cache: KVCache | None) -> Tensor:
+        """Logits at the predictors of a pack on the device: float32 [L, vocab]."""
         scale = self.autoencoder.scale
         latents = (
             batch.latents * scale if batch.latents is not None else torch.zeros(0, self.autoencoder.config.channels)
@@ -181,6 +225,19 @@ def _end_of(samples: Sequence[Sample], parts: Sequence[Sample]) -> PackedBatch:
     """A pack of the last parts of samples, at the positions that they have in the samples."""
     lengths = [sample.num_tokens - part.num_tokens for sample, part in zip(samples, parts, strict=True)]
     return continued(pack(parts), lengths)
+
+
+def _only_last_supervised(segments: Sequence[Segment]) -> list[Segment]:
+    """The segments, of which only the last one is supervised: the last answer and not those of earlier turns."""
+    return [
+        replace(s, supervised=i + 1 == len(segments)) if isinstance(s, TextSegment) else s
+        for i, s in enumerate(segments)
+    ]
+
+
+def _before_stop(text: str, stop: Sequence[str]) -> str:
+    """The text up to the first of the texts at which it ends."""
+    return text[: min([at for s in stop if (at := text.find(s)) >= 0], default=len(text))]
 
 
 def _last_text(batch: PackedBatch, num_samples: int) -> Tensor:

@@ -60,8 +60,12 @@ class TextSettings:
     """0 takes the likeliest token."""
     fixed_length: bool = False
     """Never stop early: every rank of a sharded model then runs as many forwards as the others."""
+    stop: tuple[str, ...] = ()
+    """An answer ends before the first of these texts."""
 
 
+NOT_STORED = ("fixed_length", "stop")
+"""Settings of text that one call has and a model does not."""
 Settings = TypeVar("Settings", FlowSettings, TextSettings)
 ABOVE_0 = ("steps", "shift", "max_tokens")
 HIGHEST = {
@@ -79,7 +83,7 @@ HIGHEST = {
 
 def write_settings(folder: Path, flow: FlowSettings, text: TextSettings) -> None:
     """Write generation.json."""
-    values = {"flow": asdict(flow), "text": {k: v for k, v in asdict(text).items() if k != "fixed_length"}}
+    values = {"flow": asdict(flow), "text": {k: v for k, v in asdict(text).items() if k not in NOT_STORED}}
     write_atomic(folder / SETTINGS_FILE, json.dumps(values, indent=1) + "\n")
 
 

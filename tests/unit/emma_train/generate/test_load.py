@@ -35,3 +35,17 @@ def test_a_model_in_bf16_generates_about_what_it_does_in_fp32(tmp_path: Path) ->
         assert len(generator.generate_text([question], TextSettings(4))) == 1
     difference = (latents["bf16"] - latents["fp32"]).norm() / latents["fp32"].norm()
     assert latents["bf16"].dtype == torch.float32 and 0 < difference < 0.1
+
+
+def test_without_experts_every_image_takes_the_versatile_encoder(tmp_path: Path) -> None:
+    """The router of this export sends every image to the STEM expert; the paper compares with and without."""
+    recipe = tiny_recipe("stage4_router")
+    write_export(tmp_path / "export", recipe)
+    request = Request("question", "i2t", "What is this?", [make_image(2, 2)])
+    tokens = {}
+    for threshold, use_experts in ((-1.0, True), (-1.0, False), (2.0, True)):
+        generator, _, _ = load_generator(tmp_path / "export", "cpu", use_experts=use_experts)
+        generator.model.vision.config.stem_threshold = threshold  # type: ignore[union-attr]
+        (likelihood,) = generator.answer_likelihoods([request], ["a cat"])
+        tokens[threshold, use_experts] = likelihood.tokens
+    assert tokens[-1.0, False] == tokens[2.0, True] != tokens[-1.0, True]
