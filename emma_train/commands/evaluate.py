@@ -1,7 +1,6 @@
-"""Score a model on the held-out splits of the emoji set."""
+"""Score a model on the held-out splits of the emoji set, or write and score the images of a public benchmark."""
 
 import argparse
-import hashlib
 import json
 import logging
 import time
@@ -9,7 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from emma_train.commands.model_arguments import add_model_arguments
+from emma_train.commands.model_arguments import add_flow_arguments, add_model_arguments, given_settings
 from emma_train.errors import UserError, check_range
 
 if TYPE_CHECKING:
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+EMOJI_DATA, EMOJI_LIMIT = "recipes/tiny/assets/emoji", 96
 SCORE_SPLITS = ("heldout_drawings", "heldout_concepts")
 NUM_TRAINING_IMAGES = 600
 """Training images among which a generated image's nearest neighbour is looked for, beside the split's own."""
@@ -34,33 +34,53 @@ Scores = list[dict[str, Any]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from emma_train.evaluate.layouts import BENCHMARKS
+
     add_model_arguments(parser)
-    parser.add_argument("--benchmark", choices=("emoji",), default="emoji")
-    parser.add_argument("--data", default="recipes/tiny/assets/emoji", help="folder with the held-out splits")
-    parser.add_argument("--limit", type=int, default=96, help="images to draw per split and task; 0: all (%(default)s)")
+    parser.add_argument("--benchmark", choices=("emoji", *BENCHMARKS), default="emoji", help="(%(default)s)")
+    parser.add_argument("--data", help=f"folder with the held-out splits ({EMOJI_DATA}) or the benchmark's files")
     parser.add_argument(
-        "--out", help="where to write the scores (MODEL/scores.json); a folder of that name gets the details"
+        "--limit", type=int, help=f"emoji: images per split and task ({EMOJI_LIMIT}); else: the first items; 0: all"
     )
+    parser.add_argument("--out", help="emoji: file for the scores (MODEL/scores.json); else: folder for the images")
+    images = parser.add_argument_group("of a benchmark's images")
+    images.add_argument("--check", action="store_true", help="only look for what is missing or wrong in --out")
+    images.add_argument("--batch", type=int, default=16, help="images at once (%(default)s)")
+    images.add_argument("--size", type=int, nargs=2, metavar=("WIDTH", "HEIGHT"), help="of an image in pixels")
+    add_flow_arguments(parser.add_argument_group("how to generate", "not given: as the export or recipe says"))
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """Print the scores and write them as JSON, with all items beside them."""
+    if arguments.limit is not None:
+        check_range("--limit", arguments.limit, 0, 10**9)
+    if arguments.benchmark == "emoji":
+        return _run_emoji(arguments)
+    from emma_train.commands.benchmark import run_benchmark
+
+    return run_benchmark(arguments)
+
+
+def _run_emoji(arguments: argparse.Namespace) -> int:
     from emma_train.generate.load import load_generator
     from emma_train.generate.results import write_results
-    from emma_train.generate.settings import FlowSettings
+    from emma_train.generate.settings import FlowSettings, with_overrides
     from emma_train.storage.files import output_file, write_atomic
     from emma_train.storage.paths import as_local, parse_path
 
+    if arguments.check:
+        raise UserError("--check is for the images of a benchmark; name one with --benchmark")
     if not arguments.out and as_local(parse_path(arguments.model)) is None:
         raise UserError(f"evaluate {arguments.model}: say where to write the scores (--out FILE)")
-    check_range("--limit", arguments.limit, 0, 10**9)
     out = output_file("--out", Path(arguments.out or f"{arguments.model}/scores.json"))
+    data, limit = Path(arguments.data or EMOJI_DATA), EMOJI_LIMIT if arguments.limit is None else arguments.limit
     generator, recipe, meta = load_generator(
         arguments.model, arguments.device, not arguments.no_ema, arguments.precision, not arguments.no_experts
     )
-    settings = FlowSettings.of(recipe)
-    scores, items = _evaluate(generator, recipe, Path(arguments.data), arguments.limit, settings)
-    about = _about(arguments, meta, settings)
+    flow = FlowSettings.of(recipe)
+    settings = with_overrides(flow, given_settings(arguments, flow), "--")
+    scores, items = _evaluate(generator, recipe, data, limit, settings)
+    about = _about(arguments, meta, settings, data, limit)
     write_results(_details_folder(out), scores, items, about)
     result = {"model": str(arguments.model), "stage": meta["stage"], "step": meta["step"], "scores": scores}
     write_atomic(out, json.dumps(result, indent=1) + "\n")
@@ -77,32 +97,28 @@ def _details_folder(out: Path) -> Path:
     return out.with_suffix("") if out.suffix else out.with_name(f"{out.name}-details")
 
 
-def _about(arguments: argparse.Namespace, meta: dict[str, Any], settings: "FlowSettings") -> dict[str, Any]:
+def _about(
+    arguments: argparse.Namespace, meta: dict[str, Any], settings: "FlowSettings", data: Path, limit: int
+) -> dict[str, Any]:
     """What was evaluated, how and with which code, as results.json says it."""
-    from emma_train.training.environment import PACKAGES, commit, installed_version
+    from emma_train.evaluate.settings_file import checkpoint_digest
+    from emma_train.training.environment import code_versions
 
-    digest = hashlib.sha256(json.dumps(meta, sort_keys=True, default=str).encode()).hexdigest()
     config = {
         "model": "emma",
         "model_args": str(arguments.model),
         "stage": meta["stage"],
         "step": meta["step"],
-        "checkpoint_digest": digest,
+        "checkpoint_digest": checkpoint_digest(meta),
         "ema": not arguments.no_ema,
         "experts": not arguments.no_experts,
         "device": arguments.device,
         "dtype": arguments.precision,
-        "limit": arguments.limit or None,
-        "data": str(arguments.data),
+        "limit": limit or None,
+        "data": str(data),
         "gen_kwargs": asdict(settings),
     }
-    return {
-        "config": config,
-        "model_name": str(arguments.model),
-        "date": time.time(),
-        "git_hash": commit(),
-        "package_versions": {name: v for name in PACKAGES if (v := installed_version(name))},
-    }
+    return {"config": config, "model_name": str(arguments.model), "date": time.time(), **code_versions()}
 
 
 def _evaluate(

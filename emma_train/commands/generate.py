@@ -2,9 +2,9 @@
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from emma_train.commands.model_arguments import add_model_arguments
+from emma_train.commands.model_arguments import add_flow_arguments, add_model_arguments, given_settings, wanted_size
 from emma_train.errors import UserError, check_range
 
 if TYPE_CHECKING:
@@ -14,9 +14,6 @@ if TYPE_CHECKING:
     from emma_train.generate.generator import Generator
     from emma_train.generate.settings import FlowSettings
     from emma_train.sequence.request import Request
-
-LONGEST_SIDE = 16_384
-"""Of an image to make, in pixels."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,16 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num", type=int, default=1, help="answers or images per prompt (%(default)s)")
     parser.add_argument("--size", type=int, nargs=2, metavar=("WIDTH", "HEIGHT"), help="of the image in pixels")
     settings = parser.add_argument_group("how to generate", "not given: as the export says, else as the recipe does")
-    settings.add_argument("--steps", type=int, help="flow steps")
-    settings.add_argument("--solver", choices=("euler", "heun"), help="of the flow")
-    settings.add_argument("--shift", type=float, help="of the flow's time; larger images need more")
-    settings.add_argument("--text-guidance", type=float, help="strength of the prompt")
-    settings.add_argument("--image-guidance", type=float, help="strength of the reference")
-    settings.add_argument("--guidance-from", type=float, help="guidance at flow times above this (1 is noise) alone")
-    settings.add_argument("--guidance-to", type=float, help="guidance at flow times up to this alone")
-    settings.add_argument(
-        "--guidance-renorm", action=argparse.BooleanOptionalAction, help="keep the norm that there is without guidance"
-    )
+    add_flow_arguments(settings)
     settings.add_argument("--temperature", type=float, help="0 takes the likeliest token")
     settings.add_argument("--max-tokens", type=int, help="longest answer")
     parser.add_argument("--seed", type=int, default=0)
@@ -71,12 +59,12 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         arguments.model, arguments.device, not arguments.no_ema, arguments.precision, not arguments.no_experts
     )
     flow, text = read_settings(model, recipe)
-    flow = with_overrides(flow, _given(arguments, flow), "--")
-    text = with_overrides(text, _given(arguments, text), "--")
+    flow = with_overrides(flow, given_settings(arguments, flow), "--")
+    text = with_overrides(text, given_settings(arguments, text), "--")
     image_config = task.image_config(recipe.data)
     multiple = recipe.model.autoencoder.pixels
     images = [_load_image(file, image_config, multiple) for file in arguments.image]
-    size = _image_size(arguments.size, images, recipe.data.gen.side, multiple)
+    size = wanted_size(arguments.size, images, recipe.data.gen.side, multiple)
     requests = _requests(arguments, images, size)
     if not task.makes_image:
         for answer in generator.generate_text(requests, text):
@@ -97,11 +85,6 @@ def _check_marks(prompts: list[str], num_images: int) -> None:
             raise UserError(f"--prompt {prompt!r}: {error}; give as many --image, or none of the marks") from None
 
 
-def _given(arguments: argparse.Namespace, settings: Any) -> dict[str, Any]:
-    """Values of the options that are named as fields of `settings` and were given."""
-    return {k: v for k in vars(settings) if (v := getattr(arguments, k, None)) is not None}
-
-
 def _load_image(file: str, image_config: "ImageConfig", multiple: int) -> "np.ndarray":
     """uint8 [H, W, 3], resized as in training; both sides are multiples of `multiple`. Raises UserError."""
     from data_pipelines.shards.images import load_resized
@@ -110,20 +93,6 @@ def _load_image(file: str, image_config: "ImageConfig", multiple: int) -> "np.nd
         return load_resized(Path(file).read_bytes(), image_config, multiple)
     except (OSError, ValueError, SyntaxError) as error:
         raise UserError(f"--image {file}: cannot be read ({error})") from None
-
-
-def _image_size(
-    wanted: list[int] | None, images: "list[np.ndarray]", default_side: int, multiple: int
-) -> tuple[int, int]:
-    """(height, width) in pixels: those of --size, else of the first image, else a square. Raises UserError."""
-    if wanted:
-        width, height = wanted
-        if width % multiple or height % multiple or min(width, height) <= 0 or max(width, height) > LONGEST_SIDE:
-            raise UserError(f"--size {width} {height}: both must be multiples of {multiple} up to {LONGEST_SIDE}")
-        return height, width
-    if images:
-        return images[0].shape[0], images[0].shape[1]
-    return default_side, default_side
 
 
 def _requests(arguments: argparse.Namespace, images: "list[np.ndarray]", size: tuple[int, int]) -> "list[Request]":

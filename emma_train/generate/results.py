@@ -18,7 +18,7 @@ FILTER = "none"
 TASK_VERSION = 1
 SHEET_SIDE, SHEET_COLUMNS, SHEET_IMAGES = 96, 12, 96
 LINE_LETTERS, LINE_PIXELS, PROMPT_LINES = 17, 15, 4
-GREEN, RED = (0, 128, 93), (213, 94, 0)
+GREEN, RED, GREY = (0, 128, 93), (213, 94, 0), (200, 200, 200)
 
 
 def write_results(
@@ -88,14 +88,16 @@ def sample_line(number: int, item: EvaluationItem) -> dict[str, Any]:
 
 
 def contact_sheet(items: Sequence[EvaluationItem]) -> Image.Image:
-    """The generated images in rows, each above its prompt, framed in green if all of it is right and in red if not."""
+    """The generated images in rows, each above its prompt, framed in green if all of it is right and in red if not;
+    in grey where nobody judged."""
     cell, text = SHEET_SIDE + 8, PROMPT_LINES * LINE_PIXELS + 4
     columns = min(SHEET_COLUMNS, len(items))
     sheet = Image.new("RGB", (columns * cell, math.ceil(len(items) / columns) * (cell + text)), "white")
     pen = ImageDraw.Draw(sheet)
     for number, item in enumerate(items):
         x, y = number % columns * cell, number // columns * (cell + text)
-        pen.rectangle((x + 1, y + 1, x + cell - 2, y + cell - 2), fill=GREEN if all(item.verdicts.values()) else RED)
+        frame = GREY if not item.verdicts else GREEN if all(item.verdicts.values()) else RED
+        pen.rectangle((x + 1, y + 1, x + cell - 2, y + cell - 2), fill=frame)
         assert item.image is not None
         sheet.paste(Image.fromarray(item.image).resize((SHEET_SIDE, SHEET_SIDE), Image.Resampling.BOX), (x + 4, y + 4))
         prompt = textwrap.wrap(item.prompt, LINE_LETTERS, max_lines=PROMPT_LINES, placeholder=" ...")

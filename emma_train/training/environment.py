@@ -45,8 +45,14 @@ def environment(world: "World") -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "cuda": torch.version.cuda,
-        "versions": {name: v for name in PACKAGES if (v := installed_version(name))},
+        "versions": code_versions()["package_versions"],
     }
+
+
+def code_versions() -> dict[str, Any]:
+    """Commit and versions of packages, with the names that lm-eval gives them."""
+    versions = {name: v for name in PACKAGES if (v := installed_version(name))}
+    return {"git_hash": commit(), "package_versions": versions}
 
 
 @cache

@@ -1,0 +1,145 @@
+"""The images of a public benchmark: written, checked and scored (part of `evaluate`)."""
+
+import argparse
+import logging
+import time
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from emma_train.commands.model_arguments import given_settings, wanted_size
+from emma_train.errors import UserError, check_range
+
+if TYPE_CHECKING:
+    from emma_train.config.schema import Recipe
+    from emma_train.engine.world import World
+    from emma_train.evaluate.benchmark import Benchmark, BenchmarkItem
+    from emma_train.evaluate.writer import BenchmarkRun
+
+log = logging.getLogger(__name__)
+MAX_RANK_LAG_S = 30 * 24 * 3600
+"""Ranks wait for each other at the end alone, and one may have hours more to do."""
+
+
+def run_benchmark(arguments: argparse.Namespace) -> int:
+    """Write the images that are missing in --out, or check them."""
+    from emma_train.evaluate.layouts import read_benchmark
+
+    if not arguments.data or not arguments.out:
+        raise UserError(
+            f"--benchmark {arguments.benchmark} needs --data, the folder of its official files, and --out, a folder "
+            "for the images"
+        )
+    check_range("--batch", arguments.batch, 1, 65_536)
+    benchmark, items = read_benchmark(arguments.benchmark, Path(arguments.data))
+    if arguments.check:
+        return _check(arguments, benchmark, items)
+    return _write(arguments, benchmark, items)
+
+
+def _write(arguments: argparse.Namespace, benchmark: "Benchmark", items: "list[BenchmarkItem]") -> int:
+    import torch
+
+    from emma_train.engine.world import join
+    from emma_train.evaluate.image_folder import ImageFolder
+    from emma_train.evaluate.overview import write_overview
+    from emma_train.evaluate.writer import write_images
+    from emma_train.generate.load import load_generator
+
+    limit = arguments.limit or 0
+    wanted = items[: limit or None]
+    with join(arguments.device, MAX_RANK_LAG_S) as world:
+        if world.device.type == "cpu":
+            torch.set_num_threads(1)  # sums are divided among threads, so that their number would change the images
+        generator, recipe, meta = load_generator(
+            arguments.model, arguments.device, not arguments.no_ema, arguments.precision
+        )
+        run = _benchmark_run(arguments, benchmark, items, recipe)
+        folder = ImageFolder(Path(arguments.out), world.rank)
+        world.on_main(lambda: _begin(arguments, run, meta, world))
+        num_images = write_images(run, generator, folder, limit, world)
+        if world.is_main:
+            folder.clean()
+            write_overview(benchmark, folder, wanted, run.prompts)
+            print(f"{benchmark.name}: {num_images} images generated, all of {len(wanted)} items are in {folder.images}")
+            if len(items) != benchmark.num_items:
+                log.warning("--data has %d items, the official set has %d", len(items), benchmark.num_items)
+    return 0
+
+
+def _benchmark_run(
+    arguments: argparse.Namespace, benchmark: "Benchmark", items: "list[BenchmarkItem]", recipe: "Recipe"
+) -> "BenchmarkRun":
+    from data_pipelines.shards.images import load_resized
+    from emma_train.evaluate.writer import BenchmarkRun
+    from emma_train.generate.settings import read_settings, with_overrides
+    from emma_train.sequence.geometry import image_size
+    from emma_train.sequence.tasks import TASKS
+    from emma_train.storage.paths import parse_path
+
+    flow, _ = read_settings(parse_path(arguments.model), recipe)
+    multiple, image_config = recipe.model.autoencoder.pixels, TASKS["it2i"].image_config(recipe.data)
+    return BenchmarkRun(
+        benchmark,
+        items,
+        [item.prompt for item in items],
+        with_overrides(flow, given_settings(arguments, flow), "--"),
+        wanted_size(arguments.size, [], recipe.data.gen.side, multiple),
+        lambda width, height: image_size(width, height, image_config, multiple),
+        lambda encoded: load_resized(encoded, image_config, multiple),
+        arguments.batch,
+    )
+
+
+def _begin(arguments: argparse.Namespace, run: "BenchmarkRun", meta: dict[str, Any], world: "World") -> None:
+    """Write settings.json, or check that it is what this run would write. Raises UserError."""
+    from emma_train.evaluate.settings_file import require_same_settings, checkpoint_digest, prompts_digest
+    from emma_train.generate.load import weight_type
+    from emma_train.storage.files import make_folder
+    from emma_train.training.environment import code_versions
+
+    fixed = {
+        "benchmark": run.benchmark.name,
+        "checkpoint": {"stage": meta["stage"], "step": meta["step"], "digest": checkpoint_digest(meta)},
+        "ema": not arguments.no_ema,
+        "prompts": prompts_digest(run.items),
+        "generation": asdict(run.flow),
+        "size": list(run.size),
+        "batch": run.batch,
+        "device": world.device.type,
+        "dtype": str(weight_type(arguments.precision, world.device)).removeprefix("torch."),
+    }
+    make_folder(Path(arguments.out))
+    require_same_settings(
+        Path(arguments.out), fixed, {"model": str(arguments.model), "date": time.time(), **code_versions()}
+    )
+
+
+def _check(arguments: argparse.Namespace, benchmark: "Benchmark", items: "list[BenchmarkItem]") -> int:
+    """Print what is wrong with the images. Exit code 1 where something is."""
+    from emma_train.evaluate.check_images import ImageCheck
+    from emma_train.evaluate.image_folder import ImageFolder
+    from emma_train.evaluate.settings_file import (
+        describe_checkpoint,
+        first_change,
+        prompts_digest,
+        read_benchmark_settings,
+    )
+
+    fixed = read_benchmark_settings(Path(arguments.out))["fixed"]
+    asked = {"benchmark": benchmark.name, "prompts": prompts_digest(items)}
+    if change := first_change({key: fixed.get(key) for key in asked}, asked):
+        raise UserError(f"--out {arguments.out}: {change}; name the files with which it was begun")
+    wanted, (height, width) = items[: arguments.limit or None], fixed["size"]
+    checked = ImageCheck(benchmark, ImageFolder(Path(arguments.out)), (height, width))
+    counts = Counter[str]()
+    for problem in checked.problems(wanted):
+        counts[problem.kind] += 1
+        print(problem)
+    if counts:
+        summary = ", ".join(f"{num} {kind}" for kind, num in counts.items())
+        print(f"{arguments.out}: {summary}; write what is missing, remove what is extra or wrong, then check again")
+        return 1
+    print(f"{arguments.out}: the images of {len(wanted)} items are complete ({describe_checkpoint(fixed)})")
+    return 0

@@ -1,0 +1,94 @@
+"""evaluate --benchmark: the bytes of a benchmark's images depend on neither ranks, nor kills, nor --limit."""
+
+import signal
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from emma_train.cli import main
+from tests.benchmarks import dpg_data, files_of, geneval_data
+from tests.distributed.benchmark_ranks import killed_command
+from tests.distributed.ranks import command
+from tests.distributed.spawn import run_ranks, start_ranks
+from tests.helpers import tiny_recipe, write_export
+
+NUM_ITEMS = 7
+DATA: dict[str, Callable[[Path, int], Path]] = {"geneval": geneval_data, "dpg": dpg_data}
+
+
+def evaluate(model: Path, name: str, data: Path, out: Path, *options: str) -> list[str]:
+    words = ["evaluate", str(model), "--benchmark", name, "--data", str(data), "--out", str(out), "--device", "cpu"]
+    return [*words, "--steps", "2", "--batch", "8", *options]
+
+
+def kill_ranks(size: int, argv: list[str], num_files: int) -> None:
+    """Run on `size` ranks, each of which is killed while it writes its file number `num_files` + 1."""
+    with tempfile.TemporaryDirectory() as folder:
+        for rank in start_ranks(size, killed_command, argv, num_files, folder=Path(folder)):
+            rank.join(60)
+            assert rank.exitcode == -signal.SIGKILL
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "export"
+    write_export(path, tiny_recipe("stage3", data__gen={"side": 64}))
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DATA)
+def test_a_killed_run_ends_with_the_bytes_of_a_straight_one(
+    name: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, straight, killed = DATA[name](tmp_path / "data", NUM_ITEMS), tmp_path / "straight", tmp_path / "killed"
+    assert main(evaluate(model, name, data, straight)) == 0
+    argv = evaluate(model, name, data, killed)
+    kill_ranks(2, argv, 2)
+    kill_ranks(1, argv, 1)
+    partial = files_of(killed / "images")
+    assert len(partial) < len(files_of(straight / "images"))
+    run_ranks(3, command, argv)
+    assert files_of(killed / "images") == files_of(straight / "images")
+    assert sorted(path.name for path in killed.iterdir()) == ["images", "settings.json", "sheet.png"]
+    assert main([*argv, "--check"]) == 0
+    assert f"the images of {NUM_ITEMS} items are complete" in capsys.readouterr().out
+
+    first = tmp_path / "first"
+    assert main(evaluate(model, name, data, first, "--limit", "3")) == 0
+    assert main(evaluate(model, name, data, first, "--limit", "3", "--check")) == 0
+    few = files_of(first / "images")
+    assert (
+        few.items() <= files_of(straight / "images").items() and len(few) == len(files_of(straight / "images")) * 3 / 7
+    )
+    assert main(evaluate(model, name, data, first)) == 0
+    assert files_of(first / "images") == files_of(straight / "images")
+
+
+def test_a_folder_goes_on_with_what_it_was_begun_with_alone(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = geneval_data(tmp_path / "data", 2), tmp_path / "out"
+    argv = evaluate(model, "geneval", data, out)
+    assert main(argv) == 0
+    before = files_of(out / "images")
+    other = tmp_path / "other"
+    write_export(other, tiny_recipe("stage3", data__gen={"side": 64}), seed=1)
+    changes = {
+        "generation.steps was 2": [*argv, "--steps", "3"],
+        "batch was 8": [*argv, "--batch", "4"],
+        "size": [*argv, "--size", "96", "64"],
+        "checkpoint.digest was": evaluate(other, "geneval", data, out),
+        "prompts was": evaluate(model, "geneval", geneval_data(tmp_path / "more", 3), out),
+        "benchmark was": evaluate(model, "dpg", dpg_data(tmp_path / "dpg", 2), out),
+        "ema was true": [*argv, "--no-ema"],
+    }
+    for words, changed in changes.items():
+        capsys.readouterr()
+        assert main(changed) == 2, words
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert words in error and "name another folder with --out" in error
+    assert main([*changes["prompts was"], "--check"]) == 2
+    assert files_of(out / "images") == before
