@@ -53,7 +53,7 @@ def _write(arguments: argparse.Namespace, benchmark: "Benchmark", items: "list[B
         if world.device.type == "cpu":
             torch.set_num_threads(1)  # sums are divided among threads, so that their number would change the images
         generator, recipe, meta = load_generator(
-            arguments.model, arguments.device, not arguments.no_ema, arguments.precision
+            arguments.model, arguments.device, not arguments.no_ema, arguments.precision, not arguments.no_experts
         )
         run = _benchmark_run(arguments, benchmark, items, recipe)
         folder = ImageFolder(Path(arguments.out), world.rank)
@@ -94,7 +94,7 @@ def _benchmark_run(
 
 def _begin(arguments: argparse.Namespace, run: "BenchmarkRun", meta: dict[str, Any], world: "World") -> None:
     """Write settings.json, or check that it is what this run would write. Raises UserError."""
-    from emma_train.evaluate.settings_file import require_same_settings, checkpoint_digest, prompts_digest
+    from emma_train.evaluate.settings_file import checkpoint_digest, prompts_digest, require_same_settings
     from emma_train.generate.load import weight_type
     from emma_train.storage.files import make_folder
     from emma_train.training.environment import code_versions
@@ -103,6 +103,7 @@ def _begin(arguments: argparse.Namespace, run: "BenchmarkRun", meta: dict[str, A
         "benchmark": run.benchmark.name,
         "checkpoint": {"stage": meta["stage"], "step": meta["step"], "digest": checkpoint_digest(meta)},
         "ema": not arguments.no_ema,
+        "experts": not arguments.no_experts,
         "prompts": prompts_digest(run.items),
         "generation": asdict(run.flow),
         "size": list(run.size),
