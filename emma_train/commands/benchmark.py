@@ -32,7 +32,7 @@ def run_benchmark(arguments: argparse.Namespace) -> int:
             "for the images"
         )
     check_range("--batch", arguments.batch, 1, 65_536)
-    benchmark, items = read_benchmark(arguments.benchmark, Path(arguments.data))
+    benchmark, items = read_benchmark(arguments.benchmark, Path(arguments.data), arguments.language)
     if arguments.check:
         return _check(arguments, benchmark, items)
     return _write(arguments, benchmark, items)
@@ -63,7 +63,7 @@ def _write(arguments: argparse.Namespace, benchmark: "Benchmark", items: "list[B
             folder.clean()
             write_overview(benchmark, folder, wanted, run.prompts)
             print(f"{benchmark.name}: {num_images} images generated, all of {len(wanted)} items are in {folder.images}")
-            if len(items) != benchmark.num_items:
+            if len(items) != benchmark.num_items and not arguments.language:
                 log.warning("--data has %d items, the official set has %d", len(items), benchmark.num_items)
     return 0
 

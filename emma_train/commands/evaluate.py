@@ -45,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", help="emoji: file for the scores (MODEL/scores.json); else: folder for the images")
     images = parser.add_argument_group("of a benchmark's images")
     images.add_argument("--check", action="store_true", help="only look for what is missing or wrong in --out")
+    images.add_argument("--language", choices=("en", "cn"), default="", help="of gedit's instructions (both)")
     images.add_argument("--batch", type=int, default=16, help="images at once (%(default)s)")
     images.add_argument("--size", type=int, nargs=2, metavar=("WIDTH", "HEIGHT"), help="of an image in pixels")
     add_flow_arguments(parser.add_argument_group("how to generate", "not given: as the export or recipe says"))

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from emma_train.cli import main
-from tests.benchmarks import dpg_data, files_of, geneval_data
+from tests.benchmarks import dpg_data, files_of, gedit_data, geneval2_data, geneval_data, imgedit_data, wise_data
 from tests.distributed.benchmark_ranks import killed_command
 from tests.distributed.ranks import command
 from tests.distributed.spawn import run_ranks, start_ranks
@@ -16,6 +17,12 @@ from tests.helpers import tiny_recipe, write_export
 
 NUM_ITEMS = 7
 DATA: dict[str, Callable[[Path, int], Path]] = {"geneval": geneval_data, "dpg": dpg_data}
+MORE_DATA: dict[str, Callable[[Path, int], Path]] = {
+    "gedit": gedit_data,
+    "imgedit": imgedit_data,
+    "wise": wise_data,
+    "geneval2": geneval2_data,
+}
 
 
 def evaluate(model: Path, name: str, data: Path, out: Path, *options: str) -> list[str]:
@@ -92,3 +99,23 @@ def test_a_folder_goes_on_with_what_it_was_begun_with_alone(
         assert words in error and "name another folder with --out" in error
     assert main([*changes["prompts was"], "--check"]) == 2
     assert files_of(out / "images") == before
+
+
+@pytest.mark.seconds
+@pytest.mark.parametrize("name", MORE_DATA)
+def test_every_benchmark_is_written_and_complete(
+    name: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Edits have the size of their source, whatever the model's; a lost image comes back as it was."""
+    data, out = MORE_DATA[name](tmp_path / "data", 3), tmp_path / "out"
+    argv = evaluate(model, name, data, out)
+    assert main(argv) == 0
+    assert main([*argv, "--check"]) == 0, capsys.readouterr().out
+    before = files_of(out)
+    images = sorted(path for path in out.rglob("*.png") if path.name not in ("sheet.png",))
+    sizes = {Image.open(path).size for path in images}
+    assert sizes == {"gedit": {(60, 40)}, "imgedit": {(60, 40), (60, 70)}}.get(name, {(64, 64)})
+    images[1].unlink()
+    assert main([*argv, "--check"]) == 1
+    assert main(argv) == 0
+    assert files_of(out) == before

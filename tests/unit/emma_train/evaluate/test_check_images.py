@@ -10,8 +10,9 @@ from PIL import Image
 from emma_train.evaluate.check_images import ImageCheck
 from emma_train.evaluate.image_folder import ImageFolder, grid_of, png
 from emma_train.evaluate.layouts import read_benchmark
+from emma_train.evaluate.overview import write_overview
 from emma_train.evaluate.writer import file_sizes_of
-from tests.benchmarks import dpg_data, geneval_data
+from tests.benchmarks import dpg_data, gedit_data, geneval2_data, geneval_data
 
 SIDE = 16
 
@@ -32,8 +33,9 @@ class Written:
             for path, content in self.benchmark.companions(item).items():
                 self.folder.write(path, content)
             for number, path in enumerate(self.benchmark.image_files(item)):
-                self.folder.write(path, png(noise(*size, seed=10 * item.number + number)))
+                self.folder.write(path, png(noise(*size, seed=5000 + 10 * item.number + number)))
         self.folder.clean()
+        write_overview(self.benchmark, self.folder, self.items, [item.prompt for item in self.items])
 
     def problems(self, limit: int | None = None) -> list[str]:
         checked = ImageCheck(self.benchmark, self.folder, (SIDE, SIDE))
@@ -126,3 +128,36 @@ def test_a_blank_cell_of_a_grid_is_noticed(dpg: Written) -> None:
     grid[:SIDE, :SIDE] = 0
     store(grid)(dpg.images / "whoops2.png")
     assert dpg.problems() == ["blank: whoops2.png cell 0"]
+
+
+EDIT = "emma/fullset/subject-add/cn/cnkey1.png"
+SOURCE = EDIT.replace(".png", "_SRCIMG.png")
+GEDIT_FAULTS: dict[str, tuple[str, Callable[[Path], object]]] = {
+    f"equal to its source: {EDIT}": (
+        EDIT,
+        lambda path: path.write_bytes((path.parent / "cnkey1_SRCIMG.png").read_bytes()),
+    ),
+    f"wrong content: {SOURCE}": (SOURCE, store(noise(40, 60, 999))),
+    f"missing: {SOURCE}": (SOURCE, Path.unlink),
+    f"wrong size: {EDIT}": (EDIT, store(noise(60, 90, 999))),
+}
+
+
+@pytest.mark.parametrize("fault", GEDIT_FAULTS)
+def test_a_fault_of_gedit_is_noticed(fault: str, tmp_path: Path) -> None:
+    gedit = Written("gedit", gedit_data(tmp_path / "data"), tmp_path / "out")
+    scores = gedit.images / "emma" / "gpt4o" / "eval_results_new" / "emma_subject-add_gpt_score.csv"
+    scores.parent.mkdir(parents=True)
+    scores.write_text("what the scorer writes is nothing extra")
+    assert gedit.problems() == []
+    path, plant = GEDIT_FAULTS[fault]
+    plant(gedit.images / path)
+    assert gedit.problems() == [fault]
+
+
+def test_an_index_that_was_moved_is_noticed(tmp_path: Path) -> None:
+    geneval2 = Written("geneval2", geneval2_data(tmp_path / "data"), tmp_path / "out")
+    assert geneval2.problems() == []
+    geneval2.folder.out.rename(tmp_path / "moved")
+    geneval2.folder = ImageFolder(tmp_path / "moved")
+    assert geneval2.problems() == ["wrong content: geneval2_images.json"]

@@ -1,13 +1,17 @@
 """Official files as items, and the official layouts."""
 
 import json
+from io import BytesIO
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from emma_train.errors import UserError
+from emma_train.evaluate.image_folder import ImageFolder
 from emma_train.evaluate.layouts import BENCHMARKS, read_benchmark
-from tests.benchmarks import dpg_data, geneval_data
+from tests.benchmarks import dpg_data, gedit_data, geneval2_data, geneval_data, imgedit_data, wise_data
 
 OFFICIAL = Path(__file__).parents[5] / "shared" / "benchmarks"
 
@@ -24,6 +28,47 @@ def test_dpg_has_one_grid_a_prompt(tmp_path: Path) -> None:
     benchmark, items = read_benchmark("dpg", dpg_data(tmp_path))
     assert benchmark.image_files(items[2]) == {"whoops2.png": (0, 1, 2, 3)}
     assert items[2].prompt == "a red frog that counts to 2, on blue"
+
+
+def test_gedit_has_an_edit_and_its_source_by_task_and_language(tmp_path: Path) -> None:
+    benchmark, items = read_benchmark("gedit", gedit_data(tmp_path, 4))
+    assert len(items) == 8 and items[3].name == "subject-add/cn/cnkey1" and items[3].prompt == "把背景换成 1"
+    assert list(benchmark.image_files(items[3])) == ["emma/fullset/subject-add/cn/cnkey1.png"]
+    assert items[3].source and items[3].source.size() == (60, 90)
+    assert items[7].reference and items[7].reference.size() == (40, 60)
+    [(path, content)] = benchmark.companions(items[7]).items()
+    assert path == "emma/fullset/background_change/cn/cnkey3_SRCIMG.png"
+    source = np.asarray(Image.open(BytesIO(items[7].reference.read())))
+    assert np.array_equal(np.asarray(Image.open(BytesIO(content))), source)
+    _, cn = read_benchmark("gedit", tmp_path, "cn")
+    assert [item.name for item in cn] == [item.name for item in items if "/cn/" in item.name]
+    with pytest.raises(UserError, match="geneval has no such language"):
+        read_benchmark("geneval", tmp_path, "cn")
+
+
+def test_imgedit_has_an_edit_of_its_source_by_key(tmp_path: Path) -> None:
+    benchmark, items = read_benchmark("imgedit", imgedit_data(tmp_path))
+    assert [item.name for item in items[:2]] == ["1000", "999"]
+    assert benchmark.image_files(items[1]) == {"999.png": (0,)}
+    assert items[1].source == items[1].reference and items[1].source and items[1].source.size() == (70, 60)
+    entries = json.loads((tmp_path / "basic_edit.json").read_text())
+    entries["999"]["id"] = "../../secret.jpg"
+    (tmp_path / "basic_edit.json").write_text(json.dumps(entries))
+    with pytest.raises(UserError, match="outside of the sources"):
+        read_benchmark("imgedit", tmp_path)
+
+
+@pytest.mark.parametrize("suffix", ["", "_verified"])
+def test_wise_has_an_image_by_the_id_of_its_prompt(suffix: str, tmp_path: Path) -> None:
+    benchmark, items = read_benchmark("wise", wise_data(tmp_path, 2, suffix))
+    assert [path for item in items for path in benchmark.image_files(item)] == [f"{n}.png" for n in range(1, 7)]
+    assert items[4].prompt == "natural_science 1" and items[4].metadata["Explanation"] == "why"
+
+
+def test_geneval2_has_an_index_of_prompts(tmp_path: Path) -> None:
+    benchmark, items = read_benchmark("geneval2", geneval2_data(tmp_path))
+    index = ImageFolder(tmp_path / "out").index(benchmark, items)
+    assert index["3 frogs"] == str(tmp_path / "out" / "images" / "00003.png") and len(index) == 6
 
 
 def test_seeds_depend_on_benchmark_item_and_sample_alone(tmp_path: Path) -> None:
