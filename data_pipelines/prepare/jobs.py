@@ -10,6 +10,7 @@ as a worker that outlives its killed driver for a moment, write the same bytes u
 import json
 import logging
 import os
+import socket
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -27,6 +28,8 @@ TASK_RETRIES = 3
 """How often Ray starts a task again whose process died."""
 RAY_STARTS = 3
 """How often a local Ray is tried to be started; it gives up after 30 s, which a busy machine may need."""
+CONNECT_S = 30.0
+"""How long a Ray cluster may take to accept a connection; Ray itself would wait without end."""
 LOCAL_RAY = {"address": "local", "include_dashboard": False, "object_store_memory": 128 << 20}
 """Of `ray.init`. Little shared memory: tasks exchange names and counts only."""
 
@@ -240,6 +243,8 @@ def start_ray(options: JobOptions) -> Any:
         raise UserError("more than one worker needs ray; pip install 'emma-train[data]', or --workers 1") from None
     if ray.is_initialized():
         return ray
+    if options.address:
+        _check_answers(options.address)
     cpus = max(1, round(options.workers * max(options.cpus, 0.001)))
     where: dict[str, Any] = {"address": options.address} if options.address else LOCAL_RAY | {"num_cpus": cpus}
     for attempt in range(RAY_STARTS):
@@ -248,7 +253,27 @@ def start_ray(options: JobOptions) -> Any:
             break
         except Exception as error:  # it raises Exception itself where a busy machine starts its processes too slowly
             ray.shutdown()
-            if options.address or attempt + 1 == RAY_STARTS:
-                name = f"--address {options.address}" if options.address else "a local Ray"
-                raise UserError(f"{name}: does not start ({' '.join(str(error).split())[:300]})") from None
+            reason = " ".join(str(error).split())[:300]
+            if options.address:
+                raise UserError(
+                    f"--address {options.address}: no connection to its Ray ({reason}); a cluster that wants a token "
+                    "needs RAY_AUTH_MODE=token and RAY_AUTH_TOKEN as on its machines, and all need one version of ray"
+                ) from None
+            if attempt + 1 == RAY_STARTS:
+                raise UserError(f"a local Ray: does not start ({reason})") from None
     return ray
+
+
+def _check_answers(address: str) -> None:
+    """Raise UserError where nothing listens at the host:port of an address."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon:
+        return  # a name such as `auto`
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
+    except (OSError, ValueError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"--address {address}: nothing answers there ({reason}); give host:port of a cluster that "
+            "`ray start --head` started"
+        ) from None

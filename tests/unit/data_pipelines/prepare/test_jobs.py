@@ -1,6 +1,7 @@
 """Jobs: counts that add up, markers, what is done again and what is not."""
 
 import json
+import socket
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from data_pipelines.prepare.jobs import (
     do_task,
     finished_counts,
     run_job,
+    start_ray,
     unfinished,
     writing,
 )
@@ -109,3 +111,30 @@ def test_markers_have_no_clock_in_them(tmp_path: Path) -> None:
     do_task(task, copy)
     assert task.marker.read_bytes() == first
     assert json.loads(first)["counts"] == {"read": 3, "kept": 2, "rejected": 1}
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:{port}", "ray://127.0.0.1:{port}", "127.0.0.1:x", "127.0.0.1:99999999"])
+def test_a_cluster_that_does_not_answer_is_one_line(address: str) -> None:
+    pytest.importorskip("ray")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))  # nobody listens at it
+        address = address.format(port=free.getsockname()[1])
+        with pytest.raises(UserError, match=rf"--address {address}: nothing answers there \([^\n]+`ray start --head`"):
+            start_ray(JobOptions(address=address))
+
+
+def test_a_cluster_that_refuses_the_connection_is_one_line_that_names_the_token(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ray = pytest.importorskip("ray")
+
+    def refuse(**arguments: object) -> None:
+        raise ConnectionError("Failed to connect to\nRay cluster")  # as Ray does where the token is missing or wrong
+
+    monkeypatch.setattr(ray, "init", refuse)
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        address = f"127.0.0.1:{listening.getsockname()[1]}"
+        with pytest.raises(UserError, match=r"Failed to connect to Ray cluster\); .* RAY_AUTH_MODE=token"):
+            start_ray(JobOptions(address=address))
