@@ -16,6 +16,8 @@ except ImportError:  # no wheel for this platform; zlib gives the same numbers a
 TAR_BLOCK = 512
 REGULAR_TYPES, LONG_NAME_TYPE, PAX_TYPES = (b"0", b"\0"), b"L", (b"x", b"X")
 TAR_READ_BYTES = 16 << 20
+MAX_MEMBER_BYTES = 1 << 30
+"""Records are read into memory; a tar with a larger member, such as a file with a hole, is taken for a broken one."""
 
 
 class BrokenTar(Exception):
@@ -115,6 +117,8 @@ def _members(file: Readable) -> Iterator[tuple[int, str, bytes, list[bytes]]]:
         name, size = override.name or name, size if override.size is None else override.size
         if size < 0:
             raise BrokenTar(f"has a header with a negative size at byte {position}")
+        if size > MAX_MEMBER_BYTES:
+            raise BrokenTar(f"has a member of {size:,} bytes at byte {position}, more than {MAX_MEMBER_BYTES:,}")
         padded = _exactly(file, size + -size % TAR_BLOCK)
         position += TAR_BLOCK + len(padded)
         if len(padded) < size:

@@ -7,7 +7,9 @@ from pathlib import Path
 from emma_train.errors import UserError
 
 MAX_IMAGE_BYTES = 256 << 20
-"""A larger member of a zip is refused before it is unpacked."""
+"""A larger file or member of a zip is refused before it is read."""
+METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+"""How members of a zip may be compressed: the other methods unpack in steps whose size nothing limits."""
 
 
 class ImageFiles:
@@ -35,7 +37,7 @@ class ImageFiles:
 
     def _file(self, folder: Path, path: str) -> bytes | None:
         try:
-            return (folder / path).read_bytes()
+            return read_file(folder / path)
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return None
         except (OSError, ValueError) as error:
@@ -55,11 +57,21 @@ class ImageFiles:
                 continue
             if info.file_size > MAX_IMAGE_BYTES:
                 raise ValueError(f"{path}: {info.file_size:,} bytes unpacked, more than {MAX_IMAGE_BYTES:,}")
+            if info.compress_type not in METHODS:
+                raise ValueError(f"{path}: compressed by method {info.compress_type}; zip the images with deflate")
             try:
-                return archive.read(info)
+                with archive.open(info) as member:  # a member that unpacks to more than it says fails its checksum
+                    return member.read(info.file_size)
             except Exception as error:  # zlib, struct and encryption have errors of their kinds
                 raise ValueError(f"{path}: cannot be unpacked ({type(error).__name__}: {error})") from None
         return None
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of an image or text file. Raises ValueError where it is too large, and OSError."""
+    if (size := path.stat().st_size) > MAX_IMAGE_BYTES:
+        raise ValueError(f"{path.name}: {size:,} bytes, more than {MAX_IMAGE_BYTES:,}")
+    return path.read_bytes()
 
 
 def images_beside(file: Path, option: str) -> ImageFiles:

@@ -8,7 +8,7 @@ from typing import Any
 
 from data_pipelines.prepare.importers.captions import caption_texts
 from data_pipelines.prepare.importers.field_map import IMAGE_FIELDS, check_map, mapped_sample
-from data_pipelines.prepare.importers.image_files import ImageFiles, images_beside
+from data_pipelines.prepare.importers.image_files import ImageFiles, images_beside, read_file
 from data_pipelines.prepare.importers.item import ImportedSample, ImportOptions, ImportPart, Outcome, Reject, outcome
 from data_pipelines.prepare.importers.json_items import BrokenItem, json_items
 from data_pipelines.prepare.importers.source_files import relative_name, source_files
@@ -59,8 +59,8 @@ def _pair(path: Path) -> ImportedSample:
     texts = sorted([*path.parent.glob(f"{_escaped(path.stem)}.txt"), *path.parent.glob(f"{_escaped(path.stem)}.*.txt")])
     if not texts:
         raise ValueError(f"no {path.stem}.txt with its caption")
-    captions = caption_texts([text.read_text(encoding="utf-8-sig") for text in texts])
-    return ImportedSample(path.name, {}, {"img0": path.read_bytes()}, captions)
+    captions = caption_texts([read_file(text).decode("utf-8-sig") for text in texts])
+    return ImportedSample(path.name, {}, {"img0": read_file(path)}, captions)
 
 
 def _escaped(stem: str) -> str:

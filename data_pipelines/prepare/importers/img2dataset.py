@@ -21,6 +21,7 @@ from data_pipelines.prepare.importers.item import (
     clean_text,
     outcome,
 )
+from data_pipelines.prepare.importers.parquet_rows import ExpansionError, safe_batch_rows
 from data_pipelines.prepare.importers.source_files import relative_name, source_files
 from data_pipelines.prepare.importers.tar_groups import tar_groups
 from data_pipelines.shards.excluded import refuse_columns
@@ -72,10 +73,18 @@ def _table_rows(path: Path) -> dict[str, dict[str, Any]]:
 
     Raises UserError where its columns are those of the excluded set."""
     try:
-        table = pq.read_table(path, use_threads=False)
-        refuse_columns(table.column_names, path)
-        return {str(row["key"]): row for row in table.to_pylist()} if "key" in table.column_names else {}
-    except (OSError, pa.ArrowException, UnicodeDecodeError):
+        with pq.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            refuse_columns(names, path)
+            if "key" not in names:
+                return {}
+            rows: dict[str, dict[str, Any]] = {}
+            for group in range(file.num_row_groups):
+                batches = safe_batch_rows(file.metadata, group, names, 10_000)
+                for batch in file.iter_batches(batches, row_groups=[group], use_threads=False):
+                    rows |= {str(row["key"]): row for row in batch.to_pylist()}
+            return rows
+    except (OSError, pa.ArrowException, UnicodeDecodeError, ExpansionError):
         return {}
 
 

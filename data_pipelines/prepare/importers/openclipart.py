@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+from data_pipelines.prepare.importers.image_files import read_file
 from data_pipelines.prepare.importers.image_folder import image_paths_below
 from data_pipelines.prepare.importers.item import ImportedSample, ImportOptions, ImportPart, Outcome, outcome
 from data_pipelines.prepare.importers.source_files import relative_name
@@ -29,7 +30,7 @@ def _drawing(path: Path, source: Path) -> ImportedSample:
     category = [words_of(step) for step in path.parent.relative_to(source).parts if step not in ("png", "clipart")]
     caption = f"a drawing of {words}" + (f" ({', '.join(filter(None, category))})" if any(category) else "")
     columns = {"category": "/".join(filter(None, category))}
-    return ImportedSample(relative_name(path, source), {}, {"img0": path.read_bytes()}, (caption,), columns)
+    return ImportedSample(relative_name(path, source), {}, {"img0": read_file(path)}, (caption,), columns)
 
 
 def words_of(name: str) -> str:

@@ -13,6 +13,13 @@ from data_pipelines.prepare.importers.source_files import config_name, relative_
 from data_pipelines.shards.excluded import refuse_columns
 
 _ROWS_AT_ONCE = 32
+MAX_EXPANSION = 200
+"""A row group of more than MAX_EXPANDED_BYTES that is so many times larger than in the file is a decompression bomb:
+images do not compress, and texts by 2 to 20."""
+MAX_EXPANDED_BYTES = 256 << 20
+_HIGH_EXPANSION = 20
+"""Above it, a value may stand in the file once and in many rows."""
+MAX_BATCH_BYTES = 1 << 30
 MakeSample = Callable[[dict[str, Any], str, str], ImportedSample]
 """Row, name of the item, config of the set -> sample. A module-level function; raises ValueError and alike."""
 
@@ -99,15 +106,38 @@ def _group_rows(
 ) -> Iterator[tuple[int, dict[str, Any] | Reject]]:
     number = first
     try:
-        for batch in file.iter_batches(_ROWS_AT_ONCE, row_groups=[group], columns=columns, use_threads=False):
+        rows_at_once = safe_batch_rows(file.metadata, group, columns, _ROWS_AT_ONCE)
+        for batch in file.iter_batches(rows_at_once, row_groups=[group], columns=columns, use_threads=False):
             for offset in range(len(batch)):
                 if number >= start:
                     yield number, batch.slice(offset, 1).to_pylist()[0]
                 number += 1
-    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+    except (OSError, pa.ArrowException, UnicodeDecodeError, ExpansionError) as error:
         position = max(number, start)
         reason = f"rows {position} to {end - 1} cannot be read: {_one_line(error)}"
         yield position, Reject(path.name, reason, end - position)
+
+
+class ExpansionError(Exception):
+    """A row group that would unpack to far more than the file has."""
+
+
+def safe_batch_rows(metadata: pq.FileMetaData, group: int, columns: Sequence[str], rows: int) -> int:
+    """How many rows of a row group can be read at once, at most `rows`, so that columns in which few values stand for
+    many rows fit memory. Raises ExpansionError."""
+    row_group = metadata.row_group(group)
+    chunks = [row_group.column(number) for number in range(row_group.num_columns)]
+    chunks = [chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] in columns]
+    largest = 0
+    for chunk in chunks:
+        size, stored = chunk.total_uncompressed_size, max(1, chunk.total_compressed_size)
+        if size > MAX_EXPANDED_BYTES and size > MAX_EXPANSION * stored:
+            raise ExpansionError(
+                f"column {chunk.path_in_schema} unpacks from {stored:,} to {size:,} bytes, a decompression bomb"
+            )
+        if size > _HIGH_EXPANSION * stored:
+            largest = max(largest, size)
+    return max(1, min(rows, MAX_BATCH_BYTES // max(1, largest)))
 
 
 def _one_line(error: Exception) -> str:

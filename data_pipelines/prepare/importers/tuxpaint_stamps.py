@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from data_pipelines.prepare.importers.conversation import question_turns
+from data_pipelines.prepare.importers.image_files import read_file
 from data_pipelines.prepare.importers.image_folder import image_paths_below
 from data_pipelines.prepare.importers.item import ImportedSample, ImportOptions, ImportPart, Outcome, outcome
 from data_pipelines.prepare.importers.source_files import relative_name
@@ -45,7 +46,7 @@ def _read(folder: Path, start: int) -> Iterator[Outcome]:
 
 def _stamp(path: Path) -> ImportedSample:
     try:
-        lines = path.with_suffix(".txt").read_text(encoding="utf-8").splitlines()
+        lines = read_file(path.with_suffix(".txt")).decode().splitlines()
     except FileNotFoundError:
         raise ValueError(f"no {path.stem}.txt with its captions") from None
     captions = stamp_captions(lines)
@@ -57,7 +58,7 @@ def _stamp(path: Path) -> ImportedSample:
         i2t += [{"images": ["img0"], "turns": turns} for turns in question_turns(question, [caption])]
     record = {"i2t": i2t, "t2i": [{"target": "img0", "text": captions["en"]}]}
     columns = {"num_languages": sum("=" in line for line in lines) + 1}
-    return ImportedSample(path.stem, record, {"img0": path.read_bytes()}, columns=columns)
+    return ImportedSample(path.stem, record, {"img0": read_file(path)}, columns=columns)
 
 
 def stamp_captions(lines: list[str]) -> dict[str, str]:
