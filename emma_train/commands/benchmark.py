@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 MAX_RANK_LAG_S = 30 * 24 * 3600
 """Ranks wait for each other at the end alone, and one may have hours more to do."""
+MAX_FAILURES_SHOWN = 20
 
 
 def run_benchmark(arguments: argparse.Namespace) -> int:
@@ -33,8 +34,12 @@ def run_benchmark(arguments: argparse.Namespace) -> int:
         )
     check_range("--batch", arguments.batch, 1, 65_536)
     benchmark, items = read_benchmark(arguments.benchmark, Path(arguments.data), arguments.language)
-    if arguments.check:
-        return _check(arguments, benchmark, items)
+    if arguments.check and arguments.score:
+        raise UserError("--check and --score: give one of them")
+    if arguments.check or arguments.score:
+        settings = _begun(arguments, benchmark, items)
+        part = _check if arguments.check else _score
+        return part(arguments, benchmark, items[: arguments.limit or None], settings)
     return _write(arguments, benchmark, items)
 
 
@@ -117,30 +122,54 @@ def _begin(arguments: argparse.Namespace, run: "BenchmarkRun", meta: dict[str, A
     )
 
 
-def _check(arguments: argparse.Namespace, benchmark: "Benchmark", items: "list[BenchmarkItem]") -> int:
+def _begun(arguments: argparse.Namespace, benchmark: "Benchmark", items: "list[BenchmarkItem]") -> dict[str, Any]:
+    """The settings of --out, which was begun with these items. Raises UserError."""
+    from emma_train.evaluate.settings_file import first_change, prompts_digest, read_benchmark_settings
+
+    settings = read_benchmark_settings(Path(arguments.out))
+    asked = {"benchmark": benchmark.name, "prompts": prompts_digest(items)}
+    if change := first_change({key: settings["fixed"].get(key) for key in asked}, asked):
+        raise UserError(f"--out {arguments.out}: {change}; name the files with which it was begun")
+    return settings
+
+
+def _check(
+    arguments: argparse.Namespace, benchmark: "Benchmark", items: "list[BenchmarkItem]", settings: dict[str, Any]
+) -> int:
     """Print what is wrong with the images. Exit code 1 where something is."""
     from emma_train.evaluate.check_images import ImageCheck
     from emma_train.evaluate.image_folder import ImageFolder
-    from emma_train.evaluate.settings_file import (
-        describe_checkpoint,
-        first_change,
-        prompts_digest,
-        read_benchmark_settings,
-    )
+    from emma_train.evaluate.settings_file import describe_checkpoint
 
-    fixed = read_benchmark_settings(Path(arguments.out))["fixed"]
-    asked = {"benchmark": benchmark.name, "prompts": prompts_digest(items)}
-    if change := first_change({key: fixed.get(key) for key in asked}, asked):
-        raise UserError(f"--out {arguments.out}: {change}; name the files with which it was begun")
-    wanted, (height, width) = items[: arguments.limit or None], fixed["size"]
+    height, width = settings["fixed"]["size"]
     checked = ImageCheck(benchmark, ImageFolder(Path(arguments.out)), (height, width))
     counts = Counter[str]()
-    for problem in checked.problems(wanted):
+    for problem in checked.problems(items):
         counts[problem.kind] += 1
         print(problem)
     if counts:
         summary = ", ".join(f"{num} {kind}" for kind, num in counts.items())
-        print(f"{arguments.out}: {summary}; write what is missing, remove what is extra or wrong, then check again")
+        print(f"{arguments.out}: {summary}; remove what is extra or wrong, write what is missing, then check again")
         return 1
-    print(f"{arguments.out}: the images of {len(wanted)} items are complete ({describe_checkpoint(fixed)})")
+    made_by = describe_checkpoint(settings["fixed"])
+    print(f"{arguments.out}: the images of {len(items)} items are complete ({made_by})")
+    return 0
+
+
+def _score(
+    arguments: argparse.Namespace, benchmark: "Benchmark", items: "list[BenchmarkItem]", settings: dict[str, Any]
+) -> int:
+    """Print the official statistics, and write them as results.json, a table and samples.jsonl."""
+    from emma_train.evaluate.settings_file import describe_checkpoint
+    from emma_train.evaluate.write_scores import write_scores
+
+    scores = benchmark.score(items, [Path(path) for path in arguments.score], Path(arguments.data))
+    write_scores(Path(arguments.out), scores, items, settings, arguments.score)
+    for row in scores.rows:
+        print(f"{row['name']:40} {row['value']:9.4f} ± {row['stderr']:.4f}   (n {row['num']}, {row['unit']})")
+    for note in [*scores.notes, *scores.failures[:MAX_FAILURES_SHOWN]]:
+        log.warning("%s", note)
+    if scores.failures:
+        log.warning("%d answers are missing or cannot be read: each counts as the lowest score", len(scores.failures))
+    print(f"{arguments.out}/results.json ({describe_checkpoint(settings['fixed'])})")
     return 0

@@ -45,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", help="emoji: file for the scores (MODEL/scores.json); else: folder for the images")
     images = parser.add_argument_group("of a benchmark's images")
     images.add_argument("--check", action="store_true", help="only look for what is missing or wrong in --out")
+    images.add_argument("--score", nargs="+", metavar="FILE", help="official statistics of what its scorer wrote")
     images.add_argument("--language", choices=("en", "cn"), default="", help="of gedit's instructions (both)")
     images.add_argument("--batch", type=int, default=16, help="images at once (%(default)s)")
     images.add_argument("--size", type=int, nargs=2, metavar=("WIDTH", "HEIGHT"), help="of an image in pixels")
@@ -69,8 +70,8 @@ def _run_emoji(arguments: argparse.Namespace) -> int:
     from emma_train.storage.files import output_file, write_atomic
     from emma_train.storage.paths import as_local, parse_path
 
-    if arguments.check:
-        raise UserError("--check is for the images of a benchmark; name one with --benchmark")
+    if arguments.check or arguments.score:
+        raise UserError("--check and --score are for the images of a benchmark; name one with --benchmark")
     if not arguments.out and as_local(parse_path(arguments.model)) is None:
         raise UserError(f"evaluate {arguments.model}: say where to write the scores (--out FILE)")
     out = output_file("--out", Path(arguments.out or f"{arguments.model}/scores.json"))

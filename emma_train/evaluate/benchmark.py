@@ -104,6 +104,8 @@ class Benchmark:
     """Format of an image's path, with `item` and `sample`."""
     num_items: int
     """Of the official set."""
+    score: Callable[..., Any]
+    """Official statistics of what the scorer wrote: a ScoreFiles (official_scores.py)."""
     num_samples: int = 1
     """Images of an item."""
     is_grid: bool = False

@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import Image
 
 from emma_train.errors import UserError
-from emma_train.evaluate import read_items
+from emma_train.evaluate import read_items, score_dpg, score_edits, score_prompts
 from emma_train.evaluate.benchmark import Benchmark, BenchmarkItem
 from emma_train.evaluate.image_folder import png
 
@@ -34,26 +34,44 @@ BENCHMARKS = {
             read_items.geneval_items,
             "{item.number:05d}/samples/{sample:05d}.png",
             num_items=553,
+            score=score_prompts.score_geneval,
             num_samples=4,
             companions=_geneval_metadata,
         ),
-        Benchmark("dpg", read_items.dpg_items, "{item.name}.png", num_items=1065, num_samples=4, is_grid=True),
+        Benchmark(
+            "dpg",
+            read_items.dpg_items,
+            "{item.name}.png",
+            num_items=1065,
+            score=score_dpg.score_dpg,
+            num_samples=4,
+            is_grid=True,
+        ),
         Benchmark(
             "gedit",
             read_items.gedit_items,
             f"{GEDIT_FOLDER}/{{item.name}}.png",
             num_items=1212,
+            score=score_edits.score_gedit,
             languages=("en", "cn"),
             companions=_gedit_source,
             scorer_files=("emma/*/eval_results_new", "emma/*/eval_results_new/*"),
         ),
-        Benchmark("imgedit", read_items.imgedit_items, "{item.name}.png", num_items=737, scorer_files=("result.json",)),
-        Benchmark("wise", read_items.wise_items, "{item.name}.png", num_items=1000),
+        Benchmark(
+            "imgedit",
+            read_items.imgedit_items,
+            "{item.name}.png",
+            num_items=737,
+            score=score_edits.score_imgedit,
+            scorer_files=("result.json",),
+        ),
+        Benchmark("wise", read_items.wise_items, "{item.name}.png", num_items=1000, score=score_prompts.score_wise),
         Benchmark(
             "geneval2",
             read_items.geneval2_items,
             "{item.name}.png",
             num_items=800,
+            score=score_prompts.score_geneval2,
             index_file="geneval2_images.json",
         ),
     )

@@ -36,7 +36,7 @@ def geneval_items(data: Path, language: str) -> list[BenchmarkItem]:
 
 def dpg_items(data: Path, language: str) -> list[BenchmarkItem]:
     """The .txt files of the folder of prompts, by name: one item a file."""
-    folders = (data, data / "prompts", data / "dpg_bench" / "prompts")
+    folders = (data / "prompts", data / "dpg_bench" / "prompts", data)
     files = next((files for folder in folders if (files := sorted(folder.glob("*.txt")))), [])
     if not files:
         raise UserError(f"--data {data}: has no prompts/*.txt; name the folder dpg_bench of ELLA's repository")

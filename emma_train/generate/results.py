@@ -74,7 +74,8 @@ def results_table(scores: Sequence[Mapping[str, Any]], about: Mapping[str, Any])
     ]
     for score in scores:
         bar = "" if score["bar"] is None else f"{'≥' if score['higher_is_better'] else '≤'} {score['bar']:.3f}"
-        numbers = f"{score['value']:.3f} | {score['stderr']:.3f} | {score['num']} | {score['baseline']:.3f} | {bar}"
+        baseline = "" if score["baseline"] is None else f"{score['baseline']:.3f}"
+        numbers = f"{score['value']:.3f} | {score['stderr']:.3f} | {score['num']} | {baseline} | {bar}"
         lines.append(f"| {score['split']} | {score['name']} | {numbers} |")
     return "\n".join(lines) + "\n"
 

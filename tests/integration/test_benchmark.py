@@ -1,5 +1,6 @@
 """evaluate --benchmark: the bytes of a benchmark's images depend on neither ranks, nor kills, nor --limit."""
 
+import json
 import signal
 import tempfile
 from collections.abc import Callable
@@ -119,3 +120,25 @@ def test_every_benchmark_is_written_and_complete(
     assert main([*argv, "--check"]) == 1
     assert main(argv) == 0
     assert files_of(out) == before
+
+
+def test_scores_name_their_checkpoint_and_settings(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = geneval_data(tmp_path / "data", 2), tmp_path / "out"
+    argv = evaluate(model, "geneval", data, out)
+    assert main([*argv, "--score", str(tmp_path)]) == 2
+    assert "has no settings.json; name a folder that" in capsys.readouterr().err
+    assert main(argv) == 0
+    lines = [{"filename": str(path), "correct": path.parent.parent.name == "00001"} for path in out.rglob("0*.png")]
+    results = tmp_path / "results.jsonl"
+    results.write_text("".join(json.dumps(line) + "\n" for line in lines[1:]))
+    assert main([*argv, "--score", str(results)]) == 0
+    written = json.loads((out / "results.json").read_text())
+    settings = json.loads((out / "settings.json").read_text())
+    assert written["config"]["checkpoint"] == settings["fixed"]["checkpoint"]
+    assert written["config"]["generation"]["steps"] == 2 and len(written["failures"]) == 1
+    assert written["results"]["geneval_overall"]["accuracy,none"] in (0.5, 3 / 8)
+    assert "| geneval | overall: accuracy | 0." in (out / "results").with_suffix(".md").read_text()
+    assert len((out / "samples.jsonl").read_text().splitlines()) == 2
+    assert main([*argv, "--check"]) == 0
