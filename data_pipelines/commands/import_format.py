@@ -1,6 +1,7 @@
 """A public set in its own format: SOURCE -> OUT."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from data_pipelines.commands.common_arguments import add_workers, check_workers, tokenizer_file
@@ -33,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from data_pipelines.prepare.importers.import_source import import_source
     from data_pipelines.prepare.importers.item import ImportOptions
+    from data_pipelines.prepare.importers.metadataset import blended_sets, is_metadataset, write_sources
     from data_pipelines.prepare.importers.source_files import check_source
     from data_pipelines.prepare.importers.write_part import ShardLimits
     from data_pipelines.shards.build_index import index_folder
@@ -41,7 +43,9 @@ def run(arguments: argparse.Namespace) -> int:
     check_range("--shard-samples", arguments.shard_samples, 1, 1_000_000)
     check_range("--shard-mib", arguments.shard_mib, 1, 65_536)
     check_source(arguments.source)
-    form = FORMATS[arguments.importer]
+    form, sets = FORMATS[arguments.importer], {}
+    if arguments.importer == "energon" and is_metadataset(arguments.source):
+        sets = blended_sets(arguments.source)
     options = ImportOptions(
         dataset=arguments.dataset or form.dataset,
         licence=arguments.licence or form.licence,
@@ -51,9 +55,22 @@ def run(arguments: argparse.Namespace) -> int:
         fields=_fields(arguments.map),
     )
     limits = ShardLimits(arguments.shard_samples, arguments.shard_mib << 20)
-    parts = form.load()(arguments.source, options)
-    provenance = import_source(arguments.importer, arguments.source, arguments.out, parts, options, limits, workers)
-    index_folder(arguments.out, tokenizer, provenance, workers)
+
+    def import_set(source: Path, out: Path, options: ImportOptions, **of_importer: str) -> int:
+        parts = form.load()(source, options, **of_importer)
+        provenance = import_source(arguments.importer, source, out, parts, options, limits, workers)
+        return sum(index_folder(out, tokenizer, provenance, workers)["samples"].values())
+
+    if not sets:
+        import_set(arguments.source, arguments.out, options)
+        return 0
+    samples = {
+        name: import_set(
+            one.path, arguments.out / name, replace(options, dataset=arguments.dataset or name), split_part=one.part
+        )
+        for name, one in sets.items()
+    }
+    write_sources(arguments.out, sets, samples)
     return 0
 
 

@@ -44,6 +44,8 @@ def run(arguments: argparse.Namespace) -> int:
     result = run_job(name, tasks, work, JobOptions(check_workers(arguments), arguments.address))
     counts = result.counts
     sys.stdout.write(f"{name}: {counts.read:,} read, {counts.kept:,} made, {counts.rejected:,} rejected\n")
+    for reason, number in synthesize.frequent_reasons(tasks):
+        sys.stdout.write(f"{number:,} rejected: {reason} (all are in *.rejected.jsonl)\n")
     if not counts.kept:
         return 1
     provenance = synthesize.synthesis_provenance(arguments.source, name, used, not_identity)

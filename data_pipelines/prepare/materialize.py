@@ -13,7 +13,7 @@ from data_pipelines.shards.build_index import index_folder
 from data_pipelines.shards.images import image_members
 from data_pipelines.shards.index import CAPTIONS, index_path, read_manifest, shard_url
 from data_pipelines.shards.record import CAPTION_QUESTION, caption_alternative, read_record
-from data_pipelines.shards.record_map import MAP_FILE, read_map
+from data_pipelines.shards.record_map import read_map
 from data_pipelines.shards.tar import TAR_BLOCK, crc32, read_group
 from data_pipelines.shards.write import compact_json
 from emma_train.errors import RunError, UserError
@@ -22,7 +22,7 @@ from emma_train.sequence.tokens import TextTokenizer
 from emma_train.storage.files import make_folder
 from emma_train.storage.shard_reader import ShardReader
 from emma_train.storage.storage_error import StorageError
-from emma_train.storage.urls import display_url, parent_url
+from emma_train.storage.urls import parent_url
 
 log = logging.getLogger(__name__)
 END_OF_TAR = bytes(2 * TAR_BLOCK)
@@ -34,14 +34,12 @@ def materialize(selection: Path, out: Path, tokenizer: Path, options: JobOptions
     """Write the shards of a selection to `out`, one for each of its shards, and index them; returns the manifest.
 
     A record's bytes are copied as they are, unless the selection has other tags than its JSON, or only some of the
-    tasks that its JSON lists; then that is rewritten. Raises UserError and RunError.
+    tasks that its JSON lists; then that is rewritten. Records that are read through a map are written in the record
+    format. Raises UserError and RunError.
     """
     manifest = read_manifest(selection)
     if TextTokenizer(tokenizer).sha256 != manifest["tokenizer_sha256"]:
         raise UserError(f"--tokenizer {tokenizer}: is not the one of the selection {selection}")
-    for folder in sorted({parent_url(shard_url(selection, entry)) for entry in manifest["shards"]}):
-        if read_map(folder) is not None:
-            raise UserError(f"{display_url(folder)}: has a {MAP_FILE}; selections of such shards cannot be copied yet")
     make_folder(out / CACHE)
     tasks = [
         ShardTask(
@@ -65,7 +63,7 @@ def materialize_shard(task: ShardTask, url: str, selected: Path) -> RecordCounts
     for row in pq.read_table(index_path(selected)).to_pylist():
         rows[row["key"]] = row
         tasks.setdefault(row["key"], []).append(row["task"])
-    storage = ShardReader()
+    storage, record_map = ShardReader(), read_map(parent_url(url))
     with writing(task.outputs[0]) as path, open(path, "wb") as tar:
         for key, row in sorted(rows.items(), key=lambda item: item[1]["offset"]):
             try:
@@ -74,17 +72,24 @@ def materialize_shard(task: ShardTask, url: str, selected: Path) -> RecordCounts
                 raise RunError(str(error)) from None
             if crc32(data) != row["crc32"]:
                 raise RunError(f"{url}: record {key} differs from the selection's crc32; select again")
-            _write_record(tar, key, data, tasks[key], row["tags"], row.get(CAPTIONS) or [])
+            members = {name: bytes(content) for name, content in read_group(data).items()}
+            if record_map is not None:
+                members, data = record_map.converted(members), b""
+            _write_record(tar, key, members, data, tasks[key], row["tags"], row.get(CAPTIONS) or [])
         tar.write(END_OF_TAR)
     return RecordCounts(len(rows), len(rows))
 
 
-def _write_record(tar: BinaryIO, key: str, data: bytes, tasks: list[str], tags: list[str], captions: list[str]) -> None:
-    members = {name: bytes(content) for name, content in read_group(data).items()}
+def _write_record(
+    tar: BinaryIO, key: str, members: dict[str, bytes], data: bytes, tasks: list[str], tags: list[str],
+    captions: list[str],
+) -> None:  # fmt: skip
+    """Write a record with these tasks, tags and further captions. `data` are its bytes in a tar, which are copied if
+    nothing changes; empty if there are none."""
     fields = json.loads(members["json"]) if "json" in members else {}
     named = [task for task in RECORD_KEYS if task in fields]
     dropped = [task for task in named if fields[task] and task not in tasks]
-    if not dropped and not captions and sorted(set(read_record(members).get("tags", []))) == list(tags):
+    if data and not dropped and not captions and sorted(set(read_record(members).get("tags", []))) == list(tags):
         tar.write(data)
         return
     fields = {name: value for name, value in fields.items() if name not in dropped} | {"tags": list(tags)}

@@ -14,6 +14,7 @@ from typing import Any
 
 from data_pipelines.shards.images import image_name, image_parts
 from emma_train.errors import RunError, UserError
+from emma_train.sequence.tasks import RECORD_KEYS
 from emma_train.storage.files import write_atomic
 from emma_train.storage.shard_reader import ShardReader
 from emma_train.storage.storage_error import StorageError
@@ -61,6 +62,17 @@ class RecordMap:
             return {"t2i": [{"target": target, "text": one} for one in texts]}
         source = self._image(members, self.source)
         return {"it2i": [{"images": [source], "target": target, "text": one} for one in texts]}
+
+    def converted(self, members: Mapping[str, bytes | memoryview]) -> dict[str, bytes]:
+        """Members in the record format that mean the same without a map: JSON with what it makes of them and with its
+        other fields, the images, and captions as texts. Raises ValueError where a member or key is missing."""
+        fields = json.loads(bytes(members["json"])) if "json" in members else {}
+        kept = {name: value for name, value in fields.items() if name not in RECORD_KEYS}
+        record = self.record(members)
+        captions = [text for text in record.pop("captions", []) if text.strip()]
+        texts = {f"c{number:06d}.txt": caption.encode() for number, caption in enumerate(captions)}
+        images = {part: bytes(members[part]) for part in image_parts(members)}
+        return {"json": json.dumps({**kept, **record}, ensure_ascii=False).encode(), **images, **texts}
 
     def _value(self, members: Mapping[str, Any], name: str) -> Any:
         value = mapped_value(members, name)

@@ -66,7 +66,7 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
         ),
         "energon": Format(
             "energon:energon_parts",
-            "tars of megatron-energon: captions, questions, texts; crude ones, and other tars, with --map",
+            "tars of megatron-energon (captions, questions, texts), or a metadataset.yaml; other tars with --map",
             "energon",
         ),
         "hf-parquet": Format("hf_parquet:hf_parquet_parts", "any parquet set; --map names its columns", "hf-parquet"),

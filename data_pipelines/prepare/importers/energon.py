@@ -1,10 +1,12 @@
 """megatron-energon's tars with .nv-meta/dataset.yaml: captions, questions, text, and crude ones through --map."""
 
+import logging
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import yaml
+from braceexpand import braceexpand
 
 from data_pipelines.prepare.importers.field_map import check_map, mapped_sample
 from data_pipelines.prepare.importers.item import ImportOptions, ImportPart, Outcome, Reject, outcome
@@ -13,6 +15,7 @@ from data_pipelines.prepare.importers.tar_groups import tar_groups
 from data_pipelines.shards.excluded import refuse_members
 from emma_train.errors import UserError
 
+log = logging.getLogger(__name__)
 FIELDS = {
     "CaptioningSample": {"image": "image", "caption": "caption"},
     "VQASample": {"image": "image", "context": "question", "answers": "answer"},
@@ -22,9 +25,14 @@ FIELDS = {
 """Field of energon's sample type -> field of our map, for the types that are imported without --map."""
 
 
-def energon_parts(source: Path, options: ImportOptions) -> list[ImportPart]:
-    """One part for each tar. Raises UserError where neither the set's own map nor --map makes samples."""
+def energon_parts(source: Path, options: ImportOptions, split_part: str = "train") -> list[ImportPart]:
+    """One part for each tar that .nv-meta/split.yaml lists in a split part; all tars where there is no such file.
+    Raises UserError where neither the set's own map nor --map makes samples."""
     tars = source_files(source, (".tar",))
+    if (listed := _split_tars(source, split_part)) is not None:
+        num_all, tars = len(tars), [tar for tar in tars if relative_name(tar, source) in listed]
+        if num_all > len(tars):
+            log.info("%s: %d of %d tars are in the split part %s", source, len(tars), num_all, split_part)
     if not tars:
         return []
     fields = dict(options.fields) or energon_map(source)
@@ -56,6 +64,32 @@ def energon_map(source: Path) -> dict[str, str]:
     if missing := [theirs for theirs in names if theirs not in stored]:
         raise UserError(f"{file}: its field_map has no {', '.join(missing)}; name the members with --map")
     return fields
+
+
+def _split_tars(source: Path, part: str) -> set[str] | None:
+    """The tars that .nv-meta/split.yaml has in a split part, or None where it has no parts. Raises UserError."""
+    file = source / ".nv-meta" / "split.yaml"
+    try:
+        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        raise UserError(f"{file}: cannot be read ({getattr(error, 'strerror', None) or 'no YAML'})") from None
+    parts = settings.get("split_parts") if isinstance(settings, dict) else None
+    if not isinstance(parts, dict):
+        return None
+    if not isinstance(parts.get(part), list):
+        raise UserError(f"{file}: has no split part {part}; it has {', '.join(map(str, parts))}")
+    excluded = settings.get("exclude")
+    names = {name for pattern in parts[part] for name in _expanded(str(pattern))}
+    return names - set(map(str, excluded if isinstance(excluded, list) else []))
+
+
+def _expanded(pattern: str) -> list[str]:
+    try:
+        return list(braceexpand(pattern))
+    except ValueError:  # a brace that is part of the name
+        return [pattern]
 
 
 def _read(tar: Path, fields: dict[str, str], start: int) -> Iterator[Outcome]:

@@ -24,10 +24,31 @@ def source_files(source: Path, suffixes: Sequence[str]) -> list[Path]:
 def check_source(source: Path) -> None:
     """Raise UserError where a source is missing or its path is of the excluded set."""
     refuse_names([source.absolute().as_posix()], source)
-    if ":/" in source.as_posix():
-        raise UserError(f"{source}: is a URL; download it first, import reads local folders and files")
+    scheme, is_url, path = source.as_posix().partition(":/")
+    if is_url:
+        command = _fetch(scheme, path)
+        raise UserError(f"{source}: is a URL; import reads local folders and files, so fetch it first: {command}")
     if not source.exists():
-        raise UserError(f"{source}: no such file or folder; give the folder that was downloaded")
+        raise UserError(
+            f"{source}: no such file or folder; give the folder that was downloaded, such as by `hf download "
+            "--repo-type dataset NAME --local-dir FOLDER`"
+        )
+
+
+def _fetch(scheme: str, path: str) -> str:
+    """The command that copies a URL to a local folder."""
+    path = path.lstrip("/")
+    host, _, repository = path.partition("/")
+    if scheme == "hf" or host == "huggingface.co":
+        name = (path if scheme == "hf" else repository).removeprefix("datasets/").split("/tree/")[0]
+        return f"hf download --repo-type dataset {name} --local-dir FOLDER"
+    commands = {
+        "s3": f"aws s3 sync s3://{path} FOLDER",
+        "gs": f"gcloud storage rsync -r gs://{path} FOLDER",
+        "http": f"wget -r -np -P FOLDER http://{path}",
+        "https": f"wget -r -np -P FOLDER https://{path}",
+    }
+    return commands.get(scheme, f"rclone copy {scheme}://{path} FOLDER")
 
 
 def relative_name(path: Path, source: Path) -> str:

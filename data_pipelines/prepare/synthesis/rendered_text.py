@@ -28,6 +28,10 @@ CHINESE_COLOURS = {
     "cream": "米色", "grey": "灰色",
 }  # fmt: skip
 MAX_CHARACTERS = 200
+NO_FONT = (
+    "no font has all of its characters; name fonts that have them with --set 'fonts=[PATH]', for Chinese such as "
+    "/usr/share/fonts/truetype/wqy of Debian's package fonts-wqy-microhei"
+)
 
 
 def is_covered(font: ImageFont.FreeTypeFont, text: str) -> bool:
@@ -139,7 +143,7 @@ class TextRenderer:
     def _draw(self, key: str, text: str, colour: tuple[int, int, int]) -> Image.Image:
         covering = [path for path in self.fonts if is_covered(load_font_at(path, 24), text)]
         if not covering:
-            raise ValueError("no font has all of its characters; name one with --set fonts=[...]")
+            raise ValueError(NO_FONT)
         font = covering[choice_of(len(covering), self.settings["seed"], 0, key, "font")]
         side = self.settings["side"]
         width = side if uniform_of(self.settings["seed"], 0, key, "aspect") < 0.5 else side * 3 // 2

@@ -3,7 +3,9 @@
 import importlib
 import json
 import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
@@ -135,6 +137,15 @@ def write_outcomes(task: ShardTask, outcomes: Iterator[tuple[str, SynthesisOutco
     with writing(rejected_file) as path:
         path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rejects), encoding="utf-8")
     return RecordCounts(num_read, num_read - len(rejects), len(rejects))
+
+
+def frequent_reasons(tasks: Sequence[ShardTask], num: int = 3) -> list[tuple[str, int]]:
+    """The most frequent reasons in the files of rejects of finished tasks, and how many records have each."""
+    reasons = Counter[str]()
+    for task in tasks:
+        with suppress(FileNotFoundError), open(task.outputs[1], "rb") as file:
+            reasons.update(json.loads(line)["reason"] for line in file)
+    return reasons.most_common(num)
 
 
 def synthesis_provenance(source: Path, name: str, settings: Mapping[str, Any], not_identity: frozenset[str]) -> dict:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+import tarfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from data_pipelines.shards.check import check_folder
 from data_pipelines.shards.index import read_manifest
 from emma_train.errors import UserError
 from tests.helpers import ASSETS, assert_same_pack, tiny_recipe
+from tests.public_formats import write_tar
 from tests.shards import every_task, png, prompt, question, write_shards
 
 pytest.importorskip("duckdb")
@@ -203,6 +205,48 @@ def test_training_on_a_selection_is_training_on_the_copied_shards(tmp_path: Path
             labels |= set(pack.stem_labels)
     assert 1 in labels and len(labels) == 2  # the tag of the selection is the router's label
     assert [step.digest for step in steps(tmp_path / "set", i2t=1, t2i=1, it2i=1)] != [s.digest for s in selection]
+
+
+def foreign_members(name: str, key: str, number: int) -> list[tuple[str, bytes]]:
+    """A record of a tar of others, with fields and members that a map does not name."""
+    turns = [{"from": "human", "value": f"<image> {number}?"}, {"from": "gpt", "value": "A cat."}]
+    values = {"caption": [f"cat {number}", " ", "a cat"], "turns": turns, "how": ["a dog", "to a dog"], "url": "x"}
+    images = ["src.png", "tgt.png"] if name == "it2i" else ["jpg.png"]
+    members = [("json", json.dumps(values | {"tags": ["stem"], "i2t": "theirs"}).encode()), ("txt", b"other")]
+    return [(f"{key}.{part}", data) for part, data in [*members, *((image, png(number)) for image in images)]]
+
+
+@pytest.mark.seconds
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("t2i", ["--caption", "json:caption"]),
+        ("i2t", ["--turns", "json:turns"]),
+        ("it2i", ["--source", "src.png", "--target", "tgt.png", "--instruction", "json:how"]),
+    ],
+)
+def test_training_on_a_copy_of_mapped_shards_is_training_on_their_selection(
+    tmp_path: Path, name: str, options: list[str]
+) -> None:
+    keys = [f"sub/r{number:02d}" for number in range(12)]
+    members = [part for number, key in enumerate(keys) for part in foreign_members(name, key, number)]
+    write_tar(tmp_path / "set/a.tar", members)
+    tokenizer = ["--tokenizer", str(ASSETS / "tokenizer"), "--workers", "1"]
+    assert main(["index", str(tmp_path / "set"), *tokenizer, *options]) == 0
+    selection, copy = tmp_path / "selection", tmp_path / "copy"
+    assert main(["select", str(selection), "--from", str(tmp_path / "set"), "--where", "hash(key) % 3 > 0"]) == 0
+    assert main(["materialize", str(selection), str(copy), *tokenizer]) == 0
+    assert check_folder(copy) == []
+    assert not (copy / "map.json").exists() and read_manifest(copy)["samples"] == read_manifest(selection)["samples"]
+    one, other = steps(selection, **{name: 1}), steps(copy, **{name: 1})
+    assert [step.digest for step in one] == [step.digest for step in other]
+    for step, other_step in zip(one, other, strict=True):
+        for pack, other_pack in zip(step.packs, other_step.packs, strict=True):
+            assert_same_pack(pack, other_pack)
+    with tarfile.open(copy / "shard-000000.tar") as tar:
+        member = next(member for member in tar if member.name.endswith(".json"))
+        record = json.load(tar.extractfile(member))  # type: ignore[arg-type]
+    assert record["url"] == "x" and record["tags"] == ["stem"]
 
 
 @pytest.mark.seconds

@@ -13,6 +13,7 @@ from PIL import Image
 from data_pipelines.cli import main
 from data_pipelines.prepare.synthesis.edit_kinds import PAPER_EDIT_KINDS
 from data_pipelines.prepare.synthesis.image_pipeline import ImagePipeline
+from data_pipelines.prepare.synthesis.rendered_text import NO_FONT
 from data_pipelines.shards.check import check_folder
 from data_pipelines.shards.index import index_path, read_manifest
 from emma_train.sequence.seeds import seed_of
@@ -147,7 +148,9 @@ def test_texts_are_rendered_with_a_prompt_that_quotes_them(tmp_path: Path, capsy
     file, out = tmp_path / "texts.txt", tmp_path / "out"
     file.write_text("\n".join(texts), encoding="utf-8")
     assert synthesize("rendered-text", file, out, "side=128") == 0
-    assert "5 read, 3 made, 2 rejected" in capsys.readouterr().out
+    written = capsys.readouterr().out
+    assert "5 read, 3 made, 2 rejected" in written
+    assert f"1 rejected: {NO_FONT} (all are in *.rejected.jsonl)" in written and "--set 'fonts=[PATH]'" in NO_FONT
     records = members(out)
     assert [json.loads(made["json"])["synthesis"]["text"] for made in records.values()] == [*texts[:2], "5 < 7"]
     for made in records.values():
@@ -160,7 +163,7 @@ def test_texts_are_rendered_with_a_prompt_that_quotes_them(tmp_path: Path, capsy
         assert not ink[:3].any() and not ink[-3:].any() and not ink[:, :3].any() and not ink[:, -3:].any()
     assert list(rejects(out).values()) == [
         "no text of 1 to 200 characters",
-        "no font has all of its characters; name one with --set fonts=[...]",
+        NO_FONT,
     ]
     first = (out / "shard-000000.tar").read_bytes()
     (out / "shard-000000.done.json").unlink()
