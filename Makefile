@@ -9,7 +9,7 @@ WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --durations=15
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-slow test-all lint format docs bench gpu gpu-wheels clean
+.PHONY: help setup demo test test-fast test-slow test-slurm test-all lint format docs bench gpu gpu-wheels clean
 
 help: ## print this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -55,7 +55,10 @@ test-fast: setup ## the unit tests alone, for the inner loop
 	$(PYTEST) --dist worksteal -m "not slow and not gpu and not seconds" tests/unit
 
 test-slow: setup ## the tests that take longer; those that need a GPU skip themselves without one
-	$(PYTEST) --dist loadfile -m "slow or gpu"
+	$(PYTEST) --dist loadfile -m "(slow or gpu) and not slurm"
+
+test-slurm: setup ## launch on a real SLURM of two nodes on this host; needs root, slurm-wlm and munge (apt)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 -v -rs tests/integration/test_slurm.py
 
 test-all: test test-slow ## every test
 

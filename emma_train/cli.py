@@ -17,6 +17,7 @@ from emma_train.commands import (
     launch,
     plan,
     report,
+    status,
     train,
 )
 from emma_train.errors import RankFailure, RunError, UserError, describe_shortage, empty_argument
@@ -30,6 +31,7 @@ COMMANDS = {
     "generate": generate,
     "evaluate": evaluate,
     "report": report,
+    "status": status,
     "config": config,
     "doctor": doctor,
     "launch": launch,
@@ -97,7 +99,7 @@ def _set_up_logging() -> None:
     from emma_train.monitor.console import PublicFormatter, log_handler, stderr_console
 
     rank, handler = os.environ.get("RANK", "0"), log_handler(stderr_console())
-    handler.setFormatter(PublicFormatter(f"%(asctime)s [{rank}] %(message)s", "%H:%M:%S"))
+    handler.setFormatter(PublicFormatter(f"%(asctime)s [{rank}] %(message)s", "%Y-%m-%d %H:%M:%S"))
     level = logging.INFO if rank == "0" else logging.ERROR  # a message from every rank would be printed once a rank
     logging.basicConfig(level=level, handlers=[handler], force=True)
     for name in NOISY_LOGGERS:

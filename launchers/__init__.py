@@ -1,6 +1,7 @@
 """Starting a training run: torchrun on this machine, or a job of a SLURM cluster. Both start the documented command."""
 
-from launchers.command import LaunchOptions, add_launch_arguments, torchrun_command
-from launchers.slurm import launch, slurm_script
+from launchers.launch import launch
+from launchers.options import LaunchOptions, add_launch_arguments
+from launchers.slurm import Job, first_of_array
 
-__all__ = ["LaunchOptions", "add_launch_arguments", "launch", "slurm_script", "torchrun_command"]
+__all__ = ["Job", "LaunchOptions", "add_launch_arguments", "first_of_array", "launch"]

@@ -5,86 +5,62 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
 from emma_train.errors import UserError
-from launchers.command import (
-    LaunchOptions,
-    bin_directory,
-    check_counts,
-    default_nproc,
-    run_torchrun,
-    shell_line,
-    torchrun_command,
-    torchrun_environment,
-    train_arguments,
-)
+from launchers.command import bin_directory, shell_line, train_arguments
+from launchers.options import LaunchOptions
+from launchers.snapshot import Snapshot
 
-TIME_LIMIT = re.compile(r"\d+(-\d+)?(:\d+){0,2}|UNLIMITED|INFINITE", re.IGNORECASE)
-"""As sbatch takes it."""
+ARRAY = "{array}"
+"""In an override: the number of each run of a job array."""
+MAX_RESTARTS = 3
 
 
-def launch(recipe: str, overrides: Sequence[str], options: LaunchOptions, logs: Path) -> int:
-    """Print the exact command or script, then replace this process by torchrun, or submit the job.
+@dataclass(frozen=True)
+class Job:
+    """What a job runs, and where."""
 
-    logs: the run folder's logs/, for the script and output of a job. Returns the exit code of sbatch. Raises UserError.
-    """
-    if options.on == "slurm":
-        script = slurm_script(recipe, overrides, options, logs=logs, workdir=Path.cwd(), bin_path=bin_directory())
-        if options.dry_run:
-            print(script, end="")
-            return 0
-        return submit(script, Path(options.script) if options.script else logs / "slurm.sbatch", logs)
-    if options.on != "torchrun":
-        raise UserError(f"launch: --on is {options.on!r}; it can be torchrun or slurm")
-    command = torchrun_command(
-        recipe,
-        overrides,
-        nproc=options.nproc if options.nproc is not None else default_nproc(),
-        nnodes=options.nnodes,
-        node_rank=options.node_rank,
-        rdzv_endpoint=options.rdzv_endpoint,
-        max_restarts=options.max_restarts,
-    )
-    environment = torchrun_environment(options.max_restarts)
-    print(shell_line(command, environment))
-    if options.dry_run:
-        return 0
-    run_torchrun(command, environment)
+    run: Path
+    """Its run folder, an absolute path; {array} stands in the name for the number of each of several runs."""
+    workdir: Path
+    """The folder to which relative paths of the recipe belong."""
+    workers: int
+    """Loader workers of a process."""
+
+    @property
+    def logs(self) -> Path:
+        """Of all runs of an array in one folder, because SLURM opens them before the runs have folders."""
+        return Path(str(self.run).replace(ARRAY, "array")) / "logs"
 
 
 def slurm_script(
-    recipe: str, overrides: Sequence[str], options: LaunchOptions, *, logs: Path, workdir: Path, bin_path: Path
+    overrides: Sequence[str], options: LaunchOptions, job: Job, snapshot: Snapshot, bin_path: Path | None = None
 ) -> str:
-    """The complete batch script: it runs in `workdir` with `bin_path` first in PATH, and writes to `logs`."""
-    nproc = options.nproc if options.nproc is not None else options.gpus_per_node or 1
-    cpus = options.cpus_per_process
-    counts = {"gpus-per-node": options.gpus_per_node, "nnodes": options.nnodes, "nproc": nproc}
-    check_counts({**counts, "cpus-per-process": cpus, "grace-s": options.grace_s})
-    if not TIME_LIMIT.fullmatch(options.time):
-        raise UserError(f"launch: --time is {options.time!r}; write minutes, H:M:S or D-H:M:S")
-    directives = {
-        "job-name": options.job_name,
-        "chdir": str(workdir),
-        "output": str(logs / "slurm-%j.out"),
-        "nodes": str(options.nnodes),
-        "ntasks-per-node": "1",
-        "cpus-per-task": str(nproc * cpus),
-        "gpus-per-node": str(options.gpus_per_node) if options.gpus_per_node else None,
-        "time": options.time,
-        "partition": options.partition,
-        "account": options.account,
-        "qos": options.qos,
-    }
-    lines = [f"--{name}={shlex.quote(value)}" for name, value in directives.items() if value is not None]
+    """The complete batch script. bin_path: folder of this environment's commands. Raises UserError."""
+    num_processes = options.nproc if options.nproc is not None else options.gpus_per_node or 1
+    _check_array(options, overrides)
+    bin_path = bin_path or bin_directory()
+    train = train_arguments(str(snapshot.recipe), overrides)
+    log = f'{shlex.quote(str(job.logs))}/"slurm-$SLURM_JOB_ID-$SLURMD_NODENAME.log"'
     return _fill(
         files("launchers").joinpath("slurm.sbatch").read_text(),
-        directives="\n".join(f"#SBATCH {_one_line(line)}" for line in [*lines, *options.sbatch]),
+        directives="\n".join(f"#SBATCH {_one_line(line)}" for line in _directives(options, job, num_processes)),
         grace_s=str(options.grace_s),
-        bin=shlex.quote(str(bin_path)),
-        torchrun=_node_torchrun(options.nnodes, nproc, options.grace_s),
-        train=shlex.join(train_arguments(recipe, overrides)),
+        environment="\n".join(_environment(options, bin_path)),
+        code=shlex.quote(str(snapshot.code)),
+        commit=snapshot.commit or "unknown",
+        processes=str(options.nnodes * num_processes),
+        command=shlex.quote(shlex.join(["emma-train", *train[2:]])),
+        srun="".join(f"{shlex.quote(word)} " for word in _srun_arguments(options)),
+        node=shlex.quote(f'exec {_node_command(options, num_processes)} --log {log} "$@"'),
+        train=_words(train),
+        python=shlex.quote(str(bin_path / "python")),
+        starts=_words([str(snapshot.folder / ("starts-{array}.json" if options.array else "starts.json"))]),
+        run=_words([str(job.run)]),
+        max_restarts=str(MAX_RESTARTS if options.max_restarts is None else options.max_restarts),
     )
 
 
@@ -92,25 +68,81 @@ def submit(script: str, path: Path, logs: Path) -> int:
     """Write the script and submit it with sbatch. Returns the exit code of sbatch."""
     # SLURM does not create the folder of --output: without it, a job fails without a message.
     try:
-        for folder in (logs, path.parent):
-            folder.mkdir(parents=True, exist_ok=True)
+        logs.mkdir(parents=True, exist_ok=True)
         path.write_text(script)
         path.chmod(0o755)
     except OSError as error:
-        raise UserError(f"launch: --script {path}: cannot be written ({error.strerror}); name another file") from None
+        raise UserError(f"launch: {path}: cannot be written ({error.strerror}); set run.root") from None
     print(shell_line(["sbatch", str(path)]), flush=True)
     if shutil.which("sbatch") is None:
         raise UserError(f"launch: sbatch is not on this machine; submit {path} where SLURM is, or use --on torchrun")
     return subprocess.run(["sbatch", str(path)], check=False).returncode
 
 
-def _node_torchrun(nnodes: int, nproc: int, grace_s: int) -> str:
-    """The torchrun command for a shell on each node, where SLURM_* and EMMA_RENDEZVOUS are set."""
-    command = f"torchrun --nproc-per-node {nproc} --shutdown-timeout {grace_s}"
-    if nnodes == 1:
+def _directives(options: LaunchOptions, job: Job, num_processes: int) -> list[str]:
+    cpus = options.cpus_per_process if options.cpus_per_process is not None else 1 + job.workers
+    values = {
+        "job-name": options.job_name or job.run.name.replace(ARRAY, "%a" if options.array else ""),
+        "chdir": str(job.workdir),
+        "output": str(job.logs / ("slurm-%A_%a.out" if options.array else "slurm-%j.out")),
+        "nodes": str(options.nnodes),
+        "ntasks-per-node": "1",
+        "cpus-per-task": str(num_processes * cpus),
+        "gpus-per-node": str(options.gpus_per_node) if options.gpus_per_node else None,
+        "time": options.time,
+        **{name: getattr(options, name.replace("-", "_")) for name in _PASSED_ON},
+    }
+    lines = [f"--{name}={shlex.quote(value)}" for name, value in values.items() if value is not None]
+    return [*lines, *["--exclusive"] * options.exclusive, *options.sbatch]
+
+
+_PASSED_ON = (
+    "partition", "account", "qos", "mem", "exclude", "dependency", "mail-user", "mail-type", "array",
+)  # fmt: skip
+
+
+def _environment(options: LaunchOptions, bin_path: Path) -> list[str]:
+    """Lines of bash before the run starts. A container has an environment of its own, so PATH stays as it is."""
+    path = [] if options.container_image else [f"export PATH={shlex.quote(str(bin_path))}:$PATH"]
+    variables = [f"export {name}={shlex.quote(value)}" for name, value in (pair.split("=", 1) for pair in options.env)]
+    return [*(f"module load {shlex.quote(name)}" for name in options.module), *path, *variables, *options.setup]
+
+
+def _srun_arguments(options: LaunchOptions) -> list[str]:
+    image = [f"--container-image={options.container_image}"] if options.container_image else []
+    mounts = [f"--container-mounts={options.container_mounts}"] if options.container_mounts else []
+    return [*image, *mounts, *options.srun]
+
+
+def _node_command(options: LaunchOptions, num_processes: int) -> str:
+    """For a shell on each node, where SLURM_* and EMMA_RENDEZVOUS are set."""
+    command = f"python -m launchers.torchrun --nproc-per-node {num_processes} --shutdown-timeout {options.grace_s}"
+    if options.nnodes == 1:
         return f"{command} --standalone"
-    rendezvous = "--rdzv-backend c10d --rdzv-endpoint $EMMA_RENDEZVOUS --rdzv-id $SLURM_JOB_ID"
-    return f"{command} --nnodes {nnodes} {rendezvous} --rdzv-conf is_host=$((SLURM_NODEID == 0))"
+    # Each start of a job has a rendezvous of its own: the one of a start that ended is closed.
+    rendezvous = "--rdzv-backend c10d --rdzv-endpoint $EMMA_RENDEZVOUS --rdzv-id $SLURM_JOB_ID.$SLURM_STEP_ID"
+    return f"{command} --nnodes {options.nnodes} {rendezvous} --rdzv-conf is_host=$((SLURM_NODEID == 0))"
+
+
+def _check_array(options: LaunchOptions, overrides: Sequence[str]) -> None:
+    named = any(word.startswith("run.name=") and ARRAY in word for word in overrides)
+    if options.array and not named:
+        raise UserError(f"launch: --array runs several jobs, and each needs a name of its own: run.name=NAME-{ARRAY}")
+    if not options.array and any(ARRAY in word for word in overrides):
+        raise UserError(f"launch: {ARRAY} in an override needs --array, such as --array 0-2")
+
+
+def first_of_array(options: LaunchOptions, overrides: Sequence[str]) -> list[str]:
+    """The overrides of the first run of an array, and those of the only run without one."""
+    number = re.match(r"\d+", options.array or "")
+    if options.array and number is None:
+        raise UserError(f"launch: --array is {options.array!r}; write numbers, such as 0-2 or 1,3,5")
+    return [word.replace(ARRAY, number[0]) if number else word for word in overrides]
+
+
+def _words(words: Sequence[str]) -> str:
+    """As typed in bash, with the number of a run of an array in the place of {array}."""
+    return shlex.join(words).replace(ARRAY, "'\"$SLURM_ARRAY_TASK_ID\"'")
 
 
 def _fill(template: str, **values: str) -> str:

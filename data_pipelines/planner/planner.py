@@ -6,6 +6,7 @@ has no influence: it only decides which rank computes which slot. The state to r
 """
 
 import hashlib
+import logging
 import math
 import threading
 from dataclasses import dataclass, field, replace
@@ -28,6 +29,7 @@ from emma_train.sequence.tasks import TASKS, fixed_text_tokens
 from emma_train.sequence.tokens import TextTokenizer
 from emma_train.storage.urls import display_url
 
+log = logging.getLogger(__name__)
 TOKEN_UNITS = 400
 """If the mix is by tokens: units into which the token capacity of a step is divided."""
 
@@ -103,6 +105,7 @@ class Planner:
             )
             for task in TASK_NAMES
         }
+        log.info("reading the indexes of %d folders", len({source.path for source in self.data.sources}))
         self._sources = Sources(self.data, tokenizer)
         self._phases = self._make_phases([], 0)
         self.fingerprint = self._sources.fingerprint([(c, list(task_shares(c.mix))) for c in self._configs])

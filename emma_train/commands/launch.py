@@ -1,9 +1,18 @@
-"""Start or submit a run; prints the exact command or script."""
+"""Start or submit a run; checks first what can be known, and prints the exact command or script."""
 
 import argparse
+import logging
+import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from launchers import add_launch_arguments
+
+if TYPE_CHECKING:
+    from emma_train.preflight import Stages
+    from launchers import LaunchOptions
+
+log = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -11,11 +20,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    """Start torchrun or submit the job. The recipe is loaded here too: a mistake in it costs no time in a queue."""
-    from emma_train.config.load import is_pipeline, load_pipeline, load_recipe
-    from launchers import LaunchOptions, launch
+    """Start torchrun or submit the job, in the folder to which the paths of the recipe belong."""
+    from emma_train.config.load import load_stages, recipe_files
+    from emma_train.preflight import working_folder
+    from launchers import Job, LaunchOptions, first_of_array, launch
 
     path = Path(arguments.recipe)
+    options = LaunchOptions.from_arguments(arguments)
+    stages = load_stages(path, first_of_array(options, overrides))
+    path, workdir = path.resolve() if options.on == "slurm" else path, working_folder(path, stages)
+    if workdir != Path.cwd():
+        log.info("the paths of %s belong to %s: the run starts there", path, workdir)
+        path = path.resolve()
+    os.chdir(workdir)
+    _check(stages, options)
+    workers = max(recipe.data.workers for _, recipe in stages)
+    return launch(path, recipe_files(path), overrides, options, Job(_run_folder(path, overrides), workdir, workers))
+
+
+def _check(stages: "Stages", options: "LaunchOptions") -> None:
+    """Raise UserError on what would end the run at its start; a dry run may lack inputs that another machine has."""
+    from emma_train.commands.plan import index_reader
+    from emma_train.errors import UserError
+    from emma_train.preflight import absent_inputs, check_start
+    from launchers.command import default_nproc
+
+    absent = absent_inputs(stages)
+    if absent and not options.dry_run:
+        raise UserError(f"{'; '.join(absent)} (relative paths belong to {Path.cwd()})")
+    for line in absent:
+        log.warning(line)
+    of_node = options.nproc or (options.gpus_per_node or 1 if options.on == "slurm" else default_nproc())
+    check_start(stages, options.nnodes * of_node, options.gpu, index_reader)
+
+
+def _run_folder(path: Path, overrides: list[str]) -> Path:
+    """The run folder of a stage or of a pipeline, with {array} still in its name."""
+    from emma_train.config.load import is_pipeline, load_pipeline, load_recipe
+
     run_config = (load_pipeline(path, overrides)[0] if is_pipeline(path) else load_recipe(path, overrides)).run
-    logs = Path(run_config.root) / run_config.name / "logs"
-    return launch(str(path), overrides, LaunchOptions.from_arguments(arguments), logs)
+    return (Path(run_config.root) / run_config.name).resolve()

@@ -39,6 +39,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     # One process group for all stages: gloo cannot be destroyed and initialised again within a process.
     traces = Path(first.run.root) / first.run.name / "logs" / "nccl-rank-"
     with join(first.engine.device, first.engine.timeout_s, traces) as world, StopRequest() as stop:
+        _log_world(world)
         for file, recipe in stages:
             if world.sum([float(stop.asked)])[0]:
                 return EXIT_PREEMPTED
@@ -47,6 +48,23 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         if world.is_main and len(stages) > 1:
             _try_report(Path(last.run.root))
     return 0
+
+
+def _log_world(world: "World") -> None:
+    """The ranks of each node, because errors name ranks, and the code that runs."""
+    import os
+    import socket
+
+    from emma_train.training.environment import commit
+
+    ranks: dict[str, list[int]] = {}
+    name = os.environ.get("SLURMD_NODENAME", socket.gethostname())
+    for rank, host in enumerate(world.gather(name)):
+        ranks.setdefault(host, []).append(rank)
+    nodes = ", ".join(
+        f"{host} (ranks {of[0]} to {of[-1]})" if len(of) > 1 else f"{host} (rank {of[0]})" for host, of in ranks.items()
+    )
+    log.info("%d ranks of type %s on %s, commit %s", world.size, world.device.type, nodes, commit() or "unknown")
 
 
 def _train_stage(file: Path, recipe: "Recipe", world: "World", stop: "StopRequest") -> int:
@@ -106,7 +124,7 @@ def _train_locked(run_folder: "RunFolder", file: Path, recipe: "Recipe", world: 
     trainer = Trainer(recipe, stage, world, parts, autoencoder, stream, generate_samples)
     if checkpoint is not None:
         trainer.resume(checkpoint)
-    world.on_main(lambda: run_folder.prepare(recipe, world))
+    world.on_main(lambda: run_folder.prepare(recipe, world, trainer.train_state.step))
     code = _train_steps(trainer, world, stop)
     parts.engine.close()
     if world.is_main and code == 0:

@@ -164,6 +164,13 @@ def load_stages(path: Path, overrides: list[str] | None = None) -> list[tuple[Pa
     return stages
 
 
+def recipe_files(path: Path) -> list[Path]:
+    """All files that a recipe reads: itself, what it extends, and the stages of a pipeline. Raises UserError."""
+    values = _read_values(path)
+    others = [str(name) for name in [values.get("extends"), *(values.get("pipeline") or [])] if name is not None]
+    return list(dict.fromkeys([path, *(file for name in others for file in recipe_files(path.parent / name))]))
+
+
 def to_yaml(recipe: Recipe) -> str:
     """The complete recipe as YAML, which can be loaded again; URLs are without passwords and access tokens."""
     return yaml.safe_dump(to_stored(recipe), sort_keys=False, allow_unicode=True)

@@ -233,7 +233,7 @@ class Plan:
 
     def problems(self) -> list[str]:
         """Why the recipe cannot run on these GPUs, and what would; empty if it can."""
-        problems = [*self._sharing_problems(), *self._packing_problems()]
+        problems = self.sharing_problems()
         needed, available = self.peak(self.num_gpus, self.recipe.data.pack_tokens), usable_bytes(self.gpu_name)
         if needed > available:
             problems.append(
@@ -248,7 +248,11 @@ class Plan:
         counts = [n * engine.sequence_parallel for n in range(1, slots + 1) if slots % n == 0]
         return [n for n in counts if n % engine.replicate == 0]
 
-    def _sharing_problems(self) -> list[str]:
+    def sharing_problems(self) -> list[str]:
+        """Why these GPUs cannot share the packs of a step, or the packs not hold its samples."""
+        return [*self._count_problems(), *self._packing_problems()]
+
+    def _count_problems(self) -> list[str]:
         counts, engine = self._gpu_counts(), self.recipe.engine
         if self.num_gpus in counts:
             return []

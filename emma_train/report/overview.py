@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from emma_train.monitor.progress import duration, si
+from emma_train.monitor.run_state import RunState, read_run_state
 from emma_train.report.charts import sparkline
 from emma_train.report.metrics import loss_ends, smoothed_loss
 from emma_train.report.numbers import as_number, short_number
@@ -17,13 +18,15 @@ def header_html(run: Path, stages: list[StageRun], scores: list[dict[str, Any]],
     """Title, one sentence on the outcome, and a table of facts."""
     seconds = [s.seconds for s in stages if s.seconds is not None]
     took = duration(sum(seconds)) if seconds else "not recorded"
-    steps = sum(stage.steps for stage in stages)
+    states = [read_run_state(stage.folder) for stage in stages]
+    done, planned = sum(s.steps for s in stages), sum(state.steps or 0 for state in states)
+    steps = f"{done:,} of {planned:,} steps" if planned > done else f"{done:,} steps"
     if len(stages) > 1:
-        lead = f"<b>{len(stages)} stages</b>, one after another: <b>{steps:,} steps</b> in <b>{took}</b>."
+        lead = f"<b>{len(stages)} stages</b>, one after another: <b>{steps}</b> in <b>{took}</b>."
     elif stages:
         ends = loss_ends(stages[0])
         fell = f" Its loss went from <b>{short_number(ends[0])}</b> to <b>{short_number(ends[1])}</b>." if ends else ""
-        lead = f"{escape(stages[0].label)}: <b>{steps:,} steps</b> in <b>{took}</b>.{fell}"
+        lead = f"{escape(stages[0].label)}: <b>{steps}</b> in <b>{took}</b>.{fell}"
     else:
         lead = "Nothing was trained in this folder yet."
     barred = [(as_number(s.get("value")), as_number(s.get("bar")), s.get("higher_is_better", True)) for s in scores]
@@ -34,10 +37,11 @@ def header_html(run: Path, stages: list[StageRun], scores: list[dict[str, Any]],
     when = datetime.fromtimestamp(times[-1], UTC).strftime("%-d %b %Y, %H:%M UTC") if times else None
     parameters = next((p for p in (as_number(s.summary.get("parameters")) for s in reversed(stages)) if p), None)
     facts = [
-        ("Finished" if when else "Date", when),
+        ("State", state_of_all(states)),
+        ("Last step", when),
         ("Duration", took),
         ("Parameters", si(parameters) if parameters else None),
-        ("Processes", environment.get("world_size")),
+        ("Processes", world_sizes(states) or environment.get("world_size")),
         ("Commit", environment.get("commit")),
         ("Hardware", environment.get("device")),
     ]
@@ -46,6 +50,22 @@ def header_html(run: Path, stages: list[StageRun], scores: list[dict[str, Any]],
         f'<header><p class="overline">EMMA training report</p><h1>{escape(run.resolve().name)}</h1>'
         f'<p class="lead">{lead}</p><dl class="facts">{rows}</dl></header>'
     )
+
+
+def state_of_all(states: list[RunState]) -> str | None:
+    """That of the newest stage which is not done, and done where all are."""
+    open_ones = [
+        f"{state.state}, {state.name}" if len(states) > 1 else state.state for state in states if state.state != "done"
+    ]
+    return open_ones[-1] if open_ones else "done" if states else None
+
+
+def world_sizes(states: list[RunState]) -> str:
+    """Ranks of all starts in order, each named where it changes: "8, 4, 8 (5 starts)"."""
+    sizes = [size for state in states for size in state.world_sizes]
+    changes = [size for before, size in zip([None, *sizes], sizes, strict=False) if size != before]
+    text = ", ".join(str(size) for size in changes)
+    return f"{text} ({len(sizes)} starts)" if len(sizes) > len(states) else text
 
 
 def _fact(name: str, value: str) -> str:

@@ -63,6 +63,7 @@ def build(recipe: Recipe, stage: Stage, world: World, resuming: bool) -> Trainin
     select_backend(
         recipe.attention.backend, world.device, torch.bfloat16 if recipe.engine.precision == "bf16" else torch.float32
     )
+    log.info("building the model")
     gc.collect()  # frees the model of a previous stage, which may be part of reference cycles
     source, parent = None, None
     if not resuming:

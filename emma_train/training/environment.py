@@ -57,8 +57,14 @@ def code_versions() -> dict[str, Any]:
 
 @cache
 def commit() -> str | None:
-    """Git commit of the code, followed by + if files have changed; None outside of a checkout."""
+    """Git commit of the code, followed by + if files have changed; None outside of a checkout.
+
+    A job runs a copy of the code, which has its commit in a file (launchers/snapshot.py).
+    """
     here = Path(__file__).parent
+    copied = here.parents[1] / "COMMIT"
+    if copied.is_file():
+        return copied.read_text().strip() or None
     try:
         head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10)
         dirty = subprocess.run(

@@ -101,6 +101,7 @@ class Trainer:
         assert meta is not None
         check_resume(self.recipe, meta["config"], str(checkpoint))
         self.stream.resume(meta["data"], meta["config"])
+        log.info("loading %s", checkpoint)
         state = self._state()
         dcp.load_training(checkpoint, state)
         self.engine.sync_compute_weights()

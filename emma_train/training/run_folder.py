@@ -2,6 +2,8 @@
 
 import json
 import logging
+import os
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from emma_train.config import config_hash, to_yaml
 from emma_train.config.schema import Recipe
 from emma_train.engine.world import World
 from emma_train.errors import RunError, UserError
+from emma_train.monitor.run_state import STARTS_FILE
 from emma_train.sequence.step_batches import UnreadableSample
 from emma_train.storage.files import write_atomic
 from emma_train.storage.paths import parse_path, storage_of
@@ -56,13 +59,21 @@ class RunFolder:
                 f"{self.checkpoints}; copy them there or put train.checkpoints back, or choose another run.name"
             )
 
-    def prepare(self, recipe: Recipe, world: World) -> None:
-        """Write the resolved recipe and the environment; main rank only. Raises UserError where that fails."""
+    def prepare(self, recipe: Recipe, world: World, step: int) -> None:
+        """Write the resolved recipe, the environment and a line about this start after `step`; main rank only.
+
+        Raises UserError where that fails.
+        """
         try:
             storage_of(self.checkpoints).make_folder(self.checkpoints, parents=True)
             (self.path / "logs").mkdir(parents=True, exist_ok=True)
             write_atomic(self.config, f"# hash {config_hash(recipe)}\n{to_yaml(recipe)}")
-            write_atomic(self.path / "environment.json", json.dumps(environment(world), indent=1) + "\n")
+            surroundings = environment(world)
+            write_atomic(self.path / "environment.json", json.dumps(surroundings, indent=1) + "\n")
+            start = {"time_unix": time.time(), "step": step, "job": os.environ.get("SLURM_JOB_ID")}
+            start |= {key: surroundings[key] for key in ("world_size", "host", "commit")}
+            with open(self.path / STARTS_FILE, "a", encoding="utf-8") as file:
+                file.write(json.dumps(start) + "\n")
         except OSError as error:
             keys = "run.root or train.checkpoints" if recipe.train.checkpoints else "run.root"
             raise UserError(

@@ -21,17 +21,16 @@ from types import TracebackType
 from typing import NoReturn
 
 from emma_train.errors import UserError
+from emma_train.monitor.run_state import HEARTBEAT_S, LOCK_FILE
 
 log = logging.getLogger(__name__)
-HEARTBEAT_S = 5.0
-FILE = "lock"
 
 
 class RunLock:
     """Holds a run folder inside its `with` block. Raises UserError if another job has it, or it cannot be written."""
 
     def __init__(self, run: Path, heartbeat_s: float = HEARTBEAT_S) -> None:
-        self._path, self._heartbeat_s = run / FILE, heartbeat_s
+        self._path, self._heartbeat_s = run / LOCK_FILE, heartbeat_s
         self._descriptor = -1
         self._released = threading.Event()
 

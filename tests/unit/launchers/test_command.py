@@ -1,89 +1,59 @@
 """The commands of `launch`, word for word."""
 
-import argparse
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from emma_train.errors import UserError
-from launchers import command
-from launchers.command import (
-    LaunchOptions,
-    add_launch_arguments,
-    shell_line,
-    torchrun_command,
-    torchrun_environment,
-)
+from launchers.command import shell_line, torchrun_command, torchrun_environment
+from launchers.options import LaunchOptions
 
 RECIPE = "recipes/tiny/stage1.yaml"
 
 
+def command(*overrides: str, log: Path | None = None, **options: Any) -> str:
+    return shell_line(torchrun_command(RECIPE, overrides, LaunchOptions(**options), log))
+
+
 def test_one_node_is_the_documented_command() -> None:
-    line = shell_line(torchrun_command(RECIPE, ["train.steps=20"], nproc=2))
-    assert line == (
-        "torchrun --standalone --nproc-per-node 2 -m emma_train train recipes/tiny/stage1.yaml train.steps=20"
+    assert command("train.steps=20", nproc=2) == (
+        "python -m launchers.torchrun --standalone --nproc-per-node 2 "
+        "-m emma_train train recipes/tiny/stage1.yaml train.steps=20"
     )
+    assert " --log runs/a/logs/n1.log --standalone " in command(nproc=2, log=Path("runs/a/logs/n1.log"))
 
 
 @pytest.mark.parametrize(("node_rank", "is_host"), [(0, 1), (1, 0)])
 def test_several_nodes_meet_at_node_0(node_rank: int, is_host: int) -> None:
-    line = shell_line(torchrun_command(RECIPE, nproc=8, nnodes=2, node_rank=node_rank, rdzv_endpoint="first:29500"))
-    assert line == (
-        "torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint first:29500 "
+    assert command(nproc=8, nnodes=2, node_rank=node_rank, rdzv_endpoint="first:29500") == (
+        "python -m launchers.torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint first:29500 "
         f"--rdzv-conf is_host={is_host} -m emma_train train recipes/tiny/stage1.yaml"
     )
 
 
 def test_restarts_turn_the_shared_store_off() -> None:
-    line = shell_line(torchrun_command(RECIPE, nproc=2, max_restarts=3), torchrun_environment(3))
-    assert line == (
-        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --standalone --nproc-per-node 2 --max-restarts 3 "
+    assert command(nproc=2, max_restarts=3) == (
+        "python -m launchers.torchrun --standalone --nproc-per-node 2 --max-restarts 3 "
         "-m emma_train train recipes/tiny/stage1.yaml"
     )
-    assert torchrun_environment(0) == {}
+    assert torchrun_environment(3) == {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    assert torchrun_environment(0) == torchrun_environment(None) == {}
 
 
 def test_overrides_are_quoted_for_a_shell() -> None:
-    line = shell_line(torchrun_command(RECIPE, ["resume.allow=[data.seed, mix.i2t]"]))
-    assert line.endswith("'resume.allow=[data.seed, mix.i2t]'")
+    assert command("resume.allow=[data.seed, mix.i2t]", nproc=1).endswith("'resume.allow=[data.seed, mix.i2t]'")
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"nproc": 0}, "--nproc is 0"),
-        ({"nnodes": 0}, "--nnodes is 0"),
-        ({"max_restarts": -1}, "--max-restarts is -1"),
         ({"node_rank": 1}, "give --nnodes"),
         ({"nnodes": 2, "node_rank": 0}, "--rdzv-endpoint"),
         ({"nnodes": 2, "rdzv_endpoint": "first:1"}, "--node-rank"),
         ({"nnodes": 2, "rdzv_endpoint": "first:1", "node_rank": 2}, "0 to 1"),
     ],
 )
-def test_impossible_options_say_what_to_do(options: dict, words: str) -> None:
+def test_impossible_options_say_what_to_do(options: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
-        torchrun_command(RECIPE, **options)
-
-
-def test_options_and_overrides_may_be_mixed() -> None:
-    parser = argparse.ArgumentParser()
-    add_launch_arguments(parser)
-    arguments, overrides = parser.parse_known_args([RECIPE, "--on", "slurm", "train.steps=5", "--nnodes", "2", "a.b=c"])
-    assert overrides == ["train.steps=5", "a.b=c"]
-    assert LaunchOptions.from_arguments(arguments) == LaunchOptions(on="slurm", nnodes=2, sbatch=[])
-
-
-def test_defaults_of_parser_and_options_agree() -> None:
-    parser = argparse.ArgumentParser()
-    add_launch_arguments(parser)
-    assert LaunchOptions.from_arguments(parser.parse_args([RECIPE])) == LaunchOptions(sbatch=[])
-
-
-def test_run_torchrun_becomes_the_command_of_this_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    became: list = []
-    monkeypatch.setattr(command.os, "execvpe", lambda *words: became.extend(words))
-    command.run_torchrun(torchrun_command(RECIPE), torchrun_environment(1))
-    program, argv, environment = became
-    assert program == argv[0] == str(command.bin_directory() / "torchrun")
-    assert argv[1:] == ["--standalone", "--nproc-per-node", "1", "-m", "emma_train", "train", RECIPE]
-    assert environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
-    assert "PATH" in environment
+        command(nproc=1, **options)

@@ -1,0 +1,74 @@
+"""Say in a few lines what a run is doing, from any machine that sees its folder."""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from emma_train.monitor.run_state import RunState
+
+EVERY_S = 5.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_folder", metavar="RUN", help="run folder of a stage or a pipeline")
+    parser.add_argument("--watch", action="store_true", help=f"again every {EVERY_S:g} seconds, until Ctrl-C")
+
+
+def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    """Print the state of every stage. Raises UserError if the folder holds no run."""
+    folder = Path(arguments.run_folder)
+    while True:
+        text = status_text(folder)
+        clear = "\033[H\033[2J" if arguments.watch and sys.stdout.isatty() else ""
+        sys.stdout.write(f"{clear}{text}\n")
+        sys.stdout.flush()
+        if not arguments.watch:
+            return 0
+        try:
+            time.sleep(EVERY_S)
+        except KeyboardInterrupt:
+            return 0
+
+
+def status_text(folder: Path) -> str:
+    """A line for each stage, and two about the newest start. Raises UserError if the folder holds no run."""
+    from emma_train.errors import UserError
+    from emma_train.monitor.run_state import read_run_state
+    from emma_train.report.stage_run import stage_folders
+
+    stages = [read_run_state(stage) for stage in stage_folders(folder)] if folder.is_dir() else []
+    if not stages:
+        raise UserError(f"{folder} holds no run: neither metrics.jsonl nor config.yaml is here or one folder below")
+    width = max(len(stage.name) for stage in stages)
+    current = next((stage for stage in reversed(stages) if stage.starts or stage.holder), stages[-1])
+    return "\n".join([*(_line(stage, width) for stage in stages), *_start_lines(current)])
+
+
+def _line(stage: "RunState", width: int) -> str:
+    from emma_train.monitor.progress import duration, loss_and_speed
+
+    parts = [f"{stage.name:{width}}  {stage.state:11}  {stage.step}/{stage.steps or '?'}"]
+    if stage.row:
+        parts.append(loss_and_speed(stage.row))
+    if stage.state == "running" and stage.left_s is not None:
+        parts.append(f"eta {duration(stage.left_s)}")
+    if stage.state != "done" and stage.saved:
+        parts.append(f"saved {stage.saved}")
+    return "  ".join(parts)
+
+
+def _start_lines(stage: "RunState") -> list[str]:
+    lines = []
+    if stage.state in ("running", "crashed"):
+        holder = stage.holder
+        job = f", SLURM job {holder['job']}" if holder.get("job") else ""
+        verb = "trains" if stage.state == "running" else "is gone"
+        lines.append(f"process {holder.get('pid')} on {holder.get('host')}{job} {verb}, since {holder.get('since')}")
+    if stage.starts:
+        sizes = ", ".join(str(size) for size in stage.world_sizes[-10:])
+        commit = stage.starts[-1].get("commit") or "unknown"
+        lines.append(f"{stage.name}: {len(stage.starts)} starts; ranks of each: {sizes}; commit {commit}")
+    return lines

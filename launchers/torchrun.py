@@ -1,0 +1,109 @@
+"""torchrun for one node of a run: the same options and the same agent, with the exit code of the trainer, one line
+where torchrun prints thirty, and a copy of the output in a file of the node.
+
+`python -m launchers.torchrun [--log FILE] --nproc-per-node 8 … -m emma_train train RECIPE`
+"""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+EXIT_CODES_VARIABLE = "EMMA_EXIT_CODES"
+"""A folder where each process of the trainer writes its exit code (emma_train/__main__.py)."""
+FAILED, USAGE, STOPPED = 1, 2, 75
+
+
+def node_exit_code(codes: Mapping[int, int], num_processes: int, stopped: bool) -> int:
+    """Exit code of a node by those of its processes; a process that was killed has none.
+
+    0 where all are done; 2 where one met a mistake of its user; 75 where all stopped as they were asked to; else 1.
+    """
+    known = [codes.get(rank, STOPPED if stopped else FAILED) for rank in range(num_processes)]
+    if USAGE in known:
+        return USAGE
+    return next((code for code in known if code not in (0, STOPPED)), max(known, default=0))
+
+
+def read_exit_codes(folder: Path) -> dict[int, int]:
+    """Exit codes of the newest start, by local rank."""
+    starts: dict[int, dict[int, int]] = {}
+    for path in folder.iterdir():
+        restart, rank = (int(part) for part in path.name.split("-"))
+        starts.setdefault(restart, {})[rank] = int(path.read_text() or FAILED)
+    return starts[max(starts)] if starts else {}
+
+
+@contextmanager
+def _copied_output(log: Path | None) -> Iterator[None]:
+    """Output of this process and of those that it starts goes to `log` too."""
+    if log is None:
+        yield
+        return
+    log.parent.mkdir(parents=True, exist_ok=True)
+    # A cluster sends TERM to every process of a job: the copy must outlive those that still have something to say.
+    ignore = "trap '' TERM USR1 INT; exec tee -a -- \"$0\""
+    with subprocess.Popen(["bash", "-c", ignore, str(log)], stdin=subprocess.PIPE) as copy:
+        assert copy.stdin is not None
+        before = os.dup(1), os.dup(2)
+        for stream in (1, 2):
+            os.dup2(copy.stdin.fileno(), stream)
+        copy.stdin.close()
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for kept, stream in zip(before, (1, 2), strict=True):
+                os.dup2(kept, stream)
+
+
+def run(words: Sequence[str]) -> int:
+    """Start the processes of this node and wait for them. Returns the node's exit code."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous.api import RendezvousError
+    from torch.distributed.run import parse_args
+    from torch.distributed.run import run as run_agent
+
+    arguments = parse_args(list(words))
+    with tempfile.TemporaryDirectory(prefix="emma-exit-codes-") as folder:
+        os.environ[EXIT_CODES_VARIABLE] = folder
+        stopped = False
+        try:
+            run_agent(arguments)
+            return 0
+        except ChildFailedError as error:
+            killed = [f"local rank {rank}: {_cause(failure.exitcode)}" for rank, failure in error.failures.items()]
+            codes = read_exit_codes(Path(folder))
+            if lost := [line for rank, line in zip(error.failures, killed, strict=True) if rank not in codes]:
+                sys.stderr.write(f"launch: {'; '.join(lost)}\n")
+        except SignalException as error:
+            stopped = True
+            sys.stderr.write(f"launch: {signal.Signals(error.sigval).name}: all processes of this node have ended\n")
+        except RendezvousError as error:
+            sys.stderr.write(f"launch: the nodes did not meet at {arguments.rdzv_endpoint} ({error})\n")
+            return FAILED
+        return node_exit_code(read_exit_codes(Path(folder)), int(arguments.nproc_per_node), stopped)
+
+
+def _cause(code: int) -> str:
+    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+
+def main() -> int:
+    """Take --log, and give all other words to torchrun."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--log", type=Path)
+    given, words = parser.parse_known_args()
+    with _copied_output(given.log):
+        return run(words)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
