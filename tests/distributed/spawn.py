@@ -10,6 +10,7 @@ import contextlib
 import multiprocessing
 import os
 import pickle
+import re
 import signal
 import socket
 import subprocess
@@ -28,6 +29,9 @@ ROOT = Path(__file__).parents[2]
 _PRELOAD = ["tests.distributed.preload"]
 
 
+STARTING = re.compile(r" \[\d+\] (\d+ ranks of type |reading the indexes of |building the model|loading )")
+
+
 @dataclass(frozen=True)
 class Outcome:
     """The result of a rank or a command."""
@@ -39,7 +43,8 @@ class Outcome:
 
     @property
     def error_lines(self) -> list[str]:
-        return [line for line in self.err.splitlines() if line.strip()]
+        """Lines of stderr but for those that every start logs."""
+        return [line for line in self.err.splitlines() if line.strip() and not STARTING.search(line)]
 
 
 def run_ranks(
