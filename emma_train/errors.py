@@ -41,7 +41,7 @@ def describe_shortage(error: BaseException) -> str | None:
     return f"{file}: {SHORTAGES[number]}" if file and number in (errno.ENOSPC, errno.EDQUOT) else SHORTAGES[number]
 
 
-def check_range(option: str, value: int, low: int, high: int) -> None:
+def check_range(option: str, value: float, low: float, high: float) -> None:
     """Raise UserError where the value of a command-line option is not in [low, high]."""
     if not low <= value <= high:
         raise UserError(f"{option} is {value}; give a number from {low} to {high}")

@@ -5,7 +5,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_pipelines.commands.common_arguments import add_job_arguments, check_workers, shard_folders
+from data_pipelines.commands.common_arguments import (
+    add_gpus,
+    add_job_arguments,
+    check_gpus,
+    check_workers,
+    shard_folders,
+)
 from emma_train.errors import UserError
 
 if TYPE_CHECKING:
@@ -20,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--set", action="append", default=[], dest="settings", metavar="KEY=VALUE", help="a setting of the operator"
     )
     add_job_arguments(parser)
+    add_gpus(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -39,7 +46,8 @@ def run(arguments: argparse.Namespace) -> int:
             f"{counts.rejected:,} rejected), {len(rest)} to do with {sum(task.num_rows for task in rest):,} samples\n"
         )
         return 0
-    options = JobOptions(check_workers(arguments), arguments.address, operator.cpus, operator.gpus)
+    gpus = check_gpus(arguments, operator.gpus)
+    options = JobOptions(check_workers(arguments), arguments.address, operator.cpus, gpus)
     return _report(operator.name, run_job(operator.name, tasks, annotate_shard, options))
 
 

@@ -17,6 +17,20 @@ def add_job_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="say what there is to do, and do nothing")
 
 
+def add_gpus(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--gpus", type=float, metavar="N", help="GPUs that Ray gives each task alone; 0.5: two tasks share one (0)"
+    )
+
+
+def check_gpus(arguments: argparse.Namespace, default: float = 0) -> float:
+    """The value of --gpus. Raises UserError."""
+    if arguments.gpus is None:
+        return default
+    check_range("--gpus", arguments.gpus, 0, 64)
+    return float(arguments.gpus)
+
+
 def check_workers(arguments: argparse.Namespace) -> int:
     """The value of --workers. Raises UserError."""
     check_range("--workers", arguments.workers, 1, 4096)

@@ -5,7 +5,13 @@ import sys
 from pathlib import Path
 
 from data_pipelines.commands.annotate import parse_settings
-from data_pipelines.commands.common_arguments import add_job_arguments, check_workers, tokenizer_file
+from data_pipelines.commands.common_arguments import (
+    add_gpus,
+    add_job_arguments,
+    check_gpus,
+    check_workers,
+    tokenizer_file,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", type=Path, required=True, help="tokenizer.json, or its folder, for the index")
     parser.add_argument("--set", action="append", default=[], dest="settings", metavar="KEY=VALUE", help="a setting")
     add_job_arguments(parser)
+    add_gpus(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -41,7 +48,8 @@ def run(arguments: argparse.Namespace) -> int:
         sys.stdout.write(f"{name}: {len(tasks)} shards, {len(rest)} to do, {counts.kept:,} records made so far\n")
         return 0
     make_folder(out)
-    result = run_job(name, tasks, work, JobOptions(check_workers(arguments), arguments.address))
+    options = JobOptions(check_workers(arguments), arguments.address, gpus=check_gpus(arguments))
+    result = run_job(name, tasks, work, options)
     counts = result.counts
     sys.stdout.write(f"{name}: {counts.read:,} read, {counts.kept:,} made, {counts.rejected:,} rejected\n")
     for reason, number in synthesize.frequent_reasons(tasks):

@@ -202,6 +202,7 @@ def _on_ray(
 ) -> Iterator[tuple[ShardTask, RecordCounts | str]]:
     """Outcomes in the order in which tasks finish."""
     ray = start_ray(options)
+    check_gpus_of(ray, options)
     remote = ray.remote(num_cpus=options.cpus, num_gpus=options.gpus, max_retries=TASK_RETRIES)(_outcome_or_user_error)
     waiting, running = iter(tasks), dict[Any, ShardTask]()
     try:
@@ -262,6 +263,17 @@ def start_ray(options: JobOptions) -> Any:
             if attempt + 1 == RAY_STARTS:
                 raise UserError(f"a local Ray: does not start ({reason})") from None
     return ray
+
+
+def check_gpus_of(ray: Any, options: JobOptions) -> None:
+    """Raise UserError where a local Ray has too few GPUs for a task, which would wait without end. A machine of a
+    cluster may join later."""
+    known = ray.cluster_resources().get("GPU", 0)
+    if options.gpus <= known:
+        return
+    if not options.address:
+        raise UserError(f"--gpus {options.gpus:g}: this machine has {known:g} for Ray; give fewer, or --address")
+    log.warning("--gpus %g: the cluster has %g now; tasks wait until a machine with GPUs joins", options.gpus, known)
 
 
 def _check_answers(address: str) -> None:

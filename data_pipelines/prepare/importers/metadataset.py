@@ -15,9 +15,9 @@ from emma_train.errors import UserError
 from emma_train.storage.files import write_atomic
 
 log = logging.getLogger(__name__)
-SOURCES_FILE = "sources.yaml"
+BLEND_FILE = "sources.yaml"
 """The imported sets with their weights, as `data.sources` of a recipe has them."""
-TRAIN = "train"
+TRAIN_PART = "train"
 LISTS = ("blend", "datasets", "blend_epochized")
 """Keys of a list of sets; `datasets` is that of version 1. In the last one, numbers are repetitions of each set."""
 MAX_DEPTH = 8
@@ -36,7 +36,7 @@ class BlendedSet:
 
     @property
     def name(self) -> str:
-        return self.path.name if self.part == TRAIN else f"{self.path.name}-{self.part}"
+        return self.path.name if self.part == TRAIN_PART else f"{self.path.name}-{self.part}"
 
 
 def is_metadataset(source: Path) -> bool:
@@ -47,7 +47,7 @@ def is_metadataset(source: Path) -> bool:
 def blended_sets(file: Path) -> dict[str, BlendedSet]:
     """The sets of the blend for training, by the name of the folder that each is imported to. Raises UserError."""
     sets: dict[str, BlendedSet] = {}
-    for one in _sets(file, TRAIN, 0):
+    for one in _sets(file, TRAIN_PART, 0):
         name, number = one.name, 2
         while name in sets and (sets[name].path, sets[name].part) != (one.path, one.part):
             name, number = f"{one.name}-{number}", number + 1
@@ -59,14 +59,14 @@ def blended_sets(file: Path) -> dict[str, BlendedSet]:
 
 
 def write_sources(out: Path, sets: Mapping[str, BlendedSet], samples: Mapping[str, int]) -> None:
-    """Write SOURCES_FILE; `samples` are those of each imported set."""
+    """Write BLEND_FILE; `samples` are those of each imported set."""
     lines = []
     for name, one in sets.items():
         weight = one.share * samples[name] if one.is_repeated else one.share
         source = {"path": (out / name).as_posix(), "weight": round(weight, 6)}
         lines.append(f"- {json.dumps(source, ensure_ascii=False)}\n")
-    write_atomic(out / SOURCES_FILE, "".join(lines))
-    log.info("%s: %d sets; the recipe's data.sources are in %s", out, len(sets), out / SOURCES_FILE)
+    write_atomic(out / BLEND_FILE, "".join(lines))
+    log.info("%s: %d sets; the recipe's data.sources are in %s", out, len(sets), out / BLEND_FILE)
 
 
 def _sets(file: Path, split: str, depth: int) -> Iterator[BlendedSet]:

@@ -3,6 +3,7 @@
 import json
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,6 +11,7 @@ from data_pipelines.prepare.jobs import (
     JobOptions,
     RecordCounts,
     ShardTask,
+    check_gpus_of,
     do_task,
     finished_counts,
     run_job,
@@ -111,6 +113,17 @@ def test_markers_have_no_clock_in_them(tmp_path: Path) -> None:
     do_task(task, copy)
     assert task.marker.read_bytes() == first
     assert json.loads(first)["counts"] == {"read": 3, "kept": 2, "rejected": 1}
+
+
+def test_gpus_that_this_machine_does_not_have_are_refused_and_awaited_of_a_cluster(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    ray = SimpleNamespace(cluster_resources=lambda: {"CPU": 2.0, "GPU": 1.0})
+    check_gpus_of(ray, JobOptions(gpus=1))
+    with pytest.raises(UserError, match=r"--gpus 2: this machine has 1 for Ray; give fewer, or --address"):
+        check_gpus_of(ray, JobOptions(gpus=2))
+    check_gpus_of(ray, JobOptions(gpus=2, address="auto"))
+    assert "tasks wait until a machine with GPUs joins" in caplog.text
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:{port}", "ray://127.0.0.1:{port}", "127.0.0.1:x", "127.0.0.1:99999999"])
