@@ -9,10 +9,10 @@ WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --durations=15
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-slow test-slurm test-all lint format docs bench gpu gpu-wheels clean
+.PHONY: help setup demo test test-fast test-slow test-slurm test-all test-harness lint format docs bench gpu gpu-wheels clean
 
 help: ## print this list
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{printf "make %-10s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{printf "make %-12s %s\n", $$1, $$2}'
 
 setup: $(STAMP) ## make .venv with emma-train and emma-data in it (PYTHON=... chooses another Python 3.11+)
 
@@ -61,6 +61,12 @@ test-slurm: setup ## launch on a real SLURM of two nodes on this host; needs roo
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 -v -rs tests/integration/test_slurm.py
 
 test-all: test test-slow ## every test
+
+MODEL ?= $(DEMO)/stage3
+
+# About 1.4 GB of packages beside .venv, on top of it. MODEL is a trained tiny model, by default that of `make demo`.
+test-harness: setup ## lmms-eval and VLMEvalKit end to end on local questions with the model of make demo (MODEL=)
+	PYTHONPATH=. OMP_NUM_THREADS=1 $(BIN)/python tests/harness/run.py $(MODEL) --out build/harness
 
 lint: setup ## ruff, mypy and import-linter
 	$(BIN)/ruff check .

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from emma_train.commands.judge import judge_benchmark
 from emma_train.commands.model_arguments import given_settings, wanted_size
 from emma_train.errors import UserError, check_range
 
@@ -34,10 +35,12 @@ def run_benchmark(arguments: argparse.Namespace) -> int:
         )
     check_range("--batch", arguments.batch, 1, 65_536)
     benchmark, items = read_benchmark(arguments.benchmark, Path(arguments.data), arguments.language)
-    if arguments.check and arguments.score:
-        raise UserError("--check and --score: give one of them")
-    if arguments.check or arguments.score:
+    if sum(map(bool, (arguments.check, arguments.score, arguments.judge))) > 1:
+        raise UserError("--check, --score and --judge: give one of them")
+    if arguments.check or arguments.score or arguments.judge:
         settings = _begun(arguments, benchmark, items)
+        if arguments.judge:
+            arguments.score = judge_benchmark(arguments, benchmark, items[: arguments.limit or None])
         part = _check if arguments.check else _score
         return part(arguments, benchmark, items[: arguments.limit or None], settings)
     return _write(arguments, benchmark, items)

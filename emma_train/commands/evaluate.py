@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from emma_train.commands.judge import add_judge_arguments
 from emma_train.commands.model_arguments import add_flow_arguments, add_model_arguments, given_settings
 from emma_train.errors import UserError, check_range
 
@@ -49,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     images.add_argument("--language", choices=("en", "cn"), default="", help="of gedit's instructions (both)")
     images.add_argument("--batch", type=int, default=16, help="images at once (%(default)s)")
     images.add_argument("--size", type=int, nargs=2, metavar=("WIDTH", "HEIGHT"), help="of an image in pixels")
+    add_judge_arguments(parser.add_argument_group("of a chat model that judges a benchmark's images"))
     add_flow_arguments(parser.add_argument_group("how to generate", "not given: as the export or recipe says"))
 
 
@@ -70,8 +72,8 @@ def _run_emoji(arguments: argparse.Namespace) -> int:
     from emma_train.storage.files import output_file, write_atomic
     from emma_train.storage.paths import as_local, parse_path
 
-    if arguments.check or arguments.score:
-        raise UserError("--check and --score are for the images of a benchmark; name one with --benchmark")
+    if arguments.check or arguments.score or arguments.judge:
+        raise UserError("--check, --score and --judge are for the images of a benchmark; name one with --benchmark")
     if not arguments.out and as_local(parse_path(arguments.model)) is None:
         raise UserError(f"evaluate {arguments.model}: say where to write the scores (--out FILE)")
     out = output_file("--out", Path(arguments.out or f"{arguments.model}/scores.json"))
