@@ -3,8 +3,10 @@
 import base64
 import json
 import tarfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pyarrow as pa
@@ -97,12 +99,12 @@ def write_rows(folder: Path) -> None:
     pd.DataFrame(table).to_csv(folder / "EmojiMCQ.tsv", sep="\t", index=False)
 
 
-def _parquet(path: Path, rows: list[Row], columns: list[dict[str, object]]) -> None:
+def _parquet(path: Path, rows: Sequence[Row], columns: Sequence[Mapping[str, Any]]) -> None:
     """With the column `image` as the library datasets reads it."""
     images = [{"bytes": row.image, "path": None} for row in rows]
     values = {name: [line[name] for line in columns] for name in columns[0]}
     table = pa.table({"image": pa.array(images, pa.struct([("bytes", pa.binary()), ("path", pa.string())])), **values})
-    info = {"info": {"features": {"image": {"_type": "Image"}}}}
+    info: dict[str, Any] = {"info": {"features": {"image": {"_type": "Image"}}}}
     for name in values:
         kind = table.schema.field(name).type
         info["info"]["features"][name] = (
