@@ -4,6 +4,7 @@ import argparse
 import logging
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,10 +61,11 @@ def _write(arguments: argparse.Namespace, benchmark: "Benchmark", items: "list[B
     with join(arguments.device, MAX_RANK_LAG_S) as world:
         if world.device.type == "cpu":
             torch.set_num_threads(1)  # sums are divided among threads, so that their number would change the images
+        prompts = world.on_main(lambda: _shown_prompts(arguments, items))
         generator, recipe, meta = load_generator(
             arguments.model, arguments.device, not arguments.no_ema, arguments.precision, not arguments.no_experts
         )
-        run = _benchmark_run(arguments, benchmark, items, recipe)
+        run = _benchmark_run(arguments, benchmark, items, prompts, recipe)
         folder = ImageFolder(Path(arguments.out), world.rank)
         world.on_main(lambda: _begin(arguments, run, meta, world))
         num_images = write_images(run, generator, folder, limit, world)
@@ -76,8 +78,45 @@ def _write(arguments: argparse.Namespace, benchmark: "Benchmark", items: "list[B
     return 0
 
 
+def _shown_prompts(arguments: argparse.Namespace, items: "list[BenchmarkItem]") -> list[str]:
+    """The prompts that the model is shown: the official ones, or rewritten ones. Raises UserError, RunError."""
+    from emma_train.chat.options import ChatOptions, open_chat
+    from emma_train.evaluate.rewrites import REWRITTEN_FILE, ask_for_rewrites, read_rewrites
+    from emma_train.storage.files import make_folder
+
+    if not arguments.rewrite:
+        return [item.prompt for item in items]
+    if not _is_endpoint(arguments):
+        return read_rewrites([Path(path) for path in arguments.rewrite], items)
+    out = Path(arguments.out)
+    make_folder(out)
+    written = out / REWRITTEN_FILE
+    if not written.is_file():
+        options = ChatOptions(arguments.rewrite[0], arguments.rewrite_model, cache=str(out / "rewrite-answers"))
+        written = ask_for_rewrites(open_chat(options), items, out)
+    return read_rewrites([written], items)
+
+
+def _is_endpoint(arguments: argparse.Namespace) -> bool:
+    return len(arguments.rewrite) == 1 and arguments.rewrite[0].startswith(("http://", "https://"))
+
+
+def _describe_rewrite(arguments: argparse.Namespace, prompts: Sequence[str]) -> dict[str, Any] | None:
+    """What results say of rewritten prompts."""
+    from emma_train.evaluate.settings_file import texts_digest
+
+    if not arguments.rewrite:
+        return None
+    by = [arguments.rewrite_model] if _is_endpoint(arguments) else [Path(path).name for path in arguments.rewrite]
+    return {"by": by, "digest": texts_digest(prompts)}
+
+
 def _benchmark_run(
-    arguments: argparse.Namespace, benchmark: "Benchmark", items: "list[BenchmarkItem]", recipe: "Recipe"
+    arguments: argparse.Namespace,
+    benchmark: "Benchmark",
+    items: "list[BenchmarkItem]",
+    prompts: list[str],
+    recipe: "Recipe",
 ) -> "BenchmarkRun":
     from data_pipelines.shards.images import load_resized
     from emma_train.evaluate.writer import BenchmarkRun
@@ -91,7 +130,7 @@ def _benchmark_run(
     return BenchmarkRun(
         benchmark,
         items,
-        [item.prompt for item in items],
+        prompts,
         with_overrides(flow, given_settings(arguments, flow), "--"),
         wanted_size(arguments.size, [], recipe.data.gen.side, multiple),
         lambda width, height: image_size(width, height, image_config, multiple),
@@ -113,6 +152,7 @@ def _begin(arguments: argparse.Namespace, run: "BenchmarkRun", meta: dict[str, A
         "ema": not arguments.no_ema,
         "experts": not arguments.no_experts,
         "prompts": prompts_digest(run.items),
+        "rewrite": _describe_rewrite(arguments, run.prompts),
         "generation": asdict(run.flow),
         "size": list(run.size),
         "batch": run.batch,

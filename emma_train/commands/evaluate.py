@@ -47,6 +47,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     images = parser.add_argument_group("of a benchmark's images")
     images.add_argument("--check", action="store_true", help="only look for what is missing or wrong in --out")
     images.add_argument("--score", nargs="+", metavar="FILE", help="official statistics of what its scorer wrote")
+    images.add_argument(
+        "--rewrite",
+        nargs="+",
+        metavar="FILE|URL",
+        help="prompts to show instead: files, or a chat model's URL up to /v1",
+    )
+    images.add_argument("--rewrite-model", default="", metavar="NAME", help="the chat model's name at that URL")
     images.add_argument("--language", choices=("en", "cn"), default="", help="of gedit's instructions (both)")
     images.add_argument("--batch", type=int, default=16, help="images at once (%(default)s)")
     images.add_argument("--size", type=int, nargs=2, metavar=("WIDTH", "HEIGHT"), help="of an image in pixels")
@@ -72,8 +79,9 @@ def _run_emoji(arguments: argparse.Namespace) -> int:
     from emma_train.storage.files import output_file, write_atomic
     from emma_train.storage.paths import as_local, parse_path
 
-    if arguments.check or arguments.score or arguments.judge:
-        raise UserError("--check, --score and --judge are for the images of a benchmark; name one with --benchmark")
+    if arguments.check or arguments.score or arguments.judge or arguments.rewrite:
+        options = "--check, --score, --judge and --rewrite"
+        raise UserError(f"{options} are for the images of a benchmark; name one with --benchmark")
     if not arguments.out and as_local(parse_path(arguments.model)) is None:
         raise UserError(f"evaluate {arguments.model}: say where to write the scores (--out FILE)")
     out = output_file("--out", Path(arguments.out or f"{arguments.model}/scores.json"))

@@ -56,7 +56,7 @@ def wise_items(data: Path, language: str) -> list[BenchmarkItem]:
     entries = []
     for name in WISE_FILES:
         path = official_file(data, f"{name}{suffix}.json", folders)
-        entries += [(path, number, entry) for number, entry in enumerate(_json_list(path))]
+        entries += [(path, number, entry) for number, entry in enumerate(read_json_list(path))]
     items = []
     for index, (path, number, entry) in enumerate(entries):
         if not isinstance(prompt_id := entry.get("prompt_id"), int):
@@ -131,7 +131,7 @@ def gedit_items(data: Path, language: str) -> list[BenchmarkItem]:
     return items
 
 
-def _json_list(path: Path) -> list[dict[str, Any]]:
+def read_json_list(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSON file that is a list. Raises UserError."""
     try:
         values = json.loads(_read_text(path))

@@ -11,6 +11,7 @@ from PIL import Image
 
 from emma_train.cli import main
 from tests.benchmarks import dpg_data, files_of, gedit_data, geneval2_data, geneval_data, imgedit_data, wise_data
+from tests.chat_server import chat_server
 from tests.distributed.benchmark_ranks import killed_command
 from tests.distributed.ranks import command
 from tests.distributed.spawn import run_ranks, start_ranks
@@ -142,3 +143,33 @@ def test_scores_name_their_checkpoint_and_settings(
     assert "| geneval | overall: accuracy | 0." in (out / "results").with_suffix(".md").read_text()
     assert len((out / "samples.jsonl").read_text().splitlines()) == 2
     assert main([*argv, "--check"]) == 0
+
+
+def test_rewritten_prompts_change_the_images_and_no_metadata(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From a file, and from a chat model, which is asked once for every prompt."""
+    data, plain, asked, read = (
+        geneval_data(tmp_path / "data", 2),
+        tmp_path / "plain",
+        tmp_path / "asked",
+        tmp_path / "read",
+    )
+    assert main(evaluate(model, "geneval", data, plain)) == 0
+    with chat_server(lambda question: json.dumps({"prompt": f"{question.text} on the moon"})) as server:
+        argv = [*evaluate(model, "geneval", data, asked), "--rewrite", server.url, "--rewrite-model", "writer"]
+        assert main(argv) == 0 and main(argv) == 0
+        assert len(server.questions) == 2
+    lines = tmp_path / "lines.txt"
+    lines.write_text("1 cows on the moon\n2 cows on the moon\n")
+    assert main([*evaluate(model, "geneval", data, read), "--rewrite", str(lines)]) == 0
+    assert files_of(asked / "images") == files_of(read / "images")
+    changed = {
+        name for name, content in files_of(read / "images").items() if content != files_of(plain / "images")[name]
+    }
+    assert changed == {name for name in files_of(plain / "images") if name.endswith(".png")}
+    settings = json.loads((asked / "settings.json").read_text())["fixed"]
+    assert settings["rewrite"]["by"] == ["writer"] and settings["prompts"]
+    assert main([*evaluate(model, "geneval", data, read), "--check"]) == 0
+    assert main(evaluate(model, "geneval", data, read)) == 2
+    assert "rewrite was" in capsys.readouterr().err
