@@ -1,7 +1,8 @@
 """What a benchmark is: items with prompts, perhaps with source images, and the files that its official scorer reads."""
 
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from PIL import Image
 
+from emma_train.errors import UserError, describe_shortage
 from emma_train.sequence.seeds import seed_of
 
 ORIENTATION_TAG = 0x0112
@@ -30,7 +32,10 @@ class SourceImage:
         if not self.column:
             return self.path.read_bytes()
         number, rows = _row_group(self.path, self.row)
-        return _images_of_row_group(self.path, number, self.column)[self.row - rows]
+        content = _images_of_row_group(self.path, number, self.column)[self.row - rows]
+        if not isinstance(content, bytes):
+            raise OSError(f"row {self.row} has no {self.column}")
+        return content
 
     def size(self) -> Size:
         """(height, width) as people see the image, after its EXIF orientation. Raises OSError."""
@@ -38,6 +43,19 @@ class SourceImage:
             width, height = image.size
             turned = image.format != "PNG" and image.getexif().get(ORIENTATION_TAG, 1) >= 5
         return (width, height) if turned else (height, width)
+
+
+@contextmanager
+def reading(source: SourceImage) -> Iterator[None]:
+    """Turn what a source raises that cannot be read or decoded into a UserError."""
+    try:
+        yield
+    except (OSError, ValueError, SyntaxError, LookupError) as error:
+        if describe_shortage(error) is not None:
+            raise
+        which = f" (row {source.row})" if source.column else ""
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{source.path}{which}: the image cannot be read ({reason}); download it again") from None
 
 
 def _row_group(path: Path, row: int) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from emma_train.evaluate.benchmark import Benchmark, BenchmarkItem, Size, SourceImage
+from emma_train.evaluate.benchmark import Benchmark, BenchmarkItem, Size, SourceImage, reading
 from emma_train.evaluate.image_folder import ImageFolder
 from emma_train.evaluate.writer import file_sizes_of
 
@@ -76,8 +76,11 @@ class ImageCheck:
             return
         for name, part in _parts(path, np.asarray(image), self.benchmark.is_grid):
             yield from self._pixel_problems(name, part)
-        if reference is not None and _difference(image, _decoded(io.BytesIO(reference.read()))) < EQUAL_LEVELS:
-            yield ImageProblem("equal to its source", path)
+        if reference is not None:
+            with reading(reference):
+                difference = _difference(image, _decoded(io.BytesIO(reference.read())))
+            if difference < EQUAL_LEVELS:
+                yield ImageProblem("equal to its source", path)
 
     def _pixel_problems(self, name: str, pixels: np.ndarray) -> Iterator[ImageProblem]:
         """Blank images, and images that were there before."""

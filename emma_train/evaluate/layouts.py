@@ -8,7 +8,7 @@ from PIL import Image
 
 from emma_train.errors import UserError
 from emma_train.evaluate import read_items, score_dpg, score_edits, score_prompts
-from emma_train.evaluate.benchmark import Benchmark, BenchmarkItem
+from emma_train.evaluate.benchmark import Benchmark, BenchmarkItem, reading
 from emma_train.evaluate.image_folder import png
 
 
@@ -20,7 +20,7 @@ def _geneval_metadata(item: BenchmarkItem) -> dict[str, bytes]:
 def _gedit_source(item: BenchmarkItem) -> dict[str, bytes]:
     """The image with which the judge compares the edit, as it is."""
     assert item.reference is not None
-    with Image.open(io.BytesIO(item.reference.read())) as image:
+    with reading(item.reference), Image.open(io.BytesIO(item.reference.read())) as image:
         return {f"{GEDIT_FOLDER}/{item.name}_SRCIMG.png": png(image.convert("RGB"))}
 
 

@@ -22,6 +22,7 @@ GEDIT_TASKS = (
     "tone_transfer",
 )
 GEDIT_COLUMNS = ("key", "task_type", "instruction", "instruction_language", "Intersection_exist")
+GEDIT_IMAGES = ("input_image_raw", "input_image")
 
 
 def geneval_items(data: Path, language: str) -> list[BenchmarkItem]:
@@ -116,16 +117,19 @@ def gedit_items(data: Path, language: str) -> list[BenchmarkItem]:
     items: list[BenchmarkItem] = []
     for path in files:
         try:
-            rows = pyarrow.parquet.read_table(path, columns=list(GEDIT_COLUMNS)).to_pylist()
+            rows = pyarrow.parquet.read_table(path, columns=list(GEDIT_COLUMNS))
+            names = pyarrow.parquet.read_schema(path).names
         except (OSError, pyarrow.ArrowException) as error:
             raise UserError(f"{path}: is no table of GEdit-Bench ({str(error)[:100]}); download it again") from None
-        for number, row in enumerate(rows):
+        if missing := {*GEDIT_COLUMNS, *GEDIT_IMAGES} - set(names):
+            raise UserError(f"{path}: has no column {min(missing)}; it is no table of GEdit-Bench")
+        for number, row in enumerate(rows.to_pylist()):
             task, row_language = _text(path, row, "task_type", number), _text(path, row, "instruction_language", number)
             if task not in GEDIT_TASKS:
                 raise UserError(f"{path}: row {number} has the task {task!r}, which the official scorer leaves out")
             if language in ("", row_language):
                 name = f"{task}/{row_language}/{_text(path, row, 'key', number)}"
-                images = [SourceImage(path, column, number) for column in ("input_image_raw", "input_image")]
+                images = [SourceImage(path, column, number) for column in GEDIT_IMAGES]
                 prompt = _text(path, row, "instruction", number)
                 items.append(BenchmarkItem(len(items), name, prompt, row, *images))
     return items

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from emma_train.errors import UserError
-from emma_train.evaluate.benchmark import BenchmarkItem
+from emma_train.evaluate.benchmark import BenchmarkItem, reading
 from emma_train.storage.files import write_atomic
 from emma_train.storage.safetensors_io import read_json
 
@@ -20,10 +20,13 @@ def checkpoint_digest(meta: Mapping[str, Any]) -> str:
 
 
 def prompts_digest(items: Iterable[BenchmarkItem]) -> str:
-    """Hash of what the items are: names, prompts, official entries and source images. Raises OSError."""
+    """Hash of what the items are: names, prompts, official entries and source images. Raises UserError."""
     digest = hashlib.sha256()
     for item in items:
-        sources = [hashlib.sha256(s.read()).hexdigest() for s in (item.source, item.reference) if s is not None]
+        sources = []
+        for source in filter(None, (item.source, item.reference)):
+            with reading(source):
+                sources.append(hashlib.sha256(source.read()).hexdigest())
         entry = [item.name, item.prompt, dict(item.metadata), sources]
         digest.update(json.dumps(entry, sort_keys=True, ensure_ascii=False).encode() + b"\n")
     return digest.hexdigest()

@@ -8,9 +8,8 @@ import numpy as np
 from PIL import Image
 
 from emma_train.engine.world import World
-from emma_train.errors import UserError
 from emma_train.evaluate.batches import fixed_batches
-from emma_train.evaluate.benchmark import Benchmark, BenchmarkItem, Size, SourceImage
+from emma_train.evaluate.benchmark import Benchmark, BenchmarkItem, Size, SourceImage, reading
 from emma_train.evaluate.image_folder import ImageFolder, grid_of, png
 from emma_train.generate.generator import Generator
 from emma_train.generate.settings import FlowSettings
@@ -89,10 +88,8 @@ def file_sizes_of(benchmark: Benchmark, items: Sequence[BenchmarkItem], size: Si
 
 def source_size_of(source: SourceImage) -> Size:
     """(height, width). Raises UserError."""
-    try:
+    with reading(source):
         return source.size()
-    except (OSError, ValueError, SyntaxError) as error:
-        raise UserError(f"{source.path}: an image cannot be read ({error}); download the benchmark again") from None
 
 
 def _shown_size(run: BenchmarkRun, item: BenchmarkItem) -> Size:
@@ -113,7 +110,10 @@ def _generate(run: BenchmarkRun, generator: Generator, batch: Sequence[Benchmark
     """The images of each item of a batch, by its number."""
     requests = []
     for item in batch:
-        sources = [run.load_source(item.source.read())] if item.source else []
+        sources = []
+        if item.source is not None:
+            with reading(item.source):
+                sources.append(run.load_source(item.source.read()))
         size = (sources[0].shape[0], sources[0].shape[1]) if sources else run.size
         task, prompt = ("it2i" if sources else "t2i"), run.prompts[item.number]
         for sample in range(run.benchmark.num_samples):

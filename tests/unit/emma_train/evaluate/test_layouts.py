@@ -5,12 +5,16 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 from PIL import Image
 
 from emma_train.errors import UserError
 from emma_train.evaluate.image_folder import ImageFolder
 from emma_train.evaluate.layouts import BENCHMARKS, read_benchmark
+from emma_train.evaluate.settings_file import prompts_digest
+from emma_train.evaluate.writer import source_size_of
 from tests.benchmarks import dpg_data, gedit_data, geneval2_data, geneval_data, imgedit_data, wise_data
 
 OFFICIAL = Path(__file__).parents[5] / "shared" / "benchmarks"
@@ -104,3 +108,23 @@ def test_wrong_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "dpg" / "prompts" / "a.b.txt").write_text("x")
     with pytest.raises(UserError, match="takes a name up to its first dot"):
         read_benchmark("dpg", tmp_path / "dpg")
+
+
+def test_a_source_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    _, items = read_benchmark("imgedit", imgedit_data(tmp_path / "imgedit"))
+    assert items[0].source
+    items[0].source.path.write_bytes(b"no image")
+    with pytest.raises(UserError, match="000.jpg: the image cannot be read .*; download it again"):
+        source_size_of(items[0].source)
+    items[0].source.path.unlink()
+    with pytest.raises(UserError, match="000.jpg: the image cannot be read"):
+        prompts_digest(items)
+    table = gedit_data(tmp_path / "gedit", 1) / "data" / "train.parquet"
+    rows = pyarrow.parquet.read_table(table).to_pylist()
+    pyarrow.parquet.write_table(pa.Table.from_pylist([rows[0], {**rows[1], "input_image": None}]), table)
+    benchmark, items = read_benchmark("gedit", tmp_path / "gedit")
+    with pytest.raises(UserError, match=r"train.parquet \(row 1\): the image cannot be read"):
+        benchmark.companions(items[1])
+    pyarrow.parquet.write_table(pyarrow.parquet.read_table(table).drop_columns(["input_image"]), table)
+    with pytest.raises(UserError, match="has no column input_image; it is no table of GEdit-Bench"):
+        read_benchmark("gedit", tmp_path / "gedit")
