@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 
@@ -29,6 +30,8 @@ THUMBNAIL = 160
 MAX_VALUES = 200_000
 """Values of a column that its histogram shows; of more, the first of each shard are taken."""
 BINS = 24
+"""Bands of a histogram. Up to half as many different values are listed in its stead."""
+_BATCH_ROWS = 1 << 16
 CARD_STYLE = Path(__file__).with_name("card.css")
 
 
@@ -80,12 +83,13 @@ def _rules(provenance: Mapping[str, Any]) -> str:
         return ""
     rows, before = [], None
     for name, number in provenance["rows_left"].items():
-        removed = "" if before is None else f"−{before - number:,}"
+        removed = "" if before is None else f"{number - before:,}".replace("-", "−")
         keys = ", ".join(provenance.get("removed", {}).get(name, []))
         rows.append((name, f"{number:,}", removed, keys))
         before = number
     head = "<tr><th>rule<th>rows left<th>removed<th>some of the removed</tr>"
-    body = "".join("<tr>" + "".join(f"<td>{_text(cell)}" for cell in row) + "</tr>" for row in rows)
+    cells = "<td>{}<td class=n>{}<td class=n>{}<td class=keys>{}"
+    body = "".join(f"<tr>{cells.format(*map(_text, row))}</tr>" for row in rows)
     options = json.dumps(provenance.get("selection", {}), ensure_ascii=False)
     return f"<h2>Selection</h2><table>{head}{body}</table><pre>{_text(options)}</pre>"
 
@@ -100,11 +104,13 @@ def _operator(sources: SourceFolders, name: str) -> str:
             continue
         file = pq.ParquetFile(path)
         identity = json.loads((file.schema_arrow.metadata or {}).get(METADATA_KEY, b"{}"))
-        table = next(file.iter_batches(limit), None)
-        tables += [] if table is None else [pa.Table.from_batches([table]).replace_schema_metadata()]
+        keys = None if Path(shard.records_tar) == shard.tar else _selected_keys(shard)
+        table = _first_rows(file, keys, limit)
+        tables += [table.replace_schema_metadata()] if len(table) else []
         for key, reason in _rejects(path):
-            reasons[reason] += 1
-            examples.setdefault(reason, key)
+            if keys is None or key in keys:
+                reasons[reason] += 1
+                examples.setdefault(reason, key)
     if not tables:
         return ""
     joined = pa.concat_tables(tables, promote_options="permissive")
@@ -116,6 +122,24 @@ def _operator(sources: SourceFolders, name: str) -> str:
         rows = [(reason, f"{number:,}", f"such as {examples[reason]}") for reason, number in reasons.most_common(8)]
         rejected = f"<h3>Rejected: {sum(reasons.values()):,}</h3>" + _table(rows)
     return f'{title}<div class="charts">{"".join(charts)}</div>{rejected}'
+
+
+def _selected_keys(shard: SourceShard) -> set[str]:
+    """Keys of the records of a selection's shard: its columns stand beside the shard that they are taken of."""
+    return set(pq.read_table(index_path(shard.tar), columns=["key"])["key"].to_pylist())
+
+
+def _first_rows(file: pq.ParquetFile, keys: set[str] | None, limit: int) -> pa.Table:
+    """The first rows of a column file, at most `limit`; with `keys`, of those records alone."""
+    wanted, batches, num = None if keys is None else pa.array(sorted(keys), pa.string()), [], 0
+    for batch in file.iter_batches(min(limit, _BATCH_ROWS)):
+        if wanted is not None:
+            batch = batch.filter(pc.is_in(batch["key"], wanted))
+        batches.append(batch.slice(0, limit - num))
+        num += len(batches[-1])
+        if num >= limit:
+            break
+    return pa.Table.from_batches(batches, file.schema_arrow)
 
 
 def _rejects(columns: Path) -> Iterator[tuple[str, str]]:
@@ -138,13 +162,26 @@ def _chart(name: str, column: pa.ChunkedArray) -> str:
         values = values[np.isfinite(values)]
         if not len(values):
             return f"<div><h3>{_text(name)}</h3>no value{nulls}</div>"
-        counts, edges = np.histogram(values, BINS)
-        labels = [f"{low:,.4g} to {high:,.4g}" for low, high in zip(edges, edges[1:], strict=False)]
-        caption = f"{values.min():,.4g} to {values.max():,.4g}, median {np.median(values):,.4g}{nulls}"
+        distinct = np.unique(values, return_counts=True)
+        if len(distinct[0]) <= BINS // 2:
+            rows = [(_number(value), f"{number:,}") for value, number in zip(*distinct, strict=True)]
+            return f"<div><h3>{_text(name)}</h3>{_table(rows)}{nulls.removeprefix(', ')}</div>"
+        try:
+            with np.errstate(all="ignore"):
+                counts, edges = np.histogram(values, BINS)
+        except ValueError:  # there are not so many numbers between the lowest and the highest
+            return f"<div><h3>{_text(name)}</h3>{_number(values.min())} to {_number(values.max())}{nulls}</div>"
+        labels = [f"{_number(low)} to {_number(high)}" for low, high in zip(edges, edges[1:], strict=False)]
+        middle = _number(float(np.median(values)))
+        caption = f"{_number(values.min())} to {_number(values.max())}, median {middle}{nulls}"
         return f"<div><h3>{_text(name)}</h3>{_bars(counts.tolist(), labels)}{caption}</div>"
     frequent = Counter(str(value)[:60] for value in column.drop_null().to_pylist()).most_common(BINS // 2)
     rows = [(value, f"{number:,}") for value, number in frequent]
     return f"<div><h3>{_text(name)}</h3>{_table(rows)}{nulls.removeprefix(', ')}</div>"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value == round(value) and abs(value) < 1e15 else f"{value:,.4g}"
 
 
 def _bars(counts: Sequence[int], labels: Sequence[str], width: int = 240, height: int = 80) -> str:

@@ -19,20 +19,26 @@ pytest.importorskip("duckdb")
 
 @pytest.mark.seconds
 def test_a_card_shows_counts_licences_histograms_rejects_removals_and_images(tmp_path: Path) -> None:
-    contents = [prompt(f"p{i}", text="<script>alert(1)</script> & a fish") for i in range(12)]
-    folder = write_shards(tmp_path / "set", contents, per_shard=6)
+    contents = [prompt(f"p{i}", text="<script>alert(1)</script> & a fish") for i in range(40)]
+    folder = write_shards(tmp_path / "set", contents, per_shard=20)
     index_folder(folder, ASSETS / "tokenizer", {"source": "x", "licence": "CC-BY-4.0"})
-    for tar in sorted(folder.glob("*.tar")):
-        rows = [{"key": f"p{i}", "value": float(i), "kind": "cat" if i % 2 else "dog"} for i in range(5)]
+    for first, tar in zip((0, 20), sorted(folder.glob("*.tar")), strict=True):
+        rows = [
+            {"key": f"p{i}", "value": float(i), "count": i % 3, "hash": 2**60 + i % 20}
+            for i in range(first, first + 18)
+        ]
         pq.write_table(pa.Table.from_pylist(rows), column_file(tar, "score"))
-        reject_file(tar, "score").write_text(json.dumps({"key": "p5", "reason": "no <image>"}) + "\n")
+        rejects = [{"key": "p3", "reason": "no <image>"}, {"key": "p1", "reason": "not selected"}]
+        reject_file(tar, "score").write_text("".join(json.dumps(reject) + "\n" for reject in rejects))
     assert main(["select", str(tmp_path / "chosen"), "--from", str(folder), "--where", "score.value >= 2"]) == 0
     assert main(["card", str(tmp_path / "chosen"), "--images", "3"]) == 0
     page = (tmp_path / "chosen" / "card.html").read_text()
     assert "CC-BY-4.0" in page and "score.value &gt;= 2" in page and "no &lt;image&gt;" in page
     assert "<script" not in page and page.count("data:image/webp;base64,") == 3
-    assert re.search(r"samples of t2i<td class=n>3<", page) and "<td>12<td><td>" in page and "<td>3<td>−9<td>" in page
-    assert len(re.findall("<rect", page)) == 24 and "0 to 4, median 2" in page
+    assert re.search(r"samples of t2i<td class=n>34<", page) and "not selected" not in page
+    assert "<td class=n>40<td class=n><td" in page and "<td class=n>34<td class=n>−6<td" in page
+    assert len(re.findall("<rect", page)) == 24 and "2 to 37, median 20.5" in page
+    assert "<td>0<td class=n>11</tr><tr><td>1<td class=n>11</tr><tr><td>2<td class=n>12</tr>" in page
     assert not re.findall(r"(?:src|href)=[\"'](?!data:)", page)
 
 
