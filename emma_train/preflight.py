@@ -7,7 +7,7 @@ from pathlib import Path
 from emma_train.checkpoint import folder as folders
 from emma_train.config.schema import Recipe
 from emma_train.errors import UserError
-from emma_train.plan import Plan
+from emma_train.plan import Plan, problems
 from emma_train.plan.samples import ReadIndexRows
 from emma_train.storage.paths import parse_path
 from emma_train.storage.urls import is_local, local_path
@@ -54,8 +54,8 @@ def check_start(
     """Raise UserError on what would end the run at its start. gpu: the kind, where memory is to be checked too."""
     for file, recipe in stages:
         plan = Plan(recipe, str(file), world_size, gpu or ANY_GPU, read_index_rows=index_reader(recipe))
-        if problems := plan.problems() if gpu else plan.sharing_problems():
-            raise UserError(f"{file}: {'; '.join(problems)}")
+        if lines := problems(plan) if gpu else plan.sharing_problems():
+            raise UserError(f"{file}: {'; '.join(lines)}")
         checkpoint = folders.newest_checkpoint(RunFolder(recipe).checkpoints)
         if checkpoint is not None:
             step = (folders.read_meta(checkpoint) or {})["step"]

@@ -20,19 +20,31 @@ INDEX_COLUMNS = ("text_tokens", "supervised_tokens", "context", "target", "width
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help="recipe file; key=value overrides may follow")
     parser.add_argument("--gpus", type=int, default=8, help="number of GPUs (%(default)s)")
-    parser.add_argument("--gpu", default="h100-80g", help="kind of GPU (%(default)s)")
+    parser.add_argument("--gpu", default="h100-80g", help="kind of GPU, or the beginning of its name (%(default)s)")
+    parser.add_argument("--mfu", type=float, default=0.4, help="share of the GPUs' peak that is reached (%(default)s)")
+    parser.add_argument(
+        "--network", type=float, default=400.0, metavar="GBITS", help="Gb/s of each GPU to other nodes (%(default)s)"
+    )
+    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="%(default)s")
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    """Print the plan of every stage. Returns 1 if one of them does not fit into the GPUs' memory."""
+    """Print the plan of every stage, and of a pipeline their sum. Returns 1 if one of them cannot run there."""
     from emma_train.config.load import load_stages
-    from emma_train.plan import print_plan
+    from emma_train.plan import Machine, print_plan, print_total
+    from emma_train.plan.traffic import Network
 
     check_range("--gpus", arguments.gpus, 1, 10**6)
+    check_range("--mfu", arguments.mfu, 0.001, 1)
+    check_range("--network", arguments.network, 0.001, 10**6)
+    check_range("--gpus-per-node", arguments.gpus_per_node, 1, 1024)
+    network = Network(arguments.network, arguments.gpus_per_node)
+    machine = Machine(arguments.gpus, arguments.gpu, arguments.mfu, network)
     stages = load_stages(Path(arguments.recipe), overrides)
-    return max(
-        print_plan(recipe, str(file), arguments.gpus, arguments.gpu, index_reader(recipe)) for file, recipe in stages
-    )
+    plans = [print_plan(recipe, str(file), machine, index_reader(recipe)) for file, recipe in stages]
+    if len(plans) > 1:
+        print_total([plan for plan, _ in plans])
+    return max(code for _, code in plans)
 
 
 def index_reader(recipe: "Recipe") -> "ReadIndexRows":

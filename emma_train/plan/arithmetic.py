@@ -3,7 +3,9 @@
 The model is built on the meta device and never allocated. Memory is what the code uses today.
 """
 
+from copy import copy
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -17,7 +19,7 @@ from emma_train.flops.work import Work, module_flops
 from emma_train.model.cross_entropy import ROWS
 from emma_train.model.emma import Emma
 from emma_train.plan.autoencoder import autoencoder_of
-from emma_train.plan.cards import CARDS, GIB, usable_bytes
+from emma_train.plan.cards import CARDS, card_name, usable_bytes
 from emma_train.plan.parts import muon_matrices, parts_of, sizes_of
 from emma_train.plan.samples import ReadIndexRows, StepLoad, step_load
 from emma_train.plan.state import exchange_memory, state_memory
@@ -66,8 +68,7 @@ class Plan:
         that is no stage or an index that cannot be read."""
         if num_gpus < 1:
             raise UserError(f"--gpus {num_gpus}: at least one GPU is needed")
-        if gpu_name not in CARDS:
-            raise UserError(f"--gpu {gpu_name}: not a known kind of GPU; known are {', '.join(CARDS)}")
+        gpu_name = card_name(gpu_name)
         self.recipe, self.num_gpus, self.gpu_name, self.mfu = recipe, num_gpus, gpu_name, mfu
         self.stage = stage_of(recipe, recipe_path)
         with torch.device("meta"):
@@ -231,18 +232,21 @@ class Plan:
         """Bytes on one of `world` GPUs for a pack of `tokens` tokens, in the phase that needs most."""
         return max(self.memory(load, world, tokens).peak for load in self.loads)
 
-    def problems(self) -> list[str]:
-        """Why the recipe cannot run on these GPUs, and what would; empty if it can."""
-        problems = self.sharing_problems()
-        needed, available = self.peak(self.num_gpus, self.recipe.data.pack_tokens), usable_bytes(self.gpu_name)
-        if needed > available:
-            problems.append(
-                f"a full pack needs {needed / GIB:.1f} GiB, a {self.gpu_name} has {available / GIB:.1f}; "
-                f"what would fit: {self._ways_to_fit(needed, available)}"
-            )
-        return problems
+    def fits(self) -> bool:
+        """Whether the recipe can run on these GPUs."""
+        full = self.peak(self.num_gpus, self.recipe.data.pack_tokens)
+        return not self.sharing_problems() and full <= usable_bytes(self.gpu_name)
 
-    def _gpu_counts(self) -> list[int]:
+    def with_changes(self, engine: dict[str, Any] | None = None, **changes: Any) -> "Plan":
+        """The same plan with other values of engine.*, data.pack_tokens, num_gpus or gpu_name."""
+        other = copy(self)
+        other.num_gpus = changes.get("num_gpus", self.num_gpus)
+        other.gpu_name = changes.get("gpu_name", self.gpu_name)
+        data = replace(self.recipe.data, pack_tokens=changes.get("pack_tokens", self.recipe.data.pack_tokens))
+        other.recipe = replace(self.recipe, data=data, engine=replace(self.recipe.engine, **(engine or {})))
+        return other
+
+    def gpu_counts(self) -> list[int]:
         """Numbers of GPUs that can share the packs of a step evenly, in ascending order."""
         slots, engine = self.recipe.data.slots, self.recipe.engine
         counts = [n * engine.sequence_parallel for n in range(1, slots + 1) if slots % n == 0]
@@ -253,7 +257,7 @@ class Plan:
         return [*self._count_problems(), *self._packing_problems()]
 
     def _count_problems(self) -> list[str]:
-        counts, engine = self._gpu_counts(), self.recipe.engine
+        counts, engine = self.gpu_counts(), self.recipe.engine
         if self.num_gpus in counts:
             return []
         below, above = [n for n in counts if n < self.num_gpus], [n for n in counts if n > self.num_gpus]
@@ -270,17 +274,3 @@ class Plan:
             for load in self.loads
             if load.tokens / slots > cap
         ]
-
-    def _ways_to_fit(self, needed: float, available: float) -> str:
-        """Advice: the next number of GPUs, length of packs or kind of GPU whose memory is enough."""
-        cap = self.recipe.data.pack_tokens
-        counts = [n for n in self._gpu_counts() if n > self.num_gpus]
-        ways = [f"{n} GPUs" for n in counts if self.peak(n, cap) <= available][:1]
-        ways += [
-            f"data.pack_tokens={n} (fewer samples a step, or more slots)"
-            for n in (cap * part // 16 for part in range(15, 0, -1))
-            if self.peak(self.num_gpus, n) <= available
-        ][:1]
-        larger = sorted(usable_bytes(name) for name in CARDS if usable_bytes(name) >= needed)
-        ways += [f"{self.num_gpus} x {name}" for name in CARDS if usable_bytes(name) in larger[:1]][:1]
-        return ", or ".join(ways) or "only more GPUs, larger ones and shorter packs together"

@@ -1,5 +1,6 @@
 """Kinds of GPU that a plan knows: memory and peak speed."""
 
+from emma_train.errors import UserError
 from emma_train.flops.formulas import PEAK_DENSE_BF16
 
 GIB = 2**30
@@ -18,6 +19,32 @@ CARDS: dict[str, tuple[float, float]] = {
 """Kinds of GPU: GiB that a process can use, and dense bf16 FLOP/s."""
 RESERVE = 0.10
 """Share of the card left to the CUDA context, NCCL and fragmentation."""
+
+
+NVLINK: dict[str, float] = {
+    "a100": 240e9,
+    "h100": 360e9,
+    "h100-nvl": 240e9,
+    "h200": 360e9,
+    "b200": 720e9,
+}
+"""Bytes a second that a GPU of a node sends in a ring to the next: four fifths of NVLink's peak in one direction, by
+vendors' data sheets, not measured. Cards that are not listed have PCIe."""
+PCIE = 25e9
+
+
+def card_name(name: str) -> str:
+    """The full name of a kind of GPU, given by its name or by the beginning of one. Raises UserError."""
+    matches = [name] if name in CARDS else [known for known in CARDS if known.startswith(name)]
+    if len(matches) != 1:
+        what = f"may be {' or '.join(matches)}" if matches else f"not a known kind of GPU; known are {', '.join(CARDS)}"
+        raise UserError(f"--gpu {name}: {what}")
+    return matches[0]
+
+
+def node_bandwidth(gpu_name: str) -> float:
+    """Bytes a second between the GPUs of a node, in one direction for each."""
+    return NVLINK.get(gpu_name.rsplit("-", 1)[0], PCIE)
 
 
 def usable_bytes(gpu_name: str) -> float:

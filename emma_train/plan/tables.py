@@ -1,29 +1,41 @@
 """A plan as text: a few tables, 100 columns wide."""
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from rich.console import Console
 from rich.table import Table
 
 from emma_train.config.schema import Recipe
-from emma_train.plan.arithmetic import Plan
+from emma_train.plan.advice import problems, ways_to_speed
+from emma_train.plan.arithmetic import MFU, Plan
 from emma_train.plan.cards import CARDS, GIB, RESERVE, usable_bytes
 from emma_train.plan.samples import ReadIndexRows, tokenwise
+from emma_train.plan.storage import WRITE_BYTES_S, storage_of_plan
+from emma_train.plan.traffic import Network, traffic
 from emma_train.sequence.layout import ImageRole
 from emma_train.sequence.tasks import TASKS
 
 
+@dataclass(frozen=True)
+class Machine:
+    """Where a recipe is to run."""
+
+    num_gpus: int = 8
+    gpu_name: str = "h100-80g"
+    mfu: float = MFU
+    network: Network = Network()
+
+
 def print_plan(
-    recipe: Recipe,
-    recipe_path: str,
-    num_gpus: int,
-    gpu_name: str,
-    read_index_rows: ReadIndexRows | None = None,
-) -> int:
-    """Print the plan. Returns 0, or 1 if the recipe cannot run on these GPUs. Raises UserError as `Plan` does."""
-    plan = Plan(recipe, recipe_path, num_gpus, gpu_name, read_index_rows=read_index_rows)
+    recipe: Recipe, recipe_path: str, machine: Machine, read_index_rows: ReadIndexRows | None = None
+) -> tuple[Plan, int]:
+    """Print the plan. Returns it, and 0, or 1 if the recipe cannot run there. Raises UserError as `Plan` does."""
+    plan = Plan(recipe, recipe_path, machine.num_gpus, machine.gpu_name, machine.mfu, read_index_rows)
+    where = f"{plan.num_gpus} x {plan.gpu_name}"
     console = Console(width=100, highlight=False, soft_wrap=False)
-    console.print(f"[bold]{recipe_path}[/bold]: {plan.stage.name}, {plan.stage.title}, on {num_gpus} x {gpu_name}\n")
+    console.print(f"[bold]{recipe_path}[/bold]: {plan.stage.name}, {plan.stage.title}, on {where}\n")
     console.print(_parameter_table(plan))
     for line in plan.optimizer_lines:
         console.print(line)
@@ -38,12 +50,64 @@ def print_plan(
     )
     console.print(_step_table(plan))
     console.print(_memory_table(plan))
-    problems = plan.problems()
-    for problem in problems:
+    console.print(_storage_table(plan, machine.network))
+    lines = problems(plan)
+    for problem in lines:
         console.print(f"[red]Cannot run:[/red] {problem}.")
-    if not problems:
-        console.print(f"[green]Fits[/green] on {num_gpus} x {gpu_name}.")
-    return int(bool(problems))
+    if not lines:
+        console.print(f"[green]Fits[/green] on {where}.")
+        for line in _network_lines(plan, machine.network):
+            console.print(line)
+    return plan, int(bool(lines))
+
+
+def print_total(plans: Sequence[Plan]) -> None:
+    """Steps, samples, tokens, time and storage of a pipeline's stages together."""
+    lengths = [(plan, load, n) for plan in plans for load, n in zip(plan.loads, plan.phase_steps, strict=True)]
+    seconds = sum(n * plan.seconds(load) for plan, load, n in lengths)
+    gpu_hours = sum(n * plan.seconds(load) * plan.num_gpus for plan, load, n in lengths) / 3600
+    console = Console(width=100, highlight=False, soft_wrap=False)
+    console.print(
+        f"[bold]All {len(plans)} stages[/bold]: {sum(n for _, _, n in lengths):,} steps, "
+        f"{_short_count(sum(n * sum(load.samples.values()) for _, load, n in lengths))} samples, "
+        f"{_short_count(sum(n * load.tokens for _, load, n in lengths))} tokens, {_seconds(seconds)}, "
+        f"{gpu_hours:,.1f} GPU-hours, {_gib(sum(storage_of_plan(plan).total for plan in plans))} of checkpoints"
+    )
+
+
+def _storage_table(plan: Plan, network: Network) -> Table:
+    """Checkpoints, and the host memory for one that is written while training goes on."""
+    storage, train = storage_of_plan(plan), plan.recipe.train
+    table = _titled_table("Checkpoints", "", "")
+    table.add_row("one", _gib(storage.checkpoint))
+    if storage.frozen:
+        table.add_row("what never changes, once", _gib(storage.frozen))
+    table.add_row(f"all, with train.keep={train.keep}", _gib(storage.total))
+    share = storage.checkpoint * min(network.gpus_per_node, plan.num_gpus) / plan.num_gpus
+    if train.save_async:
+        table.add_row(f"host memory of a node with {network.gpus_per_node} GPUs, for one", _gib(share))
+    table.add_row(f"time to write one at {WRITE_BYTES_S / 1e9:g} GB/s", _seconds(storage.write_s))
+    if storage.write_s > train.stop_within_s:
+        table.caption = (
+            f"longer than train.stop_within_s={train.stop_within_s}: a run that is asked to stop would end unsaved"
+        )
+    return table
+
+
+def _network_lines(plan: Plan, network: Network) -> list[str]:
+    """What the exchange of weights and gradients takes beside computing, and what would shorten it."""
+    if plan.num_gpus == 1:
+        return []
+    now = traffic(plan, network)
+    how = f"{_seconds(now.communication_s)} of communication and {_seconds(now.computing_s)} of computing a step"
+    where = f"{network.gbits:g} Gb/s for each GPU between nodes of {network.gpus_per_node}"
+    if now.hidden:
+        return [f"Network: {how} at {where}: the times above assume that computing hides it."]
+    ways = " and ".join(ways_to_speed(plan, network)) or "a faster network or longer packs"
+    return [
+        f"[yellow]Network:[/yellow] {how} at {where}: a step takes at least {_seconds(now.step_s)}. "
+        f"What would shorten it: {ways}."
+    ]
 
 
 def _parameter_table(plan: Plan) -> Table:

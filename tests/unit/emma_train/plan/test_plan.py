@@ -18,7 +18,7 @@ from emma_train.flops.work import module_flops, pack_work
 from emma_train.model import attention, vision
 from emma_train.model.decoder import Decoder
 from emma_train.model.vision import VisionEncoder
-from emma_train.plan import Plan, print_plan
+from emma_train.plan import Machine, Plan, print_plan, problems
 from emma_train.plan.autoencoder import DC_AE_F32C32, DC_AE_PARAMETERS, autoencoder_of
 from emma_train.plan.cards import GIB
 from emma_train.plan.samples import MeanSample, image_tokens, tokenwise
@@ -302,7 +302,7 @@ def test_autoencoder_is_counted_from_its_folder() -> None:
 def test_stage1_fits_64_h100_and_says_so_quickly(capsys: pytest.CaptureFixture[str]) -> None:
     started = time.perf_counter()
     recipe = load_recipe(FULL / "stage1.yaml")
-    assert print_plan(recipe, "stage1.yaml", 64, "h100-80g") == 0
+    assert print_plan(recipe, "stage1.yaml", Machine(64, "h100-80g"))[1] == 0
     assert time.perf_counter() - started < 10
     out = capsys.readouterr().out
     for number in ("4.022 B", "413.5 M", "312.3 M", "7.878 B", "5,120 to 5,465", "1/5.0", "244,141", "Fits on 64"):
@@ -327,7 +327,7 @@ def test_stages_at_1k_fit_64_h100_because_layers_are_computed_again(stage: str) 
     for mode in ("none", "selective", "full"):
         planned = plan(FULL / f"{stage}.yaml", f"engine.activation_checkpointing={mode}")
         peaks[mode] = planned.peak(64, planned.recipe.data.pack_tokens) / GIB
-        assert bool(planned.problems()) == (mode == "none")
+        assert bool(problems(planned)) == (mode == "none")
     assert plan(FULL / f"{stage}.yaml").recipe.engine.activation_checkpointing == "selective"
     assert peaks["none"] > 71.28 > peaks["selective"] > 2.5 * peaks["full"]
 
@@ -350,17 +350,17 @@ def test_layers_computed_again_cost_another_forward() -> None:
 
 def test_stage1_does_not_fit_one_l40s_and_says_what_would(capsys: pytest.CaptureFixture[str]) -> None:
     recipe = load_recipe(FULL / "stage1.yaml")
-    assert print_plan(recipe, "stage1.yaml", 1, "l40s-48g") == 1
+    assert print_plan(recipe, "stage1.yaml", Machine(1, "l40s-48g"))[1] == 1
     assert "Cannot run" in capsys.readouterr().out
-    problem = plan(FULL / "stage1.yaml", gpus=1, gpu="mi300x-192g").problems()[0]
+    problem = problems(plan(FULL / "stage1.yaml", gpus=1, gpu="mi300x-192g"))[0]
     assert "2 GPUs" in problem
     two = plan(FULL / "stage1.yaml", gpus=2, gpu="mi300x-192g")
-    assert not two.problems() and two.peak(2, 7168) < 191.5 * GIB
+    assert not problems(two) and two.peak(2, 7168) < 191.5 * GIB
 
 
 def test_gpus_that_do_not_divide_the_slots_cannot_run(capsys: pytest.CaptureFixture[str]) -> None:
     recipe = load_recipe(FULL / "stage1.yaml")
-    assert print_plan(recipe, "stage1.yaml", 96, "h100-80g") == 1
+    assert print_plan(recipe, "stage1.yaml", Machine(96, "h100-80g"))[1] == 1
     assert "64 or 128" in capsys.readouterr().out
 
 
@@ -370,16 +370,16 @@ def test_gpus_that_share_a_pack_hold_its_decoder_activations_together() -> None:
     halved = two.memory(load, 64, 7000).kept
     for name, size in one.memory(load, 64, 7000).kept.items():
         assert halved[name] == size / (2 if name in ("decoder's activations", "one layer's backward") else 1), name
-    assert not plan(FULL / "stage1.yaml", "engine.sequence_parallel=2", gpus=512).problems()
-    (problem,) = plan(FULL / "stage1.yaml", "engine.sequence_parallel=4", gpus=96).problems()
+    assert not problems(plan(FULL / "stage1.yaml", "engine.sequence_parallel=2", gpus=512))
+    (problem,) = problems(plan(FULL / "stage1.yaml", "engine.sequence_parallel=4", gpus=96))
     assert problem == "96 GPUs cannot share data.slots=256 evenly, 4 to a pack; 64 or 128 can"
-    (problem,) = plan(FULL / "stage1.yaml", "engine.replicate=3", gpus=64).problems()
+    (problem,) = problems(plan(FULL / "stage1.yaml", "engine.replicate=3", gpus=64))
     assert "64 GPUs cannot share data.slots=256 evenly, in 3 replicas" in problem
 
 
 def test_packs_longer_than_their_cap_cannot_run() -> None:
-    problems = plan(FULL / "stage1.yaml", "data.pack_tokens=6000").problems()
-    assert len(problems) == 1 and "6,144 tokens on average" in problems[0]
+    lines = problems(plan(FULL / "stage1.yaml", "data.pack_tokens=6000"))
+    assert len(lines) == 1 and "6,144 tokens on average" in lines[0]
 
 
 def test_unknown_gpu_names_the_known_ones() -> None:

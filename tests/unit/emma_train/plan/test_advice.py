@@ -1,0 +1,119 @@
+"""Advice of a plan: what it proposes fits by the plan of the change, and communication in closed form."""
+
+import re
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+
+from emma_train.errors import UserError
+from emma_train.plan import Plan
+from emma_train.plan.advice import problems, ways_to_fit, ways_to_speed
+from emma_train.plan.cards import card_name, node_bandwidth
+from emma_train.plan.storage import WRITE_BYTES_S, storage_of_plan
+from emma_train.plan.traffic import USABLE, Network, traffic
+from tests.unit.emma_train.plan.test_plan import FULL, plan, toy
+
+STAGES = ("stage0", "stage1", "stage2", "stage3", "stage4_expert", "stage4_router")
+FAST, SLOW = Network(400.0, 8), Network(50.0, 8)
+MEMORY = {"a100-80g": 79.3, "h100-80g": 79.2, "h200-141g": 139.8}
+
+
+@cache
+def full_size(stage: str) -> Plan:
+    return plan(FULL / f"{stage}.yaml")
+
+
+def applied(before: Plan, way: str) -> Plan:
+    """The plan of a proposed change, from the text that a user reads."""
+    engine = {key: int(value) if value.isdigit() else value for key, value in re.findall(r"engine\.(\w+)=(\w+)", way)}
+    tokens = [int(value) for value in re.findall(r"data\.pack_tokens=(\d+)", way)]
+    count = re.search(r"(\d+) (?:GPUs|x ([\w-]+))", way)
+    assert engine or tokens or count, way
+    changes: dict[str, Any] = {"pack_tokens": tokens[0]} if tokens else {}
+    if count:
+        changes |= {"num_gpus": int(count[1]), "gpu_name": count[2] or before.gpu_name}
+    return before.with_changes(engine, **changes)
+
+
+@pytest.mark.parametrize("gpu", MEMORY)
+@pytest.mark.parametrize("gpus", [8, 64, 256])
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_is_proposed_fits(stage: str, gpus: int, gpu: str) -> None:
+    planned = full_size(stage).with_changes(num_gpus=gpus, gpu_name=gpu)
+    ways = ways_to_fit(planned)
+    assert planned.fits() or ways
+    for way in ways:
+        changed = applied(planned, way)
+        assert problems(changed) == [], way
+        full = changed.peak(changed.num_gpus, changed.recipe.data.pack_tokens)
+        assert full < 2**30 * MEMORY.get(changed.gpu_name, 999), way
+
+
+def test_a_changed_plan_is_the_plan_of_the_changed_recipe() -> None:
+    changed = full_size("stage2").with_changes({"replicate": 2}, pack_tokens=9000, num_gpus=32, gpu_name="h200-141g")
+    anew = plan(FULL / "stage2.yaml", "engine.replicate=2", "data.pack_tokens=9000", gpus=32, gpu="h200-141g")
+    assert changed.peak(32, 9000) == anew.peak(32, 9000)
+    assert traffic(changed, SLOW) == traffic(anew, SLOW)
+    assert full_size("stage2").recipe.engine.replicate == 1
+
+
+def test_layers_computed_again_are_the_first_remedy() -> None:
+    (problem,) = problems(plan(FULL / "stage1.yaml", gpus=8))
+    first = problem.split("what would fit: ")[1].split(", or ")[0]
+    assert re.fullmatch(r"engine\.activation_checkpointing=selective \(steps take \+\d+%\)", first)
+
+
+def test_traffic_of_fsdp_in_closed_form() -> None:
+    planned = full_size("stage1")
+    sizes = planned.sizes
+    gathered, reduced = 4 * 2 * 2 * (sizes.stored - sizes.unused), 4 * 4 * sizes.trained  # 256 slots: 4 packs a GPU
+    speed = 8 * 400e9 / 8 * USABLE  # the eight cards of a node
+    now = traffic(planned, FAST)
+    assert now.communication_s == pytest.approx((gathered + reduced) * 63 / 64 / speed)
+    assert now.computing_s == planned.seconds(planned.loads[0])
+    assert traffic(full_size("stage1"), SLOW).communication_s == pytest.approx(8 * now.communication_s)
+    in_node = traffic(plan(FULL / "stage1.yaml", gpus=8), SLOW)
+    packs = 32 * (2 * 2 * (sizes.stored - sizes.unused) + 4 * sizes.trained)
+    assert in_node.communication_s == pytest.approx(packs * 7 / 8 / node_bandwidth("h100-80g"))
+    replicas = traffic(plan(FULL / "stage1.yaml", "engine.replicate=8", gpus=64), SLOW)
+    within = 4 * (2 * 2 * (sizes.stored - sizes.unused) + 4 * sizes.trained) * 7 / 8 / node_bandwidth("h100-80g")
+    between = 2 * 4 * sizes.trained / 8 * 7 / 8 / (50e9 / 8 * USABLE)
+    assert replicas.communication_s == pytest.approx(within + between)
+    assert traffic(toy("stage1"), SLOW).communication_s == 0
+
+
+def test_a_slow_network_calls_for_replicas_that_fit() -> None:
+    planned = full_size("stage1")
+    assert traffic(planned, FAST).hidden
+    assert ways_to_speed(planned, FAST) == []
+    assert not traffic(planned, SLOW).hidden
+    ways = ways_to_speed(planned, SLOW)
+    assert "engine.replicate=8" in ways[0]
+    changed = applied(planned, ways[0])
+    assert problems(changed) == []
+    assert traffic(changed, SLOW).step_s < traffic(planned, SLOW).step_s
+
+
+def test_checkpoints_hold_what_trains_and_once_what_does_not() -> None:
+    adamw = storage_of_plan(full_size("stage1"))
+    planned = full_size("stage1")
+    assert adamw.checkpoint == 16 * planned.sizes.trained
+    assert adamw.write_s == adamw.checkpoint / WRITE_BYTES_S
+    muon = storage_of_plan(plan(FULL / "stage1.yaml", "optimizer.kind=muon", "ema.decay=0"))
+    trained, matrices = planned.sizes.trained, plan(FULL / "stage1.yaml", "optimizer.kind=muon").sizes.muon
+    assert muon.checkpoint == 12 * trained - 4 * matrices
+    router = plan(FULL / "stage4_router.yaml")
+    assert storage_of_plan(router).frozen == 4 * (router.sizes.stored - router.sizes.trained)
+    kept = replace(planned.recipe.train, keep=5)
+    planned = planned.with_changes()
+    planned.recipe = replace(planned.recipe, train=kept)
+    assert storage_of_plan(planned).total == 6 * adamw.checkpoint + adamw.frozen
+
+
+def test_the_beginning_of_a_cards_name_is_enough() -> None:
+    assert card_name("h200") == "h200-141g"
+    assert card_name("h100-80g") == "h100-80g"
+    with pytest.raises(UserError, match=r"--gpu a100: may be a100-40g or a100-80g"):
+        card_name("a100")
