@@ -11,8 +11,8 @@ from emma_train.config.schema import Recipe
 from emma_train.plan.advice import problems, ways_to_speed
 from emma_train.plan.arithmetic import MFU, Plan
 from emma_train.plan.cards import CARDS, GIB, RESERVE, usable_bytes
+from emma_train.plan.checkpoint_size import WRITE_BYTES_S, checkpoint_size
 from emma_train.plan.samples import ReadIndexRows, tokenwise
-from emma_train.plan.storage import WRITE_BYTES_S, storage_of_plan
 from emma_train.plan.traffic import Network, traffic
 from emma_train.sequence.layout import ImageRole
 from emma_train.sequence.tasks import TASKS
@@ -71,13 +71,13 @@ def print_total(plans: Sequence[Plan]) -> None:
         f"[bold]All {len(plans)} stages[/bold]: {sum(n for _, _, n in lengths):,} steps, "
         f"{_short_count(sum(n * sum(load.samples.values()) for _, load, n in lengths))} samples, "
         f"{_short_count(sum(n * load.tokens for _, load, n in lengths))} tokens, {_seconds(seconds)}, "
-        f"{gpu_hours:,.1f} GPU-hours, {_gib(sum(storage_of_plan(plan).total for plan in plans))} of checkpoints"
+        f"{gpu_hours:,.1f} GPU-hours, {_gib(sum(checkpoint_size(plan).total for plan in plans))} of checkpoints"
     )
 
 
 def _storage_table(plan: Plan, network: Network) -> Table:
     """Checkpoints, and the host memory for one that is written while training goes on."""
-    storage, train = storage_of_plan(plan), plan.recipe.train
+    storage, train = checkpoint_size(plan), plan.recipe.train
     table = _titled_table("Checkpoints", "", "")
     table.add_row("one", _gib(storage.checkpoint))
     if storage.frozen:

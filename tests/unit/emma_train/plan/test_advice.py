@@ -11,7 +11,7 @@ from emma_train.errors import UserError
 from emma_train.plan import Plan
 from emma_train.plan.advice import problems, ways_to_fit, ways_to_speed
 from emma_train.plan.cards import card_name, node_bandwidth
-from emma_train.plan.storage import WRITE_BYTES_S, storage_of_plan
+from emma_train.plan.checkpoint_size import WRITE_BYTES_S, checkpoint_size
 from emma_train.plan.traffic import USABLE, Network, traffic
 from tests.unit.emma_train.plan.test_plan import FULL, plan, toy
 
@@ -97,19 +97,19 @@ def test_a_slow_network_calls_for_replicas_that_fit() -> None:
 
 
 def test_checkpoints_hold_what_trains_and_once_what_does_not() -> None:
-    adamw = storage_of_plan(full_size("stage1"))
+    adamw = checkpoint_size(full_size("stage1"))
     planned = full_size("stage1")
     assert adamw.checkpoint == 16 * planned.sizes.trained
     assert adamw.write_s == adamw.checkpoint / WRITE_BYTES_S
-    muon = storage_of_plan(plan(FULL / "stage1.yaml", "optimizer.kind=muon", "ema.decay=0"))
+    muon = checkpoint_size(plan(FULL / "stage1.yaml", "optimizer.kind=muon", "ema.decay=0"))
     trained, matrices = planned.sizes.trained, plan(FULL / "stage1.yaml", "optimizer.kind=muon").sizes.muon
     assert muon.checkpoint == 12 * trained - 4 * matrices
     router = plan(FULL / "stage4_router.yaml")
-    assert storage_of_plan(router).frozen == 4 * (router.sizes.stored - router.sizes.trained)
+    assert checkpoint_size(router).frozen == 4 * (router.sizes.stored - router.sizes.trained)
     kept = replace(planned.recipe.train, keep=5)
     planned = planned.with_changes()
     planned.recipe = replace(planned.recipe, train=kept)
-    assert storage_of_plan(planned).total == 6 * adamw.checkpoint + adamw.frozen
+    assert checkpoint_size(planned).total == 6 * adamw.checkpoint + adamw.frozen
 
 
 def test_the_beginning_of_a_cards_name_is_enough() -> None:

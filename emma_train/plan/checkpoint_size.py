@@ -9,7 +9,7 @@ WRITE_BYTES_S = 2e9
 
 
 @dataclass(frozen=True)
-class Storage:
+class CheckpointSize:
     """Of one stage."""
 
     checkpoint: float
@@ -28,9 +28,9 @@ class Storage:
         return self.checkpoint / WRITE_BYTES_S
 
 
-def storage_of_plan(plan: Plan) -> Storage:
+def checkpoint_size(plan: Plan) -> CheckpointSize:
     """What train.save_every writes."""
     sizes, recipe = plan.sizes, plan.recipe
     moments = 8 * (sizes.trained - sizes.muon) + 4 * sizes.muon
     average = 4 * sizes.trained if recipe.ema.decay else 0
-    return Storage(4 * sizes.trained + moments + average, 4 * (sizes.stored - sizes.trained), recipe.train.keep)
+    return CheckpointSize(4 * sizes.trained + moments + average, 4 * (sizes.stored - sizes.trained), recipe.train.keep)
