@@ -72,6 +72,8 @@ def run(words: Sequence[str]) -> int:
     from torch.distributed.run import run as run_agent
 
     arguments = parse_args(list(words))
+    if arguments.nproc_per_node != "1":
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun's own value, without its warning
     with tempfile.TemporaryDirectory(prefix="emma-exit-codes-") as folder:
         os.environ[EXIT_CODES_VARIABLE] = folder
         stopped = False
