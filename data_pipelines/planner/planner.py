@@ -210,6 +210,26 @@ class Planner:
             for old in [s for s in self._positions if s < step]:
                 del self._positions[old]
 
+    def first_packs(self, task: str, num: int) -> list[tuple[SampleRef, ...]]:
+        """The first samples of a task that step 1 trains, in their order, at most `num` and each once, as packs within
+        the caps."""
+        phase = self._phases[0]
+        stream = phase.streams[task]
+        cursor = stream.cursor(self._entered(phase, Positions()))
+        candidates = self._candidates(phase, task, cursor, min(num, sum(pool.num_rows for pool in stream.pools)))
+        packs: list[list[SampleRef]] = []
+        total = np.array([math.inf])
+        for index, sizes in enumerate(zip(*candidates.queue().sizes, strict=True)):
+            ref = candidates.sample_ref(index)
+            if ref.epoch:  # a pool with a large weight begins again before the others end
+                continue
+            total = total + sizes
+            if (total > list(self.caps.values())).any():
+                packs.append([])
+                total = np.array(sizes)
+            packs[-1].append(ref)
+        return [tuple(refs) for refs in packs]
+
     def substitute(self, sample: SampleRef, attempt: int) -> SampleRef | None:
         """Another sample of the same task and window, to use if `sample` cannot be read. It is no longer than that.
 

@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 
 from emma_train.checkpoint import folder as folders
-from emma_train.config.schema import TrainConfig
+from emma_train.config.schema import ANSWER_METRICS, TrainConfig
 from emma_train.errors import RunError
 from emma_train.storage.paths import StoragePath, storage_of
 
@@ -23,6 +23,12 @@ def steps_to_keep(steps: Mapping[int, float | None], last: int, every: int) -> s
     return {*newest, *divisible, *best}
 
 
+def lower_is_better(name: str, metrics: Mapping[str, float]) -> float | None:
+    """The value of a metric, negative where more is better; None where there is none."""
+    value = metrics.get(name)
+    return -value if value is not None and name in ANSWER_METRICS else value
+
+
 def prune(checkpoints: StoragePath, config: TrainConfig) -> None:
     """Remove checkpoints that need not be kept, what crashes left, and frozen weights that no checkpoint refers to.
 
@@ -33,7 +39,7 @@ def prune(checkpoints: StoragePath, config: TrainConfig) -> None:
         for folder in folders.list_steps(checkpoints)
         if (meta := folders.read_valid_meta(folder)) is not None
     }
-    values = {m["step"]: m.get("metrics", {}).get(config.keep_best) for m in metas.values()}
+    values = {m["step"]: lower_is_better(config.keep_best, m.get("metrics", {})) for m in metas.values()}
     kept = steps_to_keep(values, config.keep, config.keep_every)
     metas = {folder: meta for folder, meta in metas.items() if meta["step"] in kept}
     if not metas:

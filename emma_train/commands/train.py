@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from emma_train.engine.world import World
     from emma_train.generate.generator import Generator
     from emma_train.sequence.request import Request
+    from emma_train.sequence.validation_batches import ValidationBatches
     from emma_train.stages.stage import Stage
     from emma_train.storage.paths import StoragePath
     from emma_train.training.loop import Trainer
@@ -113,6 +114,7 @@ def _train_locked(run_folder: "RunFolder", file: Path, recipe: "Recipe", world: 
         if stage.loss == "router":
             stream.planner.check_labels()
     requests = _sample_requests(recipe, stage)
+    held_out = _held_out(recipe, stage, world, autoencoder.fingerprint)
     parts = build(recipe, stage, world, resuming=checkpoint is not None)
     if parts.handoff is not None:
         log.info("from %s: %s", recipe.init.source, "; ".join(parts.handoff.lines()))
@@ -121,7 +123,7 @@ def _train_locked(run_folder: "RunFolder", file: Path, recipe: "Recipe", world: 
         vision = recipe.model.vision
         generator = Generator(parts.engine.model, autoencoder, tokenizer, vision.patch, vision.shuffle)
         generate_samples = _sample_writer(generator, requests, recipe, run_folder, world.is_main)
-    trainer = Trainer(recipe, stage, world, parts, autoencoder, stream, generate_samples)
+    trainer = Trainer(recipe, stage, world, parts, autoencoder, stream, generate_samples, held_out)
     if checkpoint is not None:
         trainer.resume(checkpoint)
     world.on_main(lambda: run_folder.prepare(recipe, world, trainer.train_state.step))
@@ -208,6 +210,19 @@ def _sample_requests(recipe: "Recipe", stage: "Stage") -> "list[Request]":
         for task in tasks
         for request in read_requests(folder, task, recipe.data, pixels, recipe.train.num_samples)
     ]
+
+
+def _held_out(
+    recipe: "Recipe", stage: "Stage", world: "World", autoencoder_fingerprint: str | None
+) -> "ValidationBatches | None":
+    """What this rank validates on; None where the recipe validates never. Router tuning answers no questions."""
+    from data_pipelines.loader.held_out import read_validation_batches
+
+    if not recipe.validate.every:
+        return None
+    return read_validation_batches(
+        recipe, world.dp_rank, world.dp_size, autoencoder_fingerprint, ask=stage.loss == "tokens"
+    )
 
 
 def _sample_writer(

@@ -5,8 +5,8 @@ Each failure names the fields, their values and a way out.
 
 import logging
 
-from emma_train.config.mix import phases, samples_per_task, task_shares
-from emma_train.config.schema import EngineConfig, PhaseConfig, Recipe
+from emma_train.config.mix import TASK_NAMES, phases, samples_per_task, task_shares
+from emma_train.config.schema import ANSWER_METRICS, EngineConfig, PhaseConfig, Recipe
 from emma_train.config.values import check_values
 from emma_train.errors import UserError
 
@@ -25,6 +25,7 @@ def check_recipe(recipe: Recipe, source: str) -> None:
     for phase in phases(recipe):
         _check_mix(recipe, phase, source)
     _check_keeping(recipe, source)
+    _check_validation(recipe, source)
     before_last = sum(phase.steps for phase in recipe.data.phases[:-1])
     if recipe.data.phases and before_last >= recipe.train.steps:
         last = recipe.data.phases[-1].name
@@ -98,13 +99,55 @@ def _check_mix(recipe: Recipe, phase: PhaseConfig, source: str) -> None:
         raise UserError(f"{source}: data.sources is empty; name a folder of shards ({{path: FOLDER}})")
 
 
+def validated_tasks(recipe: Recipe) -> list[str]:
+    """Tasks whose held-out losses are measured: those of the mix, and I2T, so that it shows where it is forgotten."""
+    mixes = [phase.mix for phase in phases(recipe)]
+    return [task for task in TASK_NAMES if task == "i2t" or any(getattr(mix, task) for mix in mixes)]
+
+
+def _check_validation(recipe: Recipe, source: str) -> None:
+    validate = recipe.validate
+    if validate.every and not validate.sources and not validate.questions:
+        raise UserError(
+            f"{source}: validate.every is {validate.every}, but there is nothing to validate on; name a held-out "
+            "folder of shards (validate.sources=[{path: FOLDER}])"
+        )
+    trained = {entry.path for phase in phases(recipe) for entry in phase.sources}
+    for key, entries in (("sources", validate.sources), ("questions", validate.questions)):
+        for index, entry in enumerate(entries):
+            if validate.every and entry.path in trained:
+                log.warning("%s: validate.%s[%d] %s is trained on as well", source, key, index, entry.path)
+
+
+def _check_keeping_validated(recipe: Recipe, source: str) -> None:
+    train, validate, name = recipe.train, recipe.validate, recipe.train.keep_best
+    if not validate.every or train.save_every % validate.every:
+        raise UserError(
+            f"{source}: train.keep_best is {name}, which each checkpoint must have; train.save_every "
+            f"({train.save_every}) must be a multiple of validate.every ({validate.every})"
+        )
+    if name.startswith("val/ema/") and not recipe.ema.decay:
+        raise UserError(f"{source}: train.keep_best is {name}, but ema.decay is 0; take {name.replace('ema/', '')}")
+    if name in ANSWER_METRICS and not validate.questions:
+        raise UserError(f"{source}: train.keep_best is {name}, but validate.questions names no folder")
+    if name not in ANSWER_METRICS and not validate.sources:
+        raise UserError(f"{source}: train.keep_best is {name}, but validate.sources names no folder")
+    task = name.partition("loss/")[2]
+    if task and task not in validated_tasks(recipe):
+        raise UserError(f"{source}: train.keep_best is {name}, but {task} is not in the mix")
+
+
 def _check_keeping(recipe: Recipe, source: str) -> None:
-    train, task = recipe.train, recipe.train.keep_best.removeprefix("loss").removeprefix("/")
+    train = recipe.train
     if train.keep_every % train.save_every:
         raise UserError(
             f"{source}: train.keep_every is {train.keep_every}, no multiple of train.save_every ({train.save_every}); "
             "there is no such checkpoint to keep"
         )
+    if train.keep_best.startswith("val/"):
+        _check_keeping_validated(recipe, source)
+        return
+    task = train.keep_best.partition("/")[2]
     if task and not any(getattr(phase.mix, task) for phase in phases(recipe)):
         raise UserError(f"{source}: train.keep_best is {train.keep_best}, but {task} is not in the mix")
     if train.keep_best and train.log_every > train.save_every:

@@ -22,6 +22,7 @@ __all__ = [
     "EngineConfig",
     "FlowConfig",
     "GenerationConfig",
+    "GuardConfig",
     "ImageConfig",
     "InitConfig",
     "LossConfig",
@@ -39,9 +40,13 @@ __all__ = [
     "StageConfig",
     "TrackerConfig",
     "TrainConfig",
+    "ValidateConfig",
     "VisionConfig",
 ]
 LOSS_METRICS = ("loss", *(f"loss/{task.name}" for task in fields(MixConfig)))
+ANSWER_METRICS = ("val/answers", "val/ema/answers")
+"""Share of right answers; of all other metrics by which the best checkpoint may be chosen, less is better."""
+VALIDATION_METRICS = (*(f"val/{which}{name}" for which in ("", "ema/") for name in LOSS_METRICS), *ANSWER_METRICS)
 
 
 @dataclass
@@ -174,8 +179,9 @@ class TrainConfig:
     """Number of newest checkpoints to keep."""
     keep_every: int = setting(0, at_least=0, at_most=10**9)
     """Keep checkpoints of steps that are multiples of this for good; 0 keeps none."""
-    keep_best: str = setting("", choices=("", *LOSS_METRICS))
-    """Also keep the checkpoint with the lowest mean of this loss since the checkpoint before; empty keeps none."""
+    keep_best: str = setting("", choices=("", *LOSS_METRICS, *VALIDATION_METRICS))
+    """Also keep the checkpoint with the lowest mean of this loss since the checkpoint before, or the best value of this
+    validation (val/...) after its step; empty keeps none."""
     stop_within_s: int = setting(240, more_than=0, at_most=604800)
     """Seconds that a run may take to finish its step and save after it was asked to stop; then the process ends."""
     sample_every: int = setting(0, at_least=0, at_most=10**9)
@@ -188,6 +194,34 @@ class TrainConfig:
     """Stop after this many non-finite steps in a row."""
     gc_every: int = setting(100, at_least=0, at_most=10**9)
     """Steps between garbage collections, which all ranks run at once; 0 leaves them to Python."""
+
+
+@dataclass
+class GuardConfig:
+    max_drop: float = setting(0.1, more_than=0, at_most=1)
+    """How far the share of right answers may fall below its best before the guard warns; 1 turns this off."""
+    max_rise: float = setting(0.1, more_than=0, at_most=1e6)
+    """How far the held-out I2T loss may rise above its best, as a share of the best, before the guard warns."""
+    stop: bool = setting(False)
+    """Stop the run after a checkpoint where the guard warns."""
+
+
+@dataclass
+class ValidateConfig:
+    every: int = setting(0, at_least=0, at_most=10**9)
+    """Steps between validations; the first and the last step have one too. 0 validates never."""
+    sources: list[SourceConfig] = setting([])
+    """Held-out shard folders, on whose samples the losses are measured: those of the tasks in the mix, and of I2T even
+    where it is not in the mix."""
+    num_samples: int = setting(64, more_than=0, at_most=10**7)
+    """Most held-out samples of each task. They are read once and stay in host memory, divided among the ranks."""
+    questions: list[SourceConfig] = setting([])
+    """Held-out shard folders with questions that have a short answer (I2T): the probe of understanding, by exact match.
+    Empty asks none."""
+    num_questions: int = setting(256, more_than=0, at_most=10**7)
+    """Most questions."""
+    guard: GuardConfig = section(GuardConfig)
+    """Warns where understanding is forgotten while other tasks train."""
 
 
 @dataclass
@@ -291,6 +325,8 @@ class Recipe:
     """Averaged weights."""
     train: TrainConfig = section(TrainConfig, resume="free")
     """Length of the stage; how often to log, save and sample."""
+    validate: ValidateConfig = section(ValidateConfig, resume="free")
+    """Losses and answers on held-out data while a stage trains."""
     generation: GenerationConfig = section(GenerationConfig, resume="free")
     """How images are generated: samples of a run, and what its exports take where nothing else is said."""
     engine: EngineConfig = section(EngineConfig, resume="free")

@@ -29,6 +29,9 @@ class Tracker(Protocol):
     def images(self, step: int, name: str, paths: list[Path], captions: list[str]) -> None:
         """Sample images of one step, one caption each."""
 
+    def alert(self, title: str, text: str) -> None:
+        """Something that whoever watches the run should know."""
+
     def finish(self, exit_code: int) -> None:
         """The run ends with this exit code."""
 
@@ -54,6 +57,9 @@ class JsonlTracker:
 
     def images(self, step: int, name: str, paths: list[Path], captions: list[str]) -> None:
         """Nothing to do: the images are in the run folder already."""
+
+    def alert(self, title: str, text: str) -> None:
+        """Nothing to do: the values that led to it are in the line of the step."""
 
     def finish(self, exit_code: int) -> None:
         self._file.close()
@@ -116,6 +122,10 @@ class WandbTracker:
         images = [wandb.Image(str(path), caption=caption) for path, caption in zip(paths, captions, strict=True)]
         self._run.log({"step": step, name: images})
 
+    def alert(self, title: str, text: str) -> None:
+        if self._run is not None:
+            self._guard("alert", lambda: self._run.alert(title=title, text=text, level="WARN"))
+
     def finish(self, exit_code: int) -> None:
         if self._run is not None:
             self._guard("finish", lambda: self._run.finish(exit_code=exit_code))
@@ -139,6 +149,9 @@ class Trackers:
 
     def images(self, step: int, name: str, paths: list[Path], captions: list[str]) -> None:
         self._each("images", lambda tracker: tracker.images(step, name, paths, captions))
+
+    def alert(self, title: str, text: str) -> None:
+        self._each("alert", lambda tracker: tracker.alert(title, text))
 
     def finish(self, exit_code: int) -> None:
         self._each("finish", lambda tracker: tracker.finish(exit_code))

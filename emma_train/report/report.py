@@ -17,6 +17,7 @@ from emma_train.report.overview import header_html, tiles_html
 from emma_train.report.page import html_page, html_section
 from emma_train.report.scores import scores_html, sheet_html
 from emma_train.report.stage_run import StageRun, read_object, read_scores, read_stage_run, stage_folders
+from emma_train.report.validation import forgetting_warning, validation_charts
 from emma_train.storage.files import write_atomic
 
 RUN_FILES = ("scores.json", "samples", "summary.json", "environment.json")
@@ -46,6 +47,7 @@ def render_report(run: Path) -> str:
     environment = read_object(run / "environment.json") or next((s.environment for s in stages if s.environment), {})
     axis = run_axis(stages)
     losses, machine = loss_charts(axis, stages), machine_charts(axis, stages)
+    validations = validation_charts(axis, stages)
     if not stages:
         missing.append("no stage was found: neither metrics.jsonl nor config.yaml is here or one folder below")
     if not any(stage.snapshots for stage in stages):
@@ -60,13 +62,15 @@ def render_report(run: Path) -> str:
             _judged_section([run, *(stage.folder for stage in stages)]),
             _samples_section(stages),
             _losses_section(losses, stages),
+            _validation_section(validations, stages),
             _machine_section(machine, stages),
             _files_section(stages, environment),
             _missing_section(missing),
             "<footer>Written by <code>emma-train report</code>. This file is whole and loads nothing.</footer>",
         )
     )
-    return html_page(f"{run.resolve().name} · EMMA training report", body, _script_data(axis, [*losses, *machine]))
+    data = _script_data(axis, [*losses, *validations, *machine])
+    return html_page(f"{run.resolve().name} · EMMA training report", body, data)
 
 
 def _script_data(axis: Axis, charts: list[Chart]) -> dict[str, Any]:
@@ -118,6 +122,14 @@ def _losses_section(charts: list[Chart], stages: list[StageRun]) -> str:
     note = "Steps are counted through the whole run. Light lines are single steps, bold ones a centred average."
     body = loss_warning(stages) + "".join(chart.html for chart in charts)
     return html_section("losses", "Losses", note, body)
+
+
+def _validation_section(charts: list[Chart], stages: list[StageRun]) -> str:
+    if not charts:
+        return ""
+    grid = f'<div class="charts">{"".join(chart.html for chart in charts)}</div>'
+    note = "Measured on held-out data while it learned."
+    return html_section("validation", "Validation", note, forgetting_warning(stages) + grid)
 
 
 def _machine_section(charts: list[Chart], stages: list[StageRun]) -> str:

@@ -19,6 +19,7 @@ def checkpoint_meta(
     parts: TrainingParts,
     state: TrainState,
     losses: Sequence[Mapping[str, float]],
+    validated: Mapping[str, float],
     *,
     data_state: dict[str, Any],
     tracker_run: str | None,
@@ -26,7 +27,8 @@ def checkpoint_meta(
     content: Mapping[str, str],
     world_size: int,
 ) -> dict[str, Any]:
-    """`losses`: those of every logged step since the last checkpoint, of which the means are kept."""
+    """`losses`: those of every logged step since the last checkpoint, of which the means are kept. `validated`: values
+    of the validation after this step, if it had one."""
     names = sorted({name for values in losses for name in values})
     logged = {name: [values[name] for values in losses if name in values] for name in names}
     return {
@@ -37,7 +39,7 @@ def checkpoint_meta(
         "config": to_stored(recipe),
         "ema_decay": recipe.ema.decay,
         "done": asdict(state),
-        "metrics": {name: sum(values) / len(values) for name, values in logged.items()},
+        "metrics": {**{name: sum(values) / len(values) for name, values in logged.items()}, **validated},
         "data": data_state,
         "tracker_run": tracker_run,
         "parent": parent,

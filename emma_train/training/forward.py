@@ -59,8 +59,12 @@ def micro_loss(
 def clean_latents(batch: PackedBatch, autoencoder: Autoencoder) -> Tensor:
     """Scaled latents of every image of the pack, [visual tokens, C] in stream order; encodes those that are not
     cached."""
-    if batch.latents is not None:
-        return batch.latents * autoencoder.scale
+    latents = encoded_latents(batch, autoencoder) if batch.latents is None else batch.latents
+    return latents * autoencoder.scale
+
+
+def encoded_latents(batch: PackedBatch, autoencoder: Autoencoder) -> Tensor:
+    """Unscaled latents of every image of a pack with all patches, [visual tokens, C] in stream order."""
     grids = [grid for role in ImageRole for grid in batch.grids[role]]
     if not grids:
         return torch.zeros(0, autoencoder.config.channels, device=autoencoder.device)
@@ -71,4 +75,4 @@ def clean_latents(batch: PackedBatch, autoencoder: Autoencoder) -> Tensor:
         stop = start + rows * columns * shuffle**2
         images.append(from_patches(batch.patches[start:stop], rows, columns, patch, shuffle))
         start = stop
-    return torch.cat(autoencoder.encode(images)) * autoencoder.scale
+    return torch.cat(autoencoder.encode(images))

@@ -9,7 +9,6 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,12 +27,14 @@ from emma_train.objectives.loss import Counts, LossAccumulator
 from emma_train.sequence.step_batches import StepBatches
 from emma_train.sequence.tasks import TASKS
 from emma_train.sequence.tokens import TextTokenizer
+from emma_train.sequence.validation_batches import ValidationBatches
 from emma_train.stages.freeze import fingerprints
 from emma_train.stages.stage import Stage
 from emma_train.storage.paths import StoragePath
 from emma_train.training.build import TrainingParts
 from emma_train.training.checkpoint_meta import checkpoint_meta
 from emma_train.training.environment import commit
+from emma_train.training.forgetting_guard import find_losses, forgetting_error, with_better
 from emma_train.training.forward import micro_loss
 from emma_train.training.health import GarbageCollection
 from emma_train.training.preemption import EXIT_PREEMPTED, StopRequest
@@ -47,6 +48,7 @@ from emma_train.training.step_totals import local_totals
 from emma_train.training.summary import finish_stage
 from emma_train.training.train_state import TrainState
 from emma_train.training.unreadable_samples import UnreadableSamples
+from emma_train.training.validation import Validation, averaged_weights
 
 log = logging.getLogger(__name__)
 
@@ -73,8 +75,10 @@ class Trainer:
         autoencoder: Autoencoder,
         stream: Batches,
         generate_samples: Callable[[int], list[Path]] | None = None,
+        held_out: ValidationBatches | None = None,
     ) -> None:
-        """`generate_samples(step)` writes sample images and returns their paths; every rank calls it."""
+        """`generate_samples(step)` writes sample images and returns their paths; every rank calls it. `held_out`: what
+        to validate on; None validates never."""
         self.recipe = recipe
         self.stage = stage
         self.world = world
@@ -94,6 +98,11 @@ class Trainer:
         self._skipped = SkippedSteps(self.run, world.rank, recipe.train.max_skipped_steps)
         self._metrics = StepMetrics(recipe, stage, world)
         self._losses_since_save: list[dict[str, float]] = []
+        self._validated: dict[str, float] = {}
+        """Values of the validation after the last step; empty where it had none."""
+        self._validation = None
+        if held_out is not None:
+            self._validation = Validation(recipe, stage, world, parts, autoencoder, held_out)
 
     def resume(self, checkpoint: StoragePath) -> None:
         """Continue after `checkpoint`. Raises UserError where recipe and checkpoint contradict each other."""
@@ -154,15 +163,22 @@ class Trainer:
         for data in self.stream.steps(self.train_state.step + 1, train.steps):
             started = time.perf_counter()
             is_last = data.step == train.steps
-            log_now = data.step % train.log_every == 0 or data.step == 1 or is_last
+            validate_now = self._is_validation_due(data.step)
+            log_now = data.step % train.log_every == 0 or data.step == 1 or is_last or validate_now
             stopping, values = self._step(data, stop.asked, log_now)
             if is_last:
                 finish_stage(self.run, self.world, self.stage, self.train_state, self.parts, self.frozen)
             if values is not None:
                 self._losses_since_save.append({k: v for k, v in values.items() if k.startswith("loss")})
-            if self.saver.due(data.step) or is_last or stopping:
+            self._validated, forgotten = {}, []
+            # Skip validation while shutting down.
+            if validate_now and not stopping:
                 with timeouts.relaxed():
-                    self.save(wait=is_last or stopping)
+                    forgotten = self._validate(data.step)
+            give_up = bool(forgotten) and self.recipe.validate.guard.stop
+            if self.saver.due(data.step) or is_last or stopping or give_up:
+                with timeouts.relaxed():
+                    self.save(wait=is_last or stopping or give_up)
             self.train_state.seconds += time.perf_counter() - started + data.wait_s
             images: list[Path] = []
             # Skip sample generation while shutting down.
@@ -171,8 +187,11 @@ class Trainer:
                     images = self._generate(data.step)
             if step_log:
                 if values is not None:
-                    step_log.log(data.step, {**values, "checkpoint/stall_s": self.saver.pop_stall_s()}, images)
+                    values |= {**self._validated, "checkpoint/stall_s": self.saver.pop_stall_s()}
+                    step_log.log(data.step, values, images, alerts=forgotten)
                 step_log.show(data.step, values)
+            if give_up:
+                raise forgetting_error(self.world.rank, data.step, forgotten)
             garbage.after(data.step)
             timeouts.use_step_timeout()
             if stopping:
@@ -221,6 +240,30 @@ class Trainer:
         for task, loss_sum in zip(TASKS, accumulator.sums, strict=True):
             record_metric(f"{LOSS_SUM}{task}", loss_sum, "sum")
 
+    def _is_validation_due(self, step: int) -> bool:
+        """Whether there is a validation after `step`: the first, the last, and every validate.every-th."""
+        every = self.recipe.validate.every
+        return self._validation is not None and (step % every == 0 or step in (1, self.recipe.train.steps))
+
+    def _validate(self, step: int) -> list[str]:
+        """Measure on held-out data. Returns a line for each sign that understanding is forgotten."""
+        assert self._validation is not None
+        self.saver.wait_for_staging()
+        values, state = self._validation.measure(), self.train_state
+        if state.validation_digest != self._validation.digest:
+            if state.best_validation:
+                log.info("the held-out samples are other ones: the forgetting guard starts anew")
+            state.validation_digest, state.best_validation = self._validation.digest, {}
+        forgotten: list[str] = []
+        if self.stage.loss == "tokens":
+            forgotten = find_losses(values, state.best_validation, self.recipe.validate.guard)
+            state.best_validation = with_better(values, state.best_validation, step)
+            values["val/forgotten"] = len(forgotten)
+        for line in forgotten:
+            log.warning("step %d: understanding is being forgotten: %s", step, line)
+        self._validated = values
+        return forgotten
+
     def save(self, wait: bool) -> None:
         """Start a checkpoint of the last finished step; where `wait`, return when it is written."""
         self.saver.start(self._state(), self._meta())
@@ -238,6 +281,7 @@ class Trainer:
             self.parts,
             self.train_state,
             self._losses_since_save,
+            self._validated,
             data_state=self.stream.state(self.train_state.step),
             tracker_run=self.run_id,
             parent=self.parent,
@@ -250,8 +294,5 @@ class Trainer:
         if self.generate_samples is None:
             return []
         self.saver.wait_for_staging()
-        with uncompiled(), self.parts.ema.swapped_in() if self.parts.ema else nullcontext():
-            self.engine.sync_compute_weights()
-            images = self.generate_samples(step)
-        self.engine.sync_compute_weights()
-        return images
+        with uncompiled(), averaged_weights(self.engine, self.parts.ema):
+            return self.generate_samples(step)

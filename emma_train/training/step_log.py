@@ -29,10 +29,12 @@ class StepLog:
         self.run_id = self._trackers.run_id
         self._progress = Progress(recipe.stage.name, recipe.train.steps, step)
 
-    def log(self, step: int, values: Mapping[str, Any], images: Sequence[Path]) -> None:
-        """Metrics and sample images of a step."""
+    def log(self, step: int, values: Mapping[str, Any], images: Sequence[Path], alerts: Sequence[str] = ()) -> None:
+        """Metrics and sample images of a step, and signs that understanding is being forgotten."""
         self._trackers.log(step, {**values, "time_unix": time.time()})
         self._trackers.images(step, "samples", list(images), [path.stem for path in images])
+        for text in alerts:
+            self._trackers.alert("understanding is being forgotten", f"step {step}: {text}")
 
     def show(self, step: int, values: Mapping[str, Any] | None) -> None:
         """Move the progress bar; `values`: the metrics of the step where they are known."""

@@ -35,6 +35,10 @@ class TrainState:
     """Samples with an image below min_side or beyond max_aspect; others were taken instead."""
     seen: dict[str, int] = field(default_factory=lambda: dict.fromkeys(TASK_NAMES, 0))
     """Samples trained on, by task."""
+    validation_digest: str = ""
+    """Of the held-out samples that `best_validation` was measured on."""
+    best_validation: dict[str, Any] = field(default_factory=dict)
+    """Best values of the metrics that the forgetting guard watches."""
 
     @classmethod
     def from_checkpoint(cls, stored: Mapping[str, Any]) -> "TrainState":

@@ -18,6 +18,7 @@ SMALL: dict[str, Any] = {
     "optimizer": {"kind": "adamw", "lr": 1.5e-3},  # Muon enlarges rounding beyond what changing the ranks may here
     "schedule": {"kind": "constant", "warmup_steps": 3},
     "engine": {"precision": "fp32", "device": "cpu"},
+    "validate": {"every": 0},
 }
 MakeRecipe = Callable[..., Path]
 FIXTURE = ROOT / "tests" / "assets" / "e0297de"

@@ -84,6 +84,16 @@ def test_the_best_is_kept_by_the_metric_that_its_metadata_says(checkpoints: Path
     assert names(checkpoints) == ["latest", "step-00000050", "step-00000060"]
 
 
+def test_the_most_right_answers_and_the_lowest_validation_loss_are_best(checkpoints: Path) -> None:
+    for step, answers in ((40, 0.2), (50, 0.9), (60, 0.5)):
+        write(checkpoints, step, metrics={"val/answers": answers, "val/loss": answers})
+    prune(checkpoints, TrainConfig(steps=99, keep=2, keep_best="val/answers"))
+    assert names(checkpoints) == ["latest", "step-00000050", "step-00000060"]
+    write(checkpoints, 70)  # a checkpoint whose step had no validation
+    prune(checkpoints, TrainConfig(steps=99, keep=1, keep_best="val/loss"))
+    assert names(checkpoints) == ["latest", "step-00000060", "step-00000070"]
+
+
 def test_frozen_weights_stay_as_long_as_a_checkpoint_refers_to_them(checkpoints: Path) -> None:
     used, unused = write_frozen(checkpoints), write_frozen(checkpoints, b"of no checkpoint")
     write(checkpoints, 40, frozen=used)

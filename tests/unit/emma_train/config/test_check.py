@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from emma_train.config.check import check_recipe, check_world
+from emma_train.config.check import check_recipe, check_world, validated_tasks
 from emma_train.config.mix import phases, samples_per_task
 from emma_train.config.schema import MixConfig, Recipe
 from emma_train.config.setting import all_settings
@@ -12,6 +12,8 @@ from emma_train.errors import UserError
 from tests.helpers import tiny_recipe
 
 DEEPSPEED = {"engine__kind": "deepspeed"}
+HELD_OUT = [{"path": "held_out"}]
+VALIDATED = {"validate__every": 2, "validate__sources": HELD_OUT, "train__keep_best": "val/loss"}
 WRONG: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     *[
         ({key.replace(".", "__"): "odd"}, (key, "'odd'", field.facts.choices[-1]))
@@ -44,6 +46,20 @@ WRONG: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"engine__debug_lockstep": True, "engine__compile": True}, ("engine.debug_lockstep", "engine.compile=false")),
     ({"engine__sequence_parallel": 3}, ("engine.sequence_parallel is 3", "heads (4)", "kv_heads (2)")),
     ({"engine__sequence_parallel": 2, "engine__compile": True}, ("engine.compile", "engine.sequence_parallel")),
+    ({"validate__every": 2}, ("validate.every is 2", "validate.sources=")),
+    ({"validate__every": -1}, ("validate.every is -1",)),
+    ({"validate__num_samples": 0}, ("validate.num_samples is 0",)),
+    ({"validate__sources": [{"path": "a", "tasks": ["video"]}]}, ("validate.sources[0].tasks[0] is 'video'",)),
+    ({"validate__guard__max_drop": 0}, ("validate.guard.max_drop is 0", "more than 0")),
+    (
+        {**VALIDATED, "validate__every": 0},
+        ("train.keep_best is val/loss", "train.save_every (2)", "validate.every (0)"),
+    ),
+    ({**VALIDATED, "validate__every": 4}, ("train.keep_best is val/loss", "multiple of validate.every (4)")),
+    ({**VALIDATED, "train__keep_best": "val/ema/loss"}, ("ema.decay is 0", "take val/loss")),
+    ({**VALIDATED, "train__keep_best": "val/answers"}, ("val/answers", "validate.questions names no folder")),
+    ({**VALIDATED, "validate__questions": HELD_OUT, "validate__sources": []}, ("validate.sources names no folder",)),
+    ({**VALIDATED, "train__keep_best": "val/loss/recon"}, ("recon is not in the mix",)),
     ({**DEEPSPEED, "engine__replicate": 2}, ("engine.replicate is 2", "engine.kind=deepspeed")),
     ({**DEEPSPEED, "engine__frozen": "replicated"}, ("engine.frozen is replicated", "engine.kind=deepspeed")),
     ({**DEEPSPEED, "engine__compile": True, "engine__zero_stage": 3}, ("engine.compile", "ZeRO-3", "zero_stage=2")),
@@ -94,3 +110,18 @@ def test_a_stage_without_phases_is_one_phase_and_a_phase_inherits_sources() -> N
     listed = phases(tiny_recipe(data__phases=[{"name": "a", "steps": 2}, {"name": "b", "steps": 3, "sources": other}]))
     assert [(p.name, p.steps) for p in listed] == [("a", 2), ("b", 3)]
     assert listed[0].sources == only.sources and [s.path for s in listed[1].sources] == ["own"]
+
+
+def test_validation_on_training_data_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    trained = tiny_recipe().data.sources[0].path
+    check_recipe(tiny_recipe(validate__every=2, validate__sources=HELD_OUT), "test")
+    assert caplog.text == ""
+    check_recipe(tiny_recipe(validate__every=2, validate__sources=[*HELD_OUT, {"path": trained}]), "test")
+    assert f"validate.sources[1] {trained} is trained on as well" in caplog.text
+
+
+def test_understanding_is_validated_even_where_it_is_not_trained() -> None:
+    assert validated_tasks(tiny_recipe(mix={"t2i": 1})) == ["i2t", "t2i"]
+    phases_of_all = [{"name": task, "steps": 1, "mix": {task: 1}} for task in ("t2i", "it2i", "recon")]
+    recipe = tiny_recipe(data__phases=phases_of_all, data__samples_per_step=0)
+    assert validated_tasks(recipe) == ["i2t", "t2i", "it2i", "recon"]

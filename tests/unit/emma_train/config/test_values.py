@@ -36,7 +36,12 @@ def kinds(field: Setting) -> set[type]:
 
 
 NUMBERS = {key: field for key, field in every_field() if kinds(field) & {int, float} and not field.facts.choices}
-WITH_PHASE = tiny_recipe(data__phases=[{"name": "a", "steps": 1, "sources": [{"path": "a"}]}])
+SOURCES = [{"path": "a"}]
+WITH_PHASE = tiny_recipe(
+    data__phases=[{"name": "a", "steps": 1, "sources": SOURCES}],
+    validate__sources=SOURCES,
+    validate__questions=SOURCES,
+)
 
 
 def message_of(section: Any) -> str:

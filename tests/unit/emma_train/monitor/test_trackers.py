@@ -64,6 +64,9 @@ class Failing:
     def images(self, step: int, name: str, paths: list[Path], captions: list[str]) -> None:
         raise RuntimeError("disk on fire")
 
+    def alert(self, title: str, text: str) -> None:
+        raise RuntimeError("disk on fire")
+
     def finish(self, exit_code: int) -> None:
         raise RuntimeError("disk on fire")
 
@@ -74,9 +77,10 @@ def test_a_failing_tracker_warns_once_and_stops_nothing(tmp_path: Path, caplog: 
         for step in range(1, 4):
             trackers.log(step, {"loss": 1.0})
             trackers.images(step, "samples", [], [])
+            trackers.alert("forgetting", "understanding falls")
         trackers.finish(0)
     assert len(lines(tmp_path / "m.jsonl")) == 3
-    assert sorted(r.message.split(":")[1].split()[0] for r in caplog.records) == ["finish", "images", "log"]
+    assert sorted(r.message.split(":")[1].split()[0] for r in caplog.records) == ["alert", "finish", "images", "log"]
     assert trackers.run_id == "abc"
 
 
@@ -110,6 +114,7 @@ def test_wandb_runs_offline_and_holds_what_was_logged(tmp_path: Path, monkeypatc
     assert first.run_id
     first.log(1, {"loss": 2.0, "data/digest": "ab"})
     first.images(1, "samples", [image], ["a red square"])
+    first.alert("understanding is being forgotten", "step 1: right answers fell")
     first.finish(0)
     time.sleep(1.1)  # W&B names an offline folder by the second
     again = WandbTracker(tmp_path, "emma", "stage1", {}, run_id=first.run_id)
@@ -134,6 +139,8 @@ def test_wandb_runs_offline_and_holds_what_was_logged(tmp_path: Path, monkeypatc
     assert {"step": 1, "loss": 2.0, "data/digest": "ab"}.items() <= rows[0].items()
     assert any("samples" in key for key in rows[1])
     assert any({"step": 2, "loss": 1.5}.items() <= row.items() for row in rows)
+    (alert,) = [r.alert for r in records if r.HasField("alert")]
+    assert (alert.title, alert.level) == ("understanding is being forgotten", "WARN")
     metrics = [r.metric for r in records if r.HasField("metric")]
     assert any(m.glob_name == "*" and m.step_metric == "step" for m in metrics)
 

@@ -285,3 +285,24 @@ def test_time_is_split_with_each_record_for_the_steps_since_the_one_before(tmp_p
     stage = StageRun("stage1", tmp_path, records, {}, {}, "", [])
     assert time_split(stage) == pytest.approx((9 + 9 + 10 - 3.9, 1 + 0.9 + 2, 4.0))
     assert time_split(StageRun("stage1", tmp_path, [{"step": 1}], {}, {}, "", [])) is None
+
+
+def test_validation_is_drawn_where_it_was_and_forgetting_is_said(tmp_path: Path) -> None:
+    """Lines join the steps that have a validation; a stage without averaged weights has no chart of them."""
+    make_stage(tmp_path / "stage1", steps=20)
+    html = render_report(tmp_path / "stage1")
+    assert 'id="validation"' not in html
+    path = tmp_path / "stage1" / "metrics.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    for record in records[4::5]:
+        values = {"val/loss/i2t": 2.0, "val/loss/it2i": 0.5, "val/copy/it2i": 0.7, "val/answers": 0.25}
+        record |= {**values, "val/forgotten": int(record["step"] == 15)}
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    html = render_report(tmp_path / "stage1")
+    check(html)
+    assert "Understanding had fallen at Stage 1 step 15." in html
+    charts = page_data(html)["charts"]
+    assert {"val", "answers"} <= charts.keys() and "val-ema" not in charts
+    assert [line["name"] for line in charts["val"]] == ["understanding (i2t)", "editing (it2i)", "copied source (it2i)"]
+    (answers,) = charts["answers"]
+    assert [value for value in answers["y"] if value is not None] == [25.0] * 4

@@ -23,6 +23,7 @@ FREE_OF_E0297DE = (
     "ema.device",
     "resume.",
     "generation.",
+    "validate.",
     "data.tokenizer",
     "model.autoencoder.path",
     "data.workers",
