@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from emma_train.commands.judge import judge_benchmark
+from emma_train.commands.judge import judge_benchmark, judge_summary
 from emma_train.commands.model_arguments import given_settings, wanted_size
 from emma_train.errors import UserError, check_range
 
@@ -207,7 +207,8 @@ def _score(
     from emma_train.evaluate.write_scores import write_scores
 
     scores = benchmark.score(items, [Path(path) for path in arguments.score], Path(arguments.data))
-    write_scores(Path(arguments.out), scores, items, settings, arguments.score)
+    judge = judge_summary(Path(arguments.out)) if arguments.judge else None
+    write_scores(Path(arguments.out), scores, items, settings, arguments.score, judge)
     for row in scores.rows:
         print(f"{row['name']:40} {row['value']:9.4f} ± {row['stderr']:.4f}   (n {row['num']}, {row['unit']})")
     for note in [*scores.notes, *scores.failures[:MAX_FAILURES_SHOWN]]:

@@ -2,7 +2,7 @@
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from emma_train.errors import UserError
 
@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
     from emma_train.evaluate.benchmark import Benchmark, BenchmarkItem
 
+JUDGE_FOLDER = "judge"
+"""In the folder of the images."""
 JUDGE_TOKENS = 1400
 """As the official clients allow."""
 
@@ -35,7 +37,7 @@ def judge_benchmark(
 
     if (form := judge_form(benchmark.name, Path(arguments.data))) is None:
         raise UserError(f"--judge: no chat model judges {benchmark.name}; run its official scorer (docs/evaluation.md)")
-    out = Path(arguments.out) / "judge"
+    out = Path(arguments.out) / JUDGE_FOLDER
     make_folder(out)
     options = ChatOptions(
         endpoint=arguments.judge_endpoint,
@@ -47,3 +49,12 @@ def judge_benchmark(
     chat = open_chat(options)
     judgement = judge_images(benchmark, items, ImageFolder(Path(arguments.out)), form, chat)
     return [str(path) for path in write_judgement(out, items, form, judgement, chat)]
+
+
+def judge_summary(out: Path) -> dict[str, Any]:
+    """What results.json says of the judge: its identity, and its answers by what became of them."""
+    from emma_train.evaluate.judge import REPORT_FILE
+    from emma_train.storage.safetensors_io import read_json
+
+    report = read_json(out / JUDGE_FOLDER / REPORT_FILE)
+    return {**report["judge"], "answers": report["answers"]}

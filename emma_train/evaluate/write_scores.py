@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,17 @@ from emma_train.storage.files import write_atomic
 
 
 def write_scores(
-    out: Path, scores: OfficialScores, items: Sequence[BenchmarkItem], settings: dict[str, Any], judged: Sequence[str]
+    out: Path,
+    scores: OfficialScores,
+    items: Sequence[BenchmarkItem],
+    settings: dict[str, Any],
+    judged: Sequence[str],
+    judge: Mapping[str, Any] | None = None,
 ) -> None:
     """Write results.json, the same as a table and samples.jsonl into the folder of the images.
 
-    `settings`: the folder's settings.json, which names the checkpoint; `judged`: the scorer's files.
+    `settings`: the folder's settings.json, which names the checkpoint; `judged`: the scorer's files; `judge`: who wrote
+    them and what became of its answers, where that is known.
     """
     fixed, about = settings["fixed"], settings["about"]
     extra = {
@@ -26,7 +32,7 @@ def write_scores(
         "date": time.time(),
         "git_hash": about.get("git_hash"),
         "package_versions": about.get("package_versions"),
-        "judge": {"files": list(judged), "failures": len(scores.failures)},
+        "judge": {"files": list(judged), "failures": len(scores.failures), **(judge or {})},
         "failures": scores.failures,
         "notes": scores.notes,
     }

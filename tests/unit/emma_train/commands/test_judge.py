@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from emma_train.commands.judge import add_judge_arguments, judge_benchmark
+from emma_train.commands.judge import add_judge_arguments, judge_benchmark, judge_summary
 from emma_train.errors import UserError
 from emma_train.evaluate.layouts import read_benchmark
 from tests.benchmarks import encoded, geneval_data, imgedit_data
@@ -30,6 +30,8 @@ def test_a_judge_behind_an_endpoint_marks_every_image(tmp_path: Path) -> None:
         files = judge_benchmark(parsed(*options, data=data, out=out), benchmark, items)
     scores = benchmark.score(items, [Path(file) for file in files], data)
     assert scores.rows[-1]["value"] == 4.0 and not scores.failures
+    summary = judge_summary(out)
+    assert summary["model"] == "judge-7b" and summary["answers"] == {"asked": 6, "cached": 0, "corrected": 0}
     assert server.questions[0].body["model"] == "judge-7b" and server.questions[0].body["max_tokens"] == 1400
 
 
