@@ -34,6 +34,12 @@ class EmmaVLM(BaseModel):
         """The answer to one question of texts and image files."""
         return self._answer([Message("user", _parts(message))])
 
+    def chat(self, messages: Sequence[Mapping[str, Any]], dataset: str | None = None) -> str:
+        """The answer to the last message. VLMEvalKit's own version drops turns until no error occurs, and so answers
+        another question; here an error is one, which VLMEvalKit counts."""
+        prepared = [{**message, "content": self.preproc_content(message["content"])} for message in messages]
+        return self.chat_inner(prepared, dataset)
+
     def chat_inner(self, messages: Sequence[Mapping[str, Any]], dataset: str | None = None) -> str:
         """The answer to the last message of a conversation."""
         return self._answer([Message(message["role"], _parts(message["content"])) for message in messages])

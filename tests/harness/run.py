@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from emma_train.errors import UserError
 from tests.harness.environments import LMMS_EVAL, ROOT, VLMEVALKIT, make_environment, site_packages
 from tests.harness.reference import Reference
 from tests.harness.rows import write_rows
@@ -166,7 +167,11 @@ def main() -> int:
         "--out", type=Path, default=Path("build/harness"), help="environments and results (%(default)s)"
     )
     arguments = parser.parse_args()
-    outcomes = compare(Harnesses(arguments.model, arguments.out), Reference(arguments.model))
+    try:
+        reference = Reference(arguments.model)
+    except UserError as error:
+        raise SystemExit(str(error)) from None
+    outcomes = compare(Harnesses(arguments.model, arguments.out), reference)
     print("| harness | task | score, % | without a harness, % | equal answers |\n|---|---|---|---|---|")
     print("\n".join(outcome.row() for outcome in outcomes))
     return 0 if all(outcome.is_right for outcome in outcomes) else 1

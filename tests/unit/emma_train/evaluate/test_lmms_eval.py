@@ -18,6 +18,8 @@ from emma_train.evaluate.lmms_eval_plugin import manifests
 from emma_train.generate.settings import TextSettings
 from tests.helpers import make_image, tiny_recipe, write_export
 
+pytestmark = pytest.mark.seconds  # they load a model
+
 
 class FakeLmms:
     """The part of lmms_eval.api.model.lmms that the adapter uses."""

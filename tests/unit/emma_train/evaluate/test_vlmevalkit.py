@@ -17,6 +17,8 @@ from emma_train.evaluate.harness_model import Message
 from emma_train.generate.settings import TextSettings
 from tests.helpers import make_image, tiny_recipe, write_export
 
+pytestmark = pytest.mark.seconds  # they load a model
+
 
 class FakeBaseModel:
     """The part of vlmeval.vlm.base.BaseModel that the adapter uses."""
@@ -25,6 +27,9 @@ class FakeBaseModel:
 
     def __init__(self) -> None:
         self.dump_image_func = None
+
+    def preproc_content(self, inputs: Any) -> list[dict[str, Any]]:
+        return [{"type": "text", "value": inputs}] if isinstance(inputs, str) else inputs
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +84,10 @@ def test_a_conversation_is_answered_at_its_end(model: Any, tmp_path: Path) -> No
     ]
     messages = [Message("user", [Path(picture["value"]), "What?"]), Message("assistant", ["a cat"])]
     request = model.model.request("x", [*messages, Message("user", ["Why?"])])
+    as_text = [*conversation[:2], {"role": "user", "content": "Why?"}]
+    assert model.chat(as_text) == model.chat_inner(conversation)
+    with pytest.raises(OSError, match="gone"):
+        model.chat([{"role": "user", "content": [{"type": "image", "value": "gone.png"}]}, *as_text[1:]])
     assert [model.chat_inner(conversation)] == model.model.answers([request], TextSettings(6))
 
 

@@ -117,6 +117,7 @@ def test_batches_answer_and_weigh_as_single_requests_do(emma: Emma, max_samples:
         np.testing.assert_allclose(likelihood.tokens, alone.tokens, rtol=0, atol=1e-5)
 
 
+@pytest.mark.seconds
 def test_images_of_a_batch_are_those_of_single_requests(emma: Emma) -> None:
     """Through the real autoencoder, in levels of [0, 1]; 8 bits round to 1 / 255, so most pixels agree exactly."""
     autoencoder = Autoencoder(AutoencoderConfig(path=str(ASSETS / "autoencoder")), torch.device("cpu"))
