@@ -227,7 +227,7 @@ def _held_out(
 
 def _sample_writer(
     generator: "Generator", requests: "list[Request]", recipe: "Recipe", run_folder: "RunFolder", write: bool
-) -> Callable[[int], list[Path]]:
+) -> "Callable[[int], Path | None]":
     """A function of the step that answers the requests and writes the samples of that step."""
     from emma_train.generate.samples import write_samples
     from emma_train.generate.settings import FlowSettings, TextSettings

@@ -157,6 +157,7 @@ def load_stages(path: Path, overrides: list[str] | None = None) -> list[tuple[Pa
         from_pipeline = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in values.items()]
         recipe = load_recipe(file, [*stage_overrides, *from_pipeline])
         previous = str(root / file.stem)
+        recipe.tracker.group = recipe.tracker.group or pipeline.run.name
         if recipe.train.checkpoints:
             recipe.train.checkpoints = f"{recipe.train.checkpoints.rstrip('/')}/{pipeline.run.name}"
             previous = f"{recipe.train.checkpoints}/{file.stem}"
@@ -275,6 +276,8 @@ def _with_field_names(values: Any, schema: type) -> Any:
     renamed: dict[str, Any] = {}
     for key, value in values.items():
         inner = fields[key].section if key in fields else None
+        if key in fields and fields[key].facts.single and isinstance(value, str):
+            value = [value]
         renamed[fields[key].name if key in fields else key] = _with_field_names(value, inner) if inner else value
     return renamed
 
@@ -326,6 +329,8 @@ def _needed_shape(field: Setting, value: Any) -> str:
     if field.element is not None:
         return "" if isinstance(value, list) else "a list of sections, as in [{...}, {...}]"
     origin, is_single = typing.get_origin(field.kind), not isinstance(value, list | dict)
+    if origin is list and is_single and field.facts.single:
+        return ""
     if origin in (list, dict):
         entries = [] if is_single else value if isinstance(value, list) else value.values()
         if not isinstance(value, origin) or any(isinstance(entry, list | dict) for entry in entries):

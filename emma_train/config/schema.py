@@ -293,10 +293,19 @@ class ResumeConfig:
 
 @dataclass
 class TrackerConfig:
-    kind: str = setting("jsonl", choices=("jsonl", "wandb"))
-    """jsonl, or wandb beside it (offline unless its usual variables say otherwise)."""
+    kind: list[str] = setting(["jsonl"], choices=("jsonl", "wandb", "tensorboard"), single=True)
+    """Where metrics go beside metrics.jsonl: jsonl (nowhere), wandb (offline unless its usual variables say otherwise),
+    tensorboard, or a list of them."""
     project: str = setting("emma")
     """W&B project."""
+    entity: str = setting("")
+    """W&B user or team; empty takes that of the key."""
+    group: str = setting("")
+    """W&B group; empty takes the name of the pipeline, and none for a single stage."""
+    tags: list[str] = setting([])
+    """W&B tags."""
+    notes: str = setting("")
+    """W&B notes."""
 
 
 @dataclass

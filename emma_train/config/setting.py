@@ -31,6 +31,8 @@ class Facts:
     beyond use, so that none can overflow."""
     length: int | None = None
     """Number of entries of a list; None allows any."""
+    single: bool = False
+    """For a list: a single value stands for the list of it."""
     form: Form = "text"
     """What a text names: text (any), name (a folder inside run.root), path (local) or url (a path or a URL)."""
     resume: Rule | None = None

@@ -24,13 +24,12 @@ def write_samples(
     flow: FlowSettings,
     text: TextSettings,
     write: bool = True,
-) -> list[Path]:
-    """Generate text and images for the requests; returns the image files. Only the main rank passes write=True.
+) -> Path | None:
+    """Generate text and images for the requests; returns the folder, if they are in it. Only the main rank writes.
 
     If the files cannot be written, logs a warning: every rank finishes generating, and training continues.
     """
     listed: list[dict[str, Any]] = []
-    made: list[Path] = []
 
     def attempt(store: Callable[[], Any]) -> None:
         nonlocal write
@@ -68,10 +67,9 @@ def write_samples(
                 entry |= {"answer": answer, "truth": request.truth}
             else:
                 entry["file"] = keep(f"{name}.png", answer)
-                made.append(folder / entry["file"])
                 if request.target is not None:
                     entry["target"] = keep(f"{name}.target.png", request.target)
             listed.append(entry)
     text_of_all = json.dumps(listed, indent=1, ensure_ascii=False) + "\n"
     attempt(lambda: (folder / "samples.json").write_text(text_of_all, encoding="utf-8"))
-    return made if write else []
+    return folder if write else None

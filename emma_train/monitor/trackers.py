@@ -1,14 +1,13 @@
-"""Where metrics go: metrics.jsonl always, Weights & Biases on request. A tracker that fails never stops training."""
+"""Where metrics go: metrics.jsonl always, further trackers on request. A tracker that fails never stops training."""
 
 import json
 import logging
 import math
-import os
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from emma_train.errors import UserError
 from emma_train.storage.files import replacing
 
 log = logging.getLogger(__name__)
@@ -26,8 +25,8 @@ class Tracker(Protocol):
     def log(self, step: int, values: Values) -> None:
         """Metrics of one optimizer step."""
 
-    def images(self, step: int, name: str, paths: list[Path], captions: list[str]) -> None:
-        """Sample images of one step, one caption each."""
+    def samples(self, step: int, folder: Path) -> None:
+        """Sample images and answers of one step, as generate/samples.py wrote them with a samples.json."""
 
     def alert(self, title: str, text: str) -> None:
         """Something that whoever watches the run should know."""
@@ -55,8 +54,8 @@ class JsonlTracker:
         self._file.write(_line({"step": step, **values}))
         self._file.flush()
 
-    def images(self, step: int, name: str, paths: list[Path], captions: list[str]) -> None:
-        """Nothing to do: the images are in the run folder already."""
+    def samples(self, step: int, folder: Path) -> None:
+        """Nothing to do: they are in the run folder already."""
 
     def alert(self, title: str, text: str) -> None:
         """Nothing to do: the values that led to it are in the line of the step."""
@@ -65,79 +64,14 @@ class JsonlTracker:
         self._file.close()
 
 
-class WandbTracker:
-    """Logs to Weights & Biases: offline below the run folder, unless WANDB_MODE or WANDB_API_KEY is set.
-
-    Every kind of failure is logged once as a warning. If wandb cannot start, `run_id` stays as given and calls do
-    nothing.
-    """
-
-    def __init__(
-        self,
-        run_folder: Path,
-        project: str,
-        name: str,
-        config: dict[str, Any],
-        run_id: str | None = None,
-        group: str | None = None,
-    ) -> None:
-        self.run_id = run_id
-        self._run: Any = None
-        self._guard = _Guard("wandb")
-        self._guard("start", lambda: self._start(run_folder, project, name, config, group))
-
-    def _start(self, run_folder: Path, project: str, name: str, config: dict[str, Any], group: str | None) -> None:
-        import wandb  # takes a third of a second, and not every run needs it
-
-        mode: Any = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
-        run_folder.mkdir(parents=True, exist_ok=True)
-        run = wandb.init(
-            project=project,
-            name=name,
-            group=group,
-            config=config,
-            dir=str(run_folder),
-            id=self.run_id,
-            mode=mode,
-            # Offline, a resumed run gets a second folder with the same id; the server joins them at `wandb sync`.
-            resume="allow" if self.run_id and mode in ("online", "shared") else None,
-            settings=wandb.Settings(silent=mode != "online", finish_timeout=300.0),
-        )
-        # wandb's built-in step can only increase, but a resumed run repeats steps: use our own as the x axis.
-        run.define_metric("step", hidden=True)
-        run.define_metric("*", step_metric="step")
-        self._run, self.run_id = run, run.id
-
-    def log(self, step: int, values: Values) -> None:
-        if self._run is not None:
-            self._guard("log", lambda: self._run.log({"step": step, **values}))
-
-    def images(self, step: int, name: str, paths: list[Path], captions: list[str]) -> None:
-        if self._run is not None:
-            self._guard("images", lambda: self._log_images(step, name, paths, captions))
-
-    def _log_images(self, step: int, name: str, paths: list[Path], captions: list[str]) -> None:
-        import wandb
-
-        images = [wandb.Image(str(path), caption=caption) for path, caption in zip(paths, captions, strict=True)]
-        self._run.log({"step": step, name: images})
-
-    def alert(self, title: str, text: str) -> None:
-        if self._run is not None:
-            self._guard("alert", lambda: self._run.alert(title=title, text=text, level="WARN"))
-
-    def finish(self, exit_code: int) -> None:
-        if self._run is not None:
-            self._guard("finish", lambda: self._run.finish(exit_code=exit_code))
-            self._run = None
-
-
 class Trackers:
     """Several trackers as one. A failure of one does not affect the others."""
 
     def __init__(self, trackers: Sequence[Tracker]) -> None:
         self.trackers = list(trackers)
-        self._guards = [_Guard(type(tracker).__name__) for tracker in self.trackers]
+        self.seconds = 0.0
+        """Time spent in calls of the trackers."""
+        self._guards = [Guard(type(tracker).__name__) for tracker in self.trackers]
 
     @property
     def run_id(self) -> str | None:
@@ -147,8 +81,8 @@ class Trackers:
     def log(self, step: int, values: Values) -> None:
         self._each("log", lambda tracker: tracker.log(step, values))
 
-    def images(self, step: int, name: str, paths: list[Path], captions: list[str]) -> None:
-        self._each("images", lambda tracker: tracker.images(step, name, paths, captions))
+    def samples(self, step: int, folder: Path) -> None:
+        self._each("samples", lambda tracker: tracker.samples(step, folder))
 
     def alert(self, title: str, text: str) -> None:
         self._each("alert", lambda tracker: tracker.alert(title, text))
@@ -157,32 +91,10 @@ class Trackers:
         self._each("finish", lambda tracker: tracker.finish(exit_code))
 
     def _each(self, what: str, call: Callable[[Tracker], None]) -> None:
+        started = time.perf_counter()
         for tracker, guard in zip(self.trackers, self._guards, strict=True):
             guard(what, lambda tracker=tracker: call(tracker))  # type: ignore[misc]
-
-
-def make_trackers(
-    kind: str,
-    run_folder: Path,
-    config: dict[str, Any],
-    resume_step: int | None = None,
-    run_id: str | None = None,
-    project: str = "emma",
-    name: str | None = None,
-    group: str | None = None,
-) -> Trackers:
-    """The trackers of a run: metrics.jsonl always, and W&B for `kind` "wandb".
-
-    resume_step: step of the checkpoint that the run continues, 0 for a new run, None to keep every record.
-    run_id: W&B's id of the run before a restart. name: shown by W&B, by default that of the run folder. group: name of
-    the pipeline. Raises UserError for another kind.
-    """
-    if kind not in ("jsonl", "wandb"):
-        raise UserError(f"tracker.kind: {kind!r} is not known; use jsonl or wandb")
-    trackers: list[Tracker] = [JsonlTracker(run_folder / "metrics.jsonl", resume_step)]
-    if kind == "wandb":
-        trackers.append(WandbTracker(run_folder, project, name or run_folder.name, config, run_id, group))
-    return Trackers(trackers)
+        self.seconds += time.perf_counter() - started
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -198,7 +110,13 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-class _Guard:
+def read_samples(folder: Path) -> list[dict[str, Any]]:
+    """The samples of a step: task, prompt, and file, reference and target (names in the folder) or answer and truth."""
+    listed = json.loads((folder / "samples.json").read_text(encoding="utf-8"))
+    return [entry for entry in listed if isinstance(entry, dict)]
+
+
+class Guard:
     """Runs calls whose failure must not stop training. Logs the first failure of each kind of call."""
 
     def __init__(self, name: str) -> None:

@@ -74,10 +74,10 @@ class Trainer:
         parts: TrainingParts,
         autoencoder: Autoencoder,
         stream: Batches,
-        generate_samples: Callable[[int], list[Path]] | None = None,
+        generate_samples: Callable[[int], Path | None] | None = None,
         held_out: ValidationBatches | None = None,
     ) -> None:
-        """`generate_samples(step)` writes sample images and returns their paths; every rank calls it. `held_out`: what
+        """`generate_samples(step)` writes samples and returns their folder; every rank calls it. `held_out`: what
         to validate on; None validates never."""
         self.recipe = recipe
         self.stage = stage
@@ -180,16 +180,15 @@ class Trainer:
                 with timeouts.relaxed():
                     self.save(wait=is_last or stopping or give_up)
             self.train_state.seconds += time.perf_counter() - started + data.wait_s
-            images: list[Path] = []
+            samples: Path | None = None
             # Skip sample generation while shutting down.
             if is_last or (train.sample_every and data.step % train.sample_every == 0 and not stopping):
                 with timeouts.relaxed():
-                    images = self._generate(data.step)
+                    samples = self._generate(data.step)
             if step_log:
                 if values is not None:
                     values |= {**self._validated, "checkpoint/stall_s": self.saver.pop_stall_s()}
-                    step_log.log(data.step, values, images, alerts=forgotten)
-                step_log.show(data.step, values)
+                step_log.after_step(data.step, values, samples, forgotten)
             if give_up:
                 raise forgetting_error(self.world.rank, data.step, forgotten)
             garbage.after(data.step)
@@ -289,10 +288,10 @@ class Trainer:
             world_size=self.world.size,
         )
 
-    def _generate(self, step: int) -> list[Path]:
-        """Sample images with the averaged weights."""
+    def _generate(self, step: int) -> Path | None:
+        """Sample images and answers with the averaged weights: their folder, where this rank writes them."""
         if self.generate_samples is None:
-            return []
+            return None
         self.saver.wait_for_staging()
         with uncompiled(), averaged_weights(self.engine, self.parts.ema):
             return self.generate_samples(step)

@@ -57,7 +57,8 @@ class StepMetrics:
         step_s = time.perf_counter() - started + data.wait_s
         loss_sums = [reduced.pop(f"{LOSS_SUM}{task}") for task in TASKS]
         loss_values = losses(loss_sums, Counts(totals.loss_tokens), self._recipe.loss)
-        if spike := self._spikes.note(loss_values["loss"]):
+        spike = self._spikes.note(loss_values["loss"])
+        if spike:
             log.warning("step %d: %s", data.step, spike)
         values: dict[str, Any] = {
             "step": data.step,
@@ -71,6 +72,7 @@ class StepMetrics:
             "tokens_per_s": totals.tokens / step_s,
             **data_metrics(data, state),
             "steps/skipped": state.skipped_steps,
+            **({"health/spike": 1} if spike else {}),
             **self._usage(data, step_s),
         }
         if taken := values.keys() & reduced.keys():

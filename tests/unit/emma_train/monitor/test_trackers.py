@@ -1,17 +1,13 @@
-"""metrics.jsonl across restarts, wandb offline, and trackers that fail."""
+"""metrics.jsonl across restarts, and trackers that fail."""
 
 import json
 import logging
-import struct
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
 
-from emma_train.errors import UserError
-from emma_train.monitor.trackers import JsonlTracker, Trackers, WandbTracker, make_trackers, read_jsonl
+from emma_train.monitor.trackers import JsonlTracker, Trackers, read_jsonl
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -61,7 +57,7 @@ class Failing:
     def log(self, step: int, values: dict[str, float | int | str]) -> None:
         raise RuntimeError("disk on fire")
 
-    def images(self, step: int, name: str, paths: list[Path], captions: list[str]) -> None:
+    def samples(self, step: int, folder: Path) -> None:
         raise RuntimeError("disk on fire")
 
     def alert(self, title: str, text: str) -> None:
@@ -76,95 +72,9 @@ def test_a_failing_tracker_warns_once_and_stops_nothing(tmp_path: Path, caplog: 
     with caplog.at_level(logging.WARNING):
         for step in range(1, 4):
             trackers.log(step, {"loss": 1.0})
-            trackers.images(step, "samples", [], [])
+            trackers.samples(step, tmp_path)
             trackers.alert("forgetting", "understanding falls")
         trackers.finish(0)
     assert len(lines(tmp_path / "m.jsonl")) == 3
-    assert sorted(r.message.split(":")[1].split()[0] for r in caplog.records) == ["alert", "finish", "images", "log"]
+    assert sorted(r.message.split(":")[1].split()[0] for r in caplog.records) == ["alert", "finish", "log", "samples"]
     assert trackers.run_id == "abc"
-
-
-def test_wandb_that_raises_at_every_call_stops_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    wandb = pytest.importorskip("wandb")
-
-    def fail(**_: Any) -> None:
-        raise wandb.errors.UsageError("no key")
-
-    monkeypatch.setattr(wandb, "init", fail)
-    with caplog.at_level(logging.WARNING):
-        trackers = make_trackers("wandb", tmp_path, {}, run_id="kept")
-        trackers.log(1, {"loss": 1.0})
-        trackers.images(1, "samples", [tmp_path / "no.png"], ["no"])
-        trackers.finish(1)
-    assert len(caplog.records) == 1 and "wandb: start failed" in caplog.text
-    assert trackers.run_id == "kept"
-    assert len(lines(tmp_path / "metrics.jsonl")) == 1
-
-
-@pytest.mark.seconds
-def test_wandb_runs_offline_and_holds_what_was_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("wandb")
-    for name in ("WANDB_MODE", "WANDB_API_KEY"):
-        monkeypatch.delenv(name, raising=False)
-    image = tmp_path / "a.png"
-    Image.new("RGB", (8, 8), "red").save(image)
-    first = WandbTracker(tmp_path, "emma", "stage1", {"train": {"steps": 2}}, group="demo")
-    assert first.run_id
-    first.log(1, {"loss": 2.0, "data/digest": "ab"})
-    first.images(1, "samples", [image], ["a red square"])
-    first.alert("understanding is being forgotten", "step 1: right answers fell")
-    first.finish(0)
-    time.sleep(1.1)  # W&B names an offline folder by the second
-    again = WandbTracker(tmp_path, "emma", "stage1", {}, run_id=first.run_id)
-    again.log(2, {"loss": 1.5})
-    again.finish(0)
-
-    assert again.run_id == first.run_id
-    files = sorted((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
-    assert files and all(f.name == f"run-{first.run_id}.wandb" for f in files)
-    deadline = time.monotonic() + 20
-    records: list[Any] = []
-    while sum(r.HasField("exit") for r in records) < 2 and time.monotonic() < deadline:
-        time.sleep(0.1)  # W&B's own process may still be writing
-        records = [record for file in files for record in wandb_records(file)]
-    runs = [r.run for r in records if r.HasField("run")]
-    assert (runs[0].project, runs[0].run_group, runs[0].display_name) == ("emma", "demo", "stage1")
-    rows = [
-        {(i.key or "/".join(i.nested_key)): json.loads(i.value_json) for i in r.history.item}
-        for r in records
-        if r.HasField("history")
-    ]
-    assert {"step": 1, "loss": 2.0, "data/digest": "ab"}.items() <= rows[0].items()
-    assert any("samples" in key for key in rows[1])
-    assert any({"step": 2, "loss": 1.5}.items() <= row.items() for row in rows)
-    (alert,) = [r.alert for r in records if r.HasField("alert")]
-    assert (alert.title, alert.level) == ("understanding is being forgotten", "WARN")
-    metrics = [r.metric for r in records if r.HasField("metric")]
-    assert any(m.glob_name == "*" and m.step_metric == "step" for m in metrics)
-
-
-def wandb_records(path: Path) -> list[Any]:
-    """Reads a .wandb file: a 7-byte header, then a LevelDB log of 32 KiB blocks with protobuf records."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    data, offset, partial, records = path.read_bytes(), 7, b"", []
-    while offset + 7 <= len(data):
-        if 32768 - offset % 32768 < 7:
-            offset += 32768 - offset % 32768
-            continue
-        length, kind = struct.unpack("<HB", data[offset + 4 : offset + 7])
-        partial += data[offset + 7 : offset + 7 + length]
-        offset += 7 + length
-        if kind in (1, 4):  # a whole record, or the last part of one
-            record = Record()
-            record.ParseFromString(partial)
-            records.append(record)
-            partial = b""
-    return records
-
-
-def test_an_unknown_kind_is_the_users_to_fix(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="tracker.kind: 'tensorboard'"):
-        make_trackers("tensorboard", tmp_path, {})
