@@ -49,7 +49,8 @@ def judge_images(
             if answer.value is None:
                 judgement.failures.setdefault(item.name, f"{answer.failure}: {answer.detail}")
             else:
-                judgement.marks.setdefault(item.name, []).append(answer.value["score"])
+                # JSON schema takes 5.0 for an integer; the official files have 5.
+                judgement.marks.setdefault(item.name, []).append([int(mark) for mark in answer.value["score"]])
         log.info("judged %d of %d, %d without marks", start + len(part), len(items), len(judgement.failures))
     for name in judgement.failures:
         judgement.marks.pop(name, None)

@@ -88,7 +88,7 @@ def test_gedit_asks_twice_and_the_worst_mark_counts(tmp_path: Path) -> None:
 
 def test_imgedit_is_judged_with_its_source_and_its_type(tmp_path: Path) -> None:
     folder = Folder("imgedit", tmp_path)
-    with chat_server(lambda q: marks(5, 4, 3) if "(style)" in q.text else marks(2, 2, 2)) as server:
+    with chat_server(lambda q: marks(5, 4.0, 3) if "(style)" in q.text else marks(2, 2, 2)) as server:
         scores, official = folder.scores(*folder.judge(server))
     assert all(len(question.images) == 2 for question in server.questions) and not official.failures
     assert (scores["style: mark"], scores["adjust: mark"], scores["action: mark"]) == (4.0, 2.0, 2.0)
