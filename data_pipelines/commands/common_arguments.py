@@ -11,9 +11,13 @@ def add_workers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (%(default)s)")
 
 
+def add_address(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--address", default="", help="of a Ray cluster; without it, processes of this machine")
+
+
 def add_job_arguments(parser: argparse.ArgumentParser) -> None:
     add_workers(parser)
-    parser.add_argument("--address", default="", help="of a Ray cluster; without it, processes of this machine")
+    add_address(parser)
     parser.add_argument("--dry-run", action="store_true", help="say what there is to do, and do nothing")
 
 

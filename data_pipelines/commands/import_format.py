@@ -4,7 +4,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from data_pipelines.commands.common_arguments import add_workers, check_workers, tokenizer_file
+from data_pipelines.commands.common_arguments import add_address, add_workers, check_workers, tokenizer_file
 from data_pipelines.prepare.importers.catalogue import FORMATS
 from emma_train.errors import UserError, check_range
 
@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "source=..., target=..., question=..., answer=..., id=...",
     )
     add_workers(parser)
+    add_address(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -58,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     def import_set(source: Path, out: Path, options: ImportOptions, **of_importer: str) -> int:
         parts = form.load()(source, options, **of_importer)
-        provenance = import_source(arguments.importer, source, out, parts, options, limits, workers)
+        provenance = import_source(arguments.importer, source, out, parts, options, limits, workers, arguments.address)
         return sum(index_folder(out, tokenizer, provenance, workers)["samples"].values())
 
     if not sets:

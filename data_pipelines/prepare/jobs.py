@@ -189,8 +189,13 @@ def _outcome(task: ShardTask, work: ShardWork) -> RecordCounts | str:
         return f"{error.strerror or error} ({error.filename or task.marker.parent})"
 
 
-def _outcome_or_user_error(task: ShardTask, work: ShardWork) -> RecordCounts | str | tuple[str]:
-    """As `_outcome`; the message of a UserError comes as a tuple, because Ray would wrap the error in its own."""
+def _outcome_or_user_error(task: ShardTask, work: ShardWork, folder: str) -> RecordCounts | str | tuple[str]:
+    """As `_outcome`, in the folder in which the command runs; the message of a UserError comes as a tuple, because Ray
+    would wrap the error in its own."""
+    try:
+        os.chdir(folder)
+    except OSError as error:
+        return (f"{folder}: not on {socket.gethostname()} ({error.strerror}); run in a folder that all machines see",)
     try:
         return _outcome(task, work)
     except UserError as error:
@@ -208,7 +213,7 @@ def _on_ray(
     try:
         while True:
             while len(running) < options.workers * QUEUED_PER_WORKER and (task := next(waiting, None)) is not None:
-                running[remote.remote(task, work)] = task
+                running[remote.remote(task, work, os.getcwd())] = task
             if not running:
                 return
             (ready,), _ = ray.wait(list(running), num_returns=1)

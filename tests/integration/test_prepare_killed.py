@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers import ASSETS
+from tests.public_formats import write_finevision
 from tests.shards import every_task, write_shards
 
 ROOT = Path(__file__).parents[2]
@@ -173,10 +175,11 @@ def test_on_a_cluster_drivers_and_workers_are_killed_and_the_bytes_are_those_of_
     remove_columns(folder)
     finished: dict[str, int] = {}
     (address, head), num_alive = cluster, 0
+    monkeypatch.chdir(folder.parent)  # whose paths the workers understand, too
     for name, value in RAY_TOKEN.items():
         monkeypatch.setenv(name, value)
     for workers in islice(cycle((2, 4)), int(os.environ.get("NUM_KILLS", "3"))):
-        words = [*command(folder, workers), "--address", address]
+        words = [*command(Path("set"), workers), "--address", address]
         num_alive += kill_after_a_shard(words, folder, rng.uniform(0, 0.3), head)
         finished = finished_shards(folder, finished, expected)
     assert num_alive
@@ -191,6 +194,27 @@ def test_on_a_cluster_drivers_and_workers_are_killed_and_the_bytes_are_those_of_
     assert driver.wait(timeout=200) == 0
     assert killed and columns(folder) == expected
     finished_shards(folder, finished, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_an_import_on_a_cluster_writes_the_bytes_of_one_process(
+    tmp_path: Path, cluster: tuple[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(2):
+        write_finevision(tmp_path / "source", f"config{number}", num=4)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    for name, value in RAY_TOKEN.items():
+        monkeypatch.setenv(name, value)
+    words = [sys.executable, "-m", "data_pipelines", "import", "finevision", "source"]
+    options = ["--tokenizer", str(ASSETS / "tokenizer"), "--workers", "2", "--shard-samples", "3"]
+    subprocess.run([*words, "local", *options], check=True, timeout=200)
+    subprocess.run([*words, "cluster", *options, "--address", cluster[0]], check=True, timeout=200)
+    names = sorted(path.name for path in (tmp_path / "local").iterdir() if path.is_file())
+    assert len(names) >= 2 * 2 * 3 and names == sorted(p.name for p in (tmp_path / "cluster").iterdir() if p.is_file())
+    for name in names:
+        assert (tmp_path / "local" / name).read_bytes() == (tmp_path / "cluster" / name).read_bytes(), name
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from data_pipelines.prepare.importers.write_part import (
     write_part,
 )
 from data_pipelines.prepare.job_progress import JobProgress
+from data_pipelines.prepare.jobs import JobOptions, RecordCounts, ShardTask, run_job
 from emma_train.errors import RunError, UserError
 from emma_train.storage.files import make_folder, replacing, write_atomic
 
@@ -40,8 +42,10 @@ def import_source(
     options: ImportOptions,
     limits: ShardLimits,
     workers: int,
+    address: str = "",
 ) -> dict[str, Any]:
-    """Write the shards of all parts to `out`, with REJECTS_FILE and COUNTS_FILE; returns the provenance.
+    """Write the shards of all parts to `out`, with REJECTS_FILE and COUNTS_FILE; returns the provenance. The parts are
+    read by `workers` processes of this machine, or of the Ray cluster at an address.
 
     The same source gives the same bytes, with any number of workers, and after any interruption. Raises UserError where
     `out` holds something else, where no item became a record, or where something is of the excluded set.
@@ -53,7 +57,8 @@ def import_source(
         raise nothing_to_import(importer, source, content)
     listing = listing_sha256(source)
     _claim(out, importer, listing, options, limits)
-    counts = _write_all(out, parts, options, limits, workers)
+    write = _write_all if not address else partial(_write_on_cluster, address)
+    counts = write(out, parts, options, limits, workers)
     first, reasons = _write_rejects(out, len(parts))
     write_atomic(out / COUNTS_FILE, json.dumps(asdict(counts), indent=1) + "\n")
     _report(out, counts, reasons)
@@ -96,6 +101,34 @@ def _write_all(
             counts += of_part
             progress.advance(of_part.items, of_part.rejected)
     return counts
+
+
+def _write_on_cluster(
+    address: str, out: Path, parts: list[ImportPart], options: ImportOptions, limits: ShardLimits, workers: int
+) -> ImportCounts:
+    """As `_write_all`, on a Ray cluster."""
+    settings = (out / PROGRESS_FOLDER / _SETTINGS_FILE).read_text(encoding="utf-8")
+    tasks = [
+        ShardTask(
+            part.name,
+            out / PROGRESS_FOLDER / f"{number:05d}.done.json",
+            (),
+            {"part": part.name, "settings": settings},
+            (out, number, part, options, limits),
+        )
+        for number, part in enumerate(parts)
+    ]
+    run_job(f"import to {out}", tasks, _write_task, JobOptions(workers, address))
+    done = (shard.counts for number in range(len(parts)) for shard in part_progress(out, number))
+    return sum(done, ImportCounts())
+
+
+def _write_task(
+    task: ShardTask, out: Path, number: int, part: ImportPart, options: ImportOptions, limits: ShardLimits
+) -> RecordCounts:
+    """The function of a job (`jobs.ShardWork`)."""
+    counts = write_part(out, number, part, options, limits)
+    return RecordCounts(counts.items, counts.records, counts.rejected)
 
 
 def _results(
