@@ -24,9 +24,11 @@ from PIL import Image, ImageEnhance, ImageFilter
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 from data_pipelines.prepare.operators.aesthetic import brisque_scorer  # noqa: E402
+from data_pipelines.prepare.operators.decontaminate import HashList  # noqa: E402
 from data_pipelines.prepare.operators.faces import FACES, FaceModel, face_model_folder  # noqa: E402
 from data_pipelines.prepare.operators.judge_edit import edit_question, edit_score  # noqa: E402
 from data_pipelines.prepare.operators.ocr import TextReader  # noqa: E402
+from data_pipelines.prepare.operators.phash import perceptual_hash  # noqa: E402
 from emma_train.chat.chat import Chat  # noqa: E402
 from emma_train.chat.endpoint import Endpoint, EndpointSettings  # noqa: E402
 from tests.chat_server import Question, chat_server  # noqa: E402
@@ -107,6 +109,27 @@ def ocr_rows(num: int) -> list[Row]:
         row("ocr: has text", [bool(text) for text in read], has_word),
         row("ocr: has the word that was asked for", exact, [True] * len(words) + [False] * len(words)),
     ]
+
+
+def copy_rows(num: int) -> list[Row]:
+    """Of copies of scenes at another size and quality, half are of scenes that a list of hashes has. Different scenes
+    with the same picture on the same colour are near-duplicates to people, too."""
+    scenes = [image for image, _ in scenes_with_and_without_word(num)]
+    copies = [jpeg(image.resize((200, 200), Image.Resampling.BICUBIC), 70) for image in scenes]
+    known = [perceptual_hash(encoded(image)) for image in scenes[::2]]
+    wanted = [number % 2 == 0 for number in range(len(scenes))]
+    rows = []
+    for max_bits in (0, 3, 6):
+        hashes = HashList(known, max_bits)
+        found = [hashes.nearest(perceptual_hash(encoded(image))) is not None for image in copies]
+        rows.append(row(f"phash, decontaminate: is a copy, within {max_bits} bits", found, wanted))
+    return rows
+
+
+def encoded(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
 
 
 def photo(name: str) -> Image.Image | None:
@@ -212,7 +235,13 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=40, help="scenes with a word, and without")
     parser.add_argument("--edits", type=int, default=100)
     arguments = parser.parse_args()
-    rows = judge_rows(arguments.edits) + ocr_rows(arguments.images) + face_rows(arguments.images) + brisque_rows()
+    rows = (
+        judge_rows(arguments.edits)
+        + ocr_rows(arguments.images)
+        + copy_rows(arguments.images)
+        + face_rows(arguments.images)
+        + brisque_rows()
+    )
     print("| filter | images | to keep | precision before | after | recall |\n|---|---|---|---|---|---|")
     for r in rows:
         print(f"| {r.filter} | {r.total} | {r.wanted} | {r.before:.2f} | {r.precision:.2f} | {r.recall:.2f} |")
