@@ -121,8 +121,8 @@ def copy_rows(num: int) -> list[Row]:
     rows = []
     for max_bits in (0, 3, 6):
         hashes = HashList(known, max_bits)
-        found = [hashes.nearest(perceptual_hash(encoded(image))) is not None for image in copies]
-        rows.append(row(f"phash, decontaminate: is a copy, within {max_bits} bits", found, wanted))
+        is_listed = [hashes.nearest(perceptual_hash(encoded(image))) is not None for image in copies]
+        rows.append(row(f"phash, decontaminate: is a copy, within {max_bits} bits", is_listed, wanted))
     return rows
 
 
