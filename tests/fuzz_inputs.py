@@ -24,6 +24,7 @@ import yaml
 from data_pipelines.emoji.concepts import TINY_CONCEPTS
 from emma_train.config.load import load_yaml
 from tests import more_public_formats, public_formats
+from tests.benchmarks import geneval_data
 from tests.distributed.spawn import run_ranks
 from tests.drawings import write_package
 from tests.helpers import ASSETS, ROOT
@@ -112,6 +113,7 @@ def make_inputs(folder: Path) -> Path:
     write_shards(folder / "shards", every_task(6), per_shard=9)
     for split in ("train", "heldout_drawings", "heldout_concepts"):
         write_shards(folder / "prompts" / split, every_task(1))
+    geneval_data(folder / "geneval", 1)
     public.llm(folder / "llm", num_hidden_layers=2, shard="50KB")
     public.vision(folder / "vision")
     public.autoencoder(folder / "autoencoder")

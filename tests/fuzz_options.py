@@ -49,6 +49,8 @@ MORE_VALUES = {
 }
 """Further values of options that take SQL or FIELD=NAME."""
 RIGHT = ("refused", "done")
+ENDLESS = ("--watch",)
+"""Switches of commands that run until they are interrupted."""
 LEGAL_LINE = "legal"
 """The name of the case in which no value is wrong."""
 IMAGE = {"--prompt": ["a cat"], "--task": ["t2i"], "--steps": ["1"], "--size": ["32", "32"]}
@@ -66,6 +68,7 @@ LEGAL: dict[str, dict[str, list[str]]] = {
     "emma-train generate": {"model": ["export"], "--device": ["cpu"], **IMAGE},
     "emma-train evaluate": {"model": ["export"], "--device": ["cpu"], "--data": ["prompts"], "--limit": ["1"]},
     "emma-train report": {"run_folder": ["runs/micro"]},
+    "emma-train status": {"run_folder": ["runs/micro"]},
     "emma-train config": {},
     "emma-train doctor": {},
     "emma-train launch": {"recipe": ["recipe.yaml"], "--dry-run": []},
@@ -111,14 +114,34 @@ IMPORTER = {"out": ["out"], "--tokenizer": [TOKENIZER], "--workers": ["1"]}
 EDIT_MAP = {"--map": ["source=before", "target=after", "instruction=how"]}
 LEGAL |= {f"emma-data import {name}": {"source": [f"formats/{name}"], **IMPORTER} for name in SOURCES}
 LEGAL["emma-data import hf-parquet"] |= EDIT_MAP
+BENCHMARK = {
+    "--benchmark": ["geneval"],
+    "--data": ["geneval"],
+    "--out": ["out"],
+    "--steps": ["1"],
+    "--size": ["32", "32"],
+}
+BENCHMARK_OPTIONS = (
+    "--check",
+    "--score",
+    "--rewrite",
+    "--rewrite-model",
+    "--batch",
+    "--size",
+    "--data",
+    "--out",
+    "--limit",
+)
+"""Options that are tried with the images of a benchmark."""
 ALSO = {
     "slurm": {"--on": ["slurm"]},
     "--image": {"--task": ["it2i"]},
-    "--image-guidance": {"--task": ["it2i"], "--image": ["image.png"]},
+    "emma-train generate --image-guidance": {"--task": ["it2i"], "--image": ["image.png"]},
     "--temperature": {"--task": ["i2t"], "--image": ["image.png"], "--max-tokens": ["4"]},
     "--max-tokens": {"--task": ["i2t"], "--image": ["image.png"]},
     "--per": {"--top": ["1"]},
     "--captions": {"--tokenizer": [TOKENIZER]},
+    **{f"emma-train evaluate {option}": BENCHMARK for option in BENCHMARK_OPTIONS},
     "emma-data select --tokenizer": {"--captions": ["key"]},
 }
 """What else an option, or one of a command, needs to have an effect."""
@@ -178,6 +201,8 @@ def _leaves(name: str, parser: argparse.ArgumentParser) -> Iterator[tuple[str, a
 
 def _cases(command: str, parser: argparse.ArgumentParser, action: argparse.Action) -> Iterator[Case]:
     option = name_of(action)
+    if option in ENDLESS:
+        return
     legal = LEGAL[command] | ALSO.get(option, {}) | ALSO.get(f"{command} {option}", {})
     if command.endswith("launch") and any(action in group._group_actions for group in _slurm_groups(parser)):
         legal |= ALSO["slurm"]
