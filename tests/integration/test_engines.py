@@ -26,6 +26,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
         values: dict[str, Any] = yaml.safe_load((TINY / f"{stage}.yaml").read_text())
         values["extends"] = str(TINY / "base.yaml")
         values["train"] = {"steps": STEPS, "num_samples": 1, "log_every": 1}
+        values["validate"] = {"num_samples": 4, "num_questions": 4}
         for phase in values.get("data", {}).get("phases", []):
             phase["steps"] = 1
         (folder / f"{stage}.yaml").write_text(yaml.safe_dump(values))

@@ -165,6 +165,16 @@ def test_images_of_the_full_size_are_generated_as_bagel_does() -> None:
         assert FlowSettings.of(load_recipe(ROOT / "tiny" / f"{stage}.yaml")) == FlowSettings(shift=3.0)
 
 
+@pytest.mark.parametrize("path", STAGE_FILES, ids=name_of)
+def test_every_stage_is_validated_and_shows_samples(path: Path) -> None:
+    recipe = load_recipe(path)
+    validate, train = recipe.validate, recipe.train
+    assert 0 < validate.every <= train.steps or path.parent.name == "tiny"
+    assert validate.every and validate.sources and validate.questions and train.sample_from
+    trained = {source.path for phase in phases(recipe) for source in phase.sources}
+    assert not trained & {source.path for source in [*validate.sources, *validate.questions]}
+
+
 def test_full_size_stages_start_from_the_run_folder_before_them() -> None:
     names = list(STAGES)
     for previous, stage in zip(names, names[1:], strict=False):

@@ -89,7 +89,7 @@ def test_every_step_of_the_repositorys_recipes_is_a_command_with_known_operators
 def test_there_is_a_recipe_for_each_folder_that_emma_4b_names() -> None:
     named = {
         folder
-        for path in (ROOT / "recipes" / "emma-4b").glob("stage*.yaml")
+        for path in (ROOT / "recipes" / "emma-4b").glob("*.yaml")
         for folder in re.findall(r"path: (data/[\w/-]+)", path.read_text())
     }
     written = {yaml.safe_load(path.read_text())["out"] for path in RECIPES}
