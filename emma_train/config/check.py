@@ -26,6 +26,9 @@ def check_recipe(recipe: Recipe, source: str) -> None:
         _check_mix(recipe, phase, source)
     _check_keeping(recipe, source)
     _check_validation(recipe, source)
+    traced = recipe.profile.steps
+    if traced and (len(traced) != 2 or traced[0] > traced[1]):
+        raise UserError(f"{source}: profile.steps is {traced}; it must be the first and the last step, as in [10, 13]")
     before_last = sum(phase.steps for phase in recipe.data.phases[:-1])
     if recipe.data.phases and before_last >= recipe.train.steps:
         last = recipe.data.phases[-1].name

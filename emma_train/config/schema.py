@@ -32,6 +32,7 @@ __all__ = [
     "OptimizerConfig",
     "PhaseConfig",
     "Pipeline",
+    "ProfileConfig",
     "Recipe",
     "ResumeConfig",
     "RunConfig",
@@ -309,6 +310,13 @@ class TrackerConfig:
 
 
 @dataclass
+class ProfileConfig:
+    steps: list[int] = setting([], at_least=1, at_most=10**9)
+    """First and last step that the main rank traces, as in [10, 13]; empty traces none. The trace, and on a GPU its
+    memory over these steps, go to the run folder's profile/."""
+
+
+@dataclass
 class Recipe:
     """One stage of training."""
 
@@ -348,6 +356,8 @@ class Recipe:
     """Exceptions from the resume rule."""
     tracker: TrackerConfig = section(TrackerConfig, resume="free")
     """Where metrics go, beside metrics.jsonl."""
+    profile: ProfileConfig = section(ProfileConfig, resume="free")
+    """Traces of single steps."""
     set_keys: frozenset[str] = field(
         default=frozenset(), repr=False, compare=False, metadata={"omegaconf_ignore": True}
     )

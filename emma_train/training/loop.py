@@ -23,6 +23,7 @@ from emma_train.engine.world import World
 from emma_train.export.content import content_hashes
 from emma_train.metrics import record_metric, recording
 from emma_train.model.autoencoder import Autoencoder
+from emma_train.monitor.profiler import StepProfiler
 from emma_train.objectives.loss import Counts, LossAccumulator
 from emma_train.sequence.step_batches import StepBatches
 from emma_train.sequence.tasks import TASKS
@@ -137,10 +138,13 @@ class Trainer:
             self.run_id = step_log.run_id
         self.engine.model.train()
         garbage = GarbageCollection(train.gc_every)
+        profiler = StepProfiler(
+            self.recipe.profile.steps if self.world.is_main else [], self.run.path, self.world.device
+        )
         timeouts = Timeouts(self.world, self.engine.groups, engine.timeout_s, engine.step_timeout_s)
         code = 1
         try:
-            code = self._run_steps(stop, timeouts, garbage, step_log)
+            code = self._run_steps(stop, timeouts, garbage, profiler, step_log)
             return code
         except BaseException as error:
             if not self.saver.close(0 if isinstance(error, SaveFailed) else train.stop_within_s):
@@ -150,22 +154,30 @@ class Trainer:
                 os._exit(code)
             raise
         finally:
+            profiler.close(self.train_state.step)
             garbage.restore()
             timeouts.restore()
             if step_log:
                 step_log.close(code)
 
     def _run_steps(
-        self, stop: StopRequest, timeouts: Timeouts, garbage: GarbageCollection, step_log: StepLog | None
+        self,
+        stop: StopRequest,
+        timeouts: Timeouts,
+        garbage: GarbageCollection,
+        profiler: StepProfiler,
+        step_log: StepLog | None,
     ) -> int:
         """The steps of this run with their metrics, checkpoints and sample images. Returns the exit code."""
         train = self.recipe.train
         for data in self.stream.steps(self.train_state.step + 1, train.steps):
             started = time.perf_counter()
+            profiler.before(data.step)
             is_last = data.step == train.steps
             validate_now = self._is_validation_due(data.step)
             log_now = data.step % train.log_every == 0 or data.step == 1 or is_last or validate_now
             stopping, values = self._step(data, stop.asked, log_now)
+            profiler.after(data.step)
             if is_last:
                 finish_stage(self.run, self.world, self.stage, self.train_state, self.parts, self.frozen)
             if values is not None:
