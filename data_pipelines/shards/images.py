@@ -61,6 +61,8 @@ def open_image(data: bytes | memoryview) -> Image.Image:
         raise ValueError(f"an image of more than {2 * MAX_PIXELS:,} pixels") from None
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"an image of {image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
+    if image.format == "EPS":  # PIL would run Ghostscript, and so the program that the file is
+        raise ValueError("a PostScript file, which is a program; convert it to PNG")
     if image.mode == "F":
         raise ValueError("an image of floating-point numbers, whose range is not known; convert it to 8 or 16 bits")
     if image.format == "TIFF" and image.mode.startswith("I") and not _has_16_bits(image):

@@ -106,3 +106,9 @@ def test_generate_loads_an_image_as_training_does(tmp_path: Path) -> None:
     (tmp_path / "floats.tif").write_bytes(tiff(np.ones((32, 32), np.float32)))
     with pytest.raises(UserError, match=r"--image .*floats\.tif: cannot be read \(an image of floating-point numbers"):
         _load_image(str(tmp_path / "floats.tif"), NATIVE, 32)
+
+
+def test_a_postscript_file_is_refused_because_decoding_would_run_it() -> None:
+    program = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n(rm) run\n%%EOF\n"
+    with pytest.raises(ValueError, match="a PostScript file, which is a program"):
+        open_image(program)
