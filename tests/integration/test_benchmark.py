@@ -36,7 +36,7 @@ def kill_ranks(size: int, argv: list[str], num_files: int) -> None:
     """Run on `size` ranks, each of which is killed while it writes its file number `num_files` + 1."""
     with tempfile.TemporaryDirectory() as folder:
         for rank in start_ranks(size, killed_command, argv, num_files, folder=Path(folder)):
-            rank.join(60)
+            rank.join(240)
             assert rank.exitcode == -signal.SIGKILL
 
 
@@ -65,7 +65,12 @@ def test_a_killed_run_ends_with_the_bytes_of_a_straight_one(
     assert main([*argv, "--check"]) == 0
     assert f"the images of {NUM_ITEMS} items are complete" in capsys.readouterr().out
 
-    first = tmp_path / "first"
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DATA)
+def test_a_limit_changes_no_byte(name: str, model: Path, tmp_path: Path) -> None:
+    data, straight, first = DATA[name](tmp_path / "data", NUM_ITEMS), tmp_path / "straight", tmp_path / "first"
+    assert main(evaluate(model, name, data, straight)) == 0
     assert main(evaluate(model, name, data, first, "--limit", "3")) == 0
     assert main(evaluate(model, name, data, first, "--limit", "3", "--check")) == 0
     few = files_of(first / "images")
