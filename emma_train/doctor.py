@@ -49,11 +49,15 @@ class Check:
 
 def doctor(folder: Path = Path("runs")) -> int:
     """Print the table of all checks. Returns 0, or 1 if something essential is missing."""
-    results = checks(folder)
+    return print_checks(checks(folder), "This machine can't train yet")
+
+
+def print_checks(results: list[Check], verdict: str) -> int:
+    """Print a table of checks. Returns 0, or 1 after `verdict` if something essential is missing."""
     Console().print(_results_table(results))
     lacking = [check.name for check in results if check.essential and check.status == "missing"]
     if lacking:
-        print(f"This machine can't train yet: {', '.join(lacking)}.")
+        print(f"{verdict}: {', '.join(lacking)}.")
         return 1
     return 0
 
