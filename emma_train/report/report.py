@@ -16,7 +16,7 @@ from emma_train.report.metrics import loss_charts, loss_warning, machine_charts,
 from emma_train.report.overview import header_html, tiles_html
 from emma_train.report.page import html_page, html_section
 from emma_train.report.scores import scores_html, sheet_html
-from emma_train.report.stage_run import StageRun, read_object, read_scores, read_stage_run, stage_folders
+from emma_train.report.stage_run import StageRun, first_stages, read_object, read_scores, read_stage_run, stage_folders
 from emma_train.report.validation import forgetting_warning, validation_charts
 from emma_train.storage.files import write_atomic
 
@@ -33,6 +33,11 @@ def write_report(run: Path) -> Path:
         raise UserError(f"{run} is not a folder; give a run folder such as runs/NAME")
     if not stage_folders(run) and not any((run / name).exists() for name in RUN_FILES):
         raise UserError(f"{run} holds no run: neither metrics.jsonl nor config.yaml is here or one folder below")
+    if len(starts := first_stages(stage_folders(run))) > 1:
+        raise UserError(
+            f"{run} holds {len(starts)} runs that do not start from each other ({', '.join(starts[:5])}"
+            f"{', ...' * (len(starts) > 5)}), not the stages of one; give one of them"
+        )
     path = run / "report.html"
     write_atomic(path, render_report(run))
     return path

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from emma_train.monitor.trackers import read_jsonl
 from emma_train.report.gallery import SampleSnapshot, read_snapshots
@@ -76,6 +77,21 @@ def stage_folders(run: Path) -> list[Path]:
     if not below and (run / "config.yaml").exists():
         return [run]
     return sorted(below, key=lambda f: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", f.name)])
+
+
+def first_stages(folders: list[Path]) -> list[str]:
+    """Names of the run folders that do not start from another one of them: one for the stages of a pipeline, more for
+    runs that only lie side by side. A folder without a config is taken for a stage of the others."""
+    names = {folder.name for folder in folders}
+    starts = []
+    for folder in folders:
+        try:
+            source = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["init"]["from"]
+        except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
+            continue
+        if not source or Path(str(source)).name not in names - {folder.name}:
+            starts.append(folder.name)
+    return starts
 
 
 def read_stage_run(folder: Path, missing: list[str]) -> StageRun:

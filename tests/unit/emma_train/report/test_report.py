@@ -306,3 +306,18 @@ def test_validation_is_drawn_where_it_was_and_forgetting_is_said(tmp_path: Path)
     assert [line["name"] for line in charts["val"]] == ["understanding (i2t)", "editing (it2i)", "copied source (it2i)"]
     (answers,) = charts["answers"]
     assert [value for value in answers["y"] if value is not None] == [25.0] * 4
+
+
+def test_runs_that_lie_side_by_side_are_not_the_stages_of_one(tmp_path: Path) -> None:
+    def add(name: str, source: str) -> None:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text(f"init: {{from: {source}}}\n")
+
+    add("align", "models/initial")
+    add("pretrain", str(tmp_path / "align"))
+    add("stage2", f"s3://bucket/{tmp_path.name}/pretrain")
+    write_report(tmp_path)
+    add("other", "null")
+    add("third", "runs/elsewhere/stage1")
+    with pytest.raises(UserError, match=r"holds 3 runs that do not start from each other \(align, other, third\)"):
+        write_report(tmp_path)
