@@ -24,10 +24,10 @@ RUN_FILES = ("scores.json", "samples", "summary.json", "environment.json")
 """What a page can show where there are neither metrics nor a config."""
 
 
-def write_report(run: Path) -> Path:
-    """Write `report.html` into a run folder or a pipeline's folder and return its path.
+def write_report(run: Path, out: Path | None = None) -> Path:
+    """Write the page of a run folder or a pipeline's folder, `report.html` in it unless `out` says otherwise.
 
-    Raises UserError if the folder does not exist or holds no run.
+    Returns its path. Raises UserError if the folder does not exist or holds no run, or the page cannot be written.
     """
     if not run.is_dir():
         raise UserError(f"{run} is not a folder; give a run folder such as runs/NAME")
@@ -36,10 +36,13 @@ def write_report(run: Path) -> Path:
     if len(starts := first_stages(stage_folders(run))) > 1:
         raise UserError(
             f"{run} holds {len(starts)} runs that do not start from each other ({', '.join(starts[:5])}"
-            f"{', ...' * (len(starts) > 5)}), not the stages of one; give one of them"
+            f"{', ...' * (len(starts) > 5)}), not the stages of one; give one of them, or several to compare them"
         )
-    path = run / "report.html"
-    write_atomic(path, render_report(run))
+    path = out or run / "report.html"
+    try:
+        write_atomic(path, render_report(run))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
     return path
 
 
