@@ -131,7 +131,8 @@ def with_value(values: dict[str, Any], case: Case) -> dict[str, Any]:
     *parents, leaf = case.key.split(".")
     for parent in parents:
         name = parent.removesuffix("[]")
-        section = section.setdefault(name, {})
+        entries = [copy.deepcopy(values["data"]["sources"][0])]
+        section = section.setdefault(name, entries if parent.endswith("[]") else {})
         section = section[0] if parent.endswith("[]") else section
     section[leaf] = case.value
     return values

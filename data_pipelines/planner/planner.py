@@ -105,7 +105,7 @@ class Planner:
             )
             for task in TASK_NAMES
         }
-        log.info("reading the indexes of %d folders", len({source.path for source in self.data.sources}))
+        log.info("reading the shard indexes")
         self._sources = Sources(self.data, tokenizer)
         self._phases = self._make_phases([], 0)
         self.fingerprint = self._sources.fingerprint([(c, list(task_shares(c.mix))) for c in self._configs])

@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 _PRELOAD = ["tests.distributed.preload"]
 
 
-STARTING = re.compile(r" \[\d+\] (\d+ ranks of type |reading the indexes of |building the model|loading )")
+STARTING = re.compile(r" \[\d+\] (\d+ ranks of type |reading the shard indexes|building the model|loading )")
 
 
 @dataclass(frozen=True)

@@ -189,6 +189,8 @@ def test_the_hash_changes_with_any_value() -> None:
             other = "x"
         else:
             other = [] if value else ["x"]
+            if name == "profile.steps":
+                other = [3, 4]
             if name == "data.phases":
                 other = [{"name": "p", "steps": 1}]
             if name in ("data.sources", "validate.sources", "validate.questions"):

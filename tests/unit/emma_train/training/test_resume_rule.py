@@ -24,6 +24,7 @@ FREE_OF_E0297DE = (
     "resume.",
     "generation.",
     "validate.",
+    "profile.",
     "data.tokenizer",
     "model.autoencoder.path",
     "data.workers",
