@@ -8,7 +8,7 @@ from emma_train.cli import main
 
 
 def leave_exit_code(code: int) -> None:
-    """Write the code to a file of $EMMA_EXIT_CODES: torchrun itself ends with 1, whatever its processes end with."""
+    """Write the code to a file in the folder $EMMA_EXIT_CODES: torchrun ends with 1 for every failure."""
     if folder := os.environ.get("EMMA_EXIT_CODES"):
         name = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}-{os.environ.get('LOCAL_RANK', 0)}"
         Path(folder, name).write_text(str(code))

@@ -32,7 +32,7 @@ class Facts:
     length: int | None = None
     """Number of entries of a list; None allows any."""
     single: bool = False
-    """For a list: a single value stands for the list of it."""
+    """For a list: a recipe may give one value instead of a list with one entry."""
     form: Form = "text"
     """What a text names: text (any), name (a folder inside run.root), path (local) or url (a path or a URL)."""
     resume: Rule | None = None

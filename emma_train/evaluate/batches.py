@@ -1,5 +1,5 @@
 """The units of work of a benchmark: fixed batches of items. Packed matrix products of another size may round otherwise,
-so a batch is the same whatever the number of ranks, `--limit`, or what a killed run left."""
+so a batch does not depend on the number of ranks, on `--limit` or on what a killed run left."""
 
 from collections.abc import Sequence
 
