@@ -25,7 +25,13 @@ def absent_inputs(stages: Stages, folder: Path = Path()) -> list[str]:
     absent: dict[str, None] = {}
     for index, (_, recipe) in enumerate(stages):
         sources = {f"data.sources[{n}].path": source.path for n, source in enumerate(recipe.data.sources)}
-        shards = {**sources, "train.sample_from": recipe.train.sample_from}
+        held_out = {"sources": recipe.validate.sources, "questions": recipe.validate.questions}
+        validated = {
+            f"validate.{key}[{n}].path": source.path
+            for key, entries in held_out.items()
+            for n, source in enumerate(entries if recipe.validate.every else [])
+        }
+        shards = {**sources, **validated, "train.sample_from": recipe.train.sample_from}
         others = {"model.autoencoder.path": recipe.model.autoencoder.path, "data.tokenizer": recipe.data.tokenizer}
         # The later stages of a pipeline start from those before.
         start = {"init.from": recipe.init.source} if index == 0 else {}

@@ -19,10 +19,14 @@ def test_absent_inputs_are_named_with_their_keys(tmp_path: Path) -> None:
     assert absent_inputs(stages, ROOT) == []
     assert absent_inputs(stages, tmp_path) == [
         "data.sources[0].path: recipes/tiny/assets/emoji/train/manifest.json is not there",
+        "validate.sources[0].path: recipes/tiny/assets/emoji/heldout_drawings/manifest.json is not there",
+        "validate.questions[0].path: recipes/tiny/assets/emoji/heldout_drawings/manifest.json is not there",
         "train.sample_from: recipes/tiny/assets/emoji/heldout_drawings/manifest.json is not there",
         "model.autoencoder.path: recipes/tiny/assets/autoencoder is not there",
         "data.tokenizer: recipes/tiny/assets/tokenizer is not there",
     ]
+    unvalidated = load_stages(TINY / "stage1.yaml", ["validate.every=0"])
+    assert not any(line.startswith("validate.") for line in absent_inputs(unvalidated, tmp_path))
     overrides = ["data.sources=[{path: s3://bucket/set}]", "init.from=runs/none"]
     assert absent_inputs(load_stages(TINY / "stage1.yaml", overrides), ROOT) == ["init.from: runs/none is not there"]
 
