@@ -33,7 +33,7 @@ class LaunchOptions:
     gpu: str | None = option(None, "kind of GPU, such as h100-80g: then memory is checked too", metavar="KIND")
     max_restarts: int | None = option(
         None,
-        "starts again after a process died; default: torchrun 0, slurm 3. Three starts without a new step end a job",
+        "starts again after a process died (slurm: until the job is requeued); default: torchrun 0, slurm 3",
         metavar="N",
         span=(0, 1_000_000),
     )

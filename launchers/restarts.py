@@ -25,7 +25,7 @@ class Starts:
     idle: int = 0
     """Starts in a row without a new step."""
     restarts: int = 0
-    """Starts again after a process died."""
+    """Starts again after a process died, since the job last came out of the queue."""
 
 
 def next_start(
@@ -45,7 +45,7 @@ def next_start(
     if now.idle >= STARTS_WITHOUT_STEP:
         return "end", f"{now.idle} starts in a row made no new step (at step {now.steps}); see the log of each", now
     if code == 75 or stopped:
-        return "requeue", f"stopped before the end (exit code {code})", now
+        return "requeue", f"stopped before the end (exit code {code})", replace(now, restarts=0)
     if now.restarts < max_restarts:
         now = replace(now, restarts=now.restarts + 1)
         return "restart", f"failed (exit code {code}); restart {now.restarts} of {max_restarts}", now

@@ -31,13 +31,15 @@ def test_what_follows_an_end(end: dict, decision: str) -> None:
     assert next_start(Starts(), **{**ENDS, **end})[0] == decision
 
 
-def test_restarts_are_counted_over_the_whole_job() -> None:
+def test_restarts_are_counted_from_one_wait_in_the_queue_to_the_next() -> None:
     starts, decisions = Starts(), []
     for steps in (10, 20, 30, 40):
         decision, reason, starts = next_start(starts, **{**ENDS, "steps": steps})
         decisions.append(decision)
     assert decisions == ["restart"] * 3 + ["end"]
     assert reason == "failed (exit code 1) after 3 restarts"
+    assert starts.restarts == 3
+    assert next_start(starts, **{**ENDS, "code": 75, "steps": 50})[2].restarts == 0
 
 
 @pytest.mark.parametrize("code", [1, 75])
@@ -77,6 +79,6 @@ def test_the_command_prints_the_decision_and_keeps_count(tmp_path: Path) -> None
         "requeue",
         "slurm: stopped before the end (exit code 75), back into the queue",
     )
-    assert json.loads((tmp_path / "starts.json").read_text()) == {"steps": 3, "idle": 1, "restarts": 1}
+    assert json.loads((tmp_path / "starts.json").read_text()) == {"steps": 3, "idle": 1, "restarts": 0}
     (tmp_path / "starts.json").write_text("damaged")
     assert after("--code", "0") == ("end", "slurm: done")
