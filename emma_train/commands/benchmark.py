@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from emma_train.commands.judge import judge_benchmark, judge_summary
 from emma_train.commands.model_arguments import given_settings, wanted_size
+from emma_train.commands.publish import check_publishing, publish
 from emma_train.errors import UserError, check_range
 
 if TYPE_CHECKING:
@@ -36,6 +37,9 @@ def run_benchmark(arguments: argparse.Namespace) -> int:
         )
     check_range("--batch", arguments.batch, 1, 65_536)
     benchmark, items = read_benchmark(arguments.benchmark, Path(arguments.data), arguments.language)
+    if (arguments.card or arguments.wandb) and not (arguments.score or arguments.judge):
+        raise UserError("--card and --wandb: images have no scores yet; give them together with --score or --judge")
+    check_publishing(arguments)
     if sum(map(bool, (arguments.check, arguments.score, arguments.judge))) > 1:
         raise UserError("--check, --score and --judge: give one of them")
     if arguments.check or arguments.score or arguments.judge:
@@ -216,4 +220,5 @@ def _score(
     if scores.failures:
         log.warning("%d answers are missing or cannot be read: each counts as the lowest score", len(scores.failures))
     print(f"{arguments.out}/results.json ({describe_checkpoint(settings['fixed'])})")
+    publish(arguments, scores.rows, {**settings["fixed"], "limit": arguments.limit}, Path(arguments.out))
     return 0

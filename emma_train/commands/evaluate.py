@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from emma_train.commands.judge import add_judge_arguments
 from emma_train.commands.model_arguments import add_flow_arguments, add_model_arguments, given_settings
+from emma_train.commands.publish import check_publishing, publish
 from emma_train.errors import UserError, check_range
 
 if TYPE_CHECKING:
@@ -43,6 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--limit", type=int, help=f"emoji: images per split and task ({EMOJI_LIMIT}); else: the first items; 0: all"
     )
+    parser.add_argument(
+        "--card", action="store_true", help="put the scores into the model card (README.md) of an export"
+    )
+    parser.add_argument("--wandb", action="store_true", help="send the scores to the W&B run that trained the model")
     parser.add_argument("--out", help="emoji: file for the scores (MODEL/scores.json); else: folder for the images")
     images = parser.add_argument_group("of a benchmark's images")
     images.add_argument("--check", action="store_true", help="only look for what is missing or wrong in --out")
@@ -86,6 +91,7 @@ def _run_emoji(arguments: argparse.Namespace) -> int:
         raise UserError(f"evaluate {arguments.model}: say where to write the scores (--out FILE)")
     out = output_file("--out", Path(arguments.out or f"{arguments.model}/scores.json"))
     data, limit = Path(arguments.data or EMOJI_DATA), EMOJI_LIMIT if arguments.limit is None else arguments.limit
+    check_publishing(arguments)
     generator, recipe, meta = load_generator(
         arguments.model, arguments.device, not arguments.no_ema, arguments.precision, not arguments.no_experts
     )
@@ -101,6 +107,7 @@ def _run_emoji(arguments: argparse.Namespace) -> int:
         note = f"(n {score['num']}, chance or baseline {score['baseline']:.3f})"
         print(f"{score['split']:18} {score['name']:34} {value}   {note}")
     print(out)
+    publish(arguments, scores, about["config"], out.parent, items)
     return 0
 
 

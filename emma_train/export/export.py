@@ -38,6 +38,8 @@ TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_EXTRAS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 """Files that transformers keeps beside tokenizer.json."""
 AUTOENCODER_FOLDER = "autoencoder"
+EXPORTED_META = ("stage", "step", "config_hash", "time", "sources", "tracker_run")
+"""What an export keeps of a checkpoint's metadata."""
 
 
 def is_export(path: StoragePath) -> TypeGuard[Path]:
@@ -79,7 +81,7 @@ def write_export(
     recipe.model.autoencoder.path = AUTOENCODER_FOLDER
     recipe.data.tokenizer = TOKENIZER_FILE
     write_atomic(out / RECIPE_FILE, to_yaml(recipe))
-    kept: dict[str, Any] = {k: meta[k] for k in ("stage", "step", "config_hash", "time", "sources") if k in meta}
+    kept: dict[str, Any] = {k: meta[k] for k in EXPORTED_META if k in meta}
     fingerprint = autoencoder.fingerprint(out / AUTOENCODER_FOLDER)
     kept[CONTENT] = content_hashes(TextTokenizer(out / TOKENIZER_FILE), fingerprint)
     write_safetensors(out / WEIGHTS_FILE, specs, value)

@@ -2,8 +2,11 @@
 
 import logging
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from emma_train.config.schema import TrackerConfig
 from emma_train.monitor.trackers import Guard, Values, read_samples
@@ -14,6 +17,8 @@ START_TIMEOUT_S = 15.0
 """A server that does not answer within this time is taken as unreachable."""
 FINISH_TIMEOUT_S = 60.0
 COLUMNS = ("step", "task", "prompt", "reference", "image", "target", "answer", "truth")
+
+Table = tuple[Sequence[str], Sequence[Sequence[Any]]]
 
 
 class WandbTracker:
@@ -71,6 +76,11 @@ class WandbTracker:
             ),
         )
 
+    @property
+    def is_open(self) -> bool:
+        """Whether wandb has started and takes values."""
+        return self._run is not None
+
     def log(self, step: int, values: Values) -> None:
         if self._run is not None:
             self._guard("log", lambda: self._run.log({"step": step, **values}))
@@ -91,6 +101,21 @@ class WandbTracker:
             shown = {name: wandb.Image(str(folder / file)) for name, file in files.items() if file}
             table.add_data(*({"step": step, **entry, **shown}.get(column) for column in COLUMNS))
         self._run.log({"step": step, **({"samples": images} if images else {}), "samples/table": table})
+
+    def log_tables(self, step: int, values: Values, tables: Mapping[str, Table]) -> None:
+        """Values, and tables by key: (names of the columns, rows). An array of a row becomes an image."""
+        if self._run is not None:
+            self._guard("tables", lambda: self._log_tables(step, values, tables))
+
+    def _log_tables(self, step: int, values: Values, tables: Mapping[str, Table]) -> None:
+        import wandb
+
+        made = {}
+        for key, (columns, rows) in tables.items():
+            made[key] = wandb.Table(columns=list(columns))
+            for row in rows:
+                made[key].add_data(*(wandb.Image(cell) if isinstance(cell, np.ndarray) else cell for cell in row))
+        self._run.log({"step": step, **values, **made})
 
     def alert(self, title: str, text: str) -> None:
         if self._run is not None:

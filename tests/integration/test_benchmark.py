@@ -150,6 +150,30 @@ def test_scores_name_their_checkpoint_and_settings(
     assert main([*argv, "--check"]) == 0
 
 
+def test_scores_go_into_the_card_of_the_export_that_was_scored(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export, other = tmp_path / "export", tmp_path / "other"
+    write_export(export, tiny_recipe("stage3", data__gen={"side": 64}))
+    write_export(other, tiny_recipe("stage3", data__gen={"side": 64}), seed=1)
+    data, out = geneval_data(tmp_path / "data", 2), tmp_path / "out"
+    argv = evaluate(export, "geneval", data, out)
+    assert main(argv) == 0
+    lines = [{"filename": str(path), "correct": True} for path in out.rglob("0*.png")]
+    results = tmp_path / "results.jsonl"
+    results.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    scored = ["--score", str(results), "--card"]
+    assert main([*argv, *scored]) == 0
+    assert "| geneval | overall: accuracy | 1.0 |" in (export / "README.md").read_text()
+    assert main([*evaluate(other, "geneval", data, out), *scored]) == 2
+    assert f"{other}: is not the checkpoint that was scored" in capsys.readouterr().err
+    assert not (other / "README.md").exists()
+    assert main([*argv, "--card"]) == 2
+    assert "images have no scores yet" in capsys.readouterr().err
+    assert main(["evaluate", str(tmp_path / "run"), "--card"]) == 2
+    assert "is not an export; make one with: emma-train export" in capsys.readouterr().err
+
+
 def test_rewritten_prompts_change_the_images_and_no_metadata(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
