@@ -18,7 +18,7 @@ START_TIMEOUT_S = 15.0
 FINISH_TIMEOUT_S = 60.0
 COLUMNS = ("step", "task", "prompt", "reference", "image", "target", "answer", "truth")
 
-Table = tuple[Sequence[str], Sequence[Sequence[Any]]]
+LoggedTable = tuple[Sequence[str], Sequence[Sequence[Any]]]
 
 
 class WandbTracker:
@@ -102,12 +102,12 @@ class WandbTracker:
             table.add_data(*({"step": step, **entry, **shown}.get(column) for column in COLUMNS))
         self._run.log({"step": step, **({"samples": images} if images else {}), "samples/table": table})
 
-    def log_tables(self, step: int, values: Values, tables: Mapping[str, Table]) -> None:
+    def log_tables(self, step: int, values: Values, tables: Mapping[str, LoggedTable]) -> None:
         """Values, and tables by key: (names of the columns, rows). An array of a row becomes an image."""
         if self._run is not None:
             self._guard("tables", lambda: self._log_tables(step, values, tables))
 
-    def _log_tables(self, step: int, values: Values, tables: Mapping[str, Table]) -> None:
+    def _log_tables(self, step: int, values: Values, tables: Mapping[str, LoggedTable]) -> None:
         import wandb
 
         made = {}

@@ -29,11 +29,11 @@ def results(export: Path) -> dict[str | None, Any]:
 def test_scores_are_read_back(tmp_path: Path) -> None:
     scores = [score("answer: group", 0.651), score("image, scene: all", 0.25), score("edit, any: both", 0.11)]
     path = write_card(tmp_path, "emoji", scores, CONFIG, META, 3_400_000)
-    found = results(tmp_path)
-    assert {name: result.metric_value for name, result in found.items()} == {s["name"]: s["value"] for s in scores}
-    assert [result.task_type for result in found.values()] == ["image-text-to-text", "text-to-image", "image-to-image"]
-    assert found["answer: group"].metric_args == {"stderr": 0.03, "n": 96, "unit": "share"}
-    assert found["answer: group"].dataset_args == CONFIG
+    by_name = results(tmp_path)
+    assert {name: result.metric_value for name, result in by_name.items()} == {s["name"]: s["value"] for s in scores}
+    assert [result.task_type for result in by_name.values()] == ["image-text-to-text", "text-to-image", "image-to-image"]
+    assert by_name["answer: group"].metric_args == {"stderr": 0.03, "n": 96, "unit": "share"}
+    assert by_name["answer: group"].dataset_args == CONFIG
     assert "Stage stage3, step 200,\n3.4 million parameters" in path.read_text()
     assert "| heldout drawings | answer: group | 0.651 | 0.03 | 96 | share |" in path.read_text()
 
