@@ -31,7 +31,8 @@ def test_scores_are_read_back(tmp_path: Path) -> None:
     path = write_card(tmp_path, "emoji", scores, CONFIG, META, 3_400_000)
     by_name = results(tmp_path)
     assert {name: result.metric_value for name, result in by_name.items()} == {s["name"]: s["value"] for s in scores}
-    assert [result.task_type for result in by_name.values()] == ["image-text-to-text", "text-to-image", "image-to-image"]
+    tasks = ["image-text-to-text", "text-to-image", "image-to-image"]
+    assert [result.task_type for result in by_name.values()] == tasks
     assert by_name["answer: group"].metric_args == {"stderr": 0.03, "n": 96, "unit": "share"}
     assert by_name["answer: group"].dataset_args == CONFIG
     assert "Stage stage3, step 200,\n3.4 million parameters" in path.read_text()
