@@ -53,23 +53,24 @@ def write_card(
     path = export / CARD_FILE
     name = export.resolve().name
     if path.is_file():
-        card = _read_card(path)
+        data, text = _read_card(path)
     else:
         about = {"stage": meta["stage"], "step": meta["step"], "millions": num_parameters / 1e6}
-        body = BODY.format(name=name, begin=BEGIN, end=END, **about)
+        text = BODY.format(name=name, begin=BEGIN, end=END, **about)
         data = ModelCardData(library_name="emma_train", pipeline_tag="any-to-any", tags=["emma"], model_name=name)
-        card = ModelCard(f"---\n{data.to_yaml()}\n---\n{body}")
-    kept = [result for result in card.data.eval_results or [] if result.dataset_type != dataset]
-    card.data.eval_results = [*kept, *(_result(dataset, score, config) for score in scores if _is_finite(score))]
-    card.data.model_name = card.data.model_name or name
-    card.text = _with_table(card.text, card.data.eval_results)
-    write_atomic(path, f"---\n{card.data.to_yaml()}\n---\n{card.text.lstrip()}")
+    kept = [result for result in data.eval_results or [] if result.dataset_type != dataset]
+    data.eval_results = [*kept, *(_result(dataset, score, config) for score in scores if _is_finite(score))]
+    data.model_name = data.model_name or name
+    text = _with_table(text, data.eval_results)
+    write_atomic(path, f"---\n{data.to_yaml()}\n---\n{text.lstrip()}")
     return path
 
 
-def _read_card(path: Path) -> ModelCard:
+def _read_card(path: Path) -> tuple[ModelCardData, str]:
+    """Header and text of a card."""
     try:
-        return ModelCard(path.read_text(encoding="utf-8"))
+        card = ModelCard(path.read_text(encoding="utf-8"))
+        return ModelCardData(**card.data.to_dict()), card.text
     except Exception as error:  # YAML's errors, the hub's and what else a hand-written header brings
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: its header cannot be read ({reason}); mend it, or move the file away") from error

@@ -8,7 +8,8 @@ from emma_train.config.load import to_stored
 from emma_train.config.schema import Recipe
 from emma_train.errors import RunError
 from emma_train.generate.items import EvaluationItem
-from emma_train.monitor.wandb_tracker import WandbTracker
+from emma_train.monitor.trackers import Values
+from emma_train.monitor.wandb_tracker import LoggedTable, WandbTracker
 
 SCORE_COLUMNS = ("split", "name", "value", "stderr", "num", "baseline", "unit")
 ITEM_COLUMNS = ("split", "task", "kind", "prompt", "image", "output", "truth", "wrong")
@@ -31,8 +32,10 @@ def send_scores(
     tracker = WandbTracker(folder, name, to_stored(recipe), recipe.tracker, meta.get("tracker_run"))
     if not tracker.is_open:
         raise RunError("--wandb: wandb could not start, for the reason above; the scores are in files all the same")
-    values = {f"eval/{score['split']}/{score['name']}": float(score["value"]) for score in scores}
-    tables = {"eval/scores": (SCORE_COLUMNS, [[score[column] for column in SCORE_COLUMNS] for score in scores])}
+    values: Values = {f"eval/{score['split']}/{score['name']}": float(score["value"]) for score in scores}
+    tables: dict[str, LoggedTable] = {
+        "eval/scores": (SCORE_COLUMNS, [[score[column] for column in SCORE_COLUMNS] for score in scores])
+    }
     if items:
         shown = sorted(items, key=lambda item: item.image is None)[:MAX_ITEMS]
         tables["eval/items"] = (ITEM_COLUMNS, [_row(item) for item in shown])
