@@ -30,6 +30,11 @@ _recorded: Recorded | None = None
 """Of the step that runs now; None where nothing is recorded."""
 
 
+def is_recording() -> bool:
+    """Whether `record_metric` does anything now: to compute nothing for it where it does not."""
+    return _recorded is not None
+
+
 def record_metric(name: str, value: Tensor | float, reduce: Reduce) -> None:
     """Add a value to a metric of the step that runs now. Never waits for the device.
 

@@ -322,6 +322,7 @@ class SlotDataset(Dataset["PackBuffer | UserError | RunError"]):
                     raise RunError(f"{error}; nor could {planned.key} be read before it. Is the store up?") from None
                 attempted = self.planner.substitute(planned, attempt)
                 continue
+            sample = replace(sample, source=self.planner.source_name(attempted))
             return sample, [replace(failed, replaced_by=attempted.key) for failed in unreadable]
         return None, unreadable
 

@@ -50,6 +50,8 @@ class SampleRef:
     """1 for STEM, 0 for general, -1 for neither, by the tags of the index; None takes the tags of the record."""
     caption: str | None = None
     """Text of the alternative where that is a caption of a selection, which the record does not have."""
+    folder: str = ""
+    """Folder of its source."""
 
 
 class Candidates:
@@ -162,4 +164,5 @@ def make_sample_ref(
         position=position[1],
         stem=int(costs.stem[row]),
         caption=None if costs.captions is None else costs.captions[row].as_py(),
+        folder=costs.folders[costs.shard[row]] if costs.folders else "",
     )

@@ -7,7 +7,7 @@ replaces samples with an image that the recipe does not want (unsuitable).
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
@@ -56,6 +56,8 @@ class SampleCosts:
     """int8: 1 for the tag stem, 0 for general, -1 for neither. The index decides: a selection may add tags to it."""
     captions: pa.Array | None = None
     """Text of the alternative where that is a caption of a selection, else null; None if there are none."""
+    folders: list = field(default_factory=list)
+    """Folder of the source of each shard; empty where no one asks for sources."""
 
     @property
     def usable(self) -> np.ndarray:

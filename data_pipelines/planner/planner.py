@@ -19,6 +19,7 @@ from data_pipelines.planner.costs import CostModel
 from data_pipelines.planner.cursor import TaskCursor
 from data_pipelines.planner.packing import EVEN, Queue, Slots, deal, evenness, fill, look_ahead, spread, sums
 from data_pipelines.planner.pools import Pool, PoolCursor, Positions
+from data_pipelines.planner.source_names import source_names
 from data_pipelines.planner.sources import Sources, TaskStream
 from data_pipelines.shards.record import added_text_tokens
 from emma_train.config.mix import TASK_NAMES, phases, samples_per_task, task_shares
@@ -81,6 +82,8 @@ class _Phase:
     """The stream of samples of each task."""
     pools: list[Pool]
     """All pools that the run has positions in, of earlier phases too."""
+    source_names: dict[str, dict[str, str]]
+    """By task and folder, the name of each source of a task that has more than one."""
 
 
 class Planner:
@@ -130,7 +133,8 @@ class Planner:
             shares, streams, pools = _shares(config.mix), {}, list(known)
             for task in shares:
                 streams[task], pools = self._sources.stream(config, self._cost_models[task], pools)
-            result.append(_Phase(number, start, end, shares, counts, streams, pools))
+            names = {task: source_names(stream) for task, stream in streams.items()}
+            result.append(_Phase(number, start, end, shares, counts, streams, pools, names))
             start += config.steps
             if end > done:
                 known = pools
@@ -246,6 +250,10 @@ class Planner:
         seed = seed_of(self.data.seed, sample.epoch, sample.key, f"{sample.task} spare {attempt}")
         row = int(rows[seed % len(rows)])
         return make_sample_ref(costs, row, sample.task, sample.phase, sample.epoch, (sample.pool, sample.position))
+
+    def source_name(self, sample: SampleRef) -> str:
+        """Name of the source of a sample in metrics; empty where its task has only one source."""
+        return self._phases[sample.phase].source_names[sample.task].get(sample.folder, "")
 
     def _configs_from(self, step: int) -> list[tuple[PhaseConfig, list[str]]]:
         """The phases that are not over after `step` steps, with their tasks."""

@@ -309,7 +309,7 @@ def _load(shards: Sequence[Shard], epoch: int, cost_model: CostModel, storage: S
         tables.append(table)
     files = [(shard.url, shard.sha256) for shard in shards]
     storage.fetch_ahead(files, sum(shard.num_bytes for shard in shards))
-    return sample_costs(tables, files, epoch, cost_model)
+    return replace(sample_costs(tables, files, epoch, cost_model), folders=[shard.folder for shard in shards])
 
 
 def has_wanted_tags(source: SourceConfig, tags: Sequence[str]) -> bool:

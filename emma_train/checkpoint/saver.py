@@ -60,7 +60,9 @@ class Saver:
         self._saved_step: int | None = None
         self._failing_since: int | None = None
         self._last_tried_step = 0
-        self._stall_s = 0.0
+        self.stall_s = 0.0
+        """Seconds so far that training has waited for saves."""
+        self._popped_stall_s = 0.0
 
     def resume_from(self, checkpoint: StoragePath, step: int, state: CheckpointState) -> None:
         """Continue after a resume from the checkpoint of `step`."""
@@ -104,8 +106,8 @@ class Saver:
 
     def pop_stall_s(self) -> float:
         """Seconds that training has waited for saves since the last call."""
-        stall, self._stall_s = self._stall_s, 0.0
-        return stall
+        stall_s, self._popped_stall_s = self.stall_s - self._popped_stall_s, self.stall_s
+        return stall_s
 
     def local_status(self) -> list[float]:
         """[ended, failed] of this rank's part of the running save, as 0 or 1, for the sum over ranks in every step."""
@@ -157,7 +159,7 @@ class Saver:
         try:
             yield
         finally:
-            self._stall_s += time.perf_counter() - started
+            self.stall_s += time.perf_counter() - started
 
     def _conclude(self, failed: bool) -> None:
         save, self._running = self._running, None

@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def status_text(folder: Path) -> str:
-    """A line for each stage, and two about the newest start. Raises UserError if the folder holds no run."""
+    """A line for each stage, and three about the newest that has started. Raises UserError if it holds no run."""
     from emma_train.errors import UserError
     from emma_train.monitor.run_state import read_run_state
     from emma_train.report.stage_run import stage_folders
@@ -44,7 +44,7 @@ def status_text(folder: Path) -> str:
         raise UserError(f"{folder} holds no run: neither metrics.jsonl nor config.yaml is here or one folder below")
     width = max(len(stage.name) for stage in stages)
     current = next((stage for stage in reversed(stages) if stage.starts or stage.holder), stages[-1])
-    return "\n".join([*(_line(stage, width) for stage in stages), *_start_lines(current)])
+    return "\n".join([*(_line(stage, width) for stage in stages), *_start_lines(current), *_time_lines(current)])
 
 
 def _line(stage: "RunState", width: int) -> str:
@@ -72,3 +72,16 @@ def _start_lines(stage: "RunState") -> list[str]:
         commit = stage.starts[-1].get("commit") or "unknown"
         lines.append(f"{stage.name}: {len(stage.starts)} starts; ranks of each: {sizes}; commit {commit}")
     return lines
+
+
+def _time_lines(stage: "RunState") -> list[str]:
+    """The share of useful steps in the time of all starts, and what else took at least 0.1 % of it."""
+    from emma_train.monitor.goodput import CAUSES
+    from emma_train.monitor.progress import duration
+
+    if (ledger := stage.ledger) is None or ledger.wall_s <= 0:
+        return []
+    others = sorted(((s, cause) for cause, s in ledger.seconds.items() if cause != "steps"), reverse=True)
+    shares = [f"{CAUSES[cause]} {s / ledger.wall_s:.1%}" for s, cause in others if s >= 0.001 * ledger.wall_s]
+    goodput = f"{stage.name}: goodput {ledger.goodput:.1%} of {duration(ledger.wall_s)}"
+    return [", ".join([goodput, *shares])]

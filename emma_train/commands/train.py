@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -28,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """Train every stage that is not complete yet, one after the other, in one group of processes."""
+    begun_unix = time.time()  # before torch is imported
     from emma_train.config.load import load_stages
     from emma_train.engine.world import join, share_packs
     from emma_train.stages.stage import stage_of
@@ -44,8 +46,10 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         for file, recipe in stages:
             if world.sum([float(stop.asked)])[0]:
                 return EXIT_PREEMPTED
-            if code := _train_stage(file, recipe, share_packs(world, recipe.engine.sequence_parallel), stop):
+            stage_world = share_packs(world, recipe.engine.sequence_parallel)
+            if code := _train_stage(file, recipe, stage_world, stop, begun_unix):
                 return code
+            begun_unix = time.time()
         if world.is_main and len(stages) > 1:
             _try_report(Path(last.run.root))
     return 0
@@ -68,8 +72,9 @@ def _log_world(world: "World") -> None:
     log.info("%d ranks of type %s on %s, commit %s", world.size, world.device.type, nodes, commit() or "unknown")
 
 
-def _train_stage(file: Path, recipe: "Recipe", world: "World", stop: "StopRequest") -> int:
-    """Train one stage under the lock of its run folder, unless it is complete. Returns the exit code."""
+def _train_stage(file: Path, recipe: "Recipe", world: "World", stop: "StopRequest", begun_unix: float) -> int:
+    """Train one stage under the lock of its run folder, unless it is complete. Returns the exit code. `begun_unix`:
+    when the process began with it."""
     from emma_train.checkpoint import folder as folders
     from emma_train.training.run_folder import RunFolder
     from emma_train.training.run_lock import RunLock
@@ -86,10 +91,12 @@ def _train_stage(file: Path, recipe: "Recipe", world: "World", stop: "StopReques
             locks.enter_context(RunLock(run_folder.path))
 
         world.on_main(lock)
-        return _train_locked(run_folder, file, recipe, world, stop)
+        return _train_locked(run_folder, file, recipe, world, stop, begun_unix)
 
 
-def _train_locked(run_folder: "RunFolder", file: Path, recipe: "Recipe", world: "World", stop: "StopRequest") -> int:
+def _train_locked(
+    run_folder: "RunFolder", file: Path, recipe: "Recipe", world: "World", stop: "StopRequest", begun_unix: float
+) -> int:
     """Build the data stream, model, engine and loop of one stage, and train it. Returns the exit code."""
     from data_pipelines.loader.loader import Stream
     from emma_train.checkpoint import verify
@@ -127,21 +134,21 @@ def _train_locked(run_folder: "RunFolder", file: Path, recipe: "Recipe", world: 
     if checkpoint is not None:
         trainer.resume(checkpoint)
     world.on_main(lambda: run_folder.prepare(recipe, world, trainer.train_state.step))
-    code = _train_steps(trainer, world, stop)
+    code = _train_steps(trainer, world, stop, begun_unix)
     parts.engine.close()
     if world.is_main and code == 0:
         _try_report(run_folder.path)
     return code
 
 
-def _train_steps(trainer: "Trainer", world: "World", stop: "StopRequest") -> int:
+def _train_steps(trainer: "Trainer", world: "World", stop: "StopRequest", begun_unix: float) -> int:
     """Run the steps while heartbeats tell the other ranks that this one lives. Returns the exit code."""
     from data_pipelines.loader.loader import dead_worker
     from emma_train.engine.heartbeat import Heartbeat
 
     try:
         with Heartbeat(world):
-            return trainer.train(stop)
+            return trainer.train(stop, begun_unix)
     except (RuntimeError, ConnectionError) as error:  # torch raises it wherever the trainer is when a worker dies
         if (failure := dead_worker(error)) is None:
             raise

@@ -17,10 +17,13 @@ from torch import Tensor, nn
 from emma_train.config.schema import EngineConfig
 from emma_train.engine.adam_state import set_learning_rate
 from emma_train.engine.flat_shard import FlatShard, Run
+from emma_train.engine.grad_norm import record_squares
 from emma_train.engine.muon_adamw import MuonAdamW, optimizer_state
 from emma_train.engine.protocol import MakeOptimizer
+from emma_train.engine.torch_private import norms
 from emma_train.engine.world import World
 from emma_train.errors import UserError
+from emma_train.metrics import is_recording
 from emma_train.model.emma import Emma, Prediction
 
 BUCKET = 2**26
@@ -37,7 +40,7 @@ class DeepSpeedEngine:
     ) -> None:
         """`model` is on the meta device. Raises UserError where DeepSpeed is not installed."""
         deepspeed = import_deepspeed(world.device)
-        self._world, self._stage = world, config.zero_stage
+        self._world, self._stage, self._offloads = world, config.zero_stage, config.offload_optimizer
         settings = deepspeed_config(model, config, max_grad_norm, world.device)
         shapes = {name: p.shape for name, p in model.named_parameters()}
         if config.precision == "bf16":
@@ -79,8 +82,24 @@ class DeepSpeedEngine:
 
     def step(self, lr: float) -> float:
         set_learning_rate(self._optimizer, lr)
+        self._record_squares()
         self._deepspeed.step()
         return inf if self._zero.overflow else float(self._deepspeed.get_global_grad_norm())
+
+    def _record_squares(self) -> None:
+        """Record the gradient norms by parameter group. With offload_optimizer none is: DeepSpeed then keeps
+        the gradients elsewhere."""
+        if not is_recording() or self._offloads:
+            return
+        zero, name_of = cast(Any, self._zero), {id(p): name for name, p in self._parameters.items()}
+        parameters = zero.fp16_groups if self._stage == 3 else zero.params_in_partition
+        parts = {
+            name_of[id(parameter)]: gradient
+            for group, gradients in zero.averaged_gradients.items()
+            for parameter, gradient in zip(parameters[group], gradients or (), strict=False)  # then comes padding
+        }
+        if parts:
+            record_squares(list(parts), torch.stack(norms(list(parts.values()))).double().square(), self._world.sp_size)
 
     @torch.no_grad()
     def sync_compute_weights(self) -> None:

@@ -68,7 +68,7 @@ class FsdpEngine:
 
     def step(self, lr: float) -> float:
         gradients = {name: cast(DTensor, g) for name in self._shards if (g := self.weights[name].grad) is not None}
-        norm = global_norm(list(gradients.values()))
+        norm = global_norm(gradients, self._sp_size)
         if isfinite(norm):
             for name, gradient in gradients.items():
                 self._shards[name].grad = gradient.to_local()

@@ -30,7 +30,8 @@ class Engine(Protocol):
         """Backward pass of one micro-batch. The last one of a step (`last`) sums the gradients over ranks."""
 
     def step(self, lr: float) -> float:
-        """Clip to optimizer.max_grad_norm, update, drop the gradients. Returns the global norm before clipping.
+        """Clip to optimizer.max_grad_norm, update, drop the gradients. Returns the global norm before clipping, and
+        records that of each parameter group where it can (engine/grad_norm.py).
 
         If the norm is not finite, weights and optimizer state do not change; the gradients are dropped.
         """

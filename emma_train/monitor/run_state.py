@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import yaml
 
+from emma_train.monitor.goodput import Ledger, read_ledger
 from emma_train.monitor.trackers import read_jsonl
 
 LOCK_FILE = "lock"
@@ -39,6 +40,8 @@ class RunState:
     starts: list[dict[str, Any]]
     holder: dict[str, Any]
     """Host, process, job and time of the process that trains or did when it crashed."""
+    ledger: Ledger | None = None
+    """Where the time of all starts went."""
 
     @property
     def left_s(self) -> float | None:
@@ -68,6 +71,7 @@ def read_run_state(folder: Path, now: float | None = None) -> RunState:
         row,
         read_jsonl(starts) if starts.is_file() else [],
         holder,
+        read_ledger(folder),
     )
 
 

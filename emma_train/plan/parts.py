@@ -7,8 +7,9 @@ from torch import Tensor
 
 from emma_train.engine.muon import takes_muon
 from emma_train.model.emma import Emma
+from emma_train.model.parameter_groups import group_of
 from emma_train.plan.state import Sizes
-from emma_train.stages.freeze import freeze, group_of
+from emma_train.stages.freeze import freeze
 from emma_train.stages.stage import Stage
 
 NETWORK_PARTS = {

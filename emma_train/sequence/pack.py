@@ -43,6 +43,8 @@ class Sample:
     """Seed of the target's noise."""
     time_seed: int = 0
     """Seed of the target's flow time."""
+    source: str = ""
+    """Name of its source in metrics; empty where its task has only one."""
 
     @property
     def num_tokens(self) -> int:
@@ -100,6 +102,10 @@ class PackedBatch:
     """The values of `stem` on the host."""
     num_dropped: int = 0
     """Samples of the plan that could not be read."""
+    sources: list[str] = field(default_factory=list)
+    """Source of each sample, by its name in metrics."""
+    target_sources: list[str] = field(default_factory=list)
+    """Source of each target."""
 
     @property
     def num_und(self) -> int:
@@ -234,6 +240,8 @@ def pack(samples: Sequence[Sample], num_dropped: int = 0) -> PackedBatch:
         stem_labels=[image.stem for image in images[ImageRole.UND]],
         semantic_only=torch.cat(tables.semantic_only) if any(map(torch.any, tables.semantic_only)) else None,
         num_dropped=num_dropped,
+        sources=[s.source for s in samples],
+        target_sources=[s.source for s in targets],
     )
 
 

@@ -11,15 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from emma_train.stages.stage import GROUPS
-
-
-def group_of(name: str) -> str:
-    """Parameter group of a parameter name. Raises KeyError for a name that belongs to none."""
-    for group, prefixes in GROUPS.items():
-        if name.startswith(prefixes):
-            return group
-    raise KeyError(name)
+from emma_train.model.parameter_groups import group_of
 
 
 def is_trainable(name: str, trainable: Iterable[str]) -> bool:

@@ -11,7 +11,7 @@ from emma_train.config.setting import settings_of
 from emma_train.config.stored import complete, keep_stored
 from emma_train.errors import UserError
 from emma_train.model.initial import cloned_from
-from emma_train.stages.freeze import group_of
+from emma_train.model.parameter_groups import group_of
 
 log = logging.getLogger(__name__)
 Shapes = Mapping[str, tuple[int, ...]]

@@ -8,19 +8,10 @@ from dataclasses import dataclass, replace
 from emma_train.config.mix import phases, task_shares
 from emma_train.config.schema import InitConfig, Recipe
 from emma_train.errors import UserError
+from emma_train.model.parameter_groups import GROUPS
 from emma_train.sequence.tasks import TASKS
 
 log = logging.getLogger(__name__)
-GROUPS = {
-    "und_adapter": ("und_adapter.",),
-    "gen_adapter": ("gen_adapter.",),
-    "velocity_head": ("velocity_head.",),
-    "stem_expert": ("vision.stem_layers.",),
-    "router": ("vision.router.",),
-    "vision": ("vision.",),
-    "decoder": ("decoder.",),
-}
-"""Parameter groups by name prefix; the first that fits wins. The autoencoder belongs to none: it never trains."""
 GEN_GROUPS = ("gen_adapter", "velocity_head")
 """Groups that only the Gen branch uses."""
 ALL_BUT_AUTOENCODER = ("vision", "und_adapter", "gen_adapter", "decoder", "velocity_head")

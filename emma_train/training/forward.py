@@ -18,6 +18,7 @@ from emma_train.sequence.layout import ImageRole
 from emma_train.sequence.pack import PackedBatch
 from emma_train.sequence.tasks import TASKS
 from emma_train.stages.stage import Stage
+from emma_train.training.source_losses import record_source_losses
 
 
 def micro_loss(
@@ -48,12 +49,10 @@ def micro_loss(
         torch.tensor([task_index[task] for task in tasks], dtype=torch.int64, device=step.time.device)
         for tasks in (batch.tasks, batch.target_tasks)
     )
-    return accumulator.add(
-        prediction.text_losses,
-        sample_task[batch.sample[batch.predictors]],
-        velocity_loss(prediction.velocity, step.velocity),
-        target_task[batch.target_of_token],
-    )
+    owner, flow_losses = batch.sample[batch.predictors], velocity_loss(prediction.velocity, step.velocity)
+    record_source_losses(batch.tasks, batch.sources, owner, prediction.text_losses)
+    record_source_losses(batch.target_tasks, batch.target_sources, batch.target_of_token, flow_losses)
+    return accumulator.add(prediction.text_losses, sample_task[owner], flow_losses, target_task[batch.target_of_token])
 
 
 def clean_latents(batch: PackedBatch, autoencoder: Autoencoder) -> Tensor:

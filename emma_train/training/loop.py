@@ -47,6 +47,7 @@ from emma_train.training.step_log import StepLog
 from emma_train.training.step_metrics import LOSS_SUM, StepMetrics
 from emma_train.training.step_totals import local_totals
 from emma_train.training.summary import finish_stage
+from emma_train.training.time_ledger import TimeLedger
 from emma_train.training.train_state import TrainState
 from emma_train.training.unreadable_samples import UnreadableSamples
 from emma_train.training.validation import Validation, averaged_weights
@@ -124,8 +125,9 @@ class Trainer:
         if change := code_change(meta, commit()):
             log.warning("%s: %s", checkpoint, change)
 
-    def train(self, stop: StopRequest) -> int:
-        """Run the remaining steps. Returns the exit code: 0, or 75 after a signal and a checkpoint."""
+    def train(self, stop: StopRequest, begun_unix: float | None = None) -> int:
+        """Run the remaining steps. Returns the exit code: 0, or 75 after a signal and a checkpoint. `begun_unix`: when
+        this start of the run began, for its ledger of time; None means now."""
         train, engine = self.recipe.train, self.recipe.engine
         if self.train_state.step >= train.steps:
             log.info("%s is complete at step %d", self.run.path, self.train_state.step)
@@ -136,6 +138,9 @@ class Trainer:
             self.run.forget_unreadable(after=self.train_state.step)
             step_log = StepLog(self.recipe, self.run, self.train_state.step, self.run_id)
             self.run_id = step_log.run_id
+        ledger = TimeLedger(
+            self.run.path, self.train_state.step, begun_unix, lambda: self.saver.stall_s, self.world.is_main
+        )
         self.engine.model.train()
         garbage = GarbageCollection(train.gc_every)
         profiler = StepProfiler(
@@ -144,7 +149,7 @@ class Trainer:
         timeouts = Timeouts(self.world, self.engine.groups, engine.timeout_s, engine.step_timeout_s)
         code = 1
         try:
-            code = self._run_steps(stop, timeouts, garbage, profiler, step_log)
+            code = self._run_steps(stop, timeouts, garbage, profiler, ledger, step_log)
             return code
         except BaseException as error:
             if not self.saver.close(0 if isinstance(error, SaveFailed) else train.stop_within_s):
@@ -157,6 +162,7 @@ class Trainer:
             profiler.close(self.train_state.step)
             garbage.restore()
             timeouts.restore()
+            ledger.close()
             if step_log:
                 step_log.close(code)
 
@@ -166,6 +172,7 @@ class Trainer:
         timeouts: Timeouts,
         garbage: GarbageCollection,
         profiler: StepProfiler,
+        ledger: TimeLedger,
         step_log: StepLog | None,
     ) -> int:
         """The steps of this run with their metrics, checkpoints and sample images. Returns the exit code."""
@@ -176,7 +183,9 @@ class Trainer:
             is_last = data.step == train.steps
             validate_now = self._is_validation_due(data.step)
             log_now = data.step % train.log_every == 0 or data.step == 1 or is_last or validate_now
-            stopping, values = self._step(data, stop.asked, log_now)
+            ledger.add("data_wait", data.wait_s)
+            with ledger.measure("step"):
+                stopping, values = self._step(data, stop.asked, log_now)
             profiler.after(data.step)
             if is_last:
                 finish_stage(self.run, self.world, self.stage, self.train_state, self.parts, self.frozen)
@@ -185,22 +194,24 @@ class Trainer:
             self._validated, forgotten = {}, []
             # Skip validation while shutting down.
             if validate_now and not stopping:
-                with timeouts.relaxed():
+                with timeouts.relaxed(), ledger.measure("validation"):
                     forgotten = self._validate(data.step)
             give_up = bool(forgotten) and self.recipe.validate.guard.stop
             if self.saver.due(data.step) or is_last or stopping or give_up:
-                with timeouts.relaxed():
+                with timeouts.relaxed(), ledger.measure("checkpoint"):
                     self.save(wait=is_last or stopping or give_up)
             self.train_state.seconds += time.perf_counter() - started + data.wait_s
             samples: Path | None = None
             # Skip sample generation while shutting down.
             if is_last or (train.sample_every and data.step % train.sample_every == 0 and not stopping):
-                with timeouts.relaxed():
+                with timeouts.relaxed(), ledger.measure("samples"):
                     samples = self._generate(data.step)
             if step_log:
                 if values is not None:
-                    values |= {**self._validated, "checkpoint/stall_s": self.saver.pop_stall_s()}
+                    stall_s = self.saver.pop_stall_s()
+                    values |= {**self._validated, "checkpoint/stall_s": stall_s, "goodput": ledger.goodput()}
                 step_log.after_step(data.step, values, samples, forgotten)
+            ledger.after_step(data.step, is_logged=log_now)
             if give_up:
                 raise forgetting_error(self.world.rank, data.step, forgotten)
             garbage.after(data.step)
@@ -213,7 +224,9 @@ class Trainer:
         """One optimizer step. Returns whether any rank was asked to stop, and the metrics where `log_now`."""
         started = time.perf_counter()
         local = local_totals(data, self.stage.loss, stop_requested, self.saver.local_status())
+        waits_since = time.perf_counter()
         totals = local.over_ranks(self.world)
+        waited_s = time.perf_counter() - waits_since
         self.saver.apply_status([totals.saves_ended, totals.saves_failed])
         self.train_state.add(totals)
         self._unreadable.check(data, totals, self.train_state)
@@ -238,7 +251,7 @@ class Trainer:
         if not log_now:
             return totals.stop_requested > 0, None
         return totals.stop_requested > 0, self._metrics.line(
-            data, totals, self.train_state, recorded, lr, grad_norm, started
+            data, totals, self.train_state, recorded, lr, grad_norm, started, waited_s
         )
 
     def _accumulate(self, data: StepBatches, counts: Counts) -> None:

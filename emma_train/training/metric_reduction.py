@@ -1,12 +1,15 @@
 """Recorded metrics (emma_train/metrics.py) over all ranks, once for every logged step."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from emma_train.engine.world import World
 from emma_train.metrics import Recorded, Reduce
+
+Usage = TypeVar("Usage")
 
 
 class HostMetric(NamedTuple):
@@ -17,16 +20,21 @@ class HostMetric(NamedTuple):
     num_values: int
 
 
-def reduce_metrics(recorded: Recorded, world: World) -> dict[str, float]:
-    """Every recorded metric over all ranks, by name; every rank calls it. Waits for the device.
+def reduce_metrics(
+    recorded: Recorded, world: World, usage: Callable[[], Usage]
+) -> tuple[dict[str, float], list[Usage]]:
+    """Every recorded metric over all ranks, by name, and `usage()` of every rank; every rank calls it.
 
-    All metrics travel in one gather, together with their names: a rank may lack a metric that another one has.
+    Waits for the device before it calls `usage`. All travels in one gather, metrics together with their names: a rank
+    may lack a metric that another one has.
     Raises ValueError, on every rank, where ranks recorded one name with different reductions.
     """
-    ranks = world.gather(to_host(recorded))
+    host = to_host(recorded)
+    gathered = world.gather((host, usage()))
+    ranks = [metrics for metrics, _ in gathered]
     names = dict.fromkeys(name for metrics in ranks for name in metrics)
     reduced = {name: over_ranks(name, [m[name] for m in ranks if name in m], world.sp_size) for name in names}
-    return {name: value for name, value in reduced.items() if value is not None}
+    return {name: value for name, value in reduced.items() if value is not None}, [used for _, used in gathered]
 
 
 def to_host(recorded: Recorded) -> dict[str, HostMetric]:

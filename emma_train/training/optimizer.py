@@ -13,7 +13,7 @@ from torch import Tensor
 from emma_train.config.schema import OptimizerConfig
 from emma_train.engine.muon import optimizer_lines, takes_muon
 from emma_train.engine.muon_adamw import MuonAdamW
-from emma_train.stages.freeze import group_of
+from emma_train.model.parameter_groups import group_of
 
 log = logging.getLogger(__name__)
 

@@ -35,6 +35,8 @@ class TrainState:
     """Samples with an image below min_side or beyond max_aspect; others were taken instead."""
     seen: dict[str, int] = field(default_factory=lambda: dict.fromkeys(TASK_NAMES, 0))
     """Samples trained on, by task."""
+    tokens: int = 0
+    """Tokens of the decoder trained on; a run that resumes from a checkpoint of version 0.1.0 counts from there."""
     validation_digest: str = ""
     """Of the held-out samples that `best_validation` was measured on."""
     best_validation: dict[str, Any] = field(default_factory=dict)
@@ -46,7 +48,8 @@ class TrainState:
         return cls(**{OLD_NAMES.get(name, name): value for name, value in stored.items()})
 
     def add(self, totals: StepTotals) -> None:
-        """Count the samples of one step."""
+        """Count the samples and tokens of one step."""
+        self.tokens += totals.tokens
         self.unreadable_samples += totals.unreadable
         self.replaced_samples += totals.replaced
         self.dropped_samples += totals.dropped

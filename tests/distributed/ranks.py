@@ -36,6 +36,7 @@ from emma_train.engine.protocol import Engine
 from emma_train.engine.timeouts import Timeouts
 from emma_train.engine.world import World, join
 from emma_train.model.autoencoder import Autoencoder
+from emma_train.model.parameter_groups import group_of
 from emma_train.objectives.loss import Counts, LossAccumulator, count, losses
 from emma_train.sequence import seeds
 from emma_train.sequence.layout import TextSegment
@@ -43,7 +44,6 @@ from emma_train.sequence.pack import PackedBatch, Sample, pack
 from emma_train.sequence.step_batches import StepBatches
 from emma_train.sequence.tasks import TASKS
 from emma_train.sequence.tokens import TextTokenizer
-from emma_train.stages.freeze import group_of
 from emma_train.stages.stage import stage_of
 from emma_train.storage.safetensors_io import Tensors
 from emma_train.training.build import TrainingParts, build, set_initial
@@ -345,7 +345,8 @@ def norm_over_meshes() -> tuple[float, float]:
             distribute_tensor(tensor, mesh, [*[Replicate()] * (mesh.ndim - 1), Shard(0)])
             for tensor, mesh in zip(tensors, meshes * 2, strict=True)
         ]
-        return global_norm(spread), float(torch.cat([t.flatten() for t in tensors]).double().norm())
+        named = {f"decoder.{number}": tensor for number, tensor in enumerate(spread)}
+        return global_norm(named), float(torch.cat([t.flatten() for t in tensors]).double().norm())
 
 
 def spread(recipe: Recipe) -> dict[str, float]:

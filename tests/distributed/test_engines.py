@@ -1,6 +1,7 @@
 """Changing the engine, the number of ranks or the accumulation changes the speed, not the training."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from PIL import Image
 from emma_train.stages.stage import STAGES
 from tests.distributed.engines import LOSSES, REFERENCE, WAYS, Distance, Way, distance, run, stage_recipe
 from tests.helpers import ASSETS
-from tests.runs import learnt
+from tests.runs import learnt, metrics
 
 STEPS, FEW = 20, 3
 ZERO = "engine.kind=deepspeed"
@@ -35,7 +36,21 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.name)
 def test_every_engine_trains_the_same(few: tuple[Path, Path], way: Way) -> None:
     recipe, reference = few
-    assert_close(distance(run(recipe, way, way.name), reference, FEW))
+    trained = run(recipe, way, way.name)
+    assert_close(distance(trained, reference, FEW))
+    for one, other in zip(metrics(trained), metrics(reference), strict=True):
+        assert 0 <= one["ranks/slowest"] < way.processes and "ranks/slowest" not in other
+        assert 0 < one["ranks/step_s_mean"] <= one["ranks/step_s_max"] <= one["step_s"]
+        assert one["ranks/slowest_memory_gib"] > 0
+        norms, expected = group_norms(one), group_norms(other)
+        assert norms.keys() == expected.keys() == set(STAGES["stage1"].trainable)
+        assert norms == pytest.approx(expected, rel=1e-4)
+        for line, by_group in ((one, norms), (other, expected)):
+            assert sum(norm**2 for norm in by_group.values()) ** 0.5 == pytest.approx(line["grad_norm"], rel=1e-5)
+
+
+def group_norms(line: dict[str, Any]) -> dict[str, float]:
+    return {key.removeprefix("grad_norm/"): line[key] for key in line if key.startswith("grad_norm/")}
 
 
 @pytest.mark.parametrize(

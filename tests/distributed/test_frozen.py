@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from emma_train.stages.freeze import group_of
+from emma_train.model.parameter_groups import group_of
 from emma_train.stages.stage import STAGES
 from tests.helpers import ASSETS, recipe_values, write_recipe
 from tests.runs import checkpoint, stored, train

@@ -31,7 +31,9 @@ def recorded_on_ranks(sp_size: int) -> tuple[dict[str, float], int]:
                 record_metric("last/sum", 7, "sum")
             record_metric("empty/mean", torch.zeros(0), "mean")
         dist.all_gather_object = counted
-        return reduce_metrics(recorded, share_packs(world, sp_size)), num_gathers
+        reduced, ranks = reduce_metrics(recorded, share_packs(world, sp_size), lambda: world.rank)
+        assert ranks == list(range(world.size))
+        return reduced, num_gathers
 
 
 @pytest.mark.parametrize(("size", "sp_size"), [(1, 1), (2, 1), (2, 2), (4, 2)])
@@ -57,7 +59,7 @@ def recorded_differently() -> str:
         with recording() as recorded:
             record_metric("m", 1.0, "sum" if world.is_main else "mean")
         try:
-            reduce_metrics(recorded, world)
+            reduce_metrics(recorded, world, lambda: None)
         except ValueError as error:
             return str(error)
         return ""

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from emma_train.model.initial import initial_value
-from emma_train.stages.freeze import group_of
+from emma_train.model.parameter_groups import group_of
 from tests.distributed.engines import REFERENCE, WAYS, Way, run, stage_recipe
 from tests.runs import checkpoint, differences, learnt, stored, train, train_until
 

@@ -181,10 +181,10 @@ def make_samples(recipe: Recipe, key: str, side: int, rng: np.random.Generator) 
 
     seen: list[Segment] = [text(4, 5), ImageSegment("a", ImageRole.UND), text(40, 80), text(48, 96, supervised=True)]
     made: list[Segment] = [text(96, 160), ImageSegment("a", ImageRole.TARGET)]
-    seeds = [int(seed) for seed in rng.integers(0, 2**40, 2)]
+    noise_seed, time_seed = (int(seed) for seed in rng.integers(0, 2**40, 2))
     return [
         Sample(f"u{key}", "i2t", seen, {"a": image(with_pixels=True)}),
-        Sample(f"g{key}", "t2i", made, {"a": image(with_pixels=False)}, *seeds),
+        Sample(f"g{key}", "t2i", made, {"a": image(with_pixels=False)}, noise_seed, time_seed),
     ]
 
 

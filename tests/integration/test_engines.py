@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from emma_train.stages.freeze import group_of
+from emma_train.model.parameter_groups import group_of
 from emma_train.stages.stage import STAGES
 from tests.distributed.spawn import run_command
 from tests.helpers import ROOT

@@ -9,7 +9,8 @@ import torch
 
 from emma_train.checkpoint import dcp
 from emma_train.checkpoint import folder as folders
-from emma_train.stages.stage import GROUPS, STAGES
+from emma_train.model.parameter_groups import GROUPS
+from emma_train.stages.stage import STAGES
 from tests.helpers import ASSETS
 from tests.integration.conftest import MakeRecipe
 from tests.runs import checkpoint, differences, learnt, metrics, stored, train, train_until

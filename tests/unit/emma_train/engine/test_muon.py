@@ -5,7 +5,7 @@ import torch
 
 from emma_train.config.schema import MuonConfig, OptimizerConfig
 from emma_train.engine.muon import assign_owners, newton_schulz, optimizer_lines, takes_muon, update_scale
-from emma_train.stages.freeze import group_of
+from emma_train.model.parameter_groups import group_of
 from tests.helpers import tiny_emma, tiny_model
 
 ADAMW_MATRICES = {

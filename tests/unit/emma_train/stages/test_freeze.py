@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from emma_train.model.emma import Emma
-from emma_train.stages.freeze import changed_parameters, fingerprints, freeze, group_of, is_trainable
-from emma_train.stages.stage import GROUPS, STAGES
+from emma_train.model.parameter_groups import GROUPS, group_of
+from emma_train.stages.freeze import changed_parameters, fingerprints, freeze, is_trainable
+from emma_train.stages.stage import STAGES
 from tests.helpers import tiny_emma, tiny_model
 
 

@@ -6,7 +6,8 @@ import pytest
 
 from emma_train.config.schema import InitConfig
 from emma_train.errors import UserError
-from emma_train.stages.stage import GROUPS, STAGES, check_order, departures, stage_of
+from emma_train.model.parameter_groups import GROUPS
+from emma_train.stages.stage import STAGES, check_order, departures, stage_of
 from tests.helpers import tiny_recipe
 
 # "All but DC-AE": the autoencoder is outside the model, the STEM expert and router do not exist before Stage 4.

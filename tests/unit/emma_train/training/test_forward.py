@@ -7,11 +7,12 @@ import torch
 from emma_train.config.schema import FlowConfig, LossConfig
 from emma_train.metrics import recording
 from emma_train.model.emma import training_experts
+from emma_train.model.parameter_groups import group_of
 from emma_train.objectives.flow import add_noise
 from emma_train.objectives.loss import LossAccumulator, count
 from emma_train.sequence.geometry import to_patches
 from emma_train.sequence.pack import Sample, pack
-from emma_train.stages.freeze import freeze, group_of
+from emma_train.stages.freeze import freeze
 from emma_train.stages.stage import STAGES
 from emma_train.training.forward import clean_latents, micro_loss
 from emma_train.training.metric_reduction import to_host

@@ -6,7 +6,8 @@ import torch
 from emma_train.config.schema import OptimizerConfig
 from emma_train.engine.adam_state import set_learning_rate
 from emma_train.engine.muon import takes_muon
-from emma_train.stages.freeze import freeze, group_of
+from emma_train.model.parameter_groups import group_of
+from emma_train.stages.freeze import freeze
 from emma_train.stages.stage import STAGES
 from emma_train.training.optimizer import make_optimizer
 from tests.helpers import tiny_emma, tiny_model

@@ -15,7 +15,7 @@ from emma_train.training.step_totals import StepTotals
 from emma_train.training.train_state import TrainState
 from tests.helpers import tiny_recipe
 
-WORLD = SimpleNamespace(gather=lambda value: [value], sp_size=1, device=torch.device("cpu"))
+WORLD = SimpleNamespace(rank=0, gather=lambda value: [value], sp_size=1, device=torch.device("cpu"))
 
 
 def line(recorded: Recorded) -> dict[str, Any]:
