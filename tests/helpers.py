@@ -244,21 +244,19 @@ def clone_sample(sample: Sample) -> Sample:
 
 def kept_bytes(model: torch.nn.Module, run: Callable[[], Any]) -> int:
     """Bytes that autograd keeps for backward while `run` calls the model, each storage once, without weights."""
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, tuple[int, Tensor]] = {}
+    # A storage is known by its object, because those of the meta device have no address.
+    weights = {p.untyped_storage()._cdata for p in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
 
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = (
-                storage.nbytes(),
-                tensor,
-            )  # keep the tensor alive: its address must not be reused
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage  # alive, so that no other takes its place
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         run()
-    return sum(size for size, _ in kept.values())
+    return sum(storage.nbytes() for storage in kept.values())
 
 
 class FakeAutoencoder:

@@ -31,6 +31,8 @@ def ways_to_fit(plan: Plan) -> list[str]:
 def _changes(plan: Plan) -> Iterator[tuple[str, Plan]]:
     """Changes to try, those that cost least first; of a series that is ordered by cost, the first that fits."""
     engine, cap = plan.recipe.engine, plan.recipe.data.pack_tokens
+    if not engine.compile and engine.sequence_parallel == 1:
+        yield "engine.compile=true", plan.with_changes({"compile": True})
     if not engine.reshard_after_forward:
         yield "engine.reshard_after_forward=true", plan.with_changes({"reshard_after_forward": True})
     yield from _first(

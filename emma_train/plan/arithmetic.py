@@ -18,6 +18,13 @@ from emma_train.flops.formulas import autoencoder_flops, newton_schulz_flops
 from emma_train.flops.work import Work, module_flops
 from emma_train.model.cross_entropy import ROWS
 from emma_train.model.emma import Emma
+from emma_train.plan.activations import (
+    decoder_layer_bytes,
+    encoder_layer_bytes,
+    keys_per_token,
+    uses_spans,
+    value_bytes,
+)
 from emma_train.plan.autoencoder import autoencoder_of
 from emma_train.plan.cards import CARDS, card_name, usable_bytes
 from emma_train.plan.parts import muon_matrices, parts_of, sizes_of
@@ -101,35 +108,24 @@ class Plan:
     def memory(self, load: StepLoad, world: int, tokens: float) -> Memory:
         """Bytes on one of `world` GPUs for a pack of `tokens` tokens with the mean composition of the phase.
 
-        plan/state.py has what the engine keeps. Activations are what autograd keeps with flash-like attention and
-        no padding, in bytes per layer and token:
-
-            decoder  trained             8H + 4bH + (4+b)(Q+K) + 4bQ + 4bM + s
-                     frozen, gradient    8H       +    4 (Q+K) + 4bQ + 3bM + s      s = 4 (2 + 2 heads + kv_heads)
-            encoder  trained             9bh + 2bm + 4 heads + 16;  0 for layers below all that trains
-
-        where b is the bytes of a value, H hidden, Q and K the widths of queries and keys, M the MLP (h, m: encoder).
-        Norms keep an fp32 copy; K and V are repeated to all query heads. Backward of one layer at a time needs as much
-        again as that layer keeps. A layer that engine.activation_checkpointing recomputes keeps its input, bH or bh,
-        and the rest only during its own backward. Logits exist for a few rows at a time, twice in fp32. The gradient of
-        the LM head, summed in fp32, is no larger than the root's "gradients on their way" later.
+        plan/state.py has what the engine keeps, plan/activations.py what autograd keeps of each layer; layers of the
+        encoder below all that trains keep nothing. Backward of one layer at a time needs as much again as that layer
+        keeps. A layer that engine.activation_checkpointing recomputes keeps its input, and the rest only during its
+        own backward. Logits exist for a few rows at a time, twice in fp32. The gradient of the LM head, summed in
+        fp32, is no larger than the root's "gradients on their way" later.
         """
-        recipe, trains = self.recipe, self.stage.trainable
-        v, d = recipe.model.vision, recipe.model.decoder
-        b = 2 if recipe.engine.precision == "bf16" else 4
+        recipe, v, d = self.recipe, self.recipe.model.vision, self.recipe.model.decoder
+        b, spans = value_bytes(recipe.engine), uses_spans(recipe)
         share, rank_tokens = tokens / load.tokens, tokens / recipe.engine.sequence_parallel
         patches = share * load.total(lambda s: s.seen) * v.shuffle**2
         supervised = share * load.total(lambda s: s.supervised)
         decodes, mode = self.stage.loss == "tokens", recipe.engine.activation_checkpointing
         recomputes = decodes and mode != "none"
-        query, key = d.heads * d.head_dim, d.kv_heads * d.head_dim
-        scalars = 4 * (2 + 2 * d.heads + d.kv_heads)
-        decoder_layer = 8 * d.hidden + 4 * (query + key) + 4 * b * query + 3 * b * d.intermediate_size + scalars
-        if "decoder" in trains:
-            decoder_layer += b * (4 * d.hidden + query + key + d.intermediate_size)
-        encoder_layer = 9 * b * v.hidden + 2 * b * v.intermediate_size + 4 * v.heads + 16
+        trains = "decoder" in self.stage.trainable
+        decoder_layer = decoder_layer_bytes(d, recipe.engine, trains, spans, keys_per_token(load))
+        encoder_layer = encoder_layer_bytes(v, recipe.engine, spans)
 
-        def stack(num_layers: int, layer_bytes: int, hidden: int) -> int:
+        def stack(num_layers: int, layer_bytes: float, hidden: int) -> float:
             num_inputs = len(checkpointed_layers(num_layers, mode))
             return (num_layers - num_inputs) * layer_bytes + num_inputs * b * hidden
 

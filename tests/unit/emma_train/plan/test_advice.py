@@ -6,6 +6,7 @@ from functools import cache
 from typing import Any
 
 import pytest
+import yaml
 
 from emma_train.errors import UserError
 from emma_train.plan import Plan
@@ -27,7 +28,7 @@ def full_size(stage: str) -> Plan:
 
 def applied(before: Plan, way: str) -> Plan:
     """The plan of a proposed change, from the text that a user reads."""
-    engine = {key: int(value) if value.isdigit() else value for key, value in re.findall(r"engine\.(\w+)=(\w+)", way)}
+    engine = {key: yaml.safe_load(value) for key, value in re.findall(r"engine\.(\w+)=(\w+)", way)}
     tokens = [int(value) for value in re.findall(r"data\.pack_tokens=(\d+)", way)]
     count = re.search(r"(\d+) (?:GPUs|x ([\w-]+))", way)
     assert engine or tokens or count, way
@@ -59,10 +60,18 @@ def test_a_changed_plan_is_the_plan_of_the_changed_recipe() -> None:
     assert full_size("stage2").recipe.engine.replicate == 1
 
 
-def test_layers_computed_again_are_the_first_remedy() -> None:
-    (problem,) = problems(plan(FULL / "stage1.yaml", gpus=8))
+def test_compiled_layers_are_the_first_remedy_and_layers_computed_again_the_next() -> None:
+    eager, compiled = (plan(FULL / "stage1.yaml", f"engine.compile={on}", gpus=8) for on in ("false", "true"))
+    (problem,) = problems(eager)
+    assert problem.split("what would fit: ")[1].split(", or ")[0] == "engine.compile=true"
+    (problem,) = problems(compiled.with_changes(pack_tokens=9216))
     first = problem.split("what would fit: ")[1].split(", or ")[0]
     assert re.fullmatch(r"engine\.activation_checkpointing=selective \(steps take \+\d+%\)", first)
+
+
+@pytest.mark.parametrize(("stage", "gpus", "replicas"), [("stage1", 8, 1), ("stage1", 64, 8), ("stage2", 64, 8)])
+def test_pretraining_fits_80_gb_as_shipped(stage: str, gpus: int, replicas: int) -> None:
+    assert problems(plan(FULL / f"{stage}.yaml", f"engine.replicate={replicas}", gpus=gpus)) == []
 
 
 def test_traffic_of_fsdp_in_closed_form() -> None:

@@ -1,23 +1,17 @@
 """The plan's numbers: parameters in closed form, memory against what autograd keeps, FLOPs against a packed batch."""
 
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 from emma_train.config.load import load_recipe
 from emma_train.config.schema import ImageConfig, Recipe, SourceConfig
-from emma_train.engine.activation_checkpointing import checkpoint_layers
 from emma_train.errors import UserError
 from emma_train.flops.work import module_flops, pack_work
-from emma_train.model import attention, vision
-from emma_train.model.decoder import Decoder
-from emma_train.model.vision import VisionEncoder
 from emma_train.plan import Machine, Plan, print_plan, problems
 from emma_train.plan.autoencoder import DC_AE_F32C32, DC_AE_PARAMETERS, autoencoder_of
 from emma_train.plan.cards import GIB
@@ -27,7 +21,6 @@ from emma_train.sequence.layout import ImageRole, ImageSegment, TextSegment
 from emma_train.sequence.pack import ImageTokens, Sample, pack
 from tests.distributed.ranks import command_memory
 from tests.distributed.spawn import run_ranks
-from tests.helpers import kept_bytes
 
 RECIPES = Path(__file__).parents[4] / "recipes"
 FULL, TINY = RECIPES / "emma-4b", RECIPES / "tiny"
@@ -100,51 +93,6 @@ def test_a_reference_of_1024_pixels_takes_a_fifth_of_the_tokens() -> None:
     assert 1 / 5.4 < emma / (vae + most) < 1 / 5.3
     sample = plan(FULL / "stage3.yaml").loads[0].means["it2i"]
     assert (sample.seen, sample.made) == (1024, 1024)
-
-
-@pytest.fixture
-def flash_like(monkeypatch: pytest.MonkeyPatch) -> None:
-    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        return F.scaled_dot_product_attention(q, k, v)
-
-    monkeypatch.setattr(attention, "scaled_dot_product", attend)
-    monkeypatch.setattr(vision, "scaled_dot_product", attend)
-
-
-@pytest.mark.parametrize("stage", ["stage0", "stage1"], ids=["frozen", "trained"])
-@pytest.mark.parametrize("precision", ["bf16", "fp32"])
-@pytest.mark.parametrize("mode", ["none", "selective", "full"])
-def test_decoder_activations_are_what_autograd_keeps(stage: str, precision: str, mode: str, flash_like: None) -> None:
-    planned, tokens = toy(stage, f"engine.precision={precision}", f"engine.activation_checkpointing={mode}"), 96
-    config, dtype = planned.recipe.model.decoder, torch.bfloat16 if precision == "bf16" else torch.float32
-    kept = []
-    for layers in (2, 4):
-        model = Decoder(replace(config, num_layers=layers, num_shared_layers=layers // 2)).to(dtype)
-        model.requires_grad_(stage == "stage1")
-        checkpoint_layers(model.layers, mode)
-        x = torch.randn(tokens, config.hidden, dtype=dtype, requires_grad=True)
-        mask = attention.MaskPlan(torch.ones(tokens, tokens, dtype=torch.bool))
-        kept.append(kept_bytes(model, lambda m=model, x=x, mask=mask: m(x, 40, torch.arange(tokens), mask)))
-    per_layer = (kept[1] - kept[0]) / 2
-    assert planned.memory(planned.loads[0], 1, tokens).kept["decoder's activations"] == config.num_layers * per_layer
-
-
-@pytest.mark.parametrize("mode", ["none", "selective", "full"])
-def test_encoder_activations_are_what_autograd_keeps(mode: str, flash_like: None) -> None:
-    planned = toy("stage1", "engine.precision=fp32", f"engine.activation_checkpointing={mode}")
-    grids = [(4, 4), (2, 4)]
-    config = planned.recipe.model.vision
-    kept = []
-    for layers in (2, 4):
-        model = VisionEncoder(replace(config, num_layers=layers))
-        checkpoint_layers(model.layers, mode)
-        patches = torch.randn(96, 768)
-        kept.append(kept_bytes(model, lambda m=model, x=patches: m(x, grids)))
-    per_layer_and_patch = (kept[1] - kept[0]) / 2 / 96
-    load = planned.loads[0]
-    seen = load.total(lambda s: s.seen) / load.tokens * 1000 * config.shuffle**2
-    predicted = planned.memory(load, 1, 1000).kept["encoder's activations"]
-    assert predicted == pytest.approx(config.num_layers * seen * per_layer_and_patch, rel=1e-12)
 
 
 def test_memory_of_a_toy_in_closed_form() -> None:
@@ -325,7 +273,7 @@ def test_a_plan_does_not_take_the_models_memory() -> None:
 def test_stages_at_1k_fit_64_h100_because_layers_are_computed_again(stage: str) -> None:
     peaks = {}
     for mode in ("none", "selective", "full"):
-        planned = plan(FULL / f"{stage}.yaml", f"engine.activation_checkpointing={mode}")
+        planned = plan(FULL / f"{stage}.yaml", f"engine.activation_checkpointing={mode}", "engine.compile=false")
         peaks[mode] = planned.peak(64, planned.recipe.data.pack_tokens) / GIB
         assert bool(problems(planned)) == (mode == "none")
     assert plan(FULL / f"{stage}.yaml").recipe.engine.activation_checkpointing == "selective"
@@ -365,13 +313,15 @@ def test_gpus_that_do_not_divide_the_slots_cannot_run(capsys: pytest.CaptureFixt
 
 
 def test_gpus_that_share_a_pack_hold_its_decoder_activations_together() -> None:
-    one, two = (plan(FULL / "stage1.yaml", f"engine.sequence_parallel={n}", gpus=64) for n in (1, 2))
+    one, two = (
+        plan(FULL / "stage1.yaml", "engine.compile=false", f"engine.sequence_parallel={n}", gpus=64) for n in (1, 2)
+    )
     load = one.loads[0]
     halved = two.memory(load, 64, 7000).kept
     for name, size in one.memory(load, 64, 7000).kept.items():
         assert halved[name] == size / (2 if name in ("decoder's activations", "one layer's backward") else 1), name
-    assert not problems(plan(FULL / "stage1.yaml", "engine.sequence_parallel=2", gpus=512))
-    (problem,) = problems(plan(FULL / "stage1.yaml", "engine.sequence_parallel=4", gpus=96))
+    assert not problems(plan(FULL / "stage1.yaml", "engine.compile=false", "engine.sequence_parallel=2", gpus=512))
+    (problem,) = problems(plan(FULL / "stage1.yaml", "engine.compile=false", "engine.sequence_parallel=4", gpus=96))
     assert problem == "96 GPUs cannot share data.slots=256 evenly, 4 to a pack; 64 or 128 can"
     (problem,) = problems(plan(FULL / "stage1.yaml", "engine.replicate=3", gpus=64))
     assert "64 GPUs cannot share data.slots=256 evenly, in 3 replicas" in problem
