@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from emma_train.commands import (
+    audit,
     config,
     doctor,
     evaluate,
@@ -32,6 +33,7 @@ COMMANDS = {
     "evaluate": evaluate,
     "report": report,
     "status": status,
+    "audit": audit,
     "config": config,
     "doctor": doctor,
     "launch": launch,

@@ -69,6 +69,7 @@ LEGAL: dict[str, dict[str, list[str]]] = {
     "emma-train evaluate": {"model": ["export"], "--device": ["cpu"], "--data": ["prompts"], "--limit": ["1"]},
     "emma-train report": {"run_folder": ["runs/micro"]},
     "emma-train status": {"run_folder": ["runs/micro"]},
+    "emma-train audit": {"run_folder": ["runs/micro"]},
     "emma-train config": {},
     "emma-train doctor": {},
     "emma-train launch": {"recipe": ["recipe.yaml"], "--dry-run": []},

@@ -1,6 +1,7 @@
 """Makes packed batches of one rank from the plan. The trainer's process plans; stateless workers read ahead."""
 
 import errno
+import itertools
 import logging
 import math
 import os
@@ -11,7 +12,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -65,6 +66,10 @@ class LoadedSlot:
     unreadable: list[UnreadableSample]
     replaced: int
     """Samples of the pack that are substitutes."""
+
+
+def _never(step: int) -> bool:
+    return False
 
 
 class Stream:
@@ -146,16 +151,21 @@ class Stream:
         names = {name.partition("[")[0] for name in self.recipe.resume.allow}
         return bool(names & {"data", "data.sources", "data.phases"})
 
-    def steps(self, first: int, last: int) -> Iterator[StepBatches]:
-        """Steps first to last, both included. If a step fails, it is yielded with its `failure` and is the last."""
+    def steps(self, first: int, last: int, is_skipped: Callable[[int], bool] = _never) -> Iterator[StepBatches]:
+        """Steps first to last, both included. A skipped step is planned and not read: it has no packs. If a step fails,
+        it is yielded with its `failure` and is the last."""
         plans: deque[StepPlan] = deque()
-        slots = self._load(self._planned_slots(first, last, plans))
+        slots = self._load(self._planned_slots(first, last, plans, is_skipped))
         for step in range(first, last + 1):
             started = time.perf_counter()
             loaded: list[LoadedSlot] = []
             failure: Exception | None = None
+            skipped = is_skipped(step)
             try:
-                loaded = [next(slots) for _ in range(self.recipe.data.slots // self.size)]
+                if skipped:
+                    plans.appendleft(self.planner.plan(step))
+                else:
+                    loaded = [next(slots) for _ in range(self.recipe.data.slots // self.size)]
             except Exception as error:  # all ranks have to know, or they would wait for this one
                 failure = as_run_error(error, step)
             plan = plans.popleft() if plans else None
@@ -173,14 +183,18 @@ class Stream:
                 replaced=sum(slot.replaced for slot in loaded),
                 epoch=plan.epoch if plan else 0.0,
                 failure=failure,
+                skipped=skipped,
             )
             if failure is not None:
                 slots.close()
                 return
 
-    def _planned_slots(self, first: int, last: int, plans: "deque[StepPlan]") -> Iterator[PlannedSlot]:
-        """This rank's slots of all steps. Plans each step when it is reached, and appends the plan to `plans`."""
-        for step in range(first, last + 1):
+    def _planned_slots(
+        self, first: int, last: int, plans: "deque[StepPlan]", is_skipped: Callable[[int], bool] = _never
+    ) -> Iterator[PlannedSlot]:
+        """This rank's slots of all steps but skipped ones. Plans each step when it is reached, and appends the plan to
+        `plans`."""
+        for step in itertools.filterfalse(is_skipped, range(first, last + 1)):
             plan = self.planner.plan(step)
             plans.append(replace(plan, candidates=[], slot_items=[]))  # what `steps` needs, without the arrays
             for number in range(self.rank, self.recipe.data.slots, self.size):

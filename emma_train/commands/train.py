@@ -76,6 +76,7 @@ def _train_stage(file: Path, recipe: "Recipe", world: "World", stop: "StopReques
     """Train one stage under the lock of its run folder, unless it is complete. Returns the exit code. `begun_unix`:
     when the process began with it."""
     from emma_train.checkpoint import folder as folders
+    from emma_train.training.rewind import REWIND, set_aside_rewound
     from emma_train.training.run_folder import RunFolder
     from emma_train.training.run_lock import RunLock
 
@@ -91,13 +92,17 @@ def _train_stage(file: Path, recipe: "Recipe", world: "World", stop: "StopReques
             locks.enter_context(RunLock(run_folder.path))
 
         world.on_main(lock)
-        return _train_locked(run_folder, file, recipe, world, stop, begun_unix)
+        while True:
+            world.on_main(lambda: set_aside_rewound(run_folder))
+            if (code := _train_locked(run_folder, file, recipe, world, stop, begun_unix)) != REWIND:
+                return code
+            begun_unix = time.time()
 
 
 def _train_locked(
     run_folder: "RunFolder", file: Path, recipe: "Recipe", world: "World", stop: "StopRequest", begun_unix: float
 ) -> int:
-    """Build the data stream, model, engine and loop of one stage, and train it. Returns the exit code."""
+    """Build the data stream, model, engine and loop of one stage, and train it. Returns the exit code, or REWIND."""
     from data_pipelines.loader.loader import Stream
     from emma_train.checkpoint import verify
     from emma_train.export.content import content_hashes

@@ -23,6 +23,7 @@ __all__ = [
     "FlowConfig",
     "GenerationConfig",
     "GuardConfig",
+    "HealthConfig",
     "ImageConfig",
     "InitConfig",
     "LossConfig",
@@ -39,6 +40,7 @@ __all__ = [
     "ScheduleConfig",
     "SourceConfig",
     "StageConfig",
+    "StepWindow",
     "TrackerConfig",
     "TrainConfig",
     "ValidateConfig",
@@ -226,6 +228,28 @@ class ValidateConfig:
 
 
 @dataclass
+class StepWindow:
+    first: int = setting(MISSING, more_than=0, at_most=10**9)
+    """First step of the window."""
+    last: int = setting(MISSING, more_than=0, at_most=10**9)
+    """Last step of the window."""
+
+
+@dataclass
+class HealthConfig:
+    skip_steps: list[StepWindow] = setting([])
+    """Windows of steps that are not trained, as in [{first: 120, last: 124}]: their data are not read, and weights,
+    averages and schedule stay as they are."""
+    spike: str = setting("warn", choices=("warn", "rewind"))
+    """What follows a loss far above the last 100 that were logged: a warning, or also a rewind: back to the newest
+    checkpoint before the spike, and on without the steps that led to it."""
+    skip_before: int = setting(1, at_least=0, at_most=10**6)
+    """A rewind skips the steps after the last logged one, up to the spike, and so many more before them."""
+    max_rewinds: int = setting(3, at_least=0, at_most=10**6)
+    """Most rewinds of a stage; later spikes are warnings."""
+
+
+@dataclass
 class EngineConfig:
     kind: str = setting("fsdp", choices=("fsdp", "deepspeed"))
     """Engine that shards the model: FSDP2 or DeepSpeed ZeRO."""
@@ -346,6 +370,8 @@ class Recipe:
     """Losses and answers on held-out data while a stage trains."""
     generation: GenerationConfig = section(GenerationConfig, resume="free")
     """How images are generated: samples of a run, and what its exports take where nothing else is said."""
+    health: HealthConfig = section(HealthConfig, resume="free")
+    """Steps that are skipped, and what follows a spike of the loss."""
     engine: EngineConfig = section(EngineConfig, resume="free")
     """Sharding, precision and memory."""
     attention: AttentionConfig = section(AttentionConfig, resume="free")

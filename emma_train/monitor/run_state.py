@@ -18,6 +18,8 @@ HEARTBEAT_S = 5.0
 """Seconds between the times at which the holder touches the lock."""
 STARTS_FILE = "starts.jsonl"
 """A line for each start: time_unix, step, world_size, host, job, commit."""
+DIGESTS_FILE = "digests.jsonl"
+"""A line for each step, and another one each time that it was computed again (training/step_digests.py)."""
 GONE_AFTER_S = 60.0
 """A holder that has not touched the lock for so long is gone; clocks of machines differ by less."""
 State = Literal["done", "running", "stopped", "crashed", "not started"]

@@ -17,8 +17,17 @@ class NoisedBatch:
     """[visual tokens, C] in stream order, target rows noised."""
     time: Tensor
     """[target tokens]."""
+    noise: Tensor
+    """[target tokens, C]."""
     velocity: Tensor
     """[target tokens, C]: what the model must predict."""
+
+    @property
+    def checksum(self) -> Tensor:
+        """Checksum of the bits of noise and time in their order: int64, 0-dim. Equal on all devices of one kind."""
+        drawn = torch.cat([self.time[:, None], self.noise], dim=1).float()
+        bits = drawn.view(torch.int32).flatten().long()
+        return (bits * (2 * torch.arange(len(bits), device=bits.device) + 1)).sum()
 
 
 def add_noise(batch: PackedBatch, latents: Tensor, config: FlowConfig) -> NoisedBatch:
@@ -29,7 +38,7 @@ def add_noise(batch: PackedBatch, latents: Tensor, config: FlowConfig) -> Noised
     time = draw_time(batch.time_seeds, config)[batch.target_of_token]
     noise = draw_noise(batch, clean.shape[-1])
     mixed = (1 - time[:, None]) * clean + time[:, None] * noise
-    return NoisedBatch(torch.cat([latents[: len(latents) - num_target], mixed]), time, noise - clean)
+    return NoisedBatch(torch.cat([latents[: len(latents) - num_target], mixed]), time, noise, noise - clean)
 
 
 def draw_time(seeds: Tensor, config: FlowConfig) -> Tensor:

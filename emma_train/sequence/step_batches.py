@@ -41,6 +41,8 @@ class StepBatches:
     """Planned samples of this rank that a substitute replaces because they could not be read."""
     epoch: float = 0.0
     """Epochs that the run has read of its most read pool of samples; in a phase's own sources."""
+    skipped: bool = False
+    """The step is not trained: it has no packs."""
     failure: Exception | None = field(default=None, compare=False)
     """Why this rank has no packs and cannot go on. The loop tells all ranks, so that they stop together."""
 

@@ -28,8 +28,10 @@ def micro_loss(
     flow: FlowConfig,
     stage: Stage,
     accumulator: LossAccumulator,
+    noise_checksums: list[Tensor] | None = None,
 ) -> Tensor:
-    """The micro-batch's share of the step's loss: a scalar to differentiate. `batch` is on the device."""
+    """The micro-batch's share of the step's loss: a scalar to differentiate. `batch` is on the device. The checksum of
+    the noise that it drew is appended to `noise_checksums`."""
     if stage.loss == "router":
         logits = model.route(batch)[: len(batch.stem)]  # type: ignore[operator]
         record_metric("vision/stem_share", model.vision.takes_stem(logits), "mean")  # type: ignore[operator, union-attr]
@@ -39,6 +41,8 @@ def micro_loss(
         # Router tuning has one task; which sample an image is of does not matter.
         return accumulator.add(losses, torch.zeros_like(batch.stem[known]), nothing, nothing.long())
     step = add_noise(batch, clean_latents(batch, autoencoder), flow)
+    if noise_checksums is not None:
+        noise_checksums.append(step.checksum)
     experts = None
     if stage.stem_expert:
         experts = training_experts(batch)

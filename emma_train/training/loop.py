@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from emma_train.checkpoint import dcp
 from emma_train.checkpoint import folder as folders
 from emma_train.checkpoint.saver import SaveFailed, Saver
@@ -20,6 +22,7 @@ from emma_train.config.schema import Recipe
 from emma_train.engine.compiled import uncompiled
 from emma_train.engine.timeouts import Timeouts
 from emma_train.engine.world import World
+from emma_train.errors import RunError
 from emma_train.export.content import content_hashes
 from emma_train.metrics import record_metric, recording
 from emma_train.model.autoencoder import Autoencoder
@@ -40,9 +43,12 @@ from emma_train.training.forward import micro_loss
 from emma_train.training.health import GarbageCollection
 from emma_train.training.preemption import EXIT_PREEMPTED, StopRequest
 from emma_train.training.resume_rule import check_resume, code_change
+from emma_train.training.rewind import REWIND, Rewinds, read_rewinds
 from emma_train.training.run_folder import RunFolder
 from emma_train.training.schedule import learning_rate
+from emma_train.training.skip_windows import after, is_inside, merged
 from emma_train.training.skipped_steps import SkippedSteps
+from emma_train.training.step_digests import StepDigests
 from emma_train.training.step_log import StepLog
 from emma_train.training.step_metrics import LOSS_SUM, StepMetrics
 from emma_train.training.step_totals import local_totals
@@ -58,7 +64,7 @@ log = logging.getLogger(__name__)
 class Batches(Protocol):
     """The stream of packed batches."""
 
-    def steps(self, first: int, last: int) -> Iterator[StepBatches]: ...
+    def steps(self, first: int, last: int, is_skipped: Callable[[int], bool]) -> Iterator[StepBatches]: ...
 
     def state(self, step: int) -> dict[str, Any]: ...
 
@@ -99,6 +105,7 @@ class Trainer:
         self._unreadable = UnreadableSamples(self.run, world, recipe.data)
         self._skipped = SkippedSteps(self.run, world.rank, recipe.train.max_skipped_steps)
         self._metrics = StepMetrics(recipe, stage, world)
+        self._digests = StepDigests(self.run, world)
         self._losses_since_save: list[dict[str, float]] = []
         self._validated: dict[str, float] = {}
         """Values of the validation after the last step; empty where it had none."""
@@ -126,13 +133,14 @@ class Trainer:
             log.warning("%s: %s", checkpoint, change)
 
     def train(self, stop: StopRequest, begun_unix: float | None = None) -> int:
-        """Run the remaining steps. Returns the exit code: 0, or 75 after a signal and a checkpoint. `begun_unix`: when
-        this start of the run began, for its ledger of time; None means now."""
+        """Run the remaining steps. Returns the exit code: 0, or 75 after a signal and a checkpoint; or REWIND.
+        `begun_unix`: when this start of the run began, for its ledger of time; None means now."""
         train, engine = self.recipe.train, self.recipe.engine
         if self.train_state.step >= train.steps:
             log.info("%s is complete at step %d", self.run.path, self.train_state.step)
             return 0
         stop.within_s = train.stop_within_s
+        self._find_skip_windows()
         step_log = None
         if self.world.is_main:
             self.run.forget_unreadable(after=self.train_state.step)
@@ -150,6 +158,8 @@ class Trainer:
         code = 1
         try:
             code = self._run_steps(stop, timeouts, garbage, profiler, ledger, step_log)
+            if code == REWIND and not self.saver.close(train.stop_within_s):
+                raise RunError(f"a save did not end within train.stop_within_s={train.stop_within_s}, so no rewind")
             return code
         except BaseException as error:
             if not self.saver.close(0 if isinstance(error, SaveFailed) else train.stop_within_s):
@@ -177,9 +187,11 @@ class Trainer:
     ) -> int:
         """The steps of this run with their metrics, checkpoints and sample images. Returns the exit code."""
         train = self.recipe.train
-        for data in self.stream.steps(self.train_state.step + 1, train.steps):
+        rewinds = Rewinds(self.run, self.world, self.recipe.health, self.train_state.step)
+        for data in self.stream.steps(self.train_state.step + 1, train.steps, self._is_skipped):
             started = time.perf_counter()
             profiler.before(data.step)
+            rewinds.note(data)
             is_last = data.step == train.steps
             validate_now = self._is_validation_due(data.step)
             log_now = data.step % train.log_every == 0 or data.step == 1 or is_last or validate_now
@@ -201,11 +213,9 @@ class Trainer:
                 with timeouts.relaxed(), ledger.measure("checkpoint"):
                     self.save(wait=is_last or stopping or give_up)
             self.train_state.seconds += time.perf_counter() - started + data.wait_s
-            samples: Path | None = None
             # Skip sample generation while shutting down.
-            if is_last or (train.sample_every and data.step % train.sample_every == 0 and not stopping):
-                with timeouts.relaxed(), ledger.measure("samples"):
-                    samples = self._generate(data.step)
+            are_due = is_last or (train.sample_every and data.step % train.sample_every == 0 and not stopping)
+            samples = self._generate(data.step, timeouts, ledger) if are_due else None
             if step_log:
                 if values is not None:
                     stall_s = self.saver.pop_stall_s()
@@ -214,11 +224,28 @@ class Trainer:
             ledger.after_step(data.step, is_logged=log_now)
             if give_up:
                 raise forgetting_error(self.world.rank, data.step, forgotten)
+            if values is not None and rewinds.after_logged(data.step, values):
+                return REWIND
             garbage.after(data.step)
             timeouts.use_step_timeout()
             if stopping:
                 return 0 if is_last else EXIT_PREEMPTED
         return 0
+
+    def _find_skip_windows(self) -> None:
+        """The steps that are not trained: of the recipe, of the checkpoint and of rewinds; those ahead of this run."""
+        state = self.train_state
+        windows = [[window.first, window.last] for window in self.recipe.health.skip_steps]
+        windows += self.world.on_main(lambda: read_rewinds(self.run))
+        for first, last in windows:
+            if first <= state.step and not is_inside(first, state.skip_windows):
+                log.warning(
+                    "steps %d to %d cannot be skipped: the checkpoint has trained them", first, min(last, state.step)
+                )
+        state.skip_windows = merged([*state.skip_windows, *after(state.step, windows)])
+
+    def _is_skipped(self, step: int) -> bool:
+        return is_inside(step, self.train_state.skip_windows)
 
     def _step(self, data: StepBatches, stop_requested: bool, log_now: bool) -> tuple[bool, dict[str, Any] | None]:
         """One optimizer step. Returns whether any rank was asked to stop, and the metrics where `log_now`."""
@@ -230,10 +257,16 @@ class Trainer:
         self.saver.apply_status([totals.saves_ended, totals.saves_failed])
         self.train_state.add(totals)
         self._unreadable.check(data, totals, self.train_state)
+        if data.skipped:
+            log.info("step %d: skipped", data.step)
+            self.train_state.untrained_steps += 1
+            self.train_state.step = data.step
+            self._digests.add(data, [])
+            return totals.stop_requested > 0, None
         with recording(log_now) as recorded:
             self._accumulate(data, Counts(totals.loss_tokens))
             # Skipped steps do not count for the schedule.
-            schedule_step = data.step - self.train_state.skipped_steps
+            schedule_step = data.step - self.train_state.skipped_steps - self.train_state.untrained_steps
             lr = learning_rate(schedule_step, self.recipe.optimizer.lr, self.recipe.train.steps, self.recipe.schedule)
             self.saver.wait_for_staging()
             grad_norm = self.engine.step(lr)
@@ -250,19 +283,22 @@ class Trainer:
         self._metrics.after_step()
         if not log_now:
             return totals.stop_requested > 0, None
-        return totals.stop_requested > 0, self._metrics.line(
-            data, totals, self.train_state, recorded, lr, grad_norm, started, waited_s
-        )
+        line = self._metrics.line(data, totals, self.train_state, recorded, lr, grad_norm, started, waited_s)
+        return totals.stop_requested > 0, line | self._digests.write()
 
     def _accumulate(self, data: StepBatches, counts: Counts) -> None:
         """Forward and backward of every micro-batch."""
         accumulator = LossAccumulator(self.recipe.loss, counts, self.world.device)
+        noise: list[Tensor] = []
         for index, host_batch in enumerate(data.packs):
             batch = host_batch.to(self.world.device)
-            loss = micro_loss(self.engine.model, self.autoencoder, batch, self.recipe.flow, self.stage, accumulator)
+            loss = micro_loss(
+                self.engine.model, self.autoencoder, batch, self.recipe.flow, self.stage, accumulator, noise
+            )
             self.engine.accumulate(loss, last=index == len(data.packs) - 1)
         for task, loss_sum in zip(TASKS, accumulator.sums, strict=True):
             record_metric(f"{LOSS_SUM}{task}", loss_sum, "sum")
+        self._digests.add(data, noise)
 
     def _is_validation_due(self, step: int) -> bool:
         """Whether there is a validation after `step`: the first, the last, and every validate.every-th."""
@@ -290,6 +326,7 @@ class Trainer:
 
     def save(self, wait: bool) -> None:
         """Start a checkpoint of the last finished step; where `wait`, return when it is written."""
+        self._digests.write()
         self.saver.start(self._state(), self._meta())
         if wait:
             self.saver.finish_last(lambda: self.saver.start(self._state(), self._meta()))
@@ -313,10 +350,10 @@ class Trainer:
             world_size=self.world.size,
         )
 
-    def _generate(self, step: int) -> Path | None:
+    def _generate(self, step: int, timeouts: Timeouts, ledger: TimeLedger) -> Path | None:
         """Sample images and answers with the averaged weights: their folder, where this rank writes them."""
         if self.generate_samples is None:
             return None
         self.saver.wait_for_staging()
-        with uncompiled(), averaged_weights(self.engine, self.parts.ema):
+        with timeouts.relaxed(), ledger.measure("samples"), uncompiled(), averaged_weights(self.engine, self.parts.ema):
             return self.generate_samples(step)

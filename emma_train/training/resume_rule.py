@@ -59,20 +59,25 @@ def contradictions(recipe: Recipe, stored: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _differences(recipe: Recipe, stored: Mapping[str, Any]) -> dict[str, str]:
-    """By key, both values of each fixed field that differs from a checkpoint's config.
+    """By key, both values of each fixed field that differs from a checkpoint's config."""
+    differing = fixed_differences(to_stored(recipe), stored, "checkpoint")
+    return {
+        key: f"{key} is {ours!r} in the recipe and {theirs!r} in the checkpoint"
+        for key, (ours, theirs) in differing.items()
+    }
+
+
+def fixed_differences(one: Mapping[str, Any], other: Mapping[str, Any], source: str) -> dict[str, tuple[Any, Any]]:
+    """By key, both values of each fixed field that differs between two stored configs; `source` names the second one.
 
     The entries of two lists are compared only if there are as many. Paths of sources are not compared: a moved folder
     is the same data, which the stream knows by its content.
     """
-    ours = _fixed_values(to_stored(recipe), Recipe)
-    theirs = _fixed_values(without_secrets(complete(stored, "checkpoint")), Recipe)
+    ours = _fixed_values(one, Recipe)
+    theirs = _fixed_values(without_secrets(complete(other, source)), Recipe)
     keys = [key for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key)]
     lists = tuple(f"{key}[" for key in keys if isinstance(ours.get(key), _ListLength))
-    return {
-        key: f"{key} is {ours.get(key)!r} in the recipe and {theirs.get(key)!r} in the checkpoint"
-        for key in keys
-        if not key.startswith(lists)
-    }
+    return {key: (ours.get(key), theirs.get(key)) for key in keys if not key.startswith(lists)}
 
 
 def _rate_change(recipe: Recipe, stored: Mapping[str, Any], step: int) -> str:

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from emma_train.config import config_hash, to_yaml
 from emma_train.config.schema import Recipe
 from emma_train.engine.world import World
 from emma_train.errors import RunError, UserError
-from emma_train.monitor.run_state import STARTS_FILE
+from emma_train.monitor.run_state import DIGESTS_FILE, STARTS_FILE
 from emma_train.sequence.step_batches import UnreadableSample
 from emma_train.storage.files import write_atomic
 from emma_train.storage.paths import parse_path, storage_of
@@ -31,6 +32,8 @@ class RunFolder:
         root = recipe.train.checkpoints
         self.checkpoints = parse_path(root) / recipe.run.name if root else self.path / "checkpoints"
         self.metrics = self.path / "metrics.jsonl"
+        self.rewinds = self.path / "rewinds.jsonl"
+        self.digests = self.path / DIGESTS_FILE
         self.summary = self.path / "summary.json"
         self.bad_samples = self.path / "bad_samples.jsonl"
         self.skipped_steps = self.path / "skipped_steps.jsonl"
@@ -110,6 +113,15 @@ class RunFolder:
             write_atomic(self.bad_samples, "".join(kept))
         except OSError as error:
             log.warning("%s: cannot be written (%s)", self.bad_samples, error.strerror)
+
+    def append_digests(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Add the digests of some steps to digests.jsonl; main rank only. Nothing is ever removed from it."""
+        try:
+            with open(self.digests, "a", encoding="utf-8") as file:
+                # The line feed comes first, so that a line that a crash cut off does not spoil the next one.
+                file.writelines("\n" + json.dumps(record) for record in records)
+        except OSError as error:
+            log.warning("%s: cannot be written (%s)", self.digests, error.strerror)
 
     def append_skipped(self, step: int, rank: int, norm: float, keys: list[str]) -> None:
         """Add a rank's samples of a step whose gradient was not finite to skipped_steps.jsonl."""

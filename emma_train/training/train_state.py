@@ -23,6 +23,10 @@ class TrainState:
     seconds: float = 0.0
     skipped_steps: int = 0
     """Steps whose gradient was not finite."""
+    untrained_steps: int = 0
+    """Steps in skip_windows that the run has passed."""
+    skip_windows: list[list[int]] = field(default_factory=list)
+    """[first, last] of steps that are not trained: those of health.skip_steps and of rewinds."""
     unreadable_samples: int = 0
     """Samples that could not be read, failed substitutes included."""
     replaced_samples: int = 0

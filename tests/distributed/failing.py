@@ -10,13 +10,20 @@ from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from data_pipelines import cli as data_cli
 from data_pipelines.loader import loader
 from data_pipelines.loader.reader import SampleReader
 from data_pipelines.loader.sample_builder import SampleBuilder
 from emma_train.cli import main
 from emma_train.engine.fsdp import FsdpEngine
+from emma_train.objectives import flow
+from emma_train.objectives.loss import LossAccumulator
+from emma_train.sequence.step_batches import StepBatches
 from emma_train.storage.local_storage import LocalStorage
+from emma_train.training import health
+from emma_train.training.loop import Trainer
 
 ERRORS = {
     "bug": TypeError("unforeseen"),
@@ -63,6 +70,32 @@ def diverging_command(argv: list[str], after: int) -> int:
         return step(self, lr) if num_steps <= after else math.nan
 
     FsdpEngine.step = diverging  # type: ignore[method-assign]
+    return main(argv)
+
+
+def other_noise_command(argv: list[str]) -> int:
+    """A command whose last rank draws its noise from torch's generator."""
+    if int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1:
+        drawn = flow.draw_noise
+        flow.draw_noise = lambda batch, channels: torch.randn_like(drawn(batch, channels))
+    return main(argv)
+
+
+def spiking_command(argv: list[str], steps: list[int]) -> int:
+    """A command in whose `steps` every loss is 30 times as large; spikes are looked for from the sixth loss on."""
+    take, add, factor = Trainer._step, LossAccumulator.add, 1.0
+
+    def spiking_step(self: Trainer, data: StepBatches, *rest: Any) -> Any:
+        nonlocal factor
+        factor = 30.0 if data.step in steps else 1.0
+        return take(self, data, *rest)
+
+    def spiking_add(self: LossAccumulator, text: torch.Tensor, text_task: Any, flow: torch.Tensor, task: Any) -> Any:
+        return add(self, text * factor, text_task, flow * factor, task)
+
+    health.MIN_HISTORY = 5
+    Trainer._step = spiking_step  # type: ignore[method-assign]
+    LossAccumulator.add = spiking_add  # type: ignore[method-assign]
     return main(argv)
 
 

@@ -193,6 +193,8 @@ def test_the_hash_changes_with_any_value() -> None:
                 other = [3, 4]
             if name == "data.phases":
                 other = [{"name": "p", "steps": 1}]
+            if name == "health.skip_steps":
+                other = [{"first": 1, "last": 2}]
             if name in ("data.sources", "validate.sources", "validate.questions"):
                 other = [{"path": "elsewhere"}]
         *sections, leaf = name.split(".")

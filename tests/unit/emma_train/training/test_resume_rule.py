@@ -24,6 +24,7 @@ FREE_OF_E0297DE = (
     "resume.",
     "generation.",
     "validate.",
+    "health.",
     "profile.",
     "data.tokenizer",
     "model.autoencoder.path",

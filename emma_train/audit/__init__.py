@@ -1,0 +1,1 @@
+"""Whether two runs computed the same: read from their folders alone."""
