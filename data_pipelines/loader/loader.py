@@ -15,11 +15,13 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from data_pipelines.loader.current_reads import REPORT_SIGNAL, CurrentReads, WorkerReports
 from data_pipelines.loader.pack_buffer import PackBuffer
 from data_pipelines.loader.reader import SampleReader
 from data_pipelines.loader.sample_builder import SampleError
@@ -95,6 +97,11 @@ class Stream:
         vision = recipe.model.vision
         reader = SampleReader(recipe.data, tokenizer, vision.patch, vision.shuffle, autoencoder_fingerprint)
         self.dataset = SlotDataset(self.planner, reader)
+        self._reports = WorkerReports()
+
+    def describe(self) -> list[str]:
+        """What the loader of this rank is doing, for the report of a run that hangs. Safe to call in any thread."""
+        return [*self.dataset.reading.lines(), *self._reports.collect()]
 
     def state(self, step: int) -> dict[str, Any]:
         """What a checkpoint stores to continue after `step` steps, on any number of ranks and workers."""
@@ -212,7 +219,7 @@ class Stream:
             prefetch_factor=data.prefetch,
             pin_memory=self.pin,
             multiprocessing_context="fork",
-            worker_init_fn=_start_worker,
+            worker_init_fn=partial(_start_worker, reports=self._reports, reading=self.dataset.reading),
             timeout=self.recipe.engine.step_timeout_s,
         )
         return _unpack_results(loader)
@@ -266,6 +273,7 @@ class SlotDataset(Dataset["PackBuffer | UserError | RunError"]):
         """The planner is only used for substitutes."""
         self.planner = planner
         self.reader = reader
+        self.reading = CurrentReads()
 
     def __getitem__(self, planned: PlannedSlot) -> "PackBuffer | UserError | RunError":
         # Errors are returned: torch would replace an error that a worker raises by one with the worker's traceback.
@@ -326,6 +334,7 @@ class SlotDataset(Dataset["PackBuffer | UserError | RunError"]):
         for attempt in range(MAX_SUBSTITUTES + 1):
             if attempted is None:
                 break
+            self.reading.start(attempted)
             try:
                 sample = self.reader.read(attempted, use_cached)
             except SampleError as error:
@@ -336,6 +345,8 @@ class SlotDataset(Dataset["PackBuffer | UserError | RunError"]):
                     raise RunError(f"{error}; nor could {planned.key} be read before it. Is the store up?") from None
                 attempted = self.planner.substitute(planned, attempt)
                 continue
+            finally:
+                self.reading.end()
             sample = replace(sample, source=self.planner.source_name(attempted))
             return sample, [replace(failed, replaced_by=attempted.key) for failed in unreadable]
         return None, unreadable
@@ -357,20 +368,25 @@ class _IteratorSampler(Sampler[PlannedSlot]):
         return self.slots
 
 
-def _start_worker(number: int) -> None:
-    """Make a worker ignore stop signals unless the trainer sends them.
+def _start_worker(number: int, reports: WorkerReports, reading: CurrentReads) -> None:
+    """Make a worker ignore stop signals unless the trainer sends them, and say where it is when it is asked.
 
     A scheduler signals all processes of a job at once, but the trainer needs its workers until it has stopped.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    signals = (*STOP_SIGNALS, REPORT_SIGNAL)
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     trainer = os.getppid()
 
     def watch() -> None:
-        while signal.sigwaitinfo(STOP_SIGNALS).si_pid != trainer:
-            pass
-        os._exit(0)
+        while True:
+            received = signal.sigwaitinfo(signals)
+            if received.si_pid == trainer and received.si_signo != REPORT_SIGNAL:
+                os._exit(0)
+            if received.si_signo == REPORT_SIGNAL:
+                reports.write(number, reading)
 
     threading.Thread(target=watch, name="stop-signals", daemon=True).start()
+    reports.register()
 
 
 def _unpack_results(results: Iterable[PackBuffer | UserError | RunError]) -> Generator[LoadedSlot]:

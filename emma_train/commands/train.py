@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from data_pipelines.loader.loader import Stream
     from emma_train.config.schema import Recipe
     from emma_train.engine.world import World
     from emma_train.generate.generator import Generator
@@ -139,21 +140,22 @@ def _train_locked(
     if checkpoint is not None:
         trainer.resume(checkpoint)
     world.on_main(lambda: run_folder.prepare(recipe, world, trainer.train_state.step))
-    code = _train_steps(trainer, world, stop, begun_unix)
+    code = _train_steps(trainer, stream, world, stop, begun_unix)
     parts.engine.close()
     if world.is_main and code == 0:
         _try_report(run_folder.path)
     return code
 
 
-def _train_steps(trainer: "Trainer", world: "World", stop: "StopRequest", begun_unix: float) -> int:
+def _train_steps(trainer: "Trainer", stream: "Stream", world: "World", stop: "StopRequest", begun_unix: float) -> int:
     """Run the steps while heartbeats tell the other ranks that this one lives. Returns the exit code."""
     from data_pipelines.loader.loader import dead_worker
     from emma_train.engine.heartbeat import Heartbeat
+    from emma_train.engine.stall_watch import StallWatch
 
     try:
-        with Heartbeat(world):
-            return trainer.train(stop, begun_unix)
+        with Heartbeat(world), StallWatch(world, trainer.run.path / "logs", stream.describe) as watch:
+            return trainer.train(stop, watch, begun_unix)
     except (RuntimeError, ConnectionError) as error:  # torch raises it wherever the trainer is when a worker dies
         if (failure := dead_worker(error)) is None:
             raise

@@ -284,8 +284,8 @@ class EngineConfig:
     """Longest wait in seconds for other ranks until the first step is done, and while checkpoints and samples are
     written."""
     step_timeout_s: int = setting(600, more_than=0, at_most=604800)
-    """Longest wait in seconds for other ranks from step to step; a rank whose step takes longer also writes its stack
-    to stderr."""
+    """Longest wait in seconds for other ranks from step to step. Shortly before, the log says where each rank is
+    (logs/hang-...)."""
     debug_lockstep: bool = setting(False)
     """Compare before every module that all ranks run the same one, and stop where they differ; slow."""
 

@@ -7,23 +7,29 @@ from contextlib import contextmanager
 
 import torch.distributed as dist
 
+from emma_train.engine.stall_watch import StallWatch
 from emma_train.engine.torch_private import set_group_timeout
 from emma_train.engine.world import World
 
 
 class Timeouts:
-    """Timeouts of the collectives of training. A rank whose step takes longer writes its stack to stderr, so that the
-    logs of a hang show where every rank was."""
+    """Timeouts of the collectives of training. A rank whose step takes longer writes its stack to stderr, which needs
+    no Python; shortly before that, `watch` reports where all ranks are."""
 
-    def __init__(self, world: World, groups: Sequence[dist.ProcessGroup], long_s: int, step_s: int) -> None:
+    def __init__(
+        self, world: World, groups: Sequence[dist.ProcessGroup], long_s: int, step_s: int, watch: StallWatch
+    ) -> None:
         """`groups`: process groups of the engine, without the default group; their timeout is `long_s` at first."""
+        self._watch = watch
         self._groups = [None, world.host_group, *groups]
         self._long_s = long_s
         self._step_s = step_s
         self._current_s = long_s
+        watch.expect(long_s)
 
-    def use_step_timeout(self) -> None:
-        """Use the step timeout from here on."""
+    def use_step_timeout(self, done: int) -> None:
+        """Use the step timeout from here on; `done`: the step that has ended."""
+        self._watch.done = done
         self._set(self._step_s)
 
     @contextmanager
@@ -37,9 +43,11 @@ class Timeouts:
     def restore(self) -> None:
         """Use the long timeout again, and write no more stacks."""
         self._set(self._long_s)
+        self._watch.rest()
         faulthandler.cancel_dump_traceback_later()
 
     def _set(self, seconds: int) -> None:
+        self._watch.expect(seconds)
         if _stderr_is_file():
             faulthandler.dump_traceback_later(seconds, exit=False)
         if seconds != self._current_s:

@@ -20,6 +20,7 @@ from emma_train.checkpoint.saver import SaveFailed, Saver
 from emma_train.checkpoint.state import CheckpointState, checkpoint_state
 from emma_train.config.schema import Recipe
 from emma_train.engine.compiled import uncompiled
+from emma_train.engine.stall_watch import StallWatch
 from emma_train.engine.timeouts import Timeouts
 from emma_train.engine.world import World
 from emma_train.errors import RunError
@@ -132,7 +133,7 @@ class Trainer:
         if change := code_change(meta, commit()):
             log.warning("%s: %s", checkpoint, change)
 
-    def train(self, stop: StopRequest, begun_unix: float | None = None) -> int:
+    def train(self, stop: StopRequest, watch: StallWatch, begun_unix: float | None = None) -> int:
         """Run the remaining steps. Returns the exit code: 0, or 75 after a signal and a checkpoint; or REWIND.
         `begun_unix`: when this start of the run began, for its ledger of time; None means now."""
         train, engine = self.recipe.train, self.recipe.engine
@@ -154,7 +155,7 @@ class Trainer:
         profiler = StepProfiler(
             self.recipe.profile.steps if self.world.is_main else [], self.run.path, self.world.device
         )
-        timeouts = Timeouts(self.world, self.engine.groups, engine.timeout_s, engine.step_timeout_s)
+        timeouts = Timeouts(self.world, self.engine.groups, engine.timeout_s, engine.step_timeout_s, watch)
         code = 1
         try:
             code = self._run_steps(stop, timeouts, garbage, profiler, ledger, step_log)
@@ -227,7 +228,7 @@ class Trainer:
             if values is not None and rewinds.after_logged(data.step, values):
                 return REWIND
             garbage.after(data.step)
-            timeouts.use_step_timeout()
+            timeouts.use_step_timeout(data.step)
             if stopping:
                 return 0 if is_last else EXIT_PREEMPTED
         return 0

@@ -44,13 +44,15 @@ from data_pipelines.shards.write import ShardWriter, webp  # noqa: E402
 from tests.public_formats import HUB_IMAGE, hub_image, jpeg, write_table, write_tar  # noqa: E402
 
 ROWS_PER_FILE = 1_250_000
-PEAK = """
-import resource, sys
+PEAK = r"""
+import re, sys
+from pathlib import Path
 from data_pipelines.cli import main
 code = main(sys.argv[1:])
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+print(int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) / 1024)
 sys.exit(code)
 """
+"""A child's ru_maxrss begins with what its parent used, before exec."""
 OPERATORS = ("size", "language", "phash", "stem", "quality")
 TOKENIZER = ROOT / "recipes" / "tiny" / "assets" / "tokenizer"
 GREY = webp(Image.new("RGB", (32, 32), "grey"), 80)

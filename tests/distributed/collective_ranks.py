@@ -6,13 +6,17 @@ import logging
 import os
 import signal
 import time
+from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from emma_train.config.schema import Recipe
 from emma_train.engine.heartbeat import Heartbeat
+from emma_train.engine.stall_watch import StallWatch
+from emma_train.engine.timeouts import Timeouts
 from emma_train.engine.world import join
 from emma_train.stages.stage import stage_of
 from emma_train.training.build import build, set_initial
@@ -73,3 +77,44 @@ def wait_forever(victim: int, how: str) -> None:
                 ctypes.CDLL(None).pause()
         if how == "left":
             world.sum([0.0])
+
+
+def stall(victim: int, how: str, logs: Path) -> None:
+    """Ranks that sum; the victim comes late, is stopped or is at a line of its own for good."""
+    logging.basicConfig(format="%(message)s", force=True)
+    with join("cpu", 9) as world, StallWatch(world, logs, poll_s=0.2, answer_s=3) as watch:
+        world.sum([0.0])
+        watch.done = 7
+        watch.expect(2.5)
+        if world.rank == victim:
+            if how == "stopped":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            if how == "busy":
+                time.sleep(6)
+            if how == "late":
+                time.sleep(1)
+        world.sum([1.0])
+        watch.expect(2.5)
+        time.sleep(1)  # no second report
+
+
+def timeouts_in_turn() -> list[float]:
+    """Timeouts of both groups in seconds: at first, after a step, inside `relaxed`, after it, and at the end."""
+    with join("cpu", 50) as world:
+        seconds: list[float] = []
+
+        def note() -> None:
+            group = dist.distributed_c10d._get_default_group()
+            for each in (group, world.host_group):
+                seconds.append(each._get_backend(torch.device("cpu")).options._timeout.total_seconds())
+
+        timeouts = Timeouts(world, [], long_s=50, step_s=5, watch=StallWatch(world, Path("unused")))
+        note()
+        timeouts.use_step_timeout(1)
+        note()
+        with timeouts.relaxed():
+            note()
+        note()
+        timeouts.restore()
+        note()
+        return seconds

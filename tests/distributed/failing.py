@@ -5,12 +5,15 @@ import errno
 import math
 import os
 import resource
+import signal
 import subprocess
+import time
 from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import get_worker_info
 
 from data_pipelines import cli as data_cli
 from data_pipelines.loader import loader
@@ -58,6 +61,24 @@ def _raise(kind: str) -> Any:
         raise ERRORS[kind]
 
     return fail
+
+
+def hanging_command(argv: list[str], victim: int, how: str, number: int) -> int:
+    """A command on whose rank `victim` the first loader worker is stopped at its read `number`, or never ends it."""
+    if int(os.environ.get("RANK", 0)) == victim:
+        read, num_reads = SampleReader.read, 0
+
+        def hang(self: SampleReader, *arguments: Any) -> Any:
+            nonlocal num_reads
+            num_reads += (worker := get_worker_info()) is None or worker.id == 0
+            if num_reads == number and how == "stopped":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            if num_reads == number:
+                time.sleep(60)
+            return read(self, *arguments)
+
+        SampleReader.read = hang  # type: ignore[method-assign]
+    return main(argv)
 
 
 def diverging_command(argv: list[str], after: int) -> int:

@@ -33,7 +33,6 @@ from emma_train.engine.flat_shard import local, local_chunks
 from emma_train.engine.grad_norm import global_norm
 from emma_train.engine.lockstep import OutOfStep
 from emma_train.engine.protocol import Engine
-from emma_train.engine.timeouts import Timeouts
 from emma_train.engine.world import World, join
 from emma_train.model.autoencoder import Autoencoder
 from emma_train.model.parameter_groups import group_of
@@ -426,25 +425,3 @@ def out_of_step(recipe: Recipe, victim: int) -> str:
         except OutOfStep as error:
             return str(error)
         return ""
-
-
-def timeouts_in_turn() -> list[float]:
-    """Timeouts of both groups in seconds: at first, after a step, inside `relaxed`, after it, and at the end."""
-    with join("cpu", 50) as world:
-        seconds: list[float] = []
-
-        def note() -> None:
-            group = dist.distributed_c10d._get_default_group()
-            for each in (group, world.host_group):
-                seconds.append(each._get_backend(torch.device("cpu")).options._timeout.total_seconds())
-
-        timeouts = Timeouts(world, [], long_s=50, step_s=5)
-        note()
-        timeouts.use_step_timeout()
-        note()
-        with timeouts.relaxed():
-            note()
-        note()
-        timeouts.restore()
-        note()
-        return seconds

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from emma_train.engine.rank_failure import describe_failure
-from tests.distributed.ranks import end_in_step, out_of_step, timeouts_in_turn
+from tests.distributed.collective_ranks import timeouts_in_turn
+from tests.distributed.ranks import end_in_step, out_of_step
 from tests.distributed.spawn import run_ranks
 from tests.helpers import recipe_values, tiny_recipe, write_recipe
 

@@ -16,7 +16,7 @@ from tests.runs import checkpoint, differences, learnt, metrics, stored, train, 
 from tests.shards import every_task, write_shards
 
 STEPS = 4
-_, _, HSDP, _, ZERO_2, ZERO_3, TWO_A_PACK = WAYS
+_, _, HSDP, ZERO_1, ZERO_2, ZERO_3, TWO_A_PACK = WAYS
 HELD_OUT = str(ASSETS / "emoji" / "heldout_drawings")
 VALIDATE: dict[str, Any] = {
     "every": 1,
@@ -43,7 +43,11 @@ def validated(run: Path) -> list[dict[str, float]]:
 
 @pytest.mark.parametrize(
     "way",
-    [Way("FSDP", 1), Way("FSDP, 2", 2), *(pytest.param(way, marks=pytest.mark.slow) for way in (HSDP, ZERO_2, ZERO_3))],
+    [
+        Way("FSDP", 1),
+        Way("FSDP, 2", 2),
+        *(pytest.param(way, marks=pytest.mark.slow) for way in (HSDP, ZERO_1, ZERO_2, ZERO_3, TWO_A_PACK)),
+    ],
     ids=lambda way: way.name,
 )
 def test_validation_changes_no_bit_of_training(recipe: Path, way: Way) -> None:
@@ -177,3 +181,13 @@ def test_stages_that_only_understand_are_validated_too(make_recipe: MakeRecipe, 
     keys = {"val/loss", "val/loss/i2t"}
     keys |= {"val/answers", "val/forgotten"} if stage != "stage4_router" else set()
     assert [set(line) for line in validated(tmp_path / stage)] == [keys, keys]
+
+
+@pytest.mark.slow
+def test_the_guard_is_silent_over_200_clean_steps(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    validate = {**VALIDATE, "every": 20, "num_samples": 48, "num_questions": 64}
+    recipe = make_recipe(tmp_path, mix={"i2t": 1, "t2i": 1}, train={"steps": 200, "save_every": 200}, validate=validate)
+    train(recipe, timeout_s=280)
+    clean = validated(tmp_path / "stage1")
+    assert len(clean) == 11 and all(line["val/forgotten"] == 0 for line in clean)
+    assert clean[-1]["val/loss/i2t"] < 0.8 * clean[0]["val/loss/i2t"]

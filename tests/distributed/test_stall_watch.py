@@ -1,0 +1,47 @@
+"""A step that takes too long: every rank says where it is, and the one that keeps the others waiting is named."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.collective_ranks import stall
+from tests.distributed.spawn import run_ranks
+
+
+def report(logs: Path) -> str:
+    (path,) = logs.iterdir()
+    assert path.name.startswith("hang-after-7-")
+    return path.read_text()
+
+
+def test_the_rank_that_keeps_the_others_waiting_is_named(tmp_path: Path) -> None:
+    outcomes = run_ranks(3, stall, 1, "busy", tmp_path)
+    title, busy, waiting, *rest = report(tmp_path).splitlines()
+    assert title.startswith("no progress after step 7 for ")
+    assert 2 <= int(title.split()[-2]) <= 4
+    assert busy.startswith("rank 1: ")
+    assert "waits" not in busy
+    assert waiting.startswith("ranks 0, 2: waits in all-reduce, emma_train/engine/world.py:")
+    assert [line for line in rest if line.startswith("rank ")] == ["rank 0 of 3", "rank 1 of 3", "rank 2 of 3"]
+    assert "time.sleep(6)" in report(tmp_path)
+    said = [line for outcome in outcomes for line in outcome.err.splitlines() if "no progress" in line]
+    assert len(said) == 1
+    assert f"{title}: {busy}; {waiting} (" in said[0]
+
+
+def test_a_rank_that_is_stopped_gives_no_answer(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError):  # the sum ends in an error, and the stopped rank is killed
+        run_ranks(3, stall, 2, "stopped", tmp_path, timeout_s=60)
+    lines = report(tmp_path).splitlines()
+    assert lines[1] == "rank 2: does not answer: stopped, dead or cut off"
+    assert lines[2].startswith("ranks 0, 1: waits in all-reduce")
+
+
+def test_a_step_in_time_is_not_reported(tmp_path: Path) -> None:
+    run_ranks(3, stall, 0, "late", tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_rank_alone_reports_itself(tmp_path: Path) -> None:
+    run_ranks(1, stall, 0, "busy", tmp_path)
+    assert report(tmp_path).splitlines()[1].startswith("rank 0: ")
