@@ -65,7 +65,7 @@ def describe_process() -> str:
     """The line of the thread that waits in a collective, else of the main thread. Backward passes on a GPU run in
     threads of their own."""
     frames = sys._current_frames()
-    main = threading.main_thread().ident
+    main = threading.main_thread().ident or 0
     lines = {ident: describe_thread(frame) for ident, frame in frames.items()}
     waiting = [line for ident, line in lines.items() if ident != main and line.startswith("waits in")]
     if main in lines and not lines[main].startswith("waits") and waiting:
