@@ -29,6 +29,8 @@ def check_recipe(recipe: Recipe, source: str) -> None:
     for window in recipe.health.skip_steps:
         if window.last < window.first:
             raise UserError(f"{source}: health.skip_steps has a window from {window.first} to {window.last}; swap them")
+    if recipe.health.replay and recipe.engine.kind != "fsdp":
+        raise UserError(f"{source}: health.replay needs engine.kind=fsdp, not {recipe.engine.kind}")
     traced = recipe.profile.steps
     if traced and (len(traced) != 2 or traced[0] > traced[1]):
         raise UserError(f"{source}: profile.steps is {traced}; it must be the first and the last step, as in [10, 13]")

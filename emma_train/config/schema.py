@@ -246,7 +246,10 @@ class HealthConfig:
     skip_before: int = setting(1, at_least=0, at_most=10**6)
     """A rewind skips the steps after the last logged one, up to the spike, and so many more before them."""
     max_rewinds: int = setting(3, at_least=0, at_most=10**6)
-    """Most rewinds of a stage; later spikes are warnings."""
+    """Most rewinds of a stage; later spikes are warnings. The same number of mismatches of replays ends the run."""
+    replay: int = setting(0, at_least=0, at_most=10**9)
+    """Steps between replays, in which every rank computes one micro-step twice and compares loss and gradients bit by
+    bit, to find hardware that computes wrongly; 0 makes none. Needs fsdp, and kernels that repeat their bits."""
 
 
 @dataclass

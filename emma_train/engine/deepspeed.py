@@ -6,7 +6,7 @@ host memory, divided among the ranks.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from math import inf
 from typing import Any, cast
 
@@ -79,6 +79,9 @@ class DeepSpeedEngine:
         # ZeRO averages over ranks, but the loss is divided by the token counts of the full step already. Ranks that
         # share a pack all have its full loss.
         self._deepspeed.backward(loss * self._world.dp_size, scale_wrt_gas=False)
+
+    def gradient_checksums(self, compute_loss: Callable[[], Tensor]) -> dict[str, int]:
+        raise UserError("health.replay needs engine.kind=fsdp: DeepSpeed cannot drop the gradients of one micro-step")
 
     def step(self, lr: float) -> float:
         set_learning_rate(self._optimizer, lr)

@@ -1,6 +1,7 @@
 """FSDP2 and HSDP on gloo/CPU and NCCL/CUDA: fp32 master weights and reduction, bf16 or fp32 compute."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from math import isfinite
 from typing import Any, cast
 
@@ -66,6 +67,31 @@ class FsdpEngine:
         self.model.set_is_last_backward(last)
         (loss / self._sp_size).backward()  # every rank that shares a pack has the loss of the full pack
 
+    def gradient_checksums(self, compute_loss: Callable[[], Tensor]) -> dict[str, int]:
+        sums: dict[str, Tensor] = {}
+
+        def note(name: str, gradient: Tensor) -> None:
+            sums[name] = sums.get(name, 0) + _checksum(gradient)
+
+        hooks = []
+        for unit in self._trained:
+            # The gathered parameters, whose gradients are those of this rank alone; FSDP keeps these tensors.
+            unit.unshard()
+            hooks += [
+                parameter.register_hook(partial(note, name))
+                for name, parameter in self.model.named_parameters()
+                if parameter.requires_grad and not isinstance(parameter, DTensor)
+            ]
+            unit.reshard()
+        loss = compute_loss()
+        sums["loss"] = _checksum(loss.detach())
+        self.accumulate(loss, last=True)
+        for hook in hooks:
+            hook.remove()
+        for name in self._shards:
+            self.weights[name].grad = None
+        return {name: int(value) for name, value in sums.items()}
+
     def step(self, lr: float) -> float:
         gradients = {name: cast(DTensor, g) for name in self._shards if (g := self.weights[name].grad) is not None}
         norm = global_norm(gradients, self._sp_size)
@@ -98,6 +124,11 @@ class FsdpEngine:
 
     def close(self) -> None:
         pass  # nothing outlives the engine: the garbage collector frees it all
+
+
+def _checksum(values: Tensor) -> Tensor:
+    """Sum of the bits of values as integers: int64, 0-dim. One that flips changes it."""
+    return values.contiguous().view(torch.int32 if values.element_size() == 4 else torch.int16).sum(dtype=torch.int64)
 
 
 def shard(model: Emma, config: EngineConfig, world: World) -> None:

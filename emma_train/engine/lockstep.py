@@ -63,6 +63,9 @@ class WatchedEngine:
         self._lock_step.check("the optimizer step")
         return self._engine.step(lr)
 
+    def gradient_checksums(self, compute_loss: Callable[[], Tensor]) -> dict[str, int]:
+        return self._engine.gradient_checksums(compute_loss)
+
     def sync_compute_weights(self) -> None:
         self._engine.sync_compute_weights()
 

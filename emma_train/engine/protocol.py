@@ -36,6 +36,11 @@ class Engine(Protocol):
         If the norm is not finite, weights and optimizer state do not change; the gradients are dropped.
         """
 
+    def gradient_checksums(self, compute_loss: Callable[[], Tensor]) -> dict[str, int]:
+        """Checksums of the bits of the loss and of this rank's gradients, before they are summed over ranks, by name.
+        Every rank calls it, before the first micro-step of a step; nothing of it remains. Raises UserError where the
+        engine cannot do it."""
+
     def sync_compute_weights(self) -> None:
         """Copy `weights` (fp32) into the parameters that forward uses. Call it after writing `weights`."""
 

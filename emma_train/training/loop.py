@@ -28,7 +28,7 @@ from emma_train.export.content import content_hashes
 from emma_train.metrics import record_metric, recording
 from emma_train.model.autoencoder import Autoencoder
 from emma_train.monitor.profiler import StepProfiler
-from emma_train.objectives.loss import Counts, LossAccumulator
+from emma_train.objectives.loss import Counts, LossAccumulator, count
 from emma_train.sequence.step_batches import StepBatches
 from emma_train.sequence.tasks import TASKS
 from emma_train.sequence.tokens import TextTokenizer
@@ -43,6 +43,7 @@ from emma_train.training.forgetting_guard import find_losses, forgetting_error, 
 from emma_train.training.forward import micro_loss
 from emma_train.training.health import GarbageCollection
 from emma_train.training.preemption import EXIT_PREEMPTED, StopRequest
+from emma_train.training.replay import find_mismatches
 from emma_train.training.resume_rule import check_resume, code_change
 from emma_train.training.rewind import REWIND, Rewinds, read_rewinds
 from emma_train.training.run_folder import RunFolder
@@ -200,10 +201,11 @@ class Trainer:
             with ledger.measure("step"):
                 stopping, values = self._step(data, stop.asked, log_now)
             profiler.after(data.step)
+            if mismatches := self._replay(data):
+                rewinds.after_mismatch(data.step, mismatches)
+                return REWIND
             if is_last:
                 finish_stage(self.run, self.world, self.stage, self.train_state, self.parts, self.frozen)
-            if values is not None:
-                self._losses_since_save.append({k: v for k, v in values.items() if k.startswith("loss")})
             self._validated, forgotten = {}, []
             # Skip validation while shutting down.
             if validate_now and not stopping:
@@ -245,6 +247,21 @@ class Trainer:
                 )
         state.skip_windows = merged([*state.skip_windows, *after(state.step, windows)])
 
+    def _replay(self, data: StepBatches) -> list[str]:
+        """A line for each rank that computes wrongly; empty in steps without a replay (health.replay). Comes after the
+        step, when all ranks are known to have packs."""
+        every = self.recipe.health.replay
+        if not every or data.step % every or data.skipped:
+            return []
+        batch = data.packs[0].to(self.world.device)
+        counts = count(data.packs[:1], self.stage.loss)
+
+        def compute_loss() -> Tensor:
+            sums = LossAccumulator(self.recipe.loss, counts, self.world.device)
+            return micro_loss(self.engine.model, self.autoencoder, batch, self.recipe.flow, self.stage, sums)
+
+        return find_mismatches(self.engine, self.world, compute_loss)
+
     def _is_skipped(self, step: int) -> bool:
         return is_inside(step, self.train_state.skip_windows)
 
@@ -285,6 +302,7 @@ class Trainer:
         if not log_now:
             return totals.stop_requested > 0, None
         line = self._metrics.line(data, totals, self.train_state, recorded, lr, grad_norm, started, waited_s)
+        self._losses_since_save.append({k: v for k, v in line.items() if k.startswith("loss")})
         return totals.stop_requested > 0, line | self._digests.write()
 
     def _accumulate(self, data: StepBatches, counts: Counts) -> None:

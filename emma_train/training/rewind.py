@@ -8,7 +8,7 @@ import json
 import logging
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from emma_train.checkpoint import folder as folders
@@ -52,7 +52,7 @@ class Rewinds:
         previous, self._last_logged = self._last_logged, step
         if not values.get("health/spike") or self._config.spike != "rewind":
             return False
-        num_before = self._world.on_main(lambda: len(read_rewinds(self._run)))
+        num_before = len(self._world.on_main(lambda: read_rewinds(self._run)))
         if num_before >= self._config.max_rewinds:
             log.warning("step %d: no rewind, for there were %d (health.max_rewinds)", step, num_before)
             return False
@@ -67,6 +67,20 @@ class Rewinds:
         log.warning("step %d: rewind %d; steps %d to %d are skipped", step, num_before + 1, first, step)
         return True
 
+    def after_mismatch(self, step: int, mismatches: Sequence[str]) -> None:
+        """Note what a replay says (one line for each rank that computed wrongly), in rewinds.jsonl too. The stage must
+        start again; every rank calls it. Raises RunError after health.max_rewinds of them."""
+        text = "; ".join(mismatches)
+        num_before = self._world.on_main(lambda: sum("mismatches" in line for line in _read(self._run)))
+        if num_before >= self._config.max_rewinds:
+            raise RunError(
+                f"step {step}: {text}; this was so {num_before} times before (health.max_rewinds). Exclude that node, "
+                "or set health.replay=0 if its kernels do not repeat their bits"
+            )
+        line = {"step": step, "mismatches": list(mismatches), "time_unix": time.time()}
+        self._world.on_main(lambda: self._write(line))
+        log.warning("step %d: %s; back to the newest checkpoint, nothing is skipped", step, text)
+
     def _write(self, line: dict[str, Any]) -> None:
         try:
             with open(self._run.rewinds, "a", encoding="utf-8") as file:
@@ -77,8 +91,11 @@ class Rewinds:
 
 def read_rewinds(run: RunFolder) -> Windows:
     """The window of each rewind, in the order in which they were."""
-    lines = read_jsonl(run.rewinds) if run.rewinds.is_file() else []
-    return [[line["first"], line["last"]] for line in lines if {"first", "last"} <= line.keys()]
+    return [[line["first"], line["last"]] for line in _read(run) if {"first", "last"} <= line.keys()]
+
+
+def _read(run: RunFolder) -> list[dict[str, Any]]:
+    return read_jsonl(run.rewinds) if run.rewinds.is_file() else []
 
 
 def set_aside_rewound(run: RunFolder) -> None:

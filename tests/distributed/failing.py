@@ -120,6 +120,32 @@ def spiking_command(argv: list[str], steps: list[int]) -> int:
     return main(argv)
 
 
+def flipping_command(argv: list[str], victim: int, calls: list[int]) -> int:
+    """A command on whose rank `victim` one bit of a gradient flips, in some `calls` of the backward passes of replays:
+    0 and 1 are those of the first replay."""
+    checksums, number = FsdpEngine.gradient_checksums, -1
+
+    def flip(gradient: torch.Tensor) -> torch.Tensor:
+        flipped = gradient.clone()
+        flipped.view(torch.int32).view(-1)[0] ^= 1 << 22
+        return flipped
+
+    def flipping(self: FsdpEngine, compute_loss: Any) -> Any:
+        nonlocal number
+        number += 1
+        if number not in calls or int(os.environ.get("RANK", 0)) != victim:
+            return checksums(self, compute_loss)
+        layer = self.model.decoder.layers[0]
+        hook = layer.register_forward_hook(lambda module, inputs, output: output.register_hook(flip) and None)
+        try:
+            return checksums(self, compute_loss)
+        finally:
+            hook.remove()
+
+    FsdpEngine.gradient_checksums = flipping  # type: ignore[method-assign]
+    return main(argv)
+
+
 def unreadable_command(argv: list[str], name: str, number: int) -> int:
     """A command whose last rank cannot read files whose path ends with `name`: the system answers `number`."""
     if int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1:
