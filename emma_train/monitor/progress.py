@@ -93,12 +93,12 @@ def loss_and_speed(values: Mapping[str, float | int | str]) -> str:
     return "  ".join(parts)
 
 
-def si(value: float) -> str:
-    """A number with three digits and an SI prefix: 12345 -> "12.3k"."""
+def si(value: float, num_digits: int = 3) -> str:
+    """A number with a few digits and an SI prefix: 12345 -> "12.3k"."""
     for size, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size * 0.9995:
-            return f"{value / size:.3g}{prefix}"
-    return f"{value:.3g}"
+            return f"{value / size:.{num_digits}g}{prefix}"
+    return f"{value:.{num_digits}g}"
 
 
 def duration(seconds: float | None) -> str:

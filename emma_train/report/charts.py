@@ -1,4 +1,4 @@
-"""Charts as HTML with inline SVG, without a library: lines over the steps of a run, sparklines, bars of time.
+"""Charts as HTML with inline SVG, without a library: lines over the steps of a run, sparklines.
 
 Lines are drawn in a box of 1000 x 1000 that the page stretches, with labels as HTML over it: a chart is as wide as the
 page, and its letters keep their size on a phone. Only the values under the pointer need JavaScript.
@@ -6,17 +6,20 @@ page, and its letters keep their size on a phone. Only the values under the poin
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
 import numpy as np
 
-from emma_train.monitor.progress import duration
 from emma_train.report.numbers import short_number
 
 MAX_POINTS = 1000  # of a drawn line, over the whole run
 MAX_HOVER_POINTS = 400
+MIN_SPAN = 0.02
+"""Least range of a linear y axis, as a share of the largest value."""
+MIN_LABEL_GAP = 3.0
+"""Least distance of two numbers of ranks, in percent of the axis; three times as much on a phone."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,14 @@ class Band:
 
 
 @dataclass(frozen=True)
+class StartMark:
+    """A start of the run: its steps come after `x`, in steps since the beginning of the pipeline."""
+
+    x: float
+    num_ranks: int
+
+
+@dataclass(frozen=True)
 class Axis:
     """The x axis that all charts of a page share. x, step, band: (num_records,), in order; band: index of bands."""
 
@@ -37,6 +48,13 @@ class Axis:
     step: np.ndarray
     band: np.ndarray
     bands: list[Band]
+    starts: list[StartMark] = field(default_factory=list)
+
+    @property
+    def restarts(self) -> list[float]:
+        """Where the run was started again in the middle of a stage, each point once."""
+        edges = {band.start for band in self.bands}
+        return sorted({start.x for start in self.starts if start.x not in edges and 0 < start.x < self.end})
 
     @property
     def end(self) -> float:
@@ -107,7 +125,8 @@ def line_chart(
         f'<div class="plot" role="img" aria-label="{escape(_spoken(title, series, bold))}">'
         f"{''.join(_y_labels(name, scale) for name, scale in scales)}"
         f'<div class="area"><svg viewBox="0 0 1000 1000" preserveAspectRatio="none" aria-hidden="true">'
-        f"{_band_shapes(axis)}{shapes}</svg>{_band_labels(axis) if tall else ''}"
+        f"{_band_shapes(axis)}{_restart_shapes(axis)}{shapes}</svg>"
+        f"{_band_labels(axis) + _rank_labels(axis) if tall else ''}"
         f'<i class="cursor"></i></div>{_x_labels(axis)}</div></figure>'
     )
     return Chart(key, html, lines.hover_values())
@@ -165,7 +184,9 @@ def _scales(
 
 
 def _y_labels(name: str, scale: "_Scale") -> str:
-    marks = "".join(f'<i style="top:{scale(t) / 10:.2f}%">{short_number(t)}</i>' for t in scale.ticks())
+    ticks = scale.ticks()
+    names = zip(ticks, tick_names(ticks), strict=True)
+    marks = "".join(f'<i style="top:{scale(tick) / 10:.2f}%">{name}</i>' for tick, name in names)
     return f'<div class="ys {name}">{marks}</div>'
 
 
@@ -183,23 +204,6 @@ def sparkline(y: np.ndarray, color: str) -> str:
     return (
         '<svg class="spark" viewBox="0 0 1000 1000" preserveAspectRatio="none" aria-hidden="true">'
         f'<path class="fill {color}" d="{d}V1000H0Z"/><path class="line {color}" d="{d}"/></svg>'
-    )
-
-
-def time_bar(label: str, parts: Sequence[tuple[str, str, float]], longest: float) -> str:
-    """A stacked bar of seconds, as long as its share of `longest`. parts: (name, colour, seconds)."""
-    total = sum(seconds for _, _, seconds in parts)
-    pieces = "".join(
-        f'<b class="{color}" style="width:{100 * seconds / longest if longest else 0:.2f}%" '
-        f'title="{escape(name)}: {seconds:.1f} s"></b>'
-        for name, color, seconds in parts
-        if seconds > 0
-    )
-    shares = ", ".join(f"{name} {seconds / total:.0%}" for name, _, seconds in parts[1:]) if total else "no times"
-    return (
-        f'<div class="timerow"><span>{escape(label)}</span><div class="split" role="img" '
-        f'aria-label="{escape(f"{label}: {total:.0f} s, {shares}")}">{pieces}</div>'
-        f"<em>{duration(total)}<small>{escape(shares)}</small></em></div>"
     )
 
 
@@ -241,8 +245,11 @@ class _Scale:
 
     def __init__(self, low: float, high: float, headroom: float = 0.04, log: bool = False) -> None:
         self.log = log
-        if not log and high <= low:
-            low, high = low - (abs(low) * 0.1 or 1), high + (abs(high) * 0.1 or 1)
+        if not log and low == high == 0:
+            high = 1.0
+        # A line that hardly moves looks flat, and the labels of its axis differ.
+        if not log and (widened := MIN_SPAN * max(abs(low), abs(high)) - (high - low)) > 0:
+            low, high = low - widened / 2, high + widened / 2
         self.low, self.high = (math.log10(low), math.log10(high)) if log else (low, high)
         span = self.high - self.low
         self.high += headroom * span
@@ -272,6 +279,16 @@ def nice_ticks(low: float, high: float, about: int) -> list[float]:
     step = size * next(m for m in (1, 2, 2.5, 5, 10) if m * size >= rough * 0.999)
     first = math.ceil(low / step - 1e-9)
     return [round(i * step, 12) for i in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def tick_names(ticks: Sequence[float]) -> list[str]:
+    """The values in as few digits as tell them apart."""
+    names: list[str] = []
+    for num_digits in range(3, 8):
+        names = [short_number(tick, num_digits) for tick in ticks]
+        if len(set(names)) == len(names):
+            break
+    return names
 
 
 def _value_range(series: Sequence[Series], bold: Sequence[np.ndarray], from_zero: bool) -> tuple[float, float]:
@@ -318,6 +335,33 @@ def _band_labels(axis: Axis) -> str:
             f"<b>{escape(band.label)}</b><b>{escape(band.short)}</b></span>"
         )
     return f'<div class="bands">{"".join(labels)}</div>'
+
+
+def _restart_shapes(axis: Axis) -> str:
+    return "".join(f'<path class="restart" d="M{1000 * x / axis.end:.1f},0V1000"/>' for x in axis.restarts)
+
+
+def _rank_labels(axis: Axis) -> str:
+    """The number of ranks where it changes; those too near to the one before are left out."""
+    changes = [
+        start
+        for before, start in zip([None, *axis.starts], axis.starts, strict=False)
+        if before is None or before.num_ranks != start.num_ranks
+    ]
+    if len(changes) < 2:
+        return ""
+    labels: list[str] = []
+    shown = -100.0
+    for start in changes:
+        share = 100 * start.x / axis.end
+        if share - shown < MIN_LABEL_GAP:
+            continue
+        side = f"left:{share:.2f}%" if share < 85 else f"right:{100 - share:.2f}%"
+        near = ' class="near"' if share - shown < 3 * MIN_LABEL_GAP else ""
+        unit = "" if labels else " ranks"
+        labels.append(f'<span{near} style="{side}">{start.num_ranks}{unit}</span>')
+        shown = share
+    return f'<div class="ranks">{"".join(labels)}</div>'
 
 
 def _x_labels(axis: Axis) -> str:

@@ -1,11 +1,11 @@
-"""Metrics of a run as charts: losses, optimizer, speed, memory, and where the time went."""
+"""Metrics of a run as charts: losses, optimizer, speed, memory."""
 
 import math
 from html import escape
 
 import numpy as np
 
-from emma_train.report.charts import Axis, Band, Chart, Series, line_chart, smoothed, time_bar
+from emma_train.report.charts import Axis, Band, Chart, Series, StartMark, line_chart, smoothed
 from emma_train.report.stage_run import StageRun
 from emma_train.sequence.tasks import TASKS, tasks_of_loss
 
@@ -16,15 +16,17 @@ def run_axis(stages: list[StageRun]) -> Axis:
     step: list[float] = []
     band: list[int] = []
     bands: list[Band] = []
+    marks: list[StartMark] = []
     offset = 0.0
     for stage in stages:
         for record in stage.records:
             x.append(offset + record["step"])
             step.append(record["step"])
             band.append(len(bands))
+        marks += [StartMark(offset + step, size) for step, size in stage.starts]
         bands.append(Band(stage.label, stage.short, offset, offset + stage.steps))
         offset += stage.steps
-    return Axis(np.array(x, dtype=float), np.array(step, dtype=float), np.array(band, dtype=int), bands)
+    return Axis(np.array(x, dtype=float), np.array(step, dtype=float), np.array(band, dtype=int), bands, marks)
 
 
 def _across(stages: list[StageRun], key: str) -> np.ndarray:
@@ -120,34 +122,3 @@ def machine_charts(axis: Axis, stages: list[StageRun]) -> list[Chart]:
         ),
     ]
     return [chart for chart in charts if chart]
-
-
-def time_split(stage: StageRun) -> tuple[float, float, float] | None:
-    """Seconds of a stage spent in computing, waiting for data and checkpoints; None where no step time was logged.
-
-    `step_s` includes the wait for data; the stall of a checkpoint comes on top. If only some steps are logged, a record
-    counts for all steps since the record before; a stall counts once.
-    """
-    step, wait, stall = (np.nan_to_num(stage.values(key)) for key in ("step_s", "data/wait_s", "checkpoint/stall_s"))
-    if not step.any():
-        return None
-    weight = np.diff([0.0, *(record["step"] for record in stage.records)])
-    waited = float(weight @ wait)
-    return max(0.0, float(weight @ step) - waited), waited, float(stall.sum())
-
-
-def times_html(stages: list[StageRun]) -> str:
-    """A stacked bar for each stage: its time in computing, waiting for data and checkpoints."""
-    rows = [(stage.label, split) for stage in stages if (split := time_split(stage))]
-    if not rows:
-        return ""
-    names = (("compute", "c-blue"), ("data wait", "c-red"), ("checkpoint stall", "c-gold"))
-    longest = max(sum(parts) for _, parts in rows)
-    bars = "".join(
-        time_bar(label, [(n, c, s) for (n, c), s in zip(names, parts, strict=True)], longest) for label, parts in rows
-    )
-    legend = "".join(f'<li class="dot {color}">{name}</li>' for name, color in names)
-    return (
-        f'<div class="card times"><figcaption><div><h3>Where the time went</h3><p>Steps and checkpoints</p></div>'
-        f'<ul class="legend">{legend}</ul></figcaption>{bars}</div>'
-    )

@@ -11,11 +11,11 @@ def as_number(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
-def short_number(value: float) -> str:
+def short_number(value: float, num_digits: int = 3) -> str:
     """A value in a few digits: "0.0312", "1e-4", "12.3k"."""
     if not math.isfinite(value):
         return str(value)
     if value and abs(value) < 1e-3:
-        mantissa, exponent = f"{value:.1e}".split("e")
-        return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
-    return si(value)
+        mantissa, exponent = f"{value:.{num_digits - 2}e}".split("e")
+        return f"{mantissa.removesuffix('.' + '0' * (num_digits - 2))}e{int(exponent)}"
+    return si(value, num_digits)

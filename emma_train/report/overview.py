@@ -12,6 +12,7 @@ from emma_train.report.metrics import loss_ends, smoothed_loss
 from emma_train.report.numbers import as_number, short_number
 from emma_train.report.scores import reaches
 from emma_train.report.stage_run import StageRun
+from emma_train.report.times import goodput_of
 
 
 def header_html(run: Path, stages: list[StageRun], scores: list[dict[str, Any]], environment: dict[str, Any]) -> str:
@@ -40,6 +41,7 @@ def header_html(run: Path, stages: list[StageRun], scores: list[dict[str, Any]],
         ("State", state_of_all(states)),
         ("Last step", when),
         ("Duration", took),
+        *([("Goodput", goodput)] if (goodput := goodput_of([stage.ledger for stage in stages])) else []),
         ("Parameters", si(parameters) if parameters else None),
         ("Processes", world_sizes(states) or environment.get("world_size")),
         ("Commit", environment.get("commit")),

@@ -77,7 +77,11 @@ path{fill:none;vector-effect:non-scaling-stroke}
 .raw{stroke:var(--c);stroke-width:1;opacity:.26;stroke-linejoin:round}
 .fill{fill:var(--c);opacity:.09;stroke:none}
 .c-ink{--c:var(--ink)}.c-blue{--c:var(--blue)}.c-red{--c:var(--red)}.c-green{--c:var(--green)}.c-pink{--c:var(--pink)}
-.c-gold{--c:var(--gold)}
+.c-gold{--c:var(--gold)}.c-soft{--c:var(--soft)}.c-hair{--c:var(--hair)}
+.restart{stroke:var(--soft);stroke-width:1;stroke-dasharray:2 4;opacity:.75}
+.ranks{position:absolute;inset:0;pointer-events:none}
+.ranks span{position:absolute;bottom:4px;padding:0 5px;font-size:11px;line-height:1.3;color:var(--soft);
+white-space:nowrap}
 .plot .cursor{display:none;top:0;bottom:0;width:1px;background:var(--soft);opacity:.6;pointer-events:none}
 #tip{position:fixed;z-index:9;pointer-events:none;display:none;background:var(--card);border:1px solid var(--hair);
 border-radius:10px;padding:9px 12px;font-size:13px;line-height:1.5;box-shadow:0 6px 24px rgba(0,0,0,.14);
@@ -105,6 +109,9 @@ border-top:6px solid var(--ink)}
 .key{display:flex;flex-wrap:wrap;gap:4px 20px;font-size:13px;color:var(--soft);margin-top:12px}
 .image-grid{overflow-x:auto;padding:20px 24px 22px}
 .image-grid h3{margin-bottom:12px;position:sticky;left:0}
+.scrolls h3::after{content:"scroll for more →";float:right;font-weight:400;font-size:13px;color:var(--soft)}
+.scrolls{-webkit-mask-image:linear-gradient(90deg,#000 calc(100% - 40px),#0004);
+mask-image:linear-gradient(90deg,#000 calc(100% - 40px),#0004)}
 .image-grid+.image-grid,.image-grid+.answers,.answers+.image-grid{margin-top:16px}
 table{border-collapse:collapse;font-size:13px}
 .image-grid th{font-weight:400;color:var(--soft);text-align:left;padding:0 8px 6px 0;white-space:nowrap;
@@ -147,7 +154,7 @@ footer{margin-top:80px;color:var(--soft);font-size:13px}
 .charts{grid-template-columns:minmax(0,1fr)}
 .lead{font-size:18px}.chart{padding:16px 14px 12px}.tall .area{height:240px}.score{grid-template-columns:1fr auto}
 .score .gauge{grid-column:1/-1;grid-row:2;margin-top:12px}
-.bands .some b:first-child,.bands .tight b{display:none}.bands .some b+b{display:inline}
+.ranks .near{display:none}.bands .some b:first-child,.bands .tight b{display:none}.bands .some b+b{display:inline}
 .facts{grid-template-columns:1fr 1fr}.scores,.image-grid,.times{padding-left:16px;padding-right:16px}
 .timerow{grid-template-columns:1fr auto;gap:4px 12px}.timerow .split{grid-column:1/-1;grid-row:2}
 .timerow small{display:none}
@@ -189,6 +196,9 @@ tip.style.left=Math.max(4,x)+'px';tip.style.top=Math.max(4,Math.min(e.clientY-h/
 area.addEventListener('pointermove',show);area.addEventListener('pointerdown',show);
 area.addEventListener('pointerleave',hide)});
 addEventListener('scroll',hide,{passive:true});
+document.querySelectorAll('.image-grid').forEach(function(grid){
+function hint(){grid.classList.toggle('scrolls',grid.scrollLeft+grid.clientWidth<grid.scrollWidth-8)}
+grid.addEventListener('scroll',hint,{passive:true});addEventListener('resize',hint);hint()});
 })();
 """
 

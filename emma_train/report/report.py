@@ -12,11 +12,12 @@ from typing import Any
 from emma_train.errors import UserError
 from emma_train.report.charts import Axis, Chart
 from emma_train.report.gallery import samples_html
-from emma_train.report.metrics import loss_charts, loss_warning, machine_charts, run_axis, times_html
+from emma_train.report.metrics import loss_charts, loss_warning, machine_charts, run_axis
 from emma_train.report.overview import header_html, tiles_html
 from emma_train.report.page import html_page, html_section
 from emma_train.report.scores import scores_html, sheet_html
 from emma_train.report.stage_run import StageRun, first_stages, read_object, read_scores, read_stage_run, stage_folders
+from emma_train.report.times import times_html
 from emma_train.report.validation import forgetting_warning, validation_charts
 from emma_train.storage.files import write_atomic
 
@@ -69,7 +70,7 @@ def render_report(run: Path) -> str:
             _scores_section(scores),
             _judged_section([run, *(stage.folder for stage in stages)]),
             _samples_section(stages),
-            _losses_section(losses, stages),
+            _losses_section(losses, stages, axis),
             _validation_section(validations, stages),
             _machine_section(machine, stages),
             _files_section(stages, environment),
@@ -124,10 +125,12 @@ def _samples_section(stages: list[StageRun]) -> str:
     return html_section("samples", "What it makes and says", note, samples_html(snapshots))
 
 
-def _losses_section(charts: list[Chart], stages: list[StageRun]) -> str:
+def _losses_section(charts: list[Chart], stages: list[StageRun], axis: Axis) -> str:
     if not charts:
         return ""
     note = "Steps are counted through the whole run. Light lines are single steps, bold ones a centred average."
+    if axis.restarts:
+        note += " Dashed lines: the run was started again from there."
     body = loss_warning(stages) + "".join(chart.html for chart in charts)
     return html_section("losses", "Losses", note, body)
 

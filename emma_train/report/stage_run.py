@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import yaml
 
+from emma_train.monitor.goodput import Ledger, read_ledger
+from emma_train.monitor.run_state import STARTS_FILE
 from emma_train.monitor.trackers import read_jsonl
 from emma_train.report.gallery import SampleSnapshot, read_snapshots
 from emma_train.report.numbers import as_number
@@ -27,6 +29,10 @@ class StageRun:
     config: str
     scores: list[dict[str, Any]]
     snapshots: list[SampleSnapshot] = field(default_factory=list)
+    ledger: Ledger | None = None
+    """Where the time of all starts went; None for runs of version 0.1.0."""
+    starts: list[tuple[int, int]] = field(default_factory=list)
+    """Of each start the step that was done before, and the number of ranks."""
 
     @property
     def label(self) -> str:
@@ -52,12 +58,30 @@ class StageRun:
 
     @property
     def seconds(self) -> float | None:
-        """Training time: from the summary, else between the first and the last record."""
+        """Duration: by the ledger from the beginning of the first start to the last step, else the time of the logged
+        steps, that of the summary, or that between the first and the last record."""
+        if self.ledger is not None:
+            return self.ledger.wall_s
+        if (split := self.time_split()) is not None:
+            return sum(split)
         seconds = as_number(self.summary.get("seconds"))
         times = [t for t in (as_number(r.get("time_unix")) for r in self.records) if t is not None]
         if seconds is not None:
             return seconds
         return times[-1] - times[0] if len(times) > 1 else None
+
+    def time_split(self) -> tuple[float, float, float] | None:
+        """Seconds in computing, waiting for data and checkpoints, by the metrics; None where no step time was logged.
+
+        `step_s` includes the wait for data; the stall of a checkpoint comes on top. If only some steps are logged, a
+        record counts for all steps since the record before; a stall counts once.
+        """
+        step, wait, stall = (np.nan_to_num(self.values(key)) for key in ("step_s", "data/wait_s", "checkpoint/stall_s"))
+        if not step.any():
+            return None
+        weight = np.diff([0.0, *(record["step"] for record in self.records)])
+        waited = float(weight @ wait)
+        return max(0.0, float(weight @ step) - waited), waited, float(stall.sum())
 
     def values(self, key: str) -> np.ndarray:
         """A metric: (num_records,), NaN where it is absent or not a finite number."""
@@ -124,7 +148,16 @@ def read_stage_run(folder: Path, missing: list[str]) -> StageRun:
         read_scores(folder, missing),
     )
     stage.snapshots = read_snapshots(stage.label, stage.short, folder, missing)
+    stage.ledger, stage.starts = read_ledger(folder), read_starts(folder)
     return stage
+
+
+def read_starts(folder: Path) -> list[tuple[int, int]]:
+    """Step and number of ranks of each start; starts without them are left out."""
+    path = folder / STARTS_FILE
+    lines = read_jsonl(path) if path.is_file() else []
+    pairs = [(as_number(line.get("step")), as_number(line.get("world_size"))) for line in lines]
+    return [(int(step), int(size)) for step, size in pairs if step is not None and size is not None]
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -1,9 +1,22 @@
 """What charts compute: smoothing, downsampling, ticks."""
 
+import re
+
 import numpy as np
 import pytest
 
-from emma_train.report.charts import MAX_POINTS, Axis, Band, Series, downsample, line_chart, nice_ticks, smoothed
+from emma_train.report.charts import (
+    MAX_POINTS,
+    Axis,
+    Band,
+    Series,
+    StartMark,
+    downsample,
+    line_chart,
+    nice_ticks,
+    smoothed,
+    tick_names,
+)
 from emma_train.report.numbers import short_number
 from emma_train.report.scores import reaches, score_bar
 
@@ -81,3 +94,45 @@ def test_a_bar_is_met_in_the_direction_of_the_score() -> None:
     assert 'class="track met"' in score_bar(0.5, 0.6, 1.0, False)
     assert 'class="track missed"' in score_bar(float("nan"), 0.6, None, True)
     assert "width:83.00%" in score_bar(0.83, None, 0.1, True)
+
+
+def y_labels(html: str) -> list[str]:
+    match = re.search(r'<div class="ys lin">(.*?)</div>', html)
+    assert match
+    return re.findall(r">([^<]+)</i>", match[1])
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, 1.0003, -3.0, 5e-5, 123456.0])
+@pytest.mark.parametrize("wobble", [0.0, 1e-4])
+def test_labels_of_a_flat_line_differ_and_it_looks_flat(value: float, wobble: float) -> None:
+    y = value * (1 + wobble * np.sin(np.arange(50.0)))
+    chart = line_chart(axis(50), "k", "T", "n", [Series("a", "c-ink", y)])
+    assert chart is not None
+    labels = y_labels(chart.html)
+    assert len(labels) >= 2 and len(set(labels)) == len(labels)
+    (path,) = re.findall(r'class="line c-ink" d="M([^"]+)"', chart.html)
+    heights = [float(point.split(",")[1]) for point in path.split("L")]
+    assert max(heights) - min(heights) <= 20  # of 1000
+    assert min(heights) >= 0 and max(heights) <= 1000
+
+
+def test_ticks_have_the_digits_that_tell_them_apart() -> None:
+    assert tick_names([0.9998, 1.0, 1.0002]) == ["0.9998", "1", "1.0002"]
+    assert tick_names([10_000, 10_010, 10_020]) == ["10k", "10.01k", "10.02k"]
+    assert tick_names([1.01e-5, 1.02e-5]) == ["1.01e-5", "1.02e-5"]
+    assert tick_names([0, 0.5, 1]) == ["0", "0.5", "1"]
+
+
+def test_restarts_are_marked_where_the_steps_go_on() -> None:
+    two = axis(100, 100)
+    starts = [StartMark(x, num_ranks) for x, num_ranks in ((0, 4), (30, 4), (30, 2), (32, 8), (100, 8), (190, 2))]
+    marked = Axis(two.x, two.step, two.band, two.bands, starts)
+    assert marked.restarts == [30, 32, 190]
+    y = Series("a", "c-ink", np.linspace(1, 2, 200))
+    chart = line_chart(marked, "k", "T", "n", [y], tall=True)
+    assert chart is not None
+    assert re.findall(r'class="restart" d="M([\d.]+),0V1000"', chart.html) == ["150.0", "160.0", "950.0"]
+    labels = re.findall(r'<span[^>]*style="((?:left|right):[\d.]+%)">(\d+(?: ranks)?)</span>', chart.html)
+    assert labels == [("left:0.00%", "4 ranks"), ("left:15.00%", "2"), ("right:5.00%", "2")]  # 8 is too near to 2
+    plain = line_chart(two, "k", "T", "n", [y], tall=True)
+    assert plain is not None and "restart" not in plain.html and 'class="ranks"' not in plain.html

@@ -12,7 +12,6 @@ import pytest
 from PIL import Image
 
 from emma_train.errors import UserError
-from emma_train.report.metrics import time_split
 from emma_train.report.report import render_report, write_report
 from emma_train.report.stage_run import StageRun, stage_folders
 
@@ -283,8 +282,9 @@ def test_time_is_split_with_each_record_for_the_steps_since_the_one_before(tmp_p
         {"step": 20, "step_s": 1.0, "data/wait_s": 0.2},
     ]
     stage = StageRun("stage1", tmp_path, records, {}, {}, "", [])
-    assert time_split(stage) == pytest.approx((9 + 9 + 10 - 3.9, 1 + 0.9 + 2, 4.0))
-    assert time_split(StageRun("stage1", tmp_path, [{"step": 1}], {}, {}, "", [])) is None
+    assert stage.time_split() == pytest.approx((9 + 9 + 10 - 3.9, 1 + 0.9 + 2, 4.0))
+    assert stage.seconds == pytest.approx(28 - 3.9 + 3.9 + 4.0)
+    assert StageRun("stage1", tmp_path, [{"step": 1}], {}, {}, "", []).time_split() is None
 
 
 def test_validation_is_drawn_where_it_was_and_forgetting_is_said(tmp_path: Path) -> None:
@@ -321,3 +321,25 @@ def test_runs_that_lie_side_by_side_are_not_the_stages_of_one(tmp_path: Path) ->
     add("third", "runs/elsewhere/stage1")
     with pytest.raises(UserError, match=r"holds 3 runs that do not start from each other \(align, other, third\)"):
         write_report(tmp_path)
+
+
+def test_the_time_of_all_starts_is_in_the_bar_the_card_and_the_head(tmp_path: Path) -> None:
+    make_stage(tmp_path / "stage1")
+    (tmp_path / "stage1" / "starts.jsonl").write_text(
+        "".join(json.dumps({"step": step, "world_size": size}) + "\n" for step, size in ((0, 4), (20, 2)))
+    )
+    lines = [
+        {"begun_unix": 1000, "time_unix": 1010, "step": 0},
+        {"time_unix": 1035, "step": 25, "step_s": 24, "data_wait_s": 1},
+        {"begun_unix": 1045, "time_unix": 1050, "step": 20},
+        {"time_unix": 1060, "step": 30, "step_s": 10},
+    ]
+    (tmp_path / "stage1" / "ledger.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    html = render_report(tmp_path / "stage1")
+    check(html)
+    assert "<small>30 steps · 1:00</small>" in html
+    assert "<dt>Duration</dt><dd>1:00</dd>" in html
+    assert f"<dt>Goodput</dt><dd>{(24 * 20 / 25 + 10) / 60:.1%}</dd>" in html
+    assert re.search(r"<em>1:00<small>steps computed again 8%, data wait 2%, start and compile 25%, restart 17%<", html)
+    assert 'class="restart" d="M666.7,0V1000"' in html
+    assert "Dashed lines: the run was started again" in html
