@@ -79,7 +79,7 @@ def ledger_of(lines: Sequence[Mapping[str, Any]]) -> Ledger | None:
             seconds[cause] += value
         kept_until = min(kept_until, start.step)
     for before, after in zip(starts, starts[1:], strict=False):
-        seconds["restart"] += max(0.0, after.begun_unix - before.end_unix)  # clocks of two hosts may differ
+        seconds["restart"] += after.begun_unix - before.end_unix
     return Ledger(seconds, sum(seconds.values()), starts[0].begun_unix, len(starts))
 
 
@@ -95,7 +95,9 @@ def _starts(lines: Iterable[Mapping[str, Any]]) -> list[_Start]:
         if not all(_is_number(line.get(key)) for key in ("time_unix", "step")):
             continue
         if _is_number(line.get("begun_unix")):
-            starts.append(_Start(line["begun_unix"], line["time_unix"], line["step"]))
+            # A rewind starts the stage again in the same process, which began before; clocks of two hosts may differ.
+            begun_unix = max([line["begun_unix"], *(start.end_unix for start in starts[-1:])])
+            starts.append(_Start(begun_unix, line["time_unix"], line["step"]))
         elif starts:
             starts[-1].lines.append(line)
     return starts

@@ -81,6 +81,14 @@ def test_no_ledger(tmp_path: Path) -> None:
     assert empty is not None and empty.goodput == 0.0
 
 
+def test_a_rewind_starts_again_in_a_process_that_began_long_before() -> None:
+    ledger = ledger_of([start(0, 10, 0), line(30, 20, step=20), start(0, 34, 12), line(42, 20, step=8)])
+    assert ledger is not None
+    assert (ledger.seconds["start"], ledger.seconds["restart"]) == (10 + 4, 0)
+    assert (ledger.seconds["steps"], ledger.seconds["repeated"]) == (12 + 8, 8)
+    assert ledger.wall_s == 42
+
+
 def test_a_clock_that_is_behind_takes_no_time_away() -> None:
     ledger = ledger_of([start(0, 1, 0), line(3, 1, step=2), start(2, 4, 1), line(5, 2, step=1)])
     assert ledger is not None
