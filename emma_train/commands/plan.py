@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ from emma_train.errors import check_range
 
 if TYPE_CHECKING:
     from emma_train.config.schema import Recipe, SourceConfig
+    from emma_train.plan import Plan
     from emma_train.plan.samples import ReadIndexRows
 
 log = logging.getLogger(__name__)
@@ -25,6 +27,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--network", type=float, default=400.0, metavar="GBITS", help="Gb/s of each GPU to other nodes (%(default)s)"
     )
+    parser.add_argument(
+        "--simulate",
+        type=int,
+        metavar="N",
+        help="also build the model for N ranks of a process group that sends nothing, and count what a rank keeps and "
+        "sends (replaces --gpus; no GPU, no memory for weights; fsdp only)",
+    )
     parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="%(default)s")
 
 
@@ -39,12 +48,26 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     check_range("--network", arguments.network, 0.001, 10**6)
     check_range("--gpus-per-node", arguments.gpus_per_node, 1, 1024)
     network = Network(arguments.network, arguments.gpus_per_node)
-    machine = Machine(arguments.gpus, arguments.gpu, arguments.mfu, network)
+    if arguments.simulate is not None:
+        check_range("--simulate", arguments.simulate, 1, 10**4)
+    num_gpus = arguments.gpus if arguments.simulate is None else arguments.simulate
+    machine = Machine(num_gpus, arguments.gpu, arguments.mfu, network)
     stages = load_stages(Path(arguments.recipe), overrides)
-    plans = [print_plan(recipe, str(file), machine, index_reader(recipe)) for file, recipe in stages]
+    plans = []
+    for file, recipe in stages:
+        plans.append(print_plan(recipe, str(file), machine, index_reader(recipe)))
+        if arguments.simulate is not None:
+            _print_simulation(plans[-1][0], str(file), recipe)
     if len(plans) > 1:
         print_total([plan for plan, _ in plans])
     return max(code for _, code in plans)
+
+
+def _print_simulation(plan: "Plan", source: str, recipe: "Recipe") -> None:
+    from emma_train.plan.simulation_table import print_simulation
+    from emma_train.training.optimizer import make_optimizer
+
+    print_simulation(plan, source, partial(make_optimizer, config=recipe.optimizer))
 
 
 def index_reader(recipe: "Recipe") -> "ReadIndexRows":

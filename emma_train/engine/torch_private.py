@@ -1,6 +1,7 @@
 """Every use that the trainer makes of torch's private API. After an upgrade of torch, look here first."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any
 
@@ -60,3 +61,26 @@ def raise_recompile_limit(limit: int) -> None:
 def num_compiled_graphs() -> int:
     """Graphs that torch.compile has made in this process."""
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+COLLECTIVES: dict[Any, tuple[str, int]] = {
+    torch.ops.c10d._allgather_base_.default: ("all-gather", 0),
+    torch.ops.c10d._reduce_scatter_base_.default: ("reduce-scatter", 1),
+    torch.ops.c10d.allreduce_.default: ("all-reduce", 0),
+}
+"""Operators of FSDP's collectives: their kind, and which argument is the complete tensor, or a list of some."""
+
+
+def join_fake_group(num_ranks: int) -> dist.ProcessGroup:
+    """Be rank 0 of a process group that sends nothing."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=num_ranks)
+    return dist.distributed_c10d._get_default_group()
+
+
+def tensors_without_memory() -> AbstractContextManager[Any]:
+    """Tensors made inside have shapes and devices, but no values; others may be used beside them."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode(allow_non_fake_inputs=True)

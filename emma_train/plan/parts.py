@@ -61,17 +61,31 @@ def sizes_of(model: Emma, stage: Stage, generates: bool, optimizer: str = "adamw
     """What engines divide among ranks. `generates`: whether the stage runs the Gen branch at all; `optimizer`: the
     recipe's optimizer.kind."""
     freeze(model, stage.trainable)
-    units = [dict(unit.named_parameters()) for unit in (model.vision, *model.decoder.layers)]
-    unused = [{n: p for n, p in unit.items() if n.startswith("gen.") and not generates} for unit in units]
-    frozen = [unit for unit in units if not any(p.requires_grad for p in unit.values())]
+    vision, *layers = [dict(unit.named_parameters()) for unit in (model.vision, *model.decoder.layers)]
+    running = [vision, *(_running_part(layer, generates) for layer in layers if stage.loss == "tokens")]
+    # Backward passes through what trains, and through all that follows it.
+    in_vision, trained = any(p.requires_grad for p in vision.values()), set(stage.trainable)
+    in_decoder = bool(trained & {"vision", "stem_expert", "und_adapter", "gen_adapter", "decoder"})
+    backward = [unit for unit, passes in zip(running, [in_vision, *[in_decoder] * len(layers)], strict=False) if passes]
     return Sizes(
         stored=sum(p.numel() for p in model.parameters()),
         trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        units=tuple(sorted(_numel(unit) - _numel(part) for unit, part in zip(units, unused, strict=True))),
-        frozen_units=sum(map(_numel, frozen)),
-        unused=sum(map(_numel, unused)),
+        units=tuple(sorted(map(_numel, running))),
+        frozen_units=sum(map(_numel, filter(_is_frozen, [vision, *layers]))),
+        unused=sum(map(_numel, [vision, *layers])) - sum(map(_numel, running)),
+        backward=sum(map(_numel, backward)),
+        frozen_running=sum(map(_numel, filter(_is_frozen, running))),
+        frozen_backward=sum(map(_numel, filter(_is_frozen, backward))),
         muon=_numel(muon_matrices(model)) if optimizer == "muon" else 0,
     )
+
+
+def _running_part(layer: Mapping[str, Tensor], generates: bool) -> dict[str, Tensor]:
+    return {name: p for name, p in layer.items() if generates or not name.startswith("gen.")}
+
+
+def _is_frozen(unit: Mapping[str, Tensor]) -> bool:
+    return not any(p.requires_grad for p in unit.values())
 
 
 def muon_matrices(model: Emma) -> dict[str, Tensor]:

@@ -13,11 +13,17 @@ class Sizes:
     stored: int
     trained: int
     units: tuple[int, ...]
-    """The vision encoder and every decoder layer, without their unused part; smallest first."""
+    """The vision encoder and every decoder layer that runs, without their unused part; smallest first."""
     frozen_units: int
     """Sum over the units of which no parameter trains."""
     unused: int
-    """The Gen branch's part of the decoder layers, in a stage that never runs it."""
+    """Parts of units that the stage never runs: the Gen branch of decoder layers, or the decoder in router tuning."""
+    backward: int = 0
+    """Sum over the units that backward passes through, without their unused part."""
+    frozen_running: int = 0
+    """Of the frozen units, the sum over those that run."""
+    frozen_backward: int = 0
+    """Of these, the sum over those that backward passes through."""
     muon: int = 0
     """Of those that train, the parameters that take Muon: they have one moment, all others two."""
 

@@ -1,10 +1,11 @@
 """How long the exchange of weights and gradients takes, by a stated model: bytes over the slowest link of a ring.
 
-FSDP gathers every weight in compute precision for forward, and again for backward (engine.reshard_after_forward), in
-every micro-step; gradients are reduced in fp32, in every micro-step or the last (engine.reduce_every_micro_step).
-With replicas (HSDP) this stays within one, and gradients are summed over the replicas once a step. ZeRO-1 and 2 reduce
-gradients in every micro-step and gather weights once a step; ZeRO-3 is as FSDP. A ring of n ranks sends (n - 1) / n of
-the bytes over each link. What is computed meanwhile hides it, so a step takes the longer of the two: the best case.
+FSDP gathers every weight in compute precision for forward, and units that backward passes through again for it
+(engine.reshard_after_forward; the root stays gathered), in every micro-step; gradients are reduced in fp32, in every
+micro-step or the last (engine.reduce_every_micro_step). With replicas (HSDP) this stays within one, and gradients are
+summed over the replicas once a step. ZeRO-1 and 2 reduce gradients in every micro-step and gather weights once a step;
+ZeRO-3 is as FSDP. A ring of n ranks sends (n - 1) / n of the bytes over each link. What is computed meanwhile hides it,
+so a step takes the longer of the two: the best case.
 """
 
 from dataclasses import dataclass
@@ -55,27 +56,56 @@ class Traffic:
         return max(self.communication_s, self.computing_s)
 
 
+@dataclass(frozen=True)
+class Exchange:
+    """Bytes of a step's collectives, each with the size of its complete tensor; of FSDP."""
+
+    gathered: float
+    reduced: float
+    summed: float
+    """Over replicas."""
+
+
+def exchange(plan: Plan) -> Exchange:
+    """What one rank gathers, reduces and sums under engine.kind=fsdp; plan/simulation.py counts the same."""
+    engine, sizes = plan.recipe.engine, plan.sizes
+    weight = 2 if engine.precision == "bf16" else 4
+    replicated = engine.frozen == "replicated"
+    forward = sizes.stored - sizes.unused - replicated * sizes.frozen_running
+    backward = (sizes.backward - replicated * sizes.frozen_backward) if engine.reshard_after_forward else 0
+    reduces = _micro_steps(plan) if engine.reduce_every_micro_step else 1
+    shards, replicas = plan.num_gpus // engine.replicate, engine.replicate
+    divided = shards > 1
+    return Exchange(
+        gathered=divided * _micro_steps(plan) * weight * (forward + backward),
+        reduced=divided * reduces * 4 * sizes.trained,
+        summed=4 * sizes.trained / shards if replicas > 1 else 0.0,
+    )
+
+
 def traffic(plan: Plan, network: Network) -> Traffic:
     """Of the phase that takes longest."""
     engine, sizes, world = plan.recipe.engine, plan.sizes, plan.num_gpus
     weight = 2 if engine.precision == "bf16" else 4
-    micro_steps = max(1.0, plan.recipe.data.slots * engine.sequence_parallel / world)
-    used = sizes.stored - sizes.unused
+    micro_steps = _micro_steps(plan)
 
     def seconds(num_bytes: float, ranks: int, speed: float | None = None) -> float:
         speed = speed or network.bandwidth(plan.gpu_name, ranks)
         return num_bytes * (ranks - 1) / ranks / speed if ranks > 1 else 0.0
 
     if engine.kind == "fsdp":
-        shards, replicas = world // engine.replicate, engine.replicate
-        gathered = used - (sizes.frozen_units if engine.frozen == "replicated" else 0)
-        gathers = micro_steps * (2 if engine.reshard_after_forward else 1) * weight * gathered
-        reduces = (micro_steps if engine.reduce_every_micro_step else 1) * 4 * sizes.trained
+        sent = exchange(plan)
         # The copies of a shard are sent between nodes, each by its GPU's own card, unless all are on one.
         between = network.card if world > network.gpus_per_node else node_bandwidth(plan.gpu_name)
-        total = seconds(gathers + reduces, shards) + seconds(2 * 4 * sizes.trained / shards, replicas, between)
+        total = seconds(sent.gathered + sent.reduced, world // engine.replicate)
+        total += seconds(2 * sent.summed, engine.replicate, between)
     elif engine.zero_stage == 3:
+        used = sizes.stored - sizes.unused
         total = seconds(micro_steps * (2 * weight * used + weight * sizes.trained), world)
     else:
         total = seconds(micro_steps * weight * sizes.trained + weight * sizes.trained, world)
     return Traffic(total, max(plan.seconds(load) for load in plan.loads))
+
+
+def _micro_steps(plan: Plan) -> float:
+    return max(1.0, plan.recipe.data.slots * plan.recipe.engine.sequence_parallel / plan.num_gpus)
