@@ -1,5 +1,7 @@
 """The parameter groups of the model, by the names of its parameters."""
 
+from functools import cache
+
 GROUPS = {
     "und_adapter": ("und_adapter.",),
     "gen_adapter": ("gen_adapter.",),
@@ -12,6 +14,7 @@ GROUPS = {
 """Parameter groups by name prefix; the first that fits wins. The autoencoder belongs to none: it never trains."""
 
 
+@cache
 def group_of(name: str) -> str:
     """Parameter group of a parameter name. Raises KeyError for a name that belongs to none."""
     for group, prefixes in GROUPS.items():

@@ -116,7 +116,8 @@ def _seconds_of_start(start: _Start, kept_until: float) -> dict[str, float]:
         seconds["first_step"] += excess
         num_steps = line["step"] - step
         num_lost = min(num_steps, max(0, line["step"] - kept_until))
-        lost_s = steps_s * num_lost / num_steps if num_steps > 0 else 0.0
+        # Without a step that was done, it is one that ended in a rewind.
+        lost_s = steps_s * num_lost / num_steps if num_steps > 0 else steps_s
         seconds["repeated"] += lost_s
         seconds["steps"] += steps_s - lost_s
         for name, value in measured.items():

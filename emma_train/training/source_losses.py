@@ -21,7 +21,8 @@ def record_source_losses(tasks: Sequence[str], sources: Sequence[str], owner: Te
         return
     pairs = list(zip(tasks, sources, strict=True))
     keys = list(dict.fromkeys(pairs))
-    indices = torch.tensor([keys.index(pair) for pair in pairs], dtype=torch.int64, device=losses.device)[owner]
+    key_of_pair = torch.tensor([keys.index(pair) for pair in pairs], dtype=torch.int64)
+    indices = key_of_pair.to(losses.device, non_blocking=True)[owner]
     values = losses.detach().double()
     sums, counts = (values.new_zeros(len(keys)).index_add_(0, indices, v) for v in (values, torch.ones_like(values)))
     for index, (task, source) in enumerate(keys):

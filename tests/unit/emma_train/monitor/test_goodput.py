@@ -65,6 +65,12 @@ def test_after_every_line_the_sum_is_the_wall_time() -> None:
         assert ledger.wall_s == pytest.approx(TWICE_KILLED[end - 1]["time_unix"] - 1000)
 
 
+def test_a_step_that_was_not_done_was_lost() -> None:
+    ledger = ledger_of([start(0, 0, 0), line(2, 1, step=2), line(4, 2, step=2), line(7, 2, step=3)])
+    assert ledger is not None
+    assert (ledger.seconds["steps"], ledger.seconds["repeated"]) == (4, 3)
+
+
 def test_half_of_a_line_may_be_repeated() -> None:
     ledger = ledger_of([start(0, 0, 0), line(10, 10, step=10), start(10, 10, 4), line(16, 10, step=6)])
     assert ledger is not None

@@ -1,5 +1,7 @@
 """One micro-batch: latents cached or encoded, and the loss of every stage."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,13 +11,14 @@ from emma_train.metrics import recording
 from emma_train.model.emma import training_experts
 from emma_train.model.parameter_groups import group_of
 from emma_train.objectives.flow import add_noise
-from emma_train.objectives.loss import LossAccumulator, count
+from emma_train.objectives.loss import LossAccumulator, count, losses
 from emma_train.sequence.geometry import to_patches
 from emma_train.sequence.pack import Sample, pack
 from emma_train.stages.freeze import freeze
 from emma_train.stages.stage import STAGES
 from emma_train.training.forward import clean_latents, micro_loss
 from emma_train.training.metric_reduction import to_host
+from emma_train.training.source_losses import NUM_TOKENS, pop_source_losses
 from tests.helpers import PATCH, SHUFFLE, FakeAutoencoder, i2t_sample, make_image, mixed_samples, tiny_emma, tiny_model
 
 FAKE = FakeAutoencoder()
@@ -67,6 +70,29 @@ def test_the_loss_of_a_pack_is_its_two_weighted_means() -> None:
     want = 0.25 * torch.nn.functional.cross_entropy(out.logits, batch.labels)
     want = want + torch.nn.functional.mse_loss(out.velocity, step.velocity)
     torch.testing.assert_close(loss, want, rtol=1e-6, atol=1e-6)
+
+
+@torch.no_grad()
+def test_losses_by_source_add_up_to_those_of_their_tasks() -> None:
+    """Over two micro-batches; weighted by their tokens, the means are the loss of the task."""
+    samples = [replace(s, source=f"source{number % 2}") for number, s in enumerate(with_latents(True) * 2)]
+    model, batches = tiny_emma(), [pack(samples[:5]), pack(samples[5:])]
+    counts = count(batches, "tokens")
+    accumulator = LossAccumulator(LossConfig(), counts, torch.device("cpu"))
+    with recording() as recorded:
+        for batch in batches:
+            micro_loss(model, FAKE, batch, FlowConfig(), STAGES["stage2"], accumulator)  # type: ignore[arg-type]
+    values = {name: metric.value for name, metric in to_host(recorded).items()}
+    tokens = {name.removeprefix(NUM_TOKENS): v for name, v in values.items() if name.startswith(NUM_TOKENS)}
+    means = pop_source_losses(values)
+    by_task = losses(accumulator.sums.tolist(), counts, LossConfig())
+    assert {name.split("/")[0] for name in tokens} == {"i2t", "t2i", "it2i"}
+    for task in ("i2t", "t2i", "it2i"):
+        shares = {name: number for name, number in tokens.items() if name.startswith(f"{task}/")}
+        assert sum(shares.values()) == counts.by_task[task]
+        mean = sum(means[f"loss/{name}"] * number for name, number in shares.items()) / counts.by_task[task]
+        assert mean == pytest.approx(by_task[f"loss/{task}"], rel=1e-5)
+    assert any(len([name for name in tokens if name.startswith(task)]) == 2 for task in ("i2t", "t2i", "it2i"))
 
 
 @torch.no_grad()
