@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Iterator, Mapping
 from types import FrameType
 
-COLLECTIVES = {
+COLLECTIVE_OF_FUNCTION = {
     "all_reduce": "all-reduce",
     "all_gather": "all-gather",
     "all_gather_object": "all-gather",
@@ -49,7 +49,7 @@ def describe_thread(frame: FrameType) -> str:
     for current, line in traceback.walk_stack(frame):
         file, function = current.f_code.co_filename, current.f_code.co_name
         if _COLLECTIVE_FILES in file:
-            collective = collective or COLLECTIVES.get(function, "")
+            collective = collective or COLLECTIVE_OF_FUNCTION.get(function, "")
             module = module or str(getattr(current.f_locals.get("self"), "_module_fqn", None) or "")
         waits_for_pack = waits_for_pack or file.endswith(_LOADER_FILE) or function == _READ_AHEAD
         if not where and (package := _package(file)):
