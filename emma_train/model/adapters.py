@@ -57,19 +57,25 @@ def time_features(time: Tensor, num: int) -> Tensor:
 
 
 def position_2d(grids: Sequence[tuple[int, int]], hidden: int, device: torch.device) -> Tensor:
-    """Fixed 2D sin-cos position of every visual token of the images: float32 [tokens, hidden]."""
+    """Fixed 2D sin-cos position of every visual token of the images: float32 [tokens, hidden]. Made on the device."""
     if not grids:
         return torch.zeros(0, hidden, device=device)
-    return torch.cat([_sincos_2d(rows, columns, hidden) for rows, columns in grids]).to(device, non_blocking=True)
+    size = 1 << (max(map(max, grids)) - 1).bit_length()  # few tables, though images have many sizes
+    table = _sincos(size, hidden // 4, device)
+    by_grid = {grid: _grid_positions(table, *grid) for grid in dict.fromkeys(grids)}
+    positions = torch.cat([by_grid[grid] for grid in grids])
+    return F.pad(positions, (0, hidden - positions.shape[-1]))
 
 
-@lru_cache(maxsize=1024)
-def _sincos_2d(rows: int, columns: int, hidden: int) -> Tensor:
-    quarter = hidden // 4
+def _grid_positions(table: Tensor, rows: int, columns: int) -> Tensor:
+    """[rows * columns, 4 * quarter]: row, then column, of each token."""
+    of_row, of_column = table[:rows, None].expand(-1, columns, -1), table[None, :columns].expand(rows, -1, -1)
+    return torch.cat([of_row, of_column], dim=-1).flatten(0, 1)
+
+
+@lru_cache(maxsize=16)
+def _sincos(size: int, quarter: int, device: torch.device) -> Tensor:
+    """Sines and cosines of the coordinates below `size`: float32 [size, 2 * quarter]; copied to the device once."""
     frequencies = 1.0 / 10000.0 ** (torch.arange(quarter, dtype=torch.float64) / quarter)
-    parts = []
-    for index in torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"):
-        angles = index.reshape(-1, 1).double() * frequencies
-        parts += [angles.sin(), angles.cos()]
-    table = torch.cat(parts, dim=-1).float()
-    return F.pad(table, (0, hidden - table.shape[-1]))
+    angles = torch.arange(size)[:, None].double() * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=-1).float().to(device)

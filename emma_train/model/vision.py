@@ -111,7 +111,7 @@ class VisionEncoder(nn.Module):
 
     def _images(self, lengths: list[int], x: Tensor) -> Images:
         flash = lengths and select_backend(self.backend, x.device, x.dtype) == "flash"
-        return Images(lengths, full_call(lengths).to(x.device) if flash else None)
+        return Images(lengths, full_call(lengths, x.device) if flash else None)
 
     def _embed(self, patches: Tensor, grids: Grids) -> Tensor:
         weight = self.patch_embedding.weight.permute(0, 2, 3, 1).flatten(1)

@@ -13,6 +13,7 @@ import torch
 
 from emma_train.sequence.layout import ImageRole, ImageSegment, Segment, TextSegment
 from emma_train.sequence.spans import Spans, spans
+from emma_train.sequence.tasks import TASKS
 
 IGNORE_STEM = -1
 
@@ -94,6 +95,10 @@ class PackedBatch:
     """int64 [counts[3]]: index of the target image of each target token."""
     target_tasks: list[str]
     """Task of each target."""
+    task_index: torch.Tensor
+    """int64 [samples]: index of each sample's task in TASKS."""
+    target_task_index: torch.Tensor
+    """int64 [targets]: the same of each target."""
     stem: torch.Tensor
     """int64 [understanding images]: 1 STEM, 0 general, -1 unknown."""
     semantic_only: torch.Tensor | None = None
@@ -236,6 +241,8 @@ def pack(samples: Sequence[Sample], num_dropped: int = 0) -> PackedBatch:
             torch.arange(len(targets)), torch.tensor(target_sizes, dtype=torch.int64)
         ),
         target_tasks=[s.task for s in targets],
+        task_index=_task_index(samples),
+        target_task_index=_task_index(targets),
         stem=torch.tensor([image.stem for image in images[ImageRole.UND]], dtype=torch.int64),
         stem_labels=[image.stem for image in images[ImageRole.UND]],
         semantic_only=torch.cat(tables.semantic_only) if any(map(torch.any, tables.semantic_only)) else None,
@@ -243,6 +250,11 @@ def pack(samples: Sequence[Sample], num_dropped: int = 0) -> PackedBatch:
         sources=[s.source for s in samples],
         target_sources=[s.source for s in targets],
     )
+
+
+def _task_index(samples: Sequence[Sample]) -> torch.Tensor:
+    order = list(TASKS)
+    return torch.tensor([order.index(sample.task) for sample in samples], dtype=torch.int64)
 
 
 def continued(batch: PackedBatch, lengths: Sequence[int]) -> PackedBatch:

@@ -15,8 +15,7 @@ from emma_train.objectives.loss import LossAccumulator
 from emma_train.objectives.next_token import next_token_loss
 from emma_train.sequence.geometry import from_patches
 from emma_train.sequence.layout import ImageRole
-from emma_train.sequence.pack import PackedBatch
-from emma_train.sequence.tasks import TASKS
+from emma_train.sequence.pack import IGNORE_STEM, PackedBatch
 from emma_train.stages.stage import Stage
 from emma_train.training.source_losses import record_source_losses
 
@@ -35,11 +34,11 @@ def micro_loss(
     if stage.loss == "router":
         logits = model.route(batch)[: len(batch.stem)]  # type: ignore[operator]
         record_metric("vision/stem_share", model.vision.takes_stem(logits), "mean")  # type: ignore[operator, union-attr]
-        known = batch.stem >= 0
-        losses = next_token_loss(logits[known], batch.stem[known])
+        # Images without a label have no loss; to leave them out would have the host wait for their number.
+        losses = next_token_loss(logits, batch.stem, IGNORE_STEM)
         nothing = losses.new_zeros(0)
         # Router tuning has one task; which sample an image is of does not matter.
-        return accumulator.add(losses, torch.zeros_like(batch.stem[known]), nothing, nothing.long())
+        return accumulator.add(losses, torch.zeros_like(batch.stem), nothing, nothing.long())
     step = add_noise(batch, clean_latents(batch, autoencoder), flow)
     if noise_checksums is not None:
         noise_checksums.append(step.checksum)
@@ -48,15 +47,11 @@ def micro_loss(
         experts = training_experts(batch)
         record_metric("vision/stem_share", batch.stem == STEM, "mean")
     prediction = model(batch, step.latents, step.time, experts, losses=True)
-    task_index = {task: index for index, task in enumerate(TASKS)}
-    sample_task, target_task = (
-        torch.tensor([task_index[task] for task in tasks], dtype=torch.int64, device=step.time.device)
-        for tasks in (batch.tasks, batch.target_tasks)
-    )
     owner, flow_losses = batch.sample[batch.predictors], velocity_loss(prediction.velocity, step.velocity)
     record_source_losses(batch.tasks, batch.sources, owner, prediction.text_losses)
     record_source_losses(batch.target_tasks, batch.target_sources, batch.target_of_token, flow_losses)
-    return accumulator.add(prediction.text_losses, sample_task[owner], flow_losses, target_task[batch.target_of_token])
+    flow_task = batch.target_task_index[batch.target_of_token]
+    return accumulator.add(prediction.text_losses, batch.task_index[owner], flow_losses, flow_task)
 
 
 def clean_latents(batch: PackedBatch, autoencoder: Autoencoder) -> Tensor:

@@ -56,6 +56,7 @@ def test_workers_say_where_they_are_and_those_that_cannot_are_named() -> None:
         while not (reports.path(well.pid).exists() and reports.path(stopped.pid).exists()):
             time.sleep(0.01)
         os.kill(stopped.pid, signal.SIGSTOP)
+        os.waitpid(stopped.pid, os.WUNTRACED)
         for _ in range(2):  # a second report is as good as the first
             lines = reports.collect()
             assert f"! loader worker (process {stopped.pid}) is stopped (SIGSTOP)" in lines

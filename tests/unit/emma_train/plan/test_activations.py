@@ -11,7 +11,7 @@ from torch import nn
 
 from emma_train.config.schema import EngineConfig, ModelConfig
 from emma_train.engine.activation_checkpointing import checkpoint_layers
-from emma_train.model import attention, emma, varlen, vision
+from emma_train.model import attention, vision
 from emma_train.model.attention import rotary_tables
 from emma_train.model.decoder import Decoder, DecoderLayer
 from emma_train.model.emma import Emma
@@ -20,6 +20,7 @@ from emma_train.plan.activations import decoder_layer_bytes, encoder_layer_bytes
 from emma_train.sequence.layout import ImageRole, ImageSegment, TextSegment
 from emma_train.sequence.pack import ImageTokens, PackedBatch, Sample, pack
 from emma_train.sequence.spans import full_call
+from tests.card import card_on_meta
 from tests.helpers import kept_bytes
 from tests.unit.emma_train.plan.test_plan import FULL, plan, toy
 
@@ -56,22 +57,7 @@ def pack_of(stage: str) -> PackedBatch:
 
 @pytest.fixture
 def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The meta device takes the way of a card: spans, and torch's variable-length kernel."""
-    monkeypatch.setattr(varlen, "_card", lambda device: 9)
-    monkeypatch.setattr(varlen, "_import", lambda kernel: _varlen() if kernel.function == "varlen_attn" else None)
-    monkeypatch.setattr(varlen, "_ready", list(varlen._ready))
-    for module in (emma, vision):
-        monkeypatch.setattr(module, "select_backend", lambda *_: "flash")
-    varlen._load_kernel.cache_clear()
-    torch._dynamo.reset()
-    yield
-    varlen._load_kernel.cache_clear()
-
-
-def _varlen() -> object:
-    from torch.nn.attention.varlen import varlen_attn
-
-    return varlen_attn
+    yield from card_on_meta(monkeypatch)
 
 
 def kept_by_layer(layer: nn.Module, compiled: bool, *inputs: object) -> int:
@@ -108,7 +94,7 @@ def test_a_full_size_encoder_layer_keeps_what_is_planned(compiled: bool) -> None
     with META:
         layer = VisionLayer(config).to(HALF)
         x = torch.empty(sum(lengths), config.hidden, dtype=HALF, requires_grad=True)
-    kept = kept_by_layer(layer, compiled, x, Images(lengths, full_call(lengths).to(META)))
+    kept = kept_by_layer(layer, compiled, x, Images(lengths, full_call(lengths, META)))
     predicted = encoder_layer_bytes(config, EngineConfig(compile=compiled), spans=True)
     assert kept / sum(lengths) == pytest.approx(predicted, rel=0.001)
 
