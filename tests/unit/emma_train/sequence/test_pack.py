@@ -159,5 +159,5 @@ def test_empty_groups_have_empty_tables_of_the_right_type(samples: list[Sample])
 def test_moving_to_a_device_moves_every_tensor() -> None:
     moved: PackedBatch = pack(mixed_samples()).to(torch.device("meta"))
     tensors = {k: v for k, v in vars(moved).items() if isinstance(v, torch.Tensor)}
-    assert len(tensors) == 12 and all(t.device.type == "meta" for t in tensors.values())
+    assert len(tensors) == 14 and all(t.device.type == "meta" for t in tensors.values())
     assert moved.keys == ["q0", "e0", "p0", "q1"] and moved.num_dropped == 0
