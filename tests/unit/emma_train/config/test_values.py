@@ -41,6 +41,7 @@ WITH_PHASE = tiny_recipe(
     data__phases=[{"name": "a", "steps": 1, "sources": SOURCES}],
     validate__sources=SOURCES,
     validate__questions=SOURCES,
+    health__skip_steps=[{"first": 2, "last": 3}],
 )
 
 
