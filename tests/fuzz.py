@@ -57,6 +57,8 @@ VALUES: dict[str, Any] = {
     "empty list": [],
 }
 LONG_TEXT = "x" * 5000
+LISTED: dict[str, dict[str, Any]] = {"skip_steps": {"first": 2, "last": 2}}
+"""A legal entry of each list of sections; of all others, a source of data."""
 NOT_TRIED = {"engine.compile": (1,)}
 """Values that are right but take minutes: compiling."""
 
@@ -131,7 +133,7 @@ def with_value(values: dict[str, Any], case: Case) -> dict[str, Any]:
     *parents, leaf = case.key.split(".")
     for parent in parents:
         name = parent.removesuffix("[]")
-        entries = [copy.deepcopy(values["data"]["sources"][0])]
+        entries = [copy.deepcopy(LISTED.get(name) or values["data"]["sources"][0])]
         section = section.setdefault(name, entries if parent.endswith("[]") else {})
         section = section[0] if parent.endswith("[]") else section
     section[leaf] = case.value

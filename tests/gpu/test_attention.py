@@ -110,7 +110,7 @@ def test_gradients_of_every_kernel_at_every_size_of_heads(head_dim: int, heads: 
     out."""
     assert kernels(head_dim)
     for kernel in kernels(head_dim):
-        assert_as_near_as_dense(full_call([64, 1024, 16, 256]).to(CUDA), (heads, kv_heads, head_dim), kernel)
+        assert_as_near_as_dense(full_call([64, 1024, 16, 256], CUDA), (heads, kv_heads, head_dim), kernel)
 
 
 def test_gradients_of_every_kernel_on_the_calls_of_a_pack() -> None:
@@ -136,9 +136,7 @@ def test_the_vision_encoder_s_gradients_by_kernel_and_by_torch_s_attention() -> 
 
     exact = run(Images(lengths, None), copy.deepcopy(layer).float(), x.float())
     usual = run(Images(lengths, None), layer, x)
-    for got, want, torchs in zip(
-        run(Images(lengths, full_call(lengths).to(CUDA)), layer, x), exact, usual, strict=True
-    ):
+    for got, want, torchs in zip(run(Images(lengths, full_call(lengths, CUDA)), layer, x), exact, usual, strict=True):
         assert relative(got, want) <= 2 * relative(torchs, want) + 1e-3
 
 
