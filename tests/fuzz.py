@@ -59,7 +59,7 @@ VALUES: dict[str, Any] = {
 LONG_TEXT = "x" * 5000
 LISTED: dict[str, dict[str, Any]] = {"skip_steps": {"first": 2, "last": 2}}
 """A legal entry of each list of sections; of all others, a source of data."""
-NOT_TRIED = {"engine.compile": (1,)}
+NOT_TRIED = {"engine.compile": (1,), "health.skip_steps[].first": (1,)}
 """Values that are right but take minutes: compiling."""
 
 
