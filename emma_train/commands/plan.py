@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help="recipe file; key=value overrides may follow")
     parser.add_argument("--gpus", type=int, default=8, help="number of GPUs (%(default)s)")
     parser.add_argument("--gpu", default="h100-80g", help="kind of GPU, or the beginning of its name (%(default)s)")
-    parser.add_argument("--mfu", type=float, default=0.4, help="share of the GPUs' peak that is reached (%(default)s)")
+    parser.add_argument("--mfu", type=float, help="measured share of the GPUs' peak; without, an estimate by module")
     parser.add_argument(
         "--network", type=float, default=400.0, metavar="GBITS", help="Gb/s of each GPU to other nodes (%(default)s)"
     )
@@ -44,7 +44,8 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from emma_train.plan.traffic import Network
 
     check_range("--gpus", arguments.gpus, 1, 10**6)
-    check_range("--mfu", arguments.mfu, 0.001, 1)
+    if arguments.mfu is not None:
+        check_range("--mfu", arguments.mfu, 0.001, 1)
     check_range("--network", arguments.network, 0.001, 10**6)
     check_range("--gpus-per-node", arguments.gpus_per_node, 1, 1024)
     network = Network(arguments.network, arguments.gpus_per_node)

@@ -63,7 +63,7 @@ def num_compiled_graphs() -> int:
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
-COLLECTIVES: dict[Any, tuple[str, int]] = {
+EXCHANGE_OPERATORS: dict[Any, tuple[str, int]] = {
     torch.ops.c10d._allgather_base_.default: ("all-gather", 0),
     torch.ops.c10d._reduce_scatter_base_.default: ("reduce-scatter", 1),
     torch.ops.c10d.allreduce_.default: ("all-reduce", 0),

@@ -1,4 +1,4 @@
-"""Memory, FLOPs and time of a recipe on N GPUs of a kind.
+"""Memory and FLOPs of a recipe on N GPUs of a kind.
 
 The model is built on the meta device and never allocated. Memory is what the code uses today.
 """
@@ -26,7 +26,7 @@ from emma_train.plan.activations import (
     value_bytes,
 )
 from emma_train.plan.autoencoder import autoencoder_of
-from emma_train.plan.cards import CARDS, card_name, usable_bytes
+from emma_train.plan.cards import card_name, usable_bytes
 from emma_train.plan.parts import muon_matrices, parts_of, sizes_of
 from emma_train.plan.samples import ReadIndexRows, StepLoad, step_load
 from emma_train.plan.state import exchange_memory, state_memory
@@ -34,10 +34,6 @@ from emma_train.sequence.layout import ImageRole
 from emma_train.sequence.tasks import TASKS
 from emma_train.stages.stage import makes_images, stage_of
 
-MFU = 0.40
-"""Assumed share of the dense bf16 peak."""
-TF32_COST = 2.0
-"""The autoencoder's convolutions run in TF32, at half the bf16 peak."""
 TRANSIENT = ("decoder's activations", "encoder's activations", "one layer's backward", "logits")
 """Memory that is not in use while the autoencoder runs."""
 
@@ -60,7 +56,8 @@ class Memory:
 
 
 class Plan:
-    """A recipe on `num_gpus` GPUs of a kind, which reach the share `mfu` of their peak."""
+    """A recipe on `num_gpus` GPUs of a kind. `mfu`: a share of their peak that was measured; None estimates their time
+    (plan/roofline.py)."""
 
     def __init__(
         self,
@@ -68,7 +65,7 @@ class Plan:
         recipe_path: str,
         num_gpus: int,
         gpu_name: str,
-        mfu: float = MFU,
+        mfu: float | None = None,
         read_index_rows: ReadIndexRows | None = None,
     ) -> None:
         """Without `read_index_rows`, sizes of samples are assumed. Raises UserError on an unknown kind of GPU, a recipe
@@ -155,21 +152,21 @@ class Plan:
 
     def flops(self, load: StepLoad) -> dict[str, int]:
         """Useful FLOPs of one optimizer step over all GPUs, by module."""
-        return module_flops(self.recipe.model, self.stage.trainable, self._work(load), self.stage.loss == "router")
+        return module_flops(self.recipe.model, self.stage.trainable, self.work(load), self.stage.loss == "router")
 
     def repeated_flops(self, load: StepLoad) -> float:
         """FLOPs of one step that backward recomputes, over all GPUs: checkpointed layers and logits."""
         if self.stage.loss == "router":
             return 0
         v, d, mode = self.recipe.model.vision, self.recipe.model.decoder, self.recipe.engine.activation_checkpointing
-        work = self._work(load)
+        work = self.work(load)
         forward = module_flops(self.recipe.model, (), replace(work, logits=0))
         decoder, encoder = forward["Und branch"] + forward["Gen branch"], forward["vision encoder"]
         layers = decoder * len(checkpointed_layers(d.num_layers, mode)) / d.num_layers
         layers += encoder * len(checkpointed_layers(self.encoder_layers, mode)) / v.num_used_layers
         return layers + 2 * work.logits * d.vocab * d.hidden
 
-    def _work(self, load: StepLoad) -> Work:
+    def work(self, load: StepLoad) -> Work:
         """Work of one step from its mean samples: what `pack_work` counts in the packs of such samples.
 
         Means stand for the samples: pairs, which are quadratic in a sample's length, come out too low where lengths
@@ -218,12 +215,6 @@ class Plan:
         costs = [newton_schulz_flops(rows, columns, iterations) for rows, columns in self.muon_shapes]
         return owner_loads(costs, assign_owners(costs, self.num_gpus), self.num_gpus)
 
-    def seconds(self, load: StepLoad) -> float:
-        """Estimated time of one optimizer step. In Newton-Schulz all wait for the GPU that has most of it."""
-        work = sum(self.flops(load).values()) + self.repeated_flops(load) + TF32_COST * self.encoding_flops(load)
-        work += self.num_gpus * max(self.newton_schulz_loads())
-        return work / (self.num_gpus * CARDS[self.gpu_name][1] * self.mfu)
-
     def peak(self, world: int, tokens: float) -> float:
         """Bytes on one of `world` GPUs for a pack of `tokens` tokens, in the phase that needs most."""
         return max(self.memory(load, world, tokens).peak for load in self.loads)
@@ -234,11 +225,12 @@ class Plan:
         return not self.sharing_problems() and full <= usable_bytes(self.gpu_name)
 
     def with_changes(self, engine: dict[str, Any] | None = None, **changes: Any) -> "Plan":
-        """The same plan with other values of engine.*, data.pack_tokens, num_gpus or gpu_name."""
+        """The same plan with other values of engine.*, data.pack_tokens, num_gpus or gpu_name, and of data.slots where
+        data.samples_per_step is set."""
         other = copy(self)
         other.num_gpus = changes.get("num_gpus", self.num_gpus)
         other.gpu_name = changes.get("gpu_name", self.gpu_name)
-        data = replace(self.recipe.data, pack_tokens=changes.get("pack_tokens", self.recipe.data.pack_tokens))
+        data = replace(self.recipe.data, **{key: changes[key] for key in ("pack_tokens", "slots") if key in changes})
         other.recipe = replace(self.recipe, data=data, engine=replace(self.recipe.engine, **(engine or {})))
         return other
 

@@ -17,6 +17,19 @@ CARDS: dict[str, tuple[float, float]] = {
     "rtx4090-24g": (23.6, PEAK_DENSE_BF16["RTX 4090"]),
 }
 """Kinds of GPU: GiB that a process can use, and dense bf16 FLOP/s."""
+MEMORY_BYTES_S: dict[str, float] = {
+    "a100-40g": 1.555e12,
+    "a100-80g": 2.039e12,
+    "b200-192g": 8.0e12,
+    "h100-80g": 3.35e12,
+    "h100-nvl-94g": 3.9e12,
+    "h100-pcie-80g": 2.0e12,
+    "h200-141g": 4.8e12,
+    "l40s-48g": 0.864e12,
+    "mi300x-192g": 5.3e12,
+    "rtx4090-24g": 1.008e12,
+}
+"""Peak bytes a second of a card's memory, by vendors' data sheets."""
 RESERVE = 0.10
 """Share of the card left to the CUDA context, NCCL and fragmentation."""
 

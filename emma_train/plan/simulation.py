@@ -24,7 +24,7 @@ from emma_train.engine.activation_checkpointing import checkpoint_activations
 from emma_train.engine.flat_shard import local
 from emma_train.engine.fsdp import FsdpEngine
 from emma_train.engine.protocol import MakeOptimizer
-from emma_train.engine.torch_private import COLLECTIVES, join_fake_group, tensors_without_memory
+from emma_train.engine.torch_private import EXCHANGE_OPERATORS, join_fake_group, tensors_without_memory
 from emma_train.engine.world import World
 from emma_train.errors import UserError
 from emma_train.model.adapters import position_2d
@@ -137,7 +137,7 @@ class _Counter(TorchDispatchMode):
         return {name: (self._calls[name], self._bytes[name]) for name in sorted(self._calls)}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if (kind := COLLECTIVES.get(func)) is not None:
+        if (kind := EXCHANGE_OPERATORS.get(func)) is not None:
             name, argument = kind
             tensors = args[argument] if isinstance(args[argument], list | tuple) else [args[argument]]
             self._calls[name] += 1

@@ -6,9 +6,9 @@ from rich.table import Table
 from emma_train.engine.protocol import MakeOptimizer
 from emma_train.plan.arithmetic import Plan
 from emma_train.plan.cards import GIB
+from emma_train.plan.exchange import exchange
 from emma_train.plan.simulation import Simulation, not_simulated, simulate
 from emma_train.plan.state import state_memory
-from emma_train.plan.traffic import exchange
 
 KEPT = {
     "weights": ("weights, fp32 shard",),

@@ -9,9 +9,10 @@ from rich.table import Table
 
 from emma_train.config.schema import Recipe
 from emma_train.plan.advice import problems, ways_to_speed
-from emma_train.plan.arithmetic import MFU, Plan
+from emma_train.plan.arithmetic import Plan
 from emma_train.plan.cards import CARDS, GIB, RESERVE, usable_bytes
 from emma_train.plan.checkpoint_size import WRITE_BYTES_S, checkpoint_size
+from emma_train.plan.roofline import estimated_mfu, parts_of_step, step_seconds
 from emma_train.plan.samples import ReadIndexRows, tokenwise
 from emma_train.plan.traffic import Network, traffic
 from emma_train.sequence.layout import ImageRole
@@ -24,7 +25,7 @@ class Machine:
 
     num_gpus: int = 8
     gpu_name: str = "h100-80g"
-    mfu: float = MFU
+    mfu: float | None = None
     network: Network = Network()
 
 
@@ -64,13 +65,13 @@ def print_plan(
 def print_total(plans: Sequence[Plan]) -> None:
     """Steps, samples, tokens, time and storage of a pipeline's stages together."""
     lengths = [(plan, load, n) for plan in plans for load, n in zip(plan.loads, plan.phase_steps, strict=True)]
-    seconds = sum(n * plan.seconds(load) for plan, load, n in lengths)
-    gpu_hours = sum(n * plan.seconds(load) * plan.num_gpus for plan, load, n in lengths) / 3600
+    seconds = sum(n * step_seconds(plan, load) for plan, load, n in lengths)
+    gpu_hours = sum(n * step_seconds(plan, load) * plan.num_gpus for plan, load, n in lengths) / 3600
     console = Console(width=100, highlight=False, soft_wrap=False)
     console.print(
         f"[bold]All {len(plans)} stages[/bold]: {sum(n for _, _, n in lengths):,} steps, "
         f"{_short_count(sum(n * sum(load.samples.values()) for _, load, n in lengths))} samples, "
-        f"{_short_count(sum(n * load.tokens for _, load, n in lengths))} tokens, {_seconds(seconds)}, "
+        f"{_short_count(sum(n * load.tokens for _, load, n in lengths))} tokens, an estimated {_seconds(seconds)} and "
         f"{gpu_hours:,.1f} GPU-hours, {_gib(sum(checkpoint_size(plan).total for plan in plans))} of checkpoints"
     )
 
@@ -99,14 +100,15 @@ def _network_lines(plan: Plan, network: Network) -> list[str]:
     if plan.num_gpus == 1:
         return []
     now = traffic(plan, network)
-    how = f"{_seconds(now.communication_s)} of communication and {_seconds(now.computing_s)} of computing a step"
+    how = f"an estimated {_seconds(now.communication_s)} of communication and {_seconds(now.computing_s)} of computing"
     where = f"{network.gbits:g} Gb/s for each GPU between nodes of {network.gpus_per_node}"
+    ways = " and ".join(ways_to_speed(plan, network))
     if now.hidden:
-        return [f"Network: {how} at {where}: the times above assume that computing hides it."]
-    ways = " and ".join(ways_to_speed(plan, network)) or "a faster network or longer packs"
+        shorter = f" What would make steps shorter, by its own plan: {ways}." if ways else ""
+        return [f"Network: {how} a step at {where}: the times above assume that computing hides it.{shorter}"]
     return [
-        f"[yellow]Network:[/yellow] {how} at {where}: a step takes at least {_seconds(now.step_s)}. "
-        f"What would shorten it: {ways}."
+        f"[yellow]Network:[/yellow] {how} a step at {where}: a step takes at least {_seconds(now.step_s)}. "
+        f"What would shorten it: {ways or 'a faster network or longer packs'}."
     ]
 
 
@@ -170,7 +172,8 @@ def image_notes(plan: Plan) -> list[str]:
 def _step_table(plan: Plan) -> Table:
     slots, loads, lengths = plan.recipe.data.slots, plan.loads, plan.phase_steps
     table = _titled_table("Steps (FLOPs of one step on all GPUs)", "", *(load.phase.name for load in loads))
-    work, seconds = [plan.flops(load) for load in loads], [plan.seconds(load) for load in loads]
+    work, seconds = [plan.flops(load) for load in loads], [step_seconds(plan, load) for load in loads]
+    parts = [{} if plan.mfu else parts_of_step(plan, load) for load in loads]
     shared = slots * plan.recipe.engine.sequence_parallel
     packs = f"{shared / plan.num_gpus:g}" + " (not whole)" * (shared % plan.num_gpus > 0)
     rows: dict[str, list[str]] = {
@@ -186,17 +189,23 @@ def _step_table(plan: Plan) -> Table:
         **(
             {"FLOPs, Newton-Schulz": [_flops(sum(plan.newton_schulz_loads()))] * len(loads)} if plan.muon_shapes else {}
         ),
-        f"step at {plan.mfu:.0%} MFU": [_seconds(s) for s in seconds],
+        **{f"estimated: {part}": [_seconds(p[part]) for p in parts] for part in parts[0]},
+        "estimated: step": [_seconds(s) for s in seconds],
+        "estimated: MFU": [f"{estimated_mfu(plan, x):.0%}" for x in loads],
         "steps": [f"{n:,}" for n in lengths],
         "samples": [_short_count(n * sum(x.samples.values())) for n, x in zip(lengths, loads, strict=True)],
         "tokens": [_short_count(n * x.tokens) for n, x in zip(lengths, loads, strict=True)],
-        "time": [_seconds(n * s) for n, s in zip(lengths, seconds, strict=True)],
+        "estimated: time": [_seconds(n * s) for n, s in zip(lengths, seconds, strict=True)],
     }
     for name, values in rows.items():
         table.add_row(name, *values)
     total = sum(n * s for n, s in zip(lengths, seconds, strict=True))
     hours = f"{total * plan.num_gpus / 3600:,.1f} GPU-hours"
-    table.caption = f"The stage: {_seconds(total)}, {hours} (no checkpoints, sample images or failures)"
+    how = f"at {plan.mfu:.0%} MFU" if plan.mfu else "by the model of plan/roofline.py"
+    table.caption = (
+        f"The stage, estimated {how}, which no card has confirmed: {_seconds(total)}, {hours} (no checkpoints, sample "
+        "images or failures)"
+    )
     return table
 
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 from emma_train.plan.arithmetic import Plan
 from emma_train.plan.cards import node_bandwidth
+from emma_train.plan.exchange import exchange, micro_steps_of
+from emma_train.plan.roofline import step_seconds
 
 GPUS_PER_NODE = 8
 GBITS_PER_GPU = 400.0
@@ -56,38 +58,11 @@ class Traffic:
         return max(self.communication_s, self.computing_s)
 
 
-@dataclass(frozen=True)
-class Exchange:
-    """Bytes of a step's collectives, each with the size of its complete tensor; of FSDP."""
-
-    gathered: float
-    reduced: float
-    summed: float
-    """Over replicas."""
-
-
-def exchange(plan: Plan) -> Exchange:
-    """What one rank gathers, reduces and sums under engine.kind=fsdp; plan/simulation.py counts the same."""
-    engine, sizes = plan.recipe.engine, plan.sizes
-    weight = 2 if engine.precision == "bf16" else 4
-    replicated = engine.frozen == "replicated"
-    forward = sizes.stored - sizes.unused - replicated * sizes.frozen_running
-    backward = (sizes.backward - replicated * sizes.frozen_backward) if engine.reshard_after_forward else 0
-    reduces = _micro_steps(plan) if engine.reduce_every_micro_step else 1
-    shards, replicas = plan.num_gpus // engine.replicate, engine.replicate
-    divided = shards > 1
-    return Exchange(
-        gathered=divided * _micro_steps(plan) * weight * (forward + backward),
-        reduced=divided * reduces * 4 * sizes.trained,
-        summed=4 * sizes.trained / shards if replicas > 1 else 0.0,
-    )
-
-
 def traffic(plan: Plan, network: Network) -> Traffic:
     """Of the phase that takes longest."""
     engine, sizes, world = plan.recipe.engine, plan.sizes, plan.num_gpus
     weight = 2 if engine.precision == "bf16" else 4
-    micro_steps = _micro_steps(plan)
+    micro_steps = micro_steps_of(plan)
 
     def seconds(num_bytes: float, ranks: int, speed: float | None = None) -> float:
         speed = speed or network.bandwidth(plan.gpu_name, ranks)
@@ -104,8 +79,4 @@ def traffic(plan: Plan, network: Network) -> Traffic:
         total = seconds(micro_steps * (2 * weight * used + weight * sizes.trained), world)
     else:
         total = seconds(micro_steps * weight * sizes.trained + weight * sizes.trained, world)
-    return Traffic(total, max(plan.seconds(load) for load in plan.loads))
-
-
-def _micro_steps(plan: Plan) -> float:
-    return max(1.0, plan.recipe.data.slots * plan.recipe.engine.sequence_parallel / plan.num_gpus)
+    return Traffic(total, max(step_seconds(plan, load) for load in plan.loads))

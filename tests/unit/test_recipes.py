@@ -10,6 +10,7 @@ from emma_train.config.mix import phases, samples_per_task
 from emma_train.config.schema import InitConfig, Recipe
 from emma_train.generate.settings import FlowSettings
 from emma_train.plan import Plan
+from emma_train.plan.roofline import step_seconds
 from emma_train.stages.stage import STAGES, check_order, stage_of
 
 ROOT = Path(__file__).parents[2] / "recipes"
@@ -35,7 +36,7 @@ def test_stage_recipe_loads_and_plans(path: Path) -> None:
     plan = Plan(recipe, str(path), 1, "h200-141g", read_index_rows=index_reader(recipe))
     assert plan.trained > 0
     assert all(load.tokens / plan.recipe.data.slots <= plan.recipe.data.pack_tokens for load in plan.loads)
-    assert all(plan.seconds(load) > 0 for load in plan.loads)
+    assert all(step_seconds(plan, load) > 0 for load in plan.loads)
     assert sum(plan.phase_steps) == plan.recipe.train.steps
 
 

@@ -13,6 +13,7 @@ from emma_train.plan import Plan
 from emma_train.plan.advice import problems, ways_to_fit, ways_to_speed
 from emma_train.plan.cards import card_name, node_bandwidth
 from emma_train.plan.checkpoint_size import WRITE_BYTES_S, checkpoint_size
+from emma_train.plan.roofline import step_seconds
 from emma_train.plan.traffic import USABLE, Network, traffic
 from tests.unit.emma_train.plan.test_plan import FULL, plan, toy
 
@@ -29,10 +30,10 @@ def full_size(stage: str) -> Plan:
 def applied(before: Plan, way: str) -> Plan:
     """The plan of a proposed change, from the text that a user reads."""
     engine = {key: yaml.safe_load(value) for key, value in re.findall(r"engine\.(\w+)=(\w+)", way)}
-    tokens = [int(value) for value in re.findall(r"data\.pack_tokens=(\d+)", way)]
+    data = {key: int(value) for key, value in re.findall(r"data\.(\w+)=(\d+)", way)}
     count = re.search(r"(\d+) (?:GPUs|x ([\w-]+))", way)
-    assert engine or tokens or count, way
-    changes: dict[str, Any] = {"pack_tokens": tokens[0]} if tokens else {}
+    assert engine or data or count, way
+    changes: dict[str, Any] = dict(data)
     if count:
         changes |= {"num_gpus": int(count[1]), "gpu_name": count[2] or before.gpu_name}
     return before.with_changes(engine, **changes)
@@ -50,6 +51,11 @@ def test_what_is_proposed_fits(stage: str, gpus: int, gpu: str) -> None:
         assert problems(changed) == [], way
         full = changed.peak(changed.num_gpus, changed.recipe.data.pack_tokens)
         assert full < 2**30 * MEMORY.get(changed.gpu_name, 999), way
+    for network in (FAST, SLOW):
+        for way in ways_to_speed(planned, network):
+            changed = applied(planned, way)
+            assert problems(changed) == [], way
+            assert traffic(changed, network).step_s < traffic(planned, network).step_s, way
 
 
 def test_a_changed_plan_is_the_plan_of_the_changed_recipe() -> None:
@@ -82,7 +88,7 @@ def test_traffic_of_fsdp_in_closed_form() -> None:
     speed = 8 * 400e9 / 8 * USABLE  # the eight cards of a node
     now = traffic(planned, FAST)
     assert now.communication_s == pytest.approx((gathered + reduced) * 63 / 64 / speed)
-    assert now.computing_s == planned.seconds(planned.loads[0])
+    assert now.computing_s == step_seconds(planned, planned.loads[0])
     assert traffic(full_size("stage1"), SLOW).communication_s == pytest.approx(8 * now.communication_s)
     in_node = traffic(plan(FULL / "stage1.yaml", gpus=8), SLOW)
     packs = 32 * (2 * (2 * sizes.stored - sizes.root) + 4 * sizes.trained)
@@ -104,6 +110,15 @@ def test_a_slow_network_calls_for_replicas_that_fit() -> None:
     changed = applied(planned, ways[0])
     assert problems(changed) == []
     assert traffic(changed, SLOW).step_s < traffic(planned, SLOW).step_s
+
+
+def test_longer_packs_where_memory_allows_and_compiled_layers_make_steps_shorter() -> None:
+    shipped = full_size("stage1").with_changes(num_gpus=8)
+    assert ways_to_speed(shipped, FAST) == []  # packs twice as long do not fit 80 GB
+    larger = shipped.with_changes(gpu_name="h200-141g")
+    assert ways_to_speed(larger, FAST) == ["data.slots=128 data.pack_tokens=14336"]
+    eager = larger.with_changes({"compile": False})
+    assert ways_to_speed(eager, FAST)[0] == "engine.compile=true"
 
 
 def test_checkpoints_hold_what_trains_and_once_what_does_not() -> None:

@@ -15,6 +15,7 @@ from emma_train.flops.work import module_flops, pack_work
 from emma_train.plan import Machine, Plan, print_plan, problems
 from emma_train.plan.autoencoder import DC_AE_F32C32, DC_AE_PARAMETERS, autoencoder_of
 from emma_train.plan.cards import GIB
+from emma_train.plan.roofline import step_seconds
 from emma_train.plan.samples import MeanSample, image_tokens, tokenwise
 from emma_train.plan.tables import image_notes
 from emma_train.sequence.layout import ImageRole, ImageSegment, TextSegment
@@ -156,12 +157,13 @@ def test_flops_of_a_step_are_those_of_its_packs(stage: str) -> None:
     assert sum(planned.flops(load).values()) == expected
 
 
-def test_time_is_work_over_peak_and_days_over_phases() -> None:
-    planned = plan(FULL / "stage2.yaml")
+def test_time_at_a_measured_mfu_and_days_over_phases() -> None:
+    recipe = load_recipe(FULL / "stage2.yaml")
+    planned, twice = (Plan(recipe, "stage2.yaml", gpus, "h100-80g", mfu=0.4) for gpus in (64, 128))
     load = planned.loads[0]
     work = sum(planned.flops(load).values()) + planned.repeated_flops(load) + 2 * planned.encoding_flops(load)
-    assert planned.seconds(load) == pytest.approx(work / (64 * 989.4e12 * 0.4))
-    assert plan(FULL / "stage2.yaml", gpus=128).seconds(load) == pytest.approx(planned.seconds(load) / 2)
+    assert step_seconds(planned, load) == pytest.approx(work / (64 * 989.4e12 * 0.4))
+    assert step_seconds(twice, load) == pytest.approx(step_seconds(planned, load) / 2)
     assert planned.phase_steps == [146484, 65104, 23438]
     shorter = plan(FULL / "stage2.yaml", "train.steps=150000")
     assert shorter.phase_steps == [146484, 3516, 0]
