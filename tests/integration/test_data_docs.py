@@ -22,8 +22,8 @@ def commands() -> list[list[str]]:
     text = (ROOT / "docs" / "data.md").read_text()
     start = text.index("From the folders as they are downloaded")
     block = text[start : text.index("`tests/integration/test_public_sets.py` does this", start)]
-    for whole, smaller in SMALLER.items():
-        block = block.replace(whole, smaller)
+    for usual, smaller in SMALLER.items():
+        block = block.replace(usual, smaller)
     return [shlex.split(line) for line in block.splitlines() if line.startswith("    emma-data ")]
 
 
