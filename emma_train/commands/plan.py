@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 NUM_INDEX_SHARDS = 8
 """Shards of a source whose index is read: enough for means."""
-INDEX_COLUMNS = ("text_tokens", "supervised_tokens", "context", "target", "widths", "heights", "tags")
+INDEX_COLUMNS = ("size", "text_tokens", "supervised_tokens", "context", "target", "widths", "heights", "tags")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -11,6 +11,9 @@ from emma_train.sequence.tasks import TASKS, Task
 
 ASSUMED_NATIVE_TOKENS = 1024
 """Mean visual tokens of an image at native resolution (photographs some 300, scanned pages some 3,600)."""
+ASSUMED_BYTES_PER_PIXEL = 0.25
+"""Of images in shards, at the size at which they are trained on: JPEG and WebP of usual quality."""
+ASSUMED_BYTES_PER_TOKEN = 4.0
 FILLED = 0.98
 """Share of the packs' tokens that are filled, if data.samples_per_step is 0."""
 
@@ -37,6 +40,8 @@ class MeanSample:
     """Share of samples with an image below min_side or beyond max_aspect: others are trained on instead."""
     enlarged: float = 0.0
     """Share of samples with an image that is enlarged to more than twice its pixels."""
+    read_bytes: float = 0.0
+    """Bytes of its record in the shard."""
 
     @property
     def tokens(self) -> float:
@@ -85,7 +90,7 @@ def mean_sample(
     of_task = [source for source in sources if not source.tasks or task.name in source.tasks]
     rows = [read_index_rows(source, task.name) if read_index_rows else None for source in of_task]
     if any(rows) and None not in rows:
-        total, sums = 0.0, [0.0] * 7
+        total, sums = 0.0, [0.0] * 8
         for source, source_rows in zip(of_task, rows, strict=True):
             # A source with a weight counts as its weight, whatever the number of its rows.
             share = source.weight / len(source_rows) if source.weight and source_rows else 1.0
@@ -93,11 +98,12 @@ def mean_sample(
                 values = _row_means(row, task, image_config, pixels)
                 sums = [so_far + share * value for so_far, value in zip(sums, values, strict=True)]
                 total += share
-        text, supervised, seen, images, made, unsuitable, enlarged = (value / total for value in sums)
-        return MeanSample(text, supervised, seen, images, made, True, unsuitable, enlarged)
+        text, supervised, seen, images, made, unsuitable, enlarged, read = (value / total for value in sums)
+        return MeanSample(text, supervised, seen, images, made, True, unsuitable, enlarged, read)
     text, supervised = task.typical_text
     image, sees, makes = image_tokens(image_config, pixels), float(task.condition is not None), float(task.makes_image)
-    return MeanSample(text, supervised, sees * image, sees, makes * image, measured=False)
+    read = ASSUMED_BYTES_PER_TOKEN * text + ASSUMED_BYTES_PER_PIXEL * (sees + makes) * image * pixels**2
+    return MeanSample(text, supervised, sees * image, sees, makes * image, measured=False, read_bytes=read)
 
 
 def image_tokens(image_config: ImageConfig, pixels: int) -> float:
@@ -117,7 +123,7 @@ def tokenwise(side: float) -> tuple[int, int, int]:
 
 
 def _row_means(row: dict[str, Any], task: Task, image_config: ImageConfig, pixels: int) -> tuple[float, ...]:
-    """(text, supervised, seen, images_seen, made, unsuitable, enlarged) of an index row, as means over its
+    """(text, supervised, seen, images_seen, made, unsuitable, enlarged, read_bytes) of an index row, as means over its
     alternatives."""
 
     def tokens(number: int) -> int:
@@ -135,4 +141,4 @@ def _row_means(row: dict[str, Any], task: Task, image_config: ImageConfig, pixel
     grown = [tokens(number) * pixels**2 > 2 * width * height for number, (width, height) in enumerate(sizes)]
     unsuitable, enlarged = (sum(any(flags[i] for i in numbers) for numbers in used) for flags in (bad, grown))
     texts = sum(row["text_tokens"]), sum(row["supervised_tokens"])
-    return tuple(total / num for total in (*texts, seen, images, made, unsuitable, enlarged))
+    return (*(total / num for total in (*texts, seen, images, made, unsuitable, enlarged)), float(row["size"]))

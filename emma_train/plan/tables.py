@@ -12,8 +12,9 @@ from emma_train.plan.advice import problems, ways_to_speed
 from emma_train.plan.arithmetic import Plan
 from emma_train.plan.cards import CARDS, GIB, RESERVE, usable_bytes
 from emma_train.plan.checkpoint_size import WRITE_BYTES_S, checkpoint_size
+from emma_train.plan.data_volume import data_volume
 from emma_train.plan.roofline import estimated_mfu, parts_of_step, step_seconds
-from emma_train.plan.samples import ReadIndexRows, tokenwise
+from emma_train.plan.samples import ASSUMED_BYTES_PER_PIXEL, ReadIndexRows, tokenwise
 from emma_train.plan.traffic import Network, traffic
 from emma_train.sequence.layout import ImageRole
 from emma_train.sequence.tasks import TASKS
@@ -50,6 +51,7 @@ def print_plan(
         f"(1/{(vae + least) / emma:.1f} to 1/{(vae + most) / emma:.1f})\n"
     )
     console.print(_step_table(plan))
+    console.print(data_line(plan, machine.network))
     console.print(_memory_table(plan))
     console.print(_storage_table(plan, machine.network))
     lines = problems(plan)
@@ -62,6 +64,17 @@ def print_plan(
     return plan, int(bool(lines))
 
 
+def data_line(plan: Plan, network: Network) -> str:
+    """What the stage reads from its shards, in all and an hour and node."""
+    volume, nodes = data_volume(plan), max(1.0, plan.num_gpus / network.gpus_per_node)
+    sizes = "from the index" if volume.measured else f"in part assumed, {ASSUMED_BYTES_PER_PIXEL:g} bytes a pixel"
+    latents = f", and {_decimal(volume.latents)} of latents where they are cached" if volume.latents else ""
+    return (
+        f"Data: {_decimal(volume.read)} read from shards ({sizes}){latents}; an estimated "
+        f"{_decimal(volume.per_hour(nodes))} of shards an hour for each node of {network.gpus_per_node}."
+    )
+
+
 def print_total(plans: Sequence[Plan]) -> None:
     """Steps, samples, tokens, time and storage of a pipeline's stages together."""
     lengths = [(plan, load, n) for plan in plans for load, n in zip(plan.loads, plan.phase_steps, strict=True)]
@@ -72,7 +85,8 @@ def print_total(plans: Sequence[Plan]) -> None:
         f"[bold]All {len(plans)} stages[/bold]: {sum(n for _, _, n in lengths):,} steps, "
         f"{_short_count(sum(n * sum(load.samples.values()) for _, load, n in lengths))} samples, "
         f"{_short_count(sum(n * load.tokens for _, load, n in lengths))} tokens, an estimated {_seconds(seconds)} and "
-        f"{gpu_hours:,.1f} GPU-hours, {_gib(sum(checkpoint_size(plan).total for plan in plans))} of checkpoints"
+        f"{gpu_hours:,.1f} GPU-hours, {_gib(sum(checkpoint_size(plan).total for plan in plans))} of checkpoints, "
+        f"{_decimal(sum(data_volume(plan).read for plan in plans))} read from shards"
     )
 
 
@@ -248,6 +262,12 @@ def _flops(n: float) -> str:
         return "-"
     unit, size = next((u for u in (("EFLOP", 1e18), ("PFLOP", 1e15), ("TFLOP", 1e12)) if n >= u[1]), ("GFLOP", 1e9))
     return f"{n / size:,.1f} {unit}"
+
+
+def _decimal(num_bytes: float) -> str:
+    """In powers of ten, as storage and networks count."""
+    unit, size = next((u for u in (("PB", 1e15), ("TB", 1e12), ("GB", 1e9)) if num_bytes >= u[1]), ("MB", 1e6))
+    return f"{num_bytes / size:,.1f} {unit}"
 
 
 def _gib(n: float) -> str:

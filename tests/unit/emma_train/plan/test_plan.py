@@ -191,7 +191,7 @@ def test_router_tuning_runs_the_shared_encoder_layers_alone() -> None:
 
 
 def test_samples_are_measured_where_index_rows_are_at_hand() -> None:
-    row = {"text_tokens": [10, 20], "supervised_tokens": [0, 0], "context": [[], []], "target": [0, 0]}
+    row = {"size": 800, "text_tokens": [10, 20], "supervised_tokens": [0, 0], "context": [[], []], "target": [0, 0]}
     text_only = {"text_tokens": [30], "context": [[]], "target": [-1], "widths": [], "heights": []}
     rows = [{**row, "widths": [64], "heights": [64]}, {**row, **text_only}]
     recipe = load_recipe(TINY / "stage1.yaml", ["data.sources=[{path: a}, {path: b, tasks: [i2t]}]"])
@@ -200,14 +200,16 @@ def test_samples_are_measured_where_index_rows_are_at_hand() -> None:
         return rows if source.path == "a" else None
 
     means = Plan(recipe, "stage1.yaml", 2, "h100-80g", read_index_rows=read).loads[0].means
-    expected = MeanSample(text=22.5, supervised=0, seen=0, images_seen=0, made=8, measured=True, enlarged=0.5)
+    expected = MeanSample(
+        text=22.5, supervised=0, seen=0, images_seen=0, made=8, measured=True, enlarged=0.5, read_bytes=800
+    )
     assert means["t2i"] == expected
     assert not means["i2t"].measured, "one of its sources has no index"
 
 
 def test_the_plan_says_which_samples_are_not_used_and_which_images_are_enlarged() -> None:
     """Of four targets for buckets of 1024² one is tiny, one is 8:1, one is enlarged 4-fold, and one is large enough."""
-    row = {"text_tokens": [10], "supervised_tokens": [0], "context": [[]], "target": [0]}
+    row = {"size": 1, "text_tokens": [10], "supervised_tokens": [0], "context": [[]], "target": [0]}
     sizes = [(64, 64), (4096, 512), (512, 512), (1024, 1024)]
     rows = [{**row, "widths": [width], "heights": [height]} for width, height in sizes]
     words = ["data.sources=[{path: a}]", "data.gen={mode: buckets, side: 1024, min_side: 128}"]
@@ -224,7 +226,7 @@ def test_the_plan_says_which_samples_are_not_used_and_which_images_are_enlarged(
 
 def test_sources_count_by_their_weights() -> None:
     """Three rows of 10 tokens at weight 1 and one row of 50 at weight 3: a mean of 40, where the rows' mean is 20."""
-    row = {"supervised_tokens": [0], "context": [[]], "target": [0], "widths": [64], "heights": [64]}
+    row = {"size": 1, "supervised_tokens": [0], "context": [[]], "target": [0], "widths": [64], "heights": [64]}
     rows = {"a": [{**row, "text_tokens": [10]}] * 3, "b": [{**row, "text_tokens": [50]}]}
 
     def text(sources: str) -> float:
