@@ -30,7 +30,10 @@ def torchrun_command(recipe: str, overrides: Sequence[str], options: LaunchOptio
         command += ["--standalone", "--nproc-per-node", str(nproc)]
     else:
         if endpoint is None or node_rank is None:
-            raise UserError(f"launch: {nnodes} nodes need --rdzv-endpoint HOST:PORT (of node 0) and --node-rank")
+            raise UserError(
+                f"launch: {nnodes} nodes need --on slurm (or `on: slurm` in a site file); without SLURM, "
+                "--rdzv-endpoint HOST:PORT (of node 0) and --node-rank on each node"
+            )
         if not 0 <= node_rank < nnodes:
             raise UserError(f"launch: --node-rank is {node_rank}; {nnodes} nodes have 0 to {nnodes - 1}")
         command += ["--nnodes", str(nnodes), "--nproc-per-node", str(nproc)]

@@ -76,7 +76,10 @@ def submit(script: str, path: Path, logs: Path) -> int:
     print(shell_line(["sbatch", str(path)]), flush=True)
     if shutil.which("sbatch") is None:
         raise UserError(f"launch: sbatch is not on this machine; submit {path} where SLURM is, or use --on torchrun")
-    return subprocess.run(["sbatch", str(path)], check=False).returncode
+    code = subprocess.run(["sbatch", str(path)], check=False).returncode
+    if code == 0:
+        print(f"its output: {logs}/slurm-*.out")
+    return code
 
 
 def _directives(options: LaunchOptions, job: Job, num_processes: int) -> list[str]:

@@ -1,11 +1,12 @@
 """torchrun for one node of a run: the same options and the same agent, with the exit code of the trainer, one line
 where torchrun prints thirty, and a copy of the output in a file of the node.
 
-`python -m launchers.torchrun [--log FILE] --nproc-per-node 8 … -m emma_train train RECIPE`
+`python -m launchers.torchrun [--log FILE] [--slurm] --nproc-per-node 8 … -m emma_train train RECIPE`
 """
 
 import argparse
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -98,11 +99,41 @@ def _cause(code: int) -> str:
     return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
 
+def slurm_rendezvous(environment: Mapping[str, str], first_address: str) -> list[str]:
+    """torchrun's words for the nodes of an srun, from the variables of one of its tasks, one a node.
+
+    first_address: of the first node. Raises KeyError outside of an srun.
+    """
+    job, num_nodes = environment["SLURM_JOB_ID"], environment["SLURM_STEP_NUM_NODES"]
+    # A port for each job, as in slurm.sbatch: two jobs may share a node.
+    endpoint = f"{first_address}:{20000 + int(job) % 12000}"
+    words = ["--nnodes", num_nodes, "--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint]
+    words += ["--rdzv-id", f"{job}.{environment['SLURM_STEP_ID']}"]
+    return [*words, "--rdzv-conf", f"is_host={int(environment['SLURM_NODEID'] == '0')}"]
+
+
+def _first_address(nodes: str) -> str:
+    """The address by which SLURM reaches the first of some nodes: names of nodes need not be names of hosts."""
+
+    def show(*words: str) -> str:
+        return subprocess.run(["scontrol", "show", *words], capture_output=True, text=True, check=True).stdout
+
+    first = show("hostnames", nodes).split()[0]
+    match = re.search(r" NodeAddr=(\S+)", show("node", "-o", first))
+    return match[1] if match else first
+
+
 def main() -> int:
-    """Take --log, and give all other words to torchrun."""
+    """Take --log and --slurm, and give all other words to torchrun."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--log", type=Path)
+    parser.add_argument("--slurm", action="store_true")
     given, words = parser.parse_known_args()
+    if given.slurm:
+        if "SLURM_STEP_NODELIST" not in os.environ:
+            sys.stderr.write("launch: --slurm is for the nodes of an srun: start it with srun --ntasks-per-node=1\n")
+            return USAGE
+        words = [*slurm_rendezvous(os.environ, _first_address(os.environ["SLURM_STEP_NODELIST"])), *words]
     with _copied_output(given.log):
         return run(words)
 

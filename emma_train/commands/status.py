@@ -1,6 +1,7 @@
 """Say in a few lines what a run is doing, from any machine that sees its folder."""
 
 import argparse
+import json
 import sys
 import time
 from pathlib import Path
@@ -41,10 +42,23 @@ def status_text(folder: Path) -> str:
 
     stages = [read_run_state(stage) for stage in stage_folders(folder)] if folder.is_dir() else []
     if not stages:
+        if launched := _launch_line(folder):
+            return launched
         raise UserError(f"{folder} holds no run: neither metrics.jsonl nor config.yaml is here or one folder below")
     width = max(len(stage.name) for stage in stages)
     current = next((stage for stage in reversed(stages) if stage.starts or stage.holder), stages[-1])
     return "\n".join([*(_line(stage, width) for stage in stages), *_start_lines(current), *_time_lines(current)])
+
+
+def _launch_line(folder: Path) -> str:
+    """Of a run whose job has not begun to train; empty where nothing was launched."""
+    records = sorted(folder.glob("launches/*/launch.json"))
+    try:
+        launch = json.loads(records[-1].read_text())
+        when = f"launched {launch['time']} on {launch['nodes']} nodes"
+    except (IndexError, OSError, ValueError, KeyError):
+        return ""
+    return f"{folder.name}  {when}, not training yet: see squeue and {folder / 'logs'}"
 
 
 def _line(stage: "RunState", width: int) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from launchers.torchrun import node_exit_code, read_exit_codes
+from launchers.torchrun import node_exit_code, read_exit_codes, slurm_rendezvous
 
 ROOT = Path(__file__).parents[3]
 
@@ -51,6 +51,22 @@ sys.exit(int(end))
 )
 def test_the_exit_code_of_a_node(codes: dict[int, int], stopped: bool, expected: int) -> None:
     assert node_exit_code(codes, 2, stopped) == expected
+
+
+def test_the_nodes_of_an_srun_agree_on_a_rendezvous() -> None:
+    task = {"SLURM_JOB_ID": "24007", "SLURM_STEP_ID": "3", "SLURM_STEP_NUM_NODES": "2"}
+    first, second = (slurm_rendezvous({**task, "SLURM_NODEID": node}, "10.0.0.1") for node in "01")
+    assert first[:-1] == second[:-1]
+    assert (first[-1], second[-1]) == ("is_host=1", "is_host=0")
+    assert "--nnodes 2 --rdzv-backend c10d --rdzv-endpoint 10.0.0.1:20007 --rdzv-id 24007.3" in " ".join(first)
+
+
+def test_slurm_outside_of_an_srun_is_one_line() -> None:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    line = [sys.executable, "-m", "launchers.torchrun", "--slurm", "-m", "emma_train", "doctor"]
+    done = subprocess.run(line, cwd=ROOT, env=clean, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1 and "srun --ntasks-per-node=1" in done.stderr
 
 
 def test_only_the_newest_start_counts(tmp_path: Path) -> None:

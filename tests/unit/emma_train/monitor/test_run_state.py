@@ -90,3 +90,14 @@ def test_status_of_no_run_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixt
     for folder in (tmp_path, tmp_path / "none"):
         assert main(["status", str(folder)]) == 2
         assert "holds no run" in capsys.readouterr().err
+
+
+def test_status_of_a_job_that_waits_says_where_to_look(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for time in ("20260101-000000", "20260102-000000"):
+        folder = tmp_path / "mine" / "launches" / time
+        folder.mkdir(parents=True)
+        (folder / "launch.json").write_text(json.dumps({"time": time, "nodes": 2}))
+    assert main(["status", str(tmp_path / "mine")]) == 0
+    out = capsys.readouterr().out
+    assert "mine  launched 20260102-000000 on 2 nodes, not training yet" in out
+    assert str(tmp_path / "mine" / "logs") in out
