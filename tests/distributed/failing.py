@@ -167,8 +167,8 @@ def starved_worker_command(argv: list[str], num_bytes: int) -> int:
     """A command on whose last rank loader workers may get so many bytes of memory and no more."""
     start = loader._start_worker
 
-    def starved(number: int) -> None:
-        start(number)
+    def starved(number: int, **parts: Any) -> None:
+        start(number, **parts)
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + num_bytes, used + num_bytes))
 

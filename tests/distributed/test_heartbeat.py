@@ -23,7 +23,7 @@ from tests.distributed.spawn import run_ranks
 def test_the_others_end_and_name_the_rank(how: str, victim: int, codes: list[int], message: str) -> None:
     started = time.monotonic()
     with pytest.raises(AssertionError) as failure:
-        run_ranks(3, wait_forever, victim, how, timeout_s=90, grace_s=20)
+        run_ranks(3, wait_forever, victim, how, timeout_s=90, grace_s=6 if how == "stopped" else 20)
     text = str(failure.value)
     assert f"exit codes {codes}" in text
     assert text.count(message) == (2 if victim == 0 else 1), text

@@ -29,6 +29,7 @@ def test_the_rank_that_keeps_the_others_waiting_is_named(tmp_path: Path) -> None
     assert f"{title}: {busy}; {waiting} (" in said[0]
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_stopped_gives_no_answer(tmp_path: Path) -> None:
     with pytest.raises(AssertionError):  # the sum ends in an error, and the stopped rank is killed
         run_ranks(3, stall, 2, "stopped", tmp_path, timeout_s=60)

@@ -79,7 +79,7 @@ def test_an_encoder_layer_moves_the_bytes_of_the_model() -> None:
     with META:
         layer = VisionLayer(config).to(HALF)
         x = torch.empty(sum(lengths), config.hidden, dtype=HALF, requires_grad=True)
-    counted = moved(layer, x, Images(lengths, full_call(lengths).to(META)))
+    counted = moved(layer, x, Images(lengths, full_call(lengths, META)))
     for num_bytes, passes in zip(counted, ENCODER_PASSES[False], strict=True):
         assert num_bytes / (sum(lengths) * 2 * (config.hidden + config.intermediate_size)) == pytest.approx(
             passes, rel=0.15
