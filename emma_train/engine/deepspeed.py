@@ -90,9 +90,9 @@ class DeepSpeedEngine:
         return inf if self._zero.overflow else float(self._deepspeed.get_global_grad_norm())
 
     def _record_squares(self) -> None:
-        """Record the gradient norms by parameter group. With offload_optimizer none is: DeepSpeed then keeps
-        the gradients elsewhere."""
-        if not is_recording() or self._offloads:
+        """Record the gradient norms by parameter group. With offload_optimizer, and with ZeRO-1 in bf16, none is:
+        DeepSpeed then keeps the gradients elsewhere."""
+        if not is_recording() or self._offloads or not hasattr(self._zero, "averaged_gradients"):
             return
         zero, name_of = cast(Any, self._zero), {id(p): name for name, p in self._parameters.items()}
         parameters = zero.fp16_groups if self._stage == 3 else zero.params_in_partition
