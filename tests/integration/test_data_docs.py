@@ -21,7 +21,7 @@ def commands() -> list[list[str]]:
     """From the folders as they are downloaded to latents, in the order of the page."""
     text = (ROOT / "docs" / "data.md").read_text()
     start = text.index("From the folders as they are downloaded")
-    block = text[start : text.index("`tests/integration/test_public_sets.py` does this", start)]
+    block = text[start : text.index("`tests/integration/test_data_docs.py` runs", start)]
     for usual, smaller in SMALLER.items():
         block = block.replace(usual, smaller)
     return [shlex.split(line) for line in block.splitlines() if line.startswith("    emma-data ")]
