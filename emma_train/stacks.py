@@ -62,8 +62,8 @@ def describe_thread(frame: FrameType) -> str:
 
 
 def describe_process() -> str:
-    """The line of the thread that waits in a collective, else of the main thread. Backward passes on a GPU run in
-    threads of their own."""
+    """The line of the thread that waits in a collective, else of the main thread: on a GPU, autograd runs backward in
+    other threads than the main one."""
     frames = sys._current_frames()
     main = threading.main_thread().ident or 0
     lines = {ident: describe_thread(frame) for ident, frame in frames.items()}

@@ -70,7 +70,7 @@ def read_run_record(folder: Path) -> RunRecord:
         raise UserError(f"{path}: does not exist; only runs of this version and newer have digests of every step")
     records = [record for record in read_jsonl(path) if isinstance(record.get("step"), int)]
     steps = folders.list_steps(folders.checkpoints_of_run(folder))
-    complete = {int(step.name.removeprefix("step-")): step for step in steps if folders.find_problem(step) is None}
+    checkpoints = {int(step.name.removeprefix("step-")): step for step in steps if folders.find_problem(step) is None}
     metrics, starts = folder / "metrics.jsonl", folder / STARTS_FILE
     record = RunRecord(
         folder=folder,
@@ -78,7 +78,7 @@ def read_run_record(folder: Path) -> RunRecord:
         starts=read_jsonl(starts) if starts.is_file() else [],
         digests={r["step"]: {name: r.get(name, "") for name in DIGESTS} for r in records},
         losses=dict(_losses(read_jsonl(metrics) if metrics.is_file() else [])),
-        checkpoints=complete,
+        checkpoints=checkpoints,
     )
     record.problems = [*repeated_differently(str(folder), records), *missing_steps(record)]
     return record

@@ -108,8 +108,8 @@ class Plan:
         plan/state.py has what the engine keeps, plan/activations.py what autograd keeps of each layer; layers of the
         encoder below all that trains keep nothing. Backward of one layer at a time needs as much again as that layer
         keeps. A layer that engine.activation_checkpointing recomputes keeps its input, and the rest only during its
-        own backward. Logits exist for a few rows at a time, twice in fp32. The gradient of the LM head, summed in
-        fp32, is no larger than the root's "gradients on their way" later.
+        backward. Logits are computed for a few rows at a time, in two fp32 copies. The fp32 gradient of the LM head is
+        left out: it exists before the "gradients on their way" of the root, and is no larger.
         """
         recipe, v, d = self.recipe, self.recipe.model.vision, self.recipe.model.decoder
         b, spans = value_bytes(recipe.engine), uses_spans(recipe)

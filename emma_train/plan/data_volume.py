@@ -1,8 +1,9 @@
 """Bytes that a stage reads from its shards, and how fast.
 
-A sample reads its record whatever else the record holds, and a sample of a later epoch reads it again; a rank reads the
-samples of its own packs only. Sizes are those of the index where the plan has its rows, else assumed
-(plan/samples.py). With data.cache_dir, shards are copied as files, which reads more where a mix leaves records out.
+Each sample reads its complete record, also the parts that it does not use, and reads it again in the next epoch. A rank
+reads the samples of the packs that it computes, and no others. Sizes are those of the index where the plan has its
+rows, else assumed (plan/samples.py). With data.cache_dir, shards are copied as files, which reads more where a mix
+leaves records out.
 """
 
 from dataclasses import dataclass

@@ -118,7 +118,7 @@ def _network_lines(plan: Plan, network: Network) -> list[str]:
     where = f"{network.gbits:g} Gb/s for each GPU between nodes of {network.gpus_per_node}"
     ways = " and ".join(ways_to_speed(plan, network))
     if now.hidden:
-        shorter = f" What would make steps shorter, by its own plan: {ways}." if ways else ""
+        shorter = f" Planned alone, each of these makes steps shorter: {ways}." if ways else ""
         return [f"Network: {how} a step at {where}: the times above assume that computing hides it.{shorter}"]
     return [
         f"[yellow]Network:[/yellow] {how} a step at {where}: a step takes at least {_seconds(now.step_s)}. "
