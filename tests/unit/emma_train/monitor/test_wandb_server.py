@@ -52,8 +52,8 @@ class Server(ThreadingHTTPServer):
             self.changed.notify_all()
 
     def wait_for(self, mode: str) -> bool:
-        """Wait until a request has met a mode."""
-        end = time.monotonic() + 30
+        """Wait until a request has met a mode: W&B waits for longer and longer between the attempts that fail."""
+        end = time.monotonic() + 120
         while mode not in self.met and time.monotonic() < end:
             time.sleep(0.02)
         return mode in self.met
