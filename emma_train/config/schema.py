@@ -274,7 +274,8 @@ class EngineConfig:
     prefetch: int = setting(1, at_least=0, at_most=1024)
     """Decoder layers that fsdp gathers ahead, in forward and in backward; 0 leaves it to torch."""
     reshard_after_forward: bool = setting(True)
-    """Free gathered weights between forward and backward; false is faster where memory allows."""
+    """Free gathered weights between forward and backward; false keeps them until the optimizer changes them, which is
+    faster where memory allows."""
     reduce_every_micro_step: bool = setting(True)
     """Whether fsdp reduces gradients after every micro-batch; false reduces them after the last one only: faster, more
     memory."""

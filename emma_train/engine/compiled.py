@@ -8,7 +8,7 @@ from typing import cast
 
 import torch
 
-from emma_train.engine.torch_private import has_triton, num_compiled_graphs, raise_recompile_limit
+from emma_train.engine.torch_private import avoid_wrong_code, has_triton, num_compiled_graphs, raise_recompile_limit
 from emma_train.model.emma import Emma
 
 log = logging.getLogger(__name__)
@@ -26,6 +26,7 @@ def compile_layers(model: Emma, device: torch.device) -> None:
         log.warning("engine.compile has no effect here: %s", missing)
         return
     raise_recompile_limit(KINDS)
+    avoid_wrong_code()
     for stack in (model.decoder.layers, model.vision.layers, model.vision.stem_layers):
         for layer in stack if stack is not None else []:
             layer.forward = torch.compile(layer.forward, dynamic=True)

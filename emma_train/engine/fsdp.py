@@ -24,7 +24,7 @@ from emma_train.engine.flat_shard import Run, local
 from emma_train.engine.grad_norm import global_norm
 from emma_train.engine.muon_adamw import MuonAdamW, optimizer_state
 from emma_train.engine.protocol import MakeOptimizer
-from emma_train.engine.torch_private import local_size_and_offset, scale_in_place
+from emma_train.engine.torch_private import keep_sizes_constant, local_size_and_offset, scale_in_place
 from emma_train.engine.world import World
 from emma_train.errors import UserError
 from emma_train.model.decoder import DecoderLayer
@@ -54,6 +54,7 @@ class FsdpEngine:
         self._max_grad_norm = max_grad_norm
         self._sp_size = world.sp_size
         self._every_micro_step = config.reduce_every_micro_step
+        self._reshard = config.reshard_after_forward
         self._units = [m for m in model.modules() if isinstance(m, FSDPModule)]
         # Frozen units have no gradient to reduce, and torch fails on units that did not run.
         self._trained = [m for m in self._units if any(p.requires_grad for p in m.parameters())]
@@ -64,6 +65,8 @@ class FsdpEngine:
             module.set_requires_gradient_sync(last or self._every_micro_step, recurse=False)
             # Replicas exchange nothing before the last micro-step; until then each adds up its own shards.
             module.set_requires_all_reduce(last, recurse=False)
+        # Weights that stay gathered after the forward pass stay so until the optimizer changes them.
+        self.model.set_reshard_after_backward(last or self._reshard)
         self.model.set_is_last_backward(last)
         (loss / self._sp_size).backward()  # every rank that shares a pack has the loss of the full pack
 
@@ -159,8 +162,10 @@ def shard(model: Emma, config: EngineConfig, world: World) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # gloo has no pre-multiplied sum. Both setters apply to one module only.
-            module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+            if world.size > 1:  # alone, torch would divide by the factor in a pass of its own
+                module.set_gradient_divide_factor(1.0)
+    keep_sizes_constant(model.modules())
     if config.prefetch:
         gather_ahead(layers, config.prefetch)
 

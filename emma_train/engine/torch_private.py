@@ -1,13 +1,13 @@
 """Every use that the trainer makes of torch's private API. After an upgrade of torch, look here first."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.utils import _triton
@@ -56,6 +56,25 @@ def has_triton() -> bool:
 def raise_recompile_limit(limit: int) -> None:
     """Allow torch.compile at least so many graphs of one function."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
+
+
+def avoid_wrong_code() -> None:
+    """Switch off what torch.compile gets wrong. torch 2.11 writes the rows of a mix-order reduction into the code
+    without brackets, so that the backward pass ends with "shape '[2048, 128]' is invalid" where the rows are those of
+    the Gen branch, T - num_und; 2.13 has the brackets."""
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 13):
+        from torch._inductor import config  # takes a second to import
+
+        config.triton.mix_order_reduction = False
+
+
+def keep_sizes_constant(modules: Iterable[nn.Module]) -> None:
+    """Let torch.compile take the integers and floats of modules (heads, sizes, epsilons) as constants, as it does of
+    all modules but FSDP's. Of those it makes variables, so that not even the size of a head is known when kernels are
+    made. Call it after sharding."""
+    torch._dynamo.config.specialize_float = True
+    for module in modules:
+        module._is_fsdp_managed_module = False  # type: ignore[assignment]
 
 
 def num_compiled_graphs() -> int:

@@ -60,14 +60,30 @@ KERNELS = (
 def span_attention(q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> Tensor:
     """q: [T, heads, d]; k, v: [T, kv_heads, d], in stream order -> [T, heads, d]."""
     kernel = find_kernel(q.device, q.shape[-1])
-    q = q.index_select(0, spans.query_order)
+    q = _Permuted.apply(q, spans.query_order, spans.inverse_order)
     k, v = (_Copied.apply(x, spans.keys, spans.key_copies) for x in (k, v))
     outputs, at_q, at_k = [], 0, 0
     for call in spans.calls:
         rows, seen = slice(at_q, at_q + call.num_q), slice(at_k, at_k + call.num_k)
         outputs.append(kernel(q[rows], k[seen], v[seen], call))
         at_q, at_k = rows.stop, seen.stop
-    return torch.cat(outputs).index_select(0, spans.inverse_order)
+    out: Tensor = _Permuted.apply(torch.cat(outputs), spans.inverse_order, spans.query_order)
+    return out
+
+
+class _Permuted(torch.autograd.Function):
+    """Rows in another order, each once. Its gradient is read by the inverse order. torch's backward of `index_select`
+    adds rows to zeros instead, which takes 240 us where this takes 42 (6.2 k tokens, 32 heads of 128, H100)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(inverse)
+        return x.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def]
+        (inverse,) = ctx.saved_tensors
+        return grad.index_select(0, inverse), None, None
 
 
 class _Copied(torch.autograd.Function):

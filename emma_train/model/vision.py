@@ -192,7 +192,7 @@ class Router(nn.Module):
 def image_attention(q: Tensor, k: Tensor, v: Tensor, images: Images, heads: int) -> Tensor:
     """Full attention within each image. q, k, v: [P, hidden] -> [P, hidden]."""
     if images.call is not None:
-        q, k, v = (x.view(len(x), heads, -1) for x in (q, k, v))
+        q, k, v = (x.view(len(x), heads, x.shape[1] // heads) for x in (q, k, v))
         return find_kernel(q.device, q.shape[-1])(q, k, v, images.call).flatten(1)
     outputs, start = [], 0
     for length, run in groupby(images.lengths):

@@ -22,11 +22,13 @@ def exchange(plan: Plan) -> Exchange:
     replicated = engine.frozen == "replicated"
     forward = sizes.stored - sizes.unused - replicated * sizes.frozen_running
     backward = (sizes.backward - replicated * sizes.frozen_backward) if engine.reshard_after_forward else 0
+    # Weights that stay gathered after the forward pass stay so until the optimizer changes them.
+    gathers = micro_steps_of(plan) if engine.reshard_after_forward else 1
     reduces = micro_steps_of(plan) if engine.reduce_every_micro_step else 1
     shards, replicas = plan.num_gpus // engine.replicate, engine.replicate
     divided = shards > 1
     return Exchange(
-        gathered=divided * micro_steps_of(plan) * weight * (forward + backward),
+        gathered=divided * gathers * weight * (forward + backward),
         reduced=divided * reduces * 4 * sizes.trained,
         summed=4 * sizes.trained / shards if replicas > 1 else 0.0,
     )

@@ -55,11 +55,11 @@ class Simulation:
     collectives: dict[str, tuple[int, int]]
     """Number and bytes of a step's collectives, by kind."""
     per_micro_step: dict[str, tuple[int, int]]
-    """The same of a micro-step that is not the last; of the last, where it is the only one."""
+    """The same of the micro-step before the last; of the last, where it is the only one."""
 
 
 def simulate(recipe: Recipe, source: str, num_ranks: int, make_optimizer: MakeOptimizer) -> Simulation:
-    """Build the stage's model for `num_ranks` ranks and run one or two micro-steps of a step.
+    """Build the stage's model for `num_ranks` ranks and run one to three micro-steps of a step.
 
     Raises UserError where that cannot be simulated.
     """
@@ -76,7 +76,7 @@ def simulate(recipe: Recipe, source: str, num_ranks: int, make_optimizer: MakeOp
 
 def _run(engine: FsdpEngine, batch: PackedBatch, stage: Stage, micro_steps: int, counter: "_Counter") -> Simulation:
     seen: list[dict[str, tuple[int, int]]] = []
-    for last in [False, True][-min(2, micro_steps) :]:
+    for last in [False, False, True][-min(3, micro_steps) :]:
         counter.clear()
         engine.accumulate(_loss(engine, batch, stage), last)
         seen.append(counter.totals())
@@ -90,7 +90,7 @@ def _run(engine: FsdpEngine, batch: PackedBatch, stage: Stage, micro_steps: int,
         _local_bytes(gradients),
         _local_bytes(state["optimizer"].values()),
         _step_total(seen, micro_steps),
-        seen[0],
+        seen[max(0, len(seen) - 2)],
     )
 
 
@@ -199,17 +199,14 @@ def _sample(task: str, segments: list[Segment], grid: tuple[int, int], patches: 
 
 
 def _step_total(seen: Sequence[dict[str, tuple[int, int]]], micro_steps: int) -> dict[str, tuple[int, int]]:
-    """The last micro-step once, and the others as often as a step has them."""
-    others = micro_steps - 1
-    names = sorted({name for totals in seen for name in totals})
-    first, last = seen[0], seen[-1]
-    return {
-        name: (
-            last.get(name, (0, 0))[0] + others * first.get(name, (0, 0))[0],
-            last.get(name, (0, 0))[1] + others * first.get(name, (0, 0))[1],
-        )
-        for name in names
-    }
+    """The first and the last micro-step once, and the one between as often as a step has such."""
+    times = [1, micro_steps - 2, 1] if len(seen) == 3 else [1] * len(seen)
+    total: dict[str, tuple[int, int]] = {}
+    for often, counts in zip(times, seen, strict=True):
+        for name, (calls, num_bytes) in counts.items():
+            before = total.get(name, (0, 0))
+            total[name] = (before[0] + often * calls, before[1] + often * num_bytes)
+    return dict(sorted(total.items()))
 
 
 def _local_bytes(tensors: Any) -> int:

@@ -32,11 +32,14 @@ from emma_train.training.environment import commit  # noqa: E402
 from tests.gpu.step_setting import Scale, Setting, measure  # noqa: E402
 
 FULL_LAYERS = 36
+ONE_CARD = ("engine.reshard_after_forward=false", "engine.reduce_every_micro_step=false")
+"""One card alone shards nothing: it gains nothing by gathering weights twice a micro-step and adding up shards."""
 SETTINGS = (
     Setting("eager", compile=False, profile=True),
     Setting("compile", profile=True),
-    Setting("compile-half-depth", depth=0.5),
-    Setting("compile-16-pairs", pairs=16, depth=0.75),
+    Setting("one-card", changes=ONE_CARD, profile=True),
+    Setting("one-card-half-depth", changes=ONE_CARD, depth=0.5),
+    Setting("one-card-16-pairs", changes=ONE_CARD, pairs=16, depth=0.75),
     Setting("eager-sdpa", compile=False, backend="sdpa"),
     Setting("eager-flex", compile=False, backend="flex"),
     Setting("compile-flex", backend="flex"),
@@ -187,9 +190,9 @@ def at_full_depth(results: Sequence[Mapping[str, Any]]) -> dict[str, float | Non
     """Time and MFU of a micro-step with all layers of EMMA-4B, by a straight line through two depths. It leaves out
     what several cards exchange, and the optimizer, which a step has once."""
     by_name = {result["name"]: result for result in results if "step_s" in result}
-    if not {"compile", "compile-half-depth"} <= by_name.keys():
+    if not {"one-card", "one-card-half-depth"} <= by_name.keys():
         return {}
-    deep, shallow = by_name["compile"], by_name["compile-half-depth"]
+    deep, shallow = by_name["one-card"], by_name["one-card-half-depth"]
     if (layers := deep["num_layers"] - shallow["num_layers"]) <= 0:
         return {}
 

@@ -55,6 +55,8 @@ class Setting:
     """Understanding and generation samples of a pack, so many of each: 8 as in the recipe, about 6.1 k tokens."""
     profile: bool = False
     """Whether to write torch's profile of one step."""
+    changes: tuple[str, ...] = ()
+    """What the recipe's values are changed to."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ def make_recipe(setting: Setting, scale: Scale) -> Recipe:
     }
     if scale.tiny:
         values |= {f"{section}.{key}": value for section, sizes in TINY.items() for key, value in sizes.items()}
-    return load_recipe(RECIPE, [f"{key}={value}" for key, value in values.items()])
+    return load_recipe(RECIPE, [*(f"{key}={value}" for key, value in values.items()), *setting.changes])
 
 
 @torch.no_grad()

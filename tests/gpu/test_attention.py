@@ -44,8 +44,7 @@ def test_a_kernel_in_bf16_is_as_near_to_float32_as_the_dense_one_in_bf16(backend
         exact = run(batch, "dense", torch.float32)
         usual = run(batch, "dense", torch.bfloat16)
         for got, want, dense in zip(run(batch, backend, torch.bfloat16), exact, usual, strict=True):
-            error, allowed = (got.float() - want).abs().max(), (dense.float() - want).abs().max()
-            assert error <= 2 * allowed + 1e-3
+            assert relative(got, want) <= 2 * relative(dense, want) + 1e-3
 
 
 def test_flex_in_float32_equals_the_dense_mask() -> None:

@@ -1,12 +1,22 @@
-"""engine.compile where there is nothing to compile with."""
+"""engine.compile: what it compiles, the graphs that a card gets, and what it says where there is no compiler."""
 
 import logging
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 
+from emma_train.engine import compiled
 from emma_train.engine.compiled import compile_layers, missing_compiler
-from tests.helpers import tiny_emma
+from emma_train.engine.world import join
+from emma_train.objectives.loss import LossAccumulator, count
+from emma_train.sequence.pack import pack
+from emma_train.stages.stage import stage_of
+from emma_train.training.build import build
+from emma_train.training.forward import micro_loss
+from tests.card import card_on_cpu
+from tests.helpers import FakeAutoencoder, mixed_samples, tiny_emma, tiny_recipe
 
 
 def test_without_a_compiler_a_warning_says_so_and_layers_stay_as_they_are(
@@ -33,3 +43,51 @@ def test_every_layer_is_compiled_and_nothing_else() -> None:
     compiled = {name for name, module in model.named_modules() if "forward" in vars(module)}
     layers = {f"{stack}.{i}" for stack, n in (("decoder.layers", 4), ("vision.layers", 3)) for i in range(n)}
     assert compiled == layers
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.fx.GraphModule]]:
+    """The graphs that torch.compile makes on a card; a graph break is an error."""
+    made: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+        made.append(graph)
+        return graph.forward
+
+    real = torch.compile
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "compile", lambda f, dynamic: real(f, dynamic=dynamic, backend=keep, fullgraph=True))
+        patch.setattr(compiled, "missing_compiler", lambda device: None)
+        card = card_on_cpu(patch)
+        next(card)
+        yield made
+        torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("settings", [{"engine__precision": "bf16"}, {"engine__activation_checkpointing": "full"}])
+def test_under_fsdp_each_kind_of_layer_is_one_graph_that_knows_its_heads(
+    graphs: list[torch.fx.GraphModule], settings: dict[str, str]
+) -> None:
+    """FSDP's modules hide their integers from torch.compile, which then took the size of a head for a variable: on an
+    H100 the first step failed."""
+    recipe = tiny_recipe(engine__compile=True, **settings)
+    stage = stage_of(recipe)
+    with join("cpu", 60) as world:
+        parts = build(recipe, stage, world, resuming=True)
+        for seeds in ([0], [1, 2], [3, 4, 5]):
+            batch = pack([sample for seed in seeds for sample in mixed_samples(seed)])
+            accumulator = LossAccumulator(recipe.loss, count([batch], stage.loss), world.device)
+            loss = micro_loss(parts.engine.model, FakeAutoencoder(), batch, recipe.flow, stage, accumulator)
+            parts.engine.accumulate(loss, last=True)
+    heads = [
+        tuple(node.meta["example_value"].shape[1:])
+        for graph in graphs
+        for node in graph.graph.nodes
+        if node.target is torch.ops.emma_tests.standin.default
+    ]
+    vision, decoder = recipe.model.vision, recipe.model.decoder
+    of_vision = (vision.heads, vision.hidden // vision.heads)
+    # A layer of the decoder attends twice: in causal runs, and within images.
+    assert sorted(heads) == sorted([of_vision, *[(decoder.heads, decoder.head_dim)] * 4])
+    assert len(graphs) == 3
+    assert all(type(size) is int for shape in heads for size in shape)
