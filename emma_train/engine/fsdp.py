@@ -25,6 +25,7 @@ from emma_train.engine.grad_norm import global_norm
 from emma_train.engine.muon_adamw import MuonAdamW, optimizer_state
 from emma_train.engine.protocol import MakeOptimizer
 from emma_train.engine.torch_private import keep_sizes_constant, local_size_and_offset, scale_in_place
+from emma_train.engine.units import parameters_of, vision_units
 from emma_train.engine.world import World
 from emma_train.errors import UserError
 from emma_train.model.decoder import DecoderLayer
@@ -38,7 +39,9 @@ class FsdpEngine:
         self, model: Emma, config: EngineConfig, max_grad_norm: float, world: World, make_optimizer: MakeOptimizer
     ) -> None:
         """`model` is on the meta device. Raises UserError where the number of ranks does not fit engine.replicate."""
-        shard(model, config, world)
+        trains = shard(model, config, world)
+        self.units = list(trains)
+        """The first module of each FSDP unit."""
         model.to_empty(device="cpu" if config.offload_optimizer else world.device)
         self.model: nn.Module = model
         # Kept from here on: while a unit is gathered, the model's parameters are the gathered copies.
@@ -55,9 +58,8 @@ class FsdpEngine:
         self._sp_size = world.sp_size
         self._every_micro_step = config.reduce_every_micro_step
         self._reshard = config.reshard_after_forward
-        self._units = [m for m in model.modules() if isinstance(m, FSDPModule)]
         # Frozen units have no gradient to reduce, and torch fails on units that did not run.
-        self._trained = [m for m in self._units if any(p.requires_grad for p in m.parameters())]
+        self._trained = [unit for unit in self.units if trains[unit]]
 
     def accumulate(self, loss: Tensor, last: bool) -> None:
         assert isinstance(self.model, FSDPModule)
@@ -114,7 +116,7 @@ class FsdpEngine:
         self.reshard()  # the next forward pass gathers the new weights
 
     def reshard(self) -> None:
-        for unit in self._units:
+        for unit in self.units:
             unit.reshard()
 
     def state(self) -> dict[str, dict[str, Any]]:
@@ -134,8 +136,9 @@ def _checksum(values: Tensor) -> Tensor:
     return values.contiguous().view(torch.int32 if values.element_size() == 4 else torch.int16).sum(dtype=torch.int64)
 
 
-def shard(model: Emma, config: EngineConfig, world: World) -> None:
-    """Shard in place: the vision encoder and every decoder layer are FSDP units, the rest belongs to the root.
+def shard(model: Emma, config: EngineConfig, world: World) -> dict[FSDPModule, bool]:
+    """Shard in place. FSDP units are runs of layers of the vision encoder and the rest of it (engine/units.py), and
+    every decoder layer; what is left belongs to the root. Returns the first module of each, and whether it trains.
 
     Every rank runs every unit in every micro-step (contract 3). In a stage that skips the Gen branch, the Gen part of a
     layer is a unit of its own, which is never gathered. Gradients are summed, not averaged: the loss is divided by the
@@ -149,12 +152,14 @@ def shard(model: Emma, config: EngineConfig, world: World) -> None:
         "offload_policy": CPUOffloadPolicy(pin_memory=on_gpu) if config.offload_optimizer else OffloadPolicy(),
         "reshard_after_forward": config.reshard_after_forward,
     }
-    layers = [layer for layer in model.decoder.layers if isinstance(layer, DecoderLayer)]
-    skipped_units = [list(layer.gen.values()) for layer in layers if layer.skip_gen_branch and len(layer.gen)]
-    units: list[nn.Module] = [model.vision, *layers]
-    for unit in (*skipped_units, *([module] for module in units)):
-        trains = any(p.requires_grad for module in unit for p in module.parameters())
-        fully_shard(unit, mesh=mesh if trains or config.frozen == "sharded" else unsharded_mesh, **policy)
+    layers: list[nn.Module] = list(model.decoder.layers)
+    skipped = [x.gen for x in layers if isinstance(x, DecoderLayer) and x.skip_gen_branch and len(x.gen)]
+    of_vision = vision_units(model.vision)
+    units: list[list[nn.Module]] = [*of_vision.modules, *[list(gen.values()) for gen in skipped]]
+    units += [*[[layer] for layer in layers], [model]]
+    trains = [any(p.requires_grad for p in parameters) for parameters in parameters_of(units)]
+    for unit, unit_trains in zip(units[:-1], trains, strict=False):
+        fully_shard(unit, mesh=mesh if unit_trains or config.frozen == "sharded" else unsharded_mesh, **policy)
     # Backward needs the root at once again. None, not True, is FSDP's value for keeping it gathered until then.
     policy["reshard_after_forward"] = None if config.reshard_after_forward else False
     fully_shard(model, mesh=mesh, **policy)
@@ -167,7 +172,9 @@ def shard(model: Emma, config: EngineConfig, world: World) -> None:
                 module.set_gradient_divide_factor(1.0)
     keep_sizes_constant(model.modules())
     if config.prefetch:
+        gather_ahead([unit[0] for unit in of_vision.shared], config.prefetch)
         gather_ahead(layers, config.prefetch)
+    return {cast(FSDPModule, unit[0]): unit_trains for unit, unit_trains in zip(units, trains, strict=True)}
 
 
 def make_meshes(config: EngineConfig, world: World) -> tuple[DeviceMesh, DeviceMesh]:

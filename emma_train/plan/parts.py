@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from emma_train.engine.muon import takes_muon
+from emma_train.engine.units import parameters_of, vision_units
 from emma_train.model.emma import Emma
 from emma_train.model.parameter_groups import group_of
 from emma_train.plan.state import Sizes
@@ -30,6 +31,8 @@ vision encoder."""
 OWNERS = ("shared", "und", "gen", "vision", "stem_expert", "router", "und_adapter", "gen_adapter", "velocity_head")
 """Owners of the parameters of those parts, from the second part on: branches of a decoder layer, then parameter
 groups."""
+Unit = Mapping[str, Tensor]
+"""Parameters that are gathered together, by name."""
 
 
 @dataclass(frozen=True)
@@ -61,18 +64,29 @@ def sizes_of(model: Emma, stage: Stage, generates: bool, optimizer: str = "adamw
     """What engines divide among ranks. `generates`: whether the stage runs the Gen branch at all; `optimizer`: the
     recipe's optimizer.kind."""
     freeze(model, stage.trainable)
-    vision, *layers = [dict(unit.named_parameters()) for unit in (model.vision, *model.decoder.layers)]
-    running = [vision, *(_running_part(layer, generates) for layer in layers if stage.loss == "tokens")]
-    # Backward passes through what trains, and through all that follows it.
-    in_vision, trained = any(p.requires_grad for p in vision.values()), set(stage.trainable)
+    names = {p: name for name, p in model.named_parameters()}
+    cut = vision_units(model.vision)
+    of_vision: list[Unit] = [{names[p]: p for p in unit} for unit in parameters_of(cut.modules)]
+    rest = of_vision.pop()
+    layers: list[Unit] = [dict(layer.named_parameters()) for layer in model.decoder.layers]
+    # Router tuning runs neither the experts nor the decoder.
+    tokens, shared = stage.loss == "tokens", len(cut.shared)
+    running_vision = [*of_vision[: None if tokens else shared], rest]
+    running_layers = [_running_part(layer, generates) for layer in layers if tokens]
+    # Backward passes through what trains, and through all that follows it; in the vision encoder that is its last norm.
+    trained = set(stage.trainable)
     in_decoder = bool(trained & {"vision", "stem_expert", "und_adapter", "gen_adapter", "decoder"})
-    backward = [unit for unit, passes in zip(running, [in_vision, *[in_decoder] * len(layers)], strict=False) if passes]
+    backward = [unit for unit in running_vision if not _is_frozen(unit)]
+    if backward and _is_frozen(rest):
+        backward.append(rest)
+    backward += running_layers if in_decoder else []
+    running, everything = [*running_vision, *running_layers], [*of_vision, rest, *layers]
     return Sizes(
         stored=sum(p.numel() for p in model.parameters()),
         trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
         units=tuple(sorted(map(_numel, running))),
-        frozen_units=sum(map(_numel, filter(_is_frozen, [vision, *layers]))),
-        unused=sum(map(_numel, [vision, *layers])) - sum(map(_numel, running)),
+        frozen_units=sum(map(_numel, filter(_is_frozen, everything))),
+        unused=sum(map(_numel, everything)) - sum(map(_numel, running)),
         backward=sum(map(_numel, backward)),
         frozen_running=sum(map(_numel, filter(_is_frozen, running))),
         frozen_backward=sum(map(_numel, filter(_is_frozen, backward))),
@@ -80,11 +94,11 @@ def sizes_of(model: Emma, stage: Stage, generates: bool, optimizer: str = "adamw
     )
 
 
-def _running_part(layer: Mapping[str, Tensor], generates: bool) -> dict[str, Tensor]:
+def _running_part(layer: Unit, generates: bool) -> Unit:
     return {name: p for name, p in layer.items() if generates or not name.startswith("gen.")}
 
 
-def _is_frozen(unit: Mapping[str, Tensor]) -> bool:
+def _is_frozen(unit: Unit) -> bool:
     return not any(p.requires_grad for p in unit.values())
 
 
@@ -93,7 +107,7 @@ def muon_matrices(model: Emma) -> dict[str, Tensor]:
     return {n: p for n, p in model.named_parameters() if p.requires_grad and takes_muon(n, p.shape)}
 
 
-def _numel(parameters: Mapping[str, Tensor]) -> int:
+def _numel(parameters: Unit) -> int:
     return sum(p.numel() for p in parameters.values())
 
 

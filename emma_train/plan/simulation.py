@@ -16,7 +16,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from emma_train.config.schema import ModelConfig, Recipe
@@ -85,7 +84,7 @@ def _run(engine: FsdpEngine, batch: PackedBatch, stage: Stage, micro_steps: int,
     return Simulation(
         dist.get_world_size(),
         micro_steps,
-        sum(isinstance(module, FSDPModule) for module in engine.model.modules()),
+        len(engine.units),
         _local_bytes(state["model"].values()),
         _local_bytes(gradients),
         _local_bytes(state["optimizer"].values()),

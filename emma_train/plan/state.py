@@ -13,11 +13,12 @@ class Sizes:
     stored: int
     trained: int
     units: tuple[int, ...]
-    """The vision encoder and every decoder layer that runs, without their unused part; smallest first."""
+    """Those of the vision encoder (engine/units.py) and every decoder layer that runs, without their unused part;
+    smallest first."""
     frozen_units: int
     """Sum over the units of which no parameter trains."""
     unused: int
-    """Parts of units that the stage never runs: the Gen branch of decoder layers, or the decoder in router tuning."""
+    """What the stage never runs: the Gen branch of decoder layers; in router tuning, the decoder and the experts."""
     backward: int = 0
     """Sum over the units that backward passes through, without their unused part."""
     frozen_running: int = 0

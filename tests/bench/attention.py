@@ -1,6 +1,6 @@
 """Time of attention, forward and backward, over packs of EMMA's three tasks by every backend that runs here.
 
-    python tests/bench/attention.py [--json] [--tokens 4096] [--heads 32] [--kv-heads 8] [--dim 128] [--side 16]
+    python tests/bench/attention.py [--json] [--packs mixed] [--tokens 4096] [--heads 32] [--kv-heads 8] [--dim 128] [--side 16]
 
 dense is one mask over the whole pack, sdpa one per sample, spans two calls of variable length, flex FlexAttention (CUDA
 only: its backward refuses a CPU). On a CPU the spans go run by run. Ratios are to dense.
@@ -70,6 +70,7 @@ def measure(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one flat JSON object")
+    parser.add_argument("--packs", nargs="+", default=list(packs(1, 1)), help="i2t, t2i, it2i, mixed; default all")
     parser.add_argument("--tokens", type=int, default=4096, help="tokens of a pack")
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--kv-heads", type=int, default=8)
@@ -83,8 +84,8 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "tokens": args.tokens,
     }
-    for name, batch in packs(args.tokens, args.side).items():
-        batch = batch.to(device)
+    for name in args.packs:
+        batch = packs(args.tokens, args.side)[name].to(device)
         forms: dict[str, Callable[[], AttentionPlan]] = {
             "dense": partial(dense, batch),
             "sdpa": partial(prepare_masks, batch),

@@ -57,6 +57,8 @@ COLUMNS = {
     "tokens_per_s": "tokens/s",
     "tflops_per_s": "TFLOP/s",
     "mfu": "MFU",
+    "first_loss": "first loss",
+    "last_loss": "last loss",
     "peak_gib": "peak GiB",
     "reserved_gib": "reserved GiB",
     "graphs": "graphs",

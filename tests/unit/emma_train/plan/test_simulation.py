@@ -15,8 +15,8 @@ from emma_train.training.optimizer import make_optimizer
 from tests.helpers import tiny_recipe
 from tests.unit.emma_train.plan.test_plan import FULL, plan
 
-LAYERS, UNITS = 36, 38
-"""Of EMMA-4B: its decoder layers; they, the vision encoder and the root."""
+UNITS = 36 + 3 + 1 + 1
+"""Of EMMA-4B: its decoder layers, three runs of layers of the vision encoder, the rest of it, and the root."""
 
 
 def simulated(recipe: Recipe, num_ranks: int) -> Simulation:
