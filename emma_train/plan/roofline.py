@@ -1,10 +1,10 @@
-"""How long a GPU computes for a step: a stated model, part by part. No card has confirmed it.
+"""How long a GPU computes for a step: a stated model, part by part (docs/performance.md: beside one H100).
 
     matrix products    FLOPs at GEMM of the dense bf16 peak, with what backward computes again
-    attention          FLOPs of scores and values at ATTENTION of the peak: short sequences, heads of 72 padded
-    elementwise        bytes that norms, RoPE, SwiGLU and additions read and write, at MEMORY of the memory's peak
+    attention          FLOPs of scores and values at SHORT or LONG of the peak: short sequences, heads of 72 padded
+    elementwise        bytes that norms, RoPE, SwiGLU and additions read and write, at ELEMENTWISE of the memory's peak
     cross-entropy      bytes of the logits' passes, likewise
-    copies of FSDP     bytes copied out of gathered buffers and into those of gradients, likewise
+    copies of FSDP     bytes copied out of gathered buffers and into those of gradients, at MEMORY of the memory's peak
     optimizer          bytes of AdamW, EMA and norm over a rank's shard, likewise, and Newton-Schulz as products
     autoencoder        FLOPs at AUTOENCODER of the TF32 peak, half that of bf16; none where all latents are cached
 
@@ -25,10 +25,14 @@ from emma_train.plan.cards import CARDS, MEMORY_BYTES_S
 from emma_train.plan.exchange import exchange
 from emma_train.plan.samples import StepLoad
 
-GEMM = 0.72
-ATTENTION = 0.22
+GEMM = 0.75
+SHORT, LONG = 0.13, 0.22
+"""Attention with flash-attn 2, where the mean image has up to SHORT_PATCHES patches, and where it has more."""
+SHORT_PATCHES = 1024
 AUTOENCODER = 0.45
 MEMORY = 0.8
+ELEMENTWISE = 0.6
+"""All but LONG and AUTOENCODER were measured on an H100, in steps of Stage 1 at full width (docs/performance.md)."""
 DECODER_PASSES = {False: (21.0, 56.0), True: (6.0, 12.0)}
 """Times that each value of a decoder layer's widths is read or written, in forward and in backward; by whether layers
 are compiled."""
@@ -53,19 +57,21 @@ def estimated_mfu(plan: Plan, load: StepLoad) -> float:
 
 def parts_of_step(plan: Plan, load: StepLoad) -> dict[str, float]:
     """Estimated seconds of each part of one optimizer step on each GPU."""
-    work = replace(plan.work(load), patch_pairs=0, und_pairs=0, gen_pairs=0)
+    everything = plan.work(load)
+    short = everything.patch_pairs <= SHORT_PATCHES * everything.patches
+    work = replace(everything, patch_pairs=0, und_pairs=0, gen_pairs=0)
     products = sum(module_flops(plan.recipe.model, plan.stage.trainable, work, plan.stage.loss == "router").values())
     attention = sum(plan.flops(load).values()) - products
-    peak, memory = plan.num_gpus * _peak(plan), plan.num_gpus * MEMORY_BYTES_S[plan.gpu_name] * MEMORY
+    peak, memory = plan.num_gpus * _peak(plan), plan.num_gpus * MEMORY_BYTES_S[plan.gpu_name]
     logits = LOGIT_BYTES * load.total(lambda s: s.supervised) * plan.recipe.model.decoder.vocab
     decodes = plan.stage.loss == "tokens"
     parts = {
         "matrix products": (products + plan.repeated_flops(load)) / (peak * GEMM),
-        "attention": attention / (peak * ATTENTION),
-        "elementwise": _elementwise_bytes(plan, load) / memory,
-        "cross-entropy": decodes * logits / memory,
-        "copies of FSDP": _copied_bytes(plan) * plan.num_gpus / memory,
-        "optimizer": _optimizer_bytes(plan) * plan.num_gpus / memory
+        "attention": attention / (peak * (SHORT if short else LONG)),
+        "elementwise": _elementwise_bytes(plan, load) / (memory * ELEMENTWISE),
+        "cross-entropy": decodes * logits / (memory * ELEMENTWISE),
+        "copies of FSDP": _copied_bytes(plan) * plan.num_gpus / (memory * MEMORY),
+        "optimizer": _optimizer_bytes(plan) * plan.num_gpus / (memory * MEMORY)
         + max(plan.newton_schulz_loads()) / (_peak(plan) * GEMM),
         "autoencoder": plan.encoding_flops(load) / (peak / 2 * AUTOENCODER),
     }

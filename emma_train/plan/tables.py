@@ -217,8 +217,7 @@ def _step_table(plan: Plan) -> Table:
     hours = f"{total * plan.num_gpus / 3600:,.1f} GPU-hours"
     how = f"at {plan.mfu:.0%} MFU" if plan.mfu else "by the model of plan/roofline.py"
     table.caption = (
-        f"The stage, estimated {how}, which no card has confirmed: {_seconds(total)}, {hours} (no checkpoints, sample "
-        "images or failures)"
+        f"The stage, estimated {how}: {_seconds(total)}, {hours} (no checkpoints, sample images or failures)"
     )
     return table
 

@@ -1,6 +1,6 @@
 """Time of attention, forward and backward, over packs of EMMA's three tasks by every backend that runs here.
 
-    python tests/bench/attention.py [--json] [--packs mixed] [--tokens 4096] [--heads 32] [--kv-heads 8] [--dim 128] [--side 16]
+    python tests/bench/attention.py [--json] [--packs mixed] [--tokens 4096] [--heads 32] [--kv-heads 8] [--side 16]
 
 dense is one mask over the whole pack, sdpa one per sample, spans two calls of variable length, flex FlexAttention (CUDA
 only: its backward refuses a CPU). On a CPU the spans go run by run. Ratios are to dense.
