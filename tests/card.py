@@ -9,6 +9,8 @@ from torch import Tensor
 
 from emma_train.model import emma, varlen, vision
 
+TORCH = "torch.nn.attention.varlen"
+
 
 def card_on_meta(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The body of a fixture: the kernel is torch's own."""
@@ -17,17 +19,18 @@ def card_on_meta(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield from _card_with(varlen_attn, monkeypatch)
 
 
-def card_on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The body of a fixture: the kernel has torch's signature, runs on a CPU and gives q back."""
-    yield from _card_with(_standin, monkeypatch)
+def card_on_cpu(monkeypatch: pytest.MonkeyPatch, module: str) -> Iterator[None]:
+    """The body of a fixture: the kernel of that module has its signature, runs on a CPU and gives q back."""
+    standin = _torch_standin if module == TORCH else _flash_standin
+    yield from _card_with(standin, monkeypatch, module)
 
 
-def _card_with(function: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _card_with(function: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch, module: str = TORCH) -> Iterator[None]:
     monkeypatch.setattr(varlen, "_card", lambda device: 9)
-    monkeypatch.setattr(varlen, "_import", lambda kernel: function if kernel.function == "varlen_attn" else None)
+    monkeypatch.setattr(varlen, "_import", lambda kernel: function if kernel.module == module else None)
     monkeypatch.setattr(varlen, "_ready", list(varlen._ready))
-    for module in (emma, vision):
-        monkeypatch.setattr(module, "select_backend", lambda *_: "flash")
+    for user in (emma, vision):
+        monkeypatch.setattr(user, "select_backend", lambda *_: "flash")
     varlen._load_kernel.cache_clear()
     torch._dynamo.reset()
     yield
@@ -55,15 +58,29 @@ def _standin_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
 _standin_operator.register_autograd(_standin_backward, setup_context=_keep_shapes)
 
 
-def _standin(
+def _flash_standin(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    causal: bool = False,
+) -> Tensor:
+    out: Tensor = _standin_operator(q, k, v)
+    return out
+
+
+def _torch_standin(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor,
     max_q: int,
     max_k: int,
     window_size: tuple[int, int] = (-1, -1),
 ) -> Tensor:
-    out: Tensor = _standin_operator(q, k.repeat_interleave(q.shape[1] // k.shape[1], dim=1), v)
+    out: Tensor = _standin_operator(query, key, value)
     return out

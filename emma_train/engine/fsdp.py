@@ -67,8 +67,9 @@ class FsdpEngine:
             module.set_requires_gradient_sync(last or self._every_micro_step, recurse=False)
             # Replicas exchange nothing before the last micro-step; until then each adds up its own shards.
             module.set_requires_all_reduce(last, recurse=False)
-        # Weights that stay gathered after the forward pass stay so until the optimizer changes them.
-        self.model.set_reshard_after_backward(last or self._reshard)
+        for module in self.units:
+            # Weights that stay gathered after the forward pass stay so until the optimizer changes them.
+            module.set_reshard_after_backward(last or self._reshard, recurse=False)
         self.model.set_is_last_backward(last)
         (loss / self._sp_size).backward()  # every rank that shares a pack has the loss of the full pack
 

@@ -15,7 +15,7 @@ from emma_train.sequence.pack import pack
 from emma_train.stages.stage import stage_of
 from emma_train.training.build import build
 from emma_train.training.forward import micro_loss
-from tests.card import card_on_cpu
+from tests.card import TORCH, card_on_cpu
 from tests.helpers import FakeAutoencoder, mixed_samples, tiny_emma, tiny_recipe
 
 
@@ -45,9 +45,10 @@ def test_every_layer_is_compiled_and_nothing_else() -> None:
     assert compiled == layers
 
 
-@pytest.fixture
-def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.fx.GraphModule]]:
-    """The graphs that torch.compile makes on a card; a graph break is an error."""
+@pytest.fixture(params=["flash_attn_interface", "flash_attn", TORCH])
+def graphs(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[list[torch.fx.GraphModule]]:
+    """The graphs that torch.compile makes on a card with flash-attn 3, flash-attn 2 or torch's kernel; a graph break is
+    an error."""
     made: list[torch.fx.GraphModule] = []
 
     def keep(graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
@@ -58,19 +59,20 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.fx.GraphModul
     with monkeypatch.context() as patch:
         patch.setattr(torch, "compile", lambda f, dynamic: real(f, dynamic=dynamic, backend=keep, fullgraph=True))
         patch.setattr(compiled, "missing_compiler", lambda device: None)
-        card = card_on_cpu(patch)
+        card = card_on_cpu(patch, request.param)
         next(card)
         yield made
+        next(card, None)
         torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("settings", [{"engine__precision": "bf16"}, {"engine__activation_checkpointing": "full"}])
+@pytest.mark.seconds
 def test_under_fsdp_each_kind_of_layer_is_one_graph_that_knows_its_heads(
-    graphs: list[torch.fx.GraphModule], settings: dict[str, str]
+    graphs: list[torch.fx.GraphModule],
 ) -> None:
     """FSDP's modules hide their integers from torch.compile, which then took the size of a head for a variable: on an
     H100 the first step failed."""
-    recipe = tiny_recipe(engine__compile=True, **settings)
+    recipe = tiny_recipe(engine__compile=True, engine__precision="bf16", engine__activation_checkpointing="selective")
     stage = stage_of(recipe)
     with join("cpu", 60) as world:
         parts = build(recipe, stage, world, resuming=True)
