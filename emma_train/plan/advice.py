@@ -83,8 +83,8 @@ def _costs(plan: Plan, changed: Plan) -> str:
 
 
 def ways_to_speed(plan: Plan, network: Network) -> list[str]:
-    """Changes that fit and make steps shorter: compiled layers and longer packs, and, where communication takes longer
-    than computing, replicas and fewer sums of gradients."""
+    """Changes that fit and make steps shorter: compiled layers, weights that stay gathered and longer packs, and, where
+    communication takes longer than computing, replicas and fewer sums of gradients."""
     if not plan.fits():
         return []
     now, ways = traffic(plan, network), []
@@ -105,6 +105,8 @@ def _faster(plan: Plan, network: Network, hidden: bool) -> Iterator[tuple[str, P
         yield "engine.reduce_every_micro_step=false", plan.with_changes({"reduce_every_micro_step": False})
     if not engine.compile and engine.sequence_parallel == 1:
         yield "engine.compile=true", plan.with_changes({"compile": True})
+    if engine.kind == "fsdp" and engine.reshard_after_forward:
+        yield "engine.reshard_after_forward=false", plan.with_changes({"reshard_after_forward": False})
     if data.samples_per_step and data.slots % 2 == 0:
         half, tokens = data.slots // 2, 2 * data.pack_tokens
         yield f"data.slots={half} data.pack_tokens={tokens}", plan.with_changes(slots=half, pack_tokens=tokens)
