@@ -63,10 +63,13 @@ class RunFolder:
             )
 
     def prepare(self, recipe: Recipe, world: World, step: int) -> None:
-        """Write the resolved recipe, the environment and a line about this start after `step`; main rank only.
+        """Write the resolved recipe, the environment and a line about this start after `step`; main rank only. Logs
+        which steps are computed again.
 
         Raises UserError where that fails.
         """
+        if (last := self._last_step()) > step:
+            log.warning("steps %d to %d are computed again: the checkpoint is of step %d", step + 1, last, step)
         try:
             storage_of(self.checkpoints).make_folder(self.checkpoints, parents=True)
             (self.path / "logs").mkdir(parents=True, exist_ok=True)
@@ -122,6 +125,16 @@ class RunFolder:
                 file.writelines("\n" + json.dumps(record) for record in records)
         except OSError as error:
             log.warning("%s: cannot be written (%s)", self.digests, error.strerror)
+
+    def _last_step(self) -> int:
+        """The last step in digests.jsonl; 0 where there is none."""
+        try:
+            with open(self.digests, "rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
+                line = file.read().splitlines()[-1]
+            return int(json.loads(line)["step"])
+        except (OSError, IndexError, ValueError, KeyError, TypeError):
+            return 0
 
     def append_skipped(self, step: int, rank: int, norm: float, keys: list[str]) -> None:
         """Add a rank's samples of a step whose gradient was not finite to skipped_steps.jsonl."""

@@ -192,6 +192,7 @@ def test_a_torn_checkpoint_is_named_and_the_one_before_it_taken(recipe: Path, st
     assert "step-00000006: set aside as step-00000006.damaged" in outcome.err
     assert "resumed" in outcome.err
     assert "step-00000004" in outcome.err
+    assert "steps 5 to 6 are computed again: the checkpoint is of step 4" in outcome.err
     assert_same_end(run, straight)
 
 
