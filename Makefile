@@ -90,12 +90,14 @@ bench: setup ## every benchmark in tests/bench
 PART ?= tests
 OUT ?= runs/gpu
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
-GPU_SCRIPT = $(if $(filter step,$(PART)),step.py,run_tests.py)
+GPU_tests := tests/gpu/run_tests.py
+GPU_step := tests/gpu/step.py
+GPU_attention := tests/bench/attention.py --packs mixed --tokens 8192 16384 32768
 
-# Without `make setup`: a machine with a GPU has a torch of its own. Both parts end within nine minutes.
-gpu: ## on an NVIDIA GPU: its tests, or with PART=step the speed of whole optimizer steps; results go to runs/gpu (OUT=)
-	@$(if $(filter tests step,$(PART)),,echo "gpu: PART is $(PART); use tests or step"; exit 2)
-	timeout 540 $(GPU_PYTHON) tests/gpu/$(GPU_SCRIPT) --out $(OUT)
+# Without `make setup`: a machine with a GPU has a torch of its own. Each part ends within nine minutes.
+gpu: ## on an NVIDIA GPU: its tests; with PART=step or attention the speed of these; results go to runs/gpu (OUT=)
+	@$(if $(GPU_$(PART)),,echo "gpu: PART is $(PART); use tests, step or attention"; exit 2)
+	PYTHONPATH=.:$$PYTHONPATH timeout 540 $(GPU_PYTHON) $(GPU_$(PART)) --out $(OUT)
 
 WHEELS ?= -r tests/gpu/wheels.txt
 gpu-wheels: ## what make gpu needs on a machine without a network, as wheels for Python 3.12 on x86-64 in .whl/

@@ -1,6 +1,6 @@
 """Time of attention, forward and backward, over packs of EMMA's three tasks by every backend that runs here.
 
-    python tests/bench/attention.py [--json] [--packs mixed] [--tokens 4096] [--heads 32] [--kv-heads 8] [--side 16]
+    python tests/bench/attention.py [--json] [--out DIR] [--packs mixed] [--tokens 4096 ...] [--side 16]
 
 dense is one mask over the whole pack, sdpa one per sample, spans two calls of variable length, flex FlexAttention (CUDA
 only: its backward refuses a CPU). On a CPU the spans go run by run. Ratios are to dense.
@@ -12,12 +12,18 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from emma_train.model.attention import AttentionPlan, MaskPlan, attention, build_plan, hybrid_mask, prepare_masks
 from emma_train.sequence.layout import ImageRole, ImageSegment, Segment, TextSegment
 from emma_train.sequence.pack import ImageTokens, PackedBatch, Sample, pack
+from emma_train.training.environment import commit
+
+DENSE_TOKENS = 16384
+"""On a GPU, longer packs have no dense mask."""
 
 
 def sample(task: str, key: str, side: int) -> Sample:
@@ -70,41 +76,62 @@ def measure(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one flat JSON object")
+    parser.add_argument("--out", type=Path, help="folder for the results, as JSON and as Markdown")
     parser.add_argument("--packs", nargs="+", default=list(packs(1, 1)), help="i2t, t2i, it2i, mixed; default all")
-    parser.add_argument("--tokens", type=int, default=4096, help="tokens of a pack")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[4096], help="tokens of a pack")
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--dim", type=int, default=128)
     parser.add_argument("--side", type=int, default=16, help="visual tokens on the side of an image: 16 for 512 pixels")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    flat: dict[str, float | int | str] = {
+    facts = {
+        "commit": commit(),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "tokens": args.tokens,
     }
-    for name in args.packs:
-        batch = packs(args.tokens, args.side)[name].to(device)
-        forms: dict[str, Callable[[], AttentionPlan]] = {
-            "dense": partial(dense, batch),
-            "sdpa": partial(prepare_masks, batch),
-            "spans": partial(build_plan, batch, None, "flash"),
-        }
-        if device.type == "cuda":
-            forms["flex"] = partial(build_plan, batch, None, "flex")
-        seconds = {
-            form: measure(batch, plan, (args.heads, args.kv_heads, args.dim), dtype) for form, plan in forms.items()
-        }
-        flat |= {f"{name}_{form}_ms": round(1000 * s, 2) for form, s in seconds.items()}
-        flat |= {
-            f"{name}_{form}_vs_dense": round(s / seconds["dense"], 4) for form, s in seconds.items() if form != "dense"
-        }
+    results: dict[str, float] = {}
+    for tokens in args.tokens:
+        for name in args.packs:
+            batch = packs(tokens, args.side)[name].to(device)
+            results |= compare(batch, f"{name}_{tokens}", (args.heads, args.kv_heads, args.dim), device)
+            if args.out:  # at once, should the time run out
+                write(args.out, facts, results)
     if args.json:
-        print(json.dumps(flat))
+        print(json.dumps({**facts, **results}))
         return
-    for key, value in flat.items():
-        print(f"{key:24} {value}")
+    for key, value in {**facts, **results}.items():
+        print(f"{key:28} {value}")
+
+
+def compare(batch: PackedBatch, name: str, shape: tuple[int, int, int], device: torch.device) -> dict[str, float]:
+    """Milliseconds of every form, and their ratios to the dense one where that fits."""
+    forms: dict[str, Callable[[], AttentionPlan]] = {
+        "dense": partial(dense, batch),
+        "sdpa": partial(prepare_masks, batch),
+        "spans": partial(build_plan, batch, None, "flash"),
+    }
+    if device.type == "cuda":
+        forms["flex"] = partial(build_plan, batch, None, "flex")
+        if batch.num_tokens > DENSE_TOKENS:
+            del forms["dense"]
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    seconds = {form: measure(batch, plan, shape, dtype) for form, plan in forms.items()}
+    values = {f"{name}_{form}_ms": round(1000 * s, 2) for form, s in seconds.items()}
+    base = "dense" if "dense" in seconds else "sdpa"
+    return values | {
+        f"{name}_{form}_vs_{base}": round(s / seconds[base], 4) for form, s in seconds.items() if form != base
+    }
+
+
+def write(out: Path, facts: dict[str, Any], results: dict[str, float]) -> None:
+    """Write what is measured so far."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "attention.json").write_text(json.dumps({**facts, **results}, indent=1) + "\n")
+    lines = ["# Attention, forward and backward", "", ", ".join(f"{key} {value}" for key, value in facts.items()), ""]
+    lines += ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in results.items())]
+    (out / "attention.md").write_text("\n".join(lines) + "\n")
 
 
 def _text(length: int) -> TextSegment:
