@@ -1,6 +1,7 @@
 """Metrics of a run as charts: losses, optimizer, speed, memory."""
 
 import math
+from collections.abc import Iterator
 from html import escape
 
 import numpy as np
@@ -8,6 +9,9 @@ import numpy as np
 from emma_train.report.charts import Axis, Band, Chart, Series, StartMark, line_chart, smoothed
 from emma_train.report.stage_run import StageRun
 from emma_train.sequence.tasks import TASKS, tasks_of_loss
+
+SOURCE_COLORS = ("c-blue", "c-red", "c-green", "c-pink", "c-gold", "c-ink")
+"""Of the sources of a task, in the order of their names."""
 
 
 def run_axis(stages: list[StageRun]) -> Axis:
@@ -59,7 +63,7 @@ def loss_warning(stages: list[StageRun]) -> str:
 
 
 def loss_charts(axis: Axis, stages: list[StageRun]) -> list[Chart]:
-    """Charts of the total loss and of the loss of each task."""
+    """Charts of the total loss, of the loss of each task, and of the sources of a task that has several."""
     total = [Series("loss", "c-ink", _across(stages, "loss"))]
     tasks = [Series(task.title, task.color, _across(stages, f"loss/{task.name}")) for task in TASKS.values()]
     note = "The weighted sum that is optimised. Its parts change from stage to stage."
@@ -69,7 +73,24 @@ def loss_charts(axis: Axis, stages: list[StageRun]) -> list[Chart]:
         line_chart(axis, "loss", "Total loss", note, total, smooth=True, log_switch=True, tall=True),
         line_chart(axis, "tasks", "Loss by task", by_task, tasks, smooth=True, log_switch=True, tall=True),
     ]
-    return [chart for chart in charts if chart]
+    return [chart for chart in [*charts, *_source_charts(axis, stages)] if chart]
+
+
+def _source_charts(axis: Axis, stages: list[StageRun]) -> Iterator[Chart | None]:
+    """A chart for each task with several sources; the first sources by name, where there are many."""
+    for task in TASKS.values():
+        prefix = f"loss/{task.name}/"
+        keys = sorted({key for stage in stages for record in stage.records for key in record if key.startswith(prefix)})
+        if len(keys) < 2:
+            continue
+        shown = zip(keys, SOURCE_COLORS, strict=False)
+        series = [Series(key.removeprefix(prefix), color, _across(stages, key)) for key, color in shown]
+        more = (
+            f" The first {len(SOURCE_COLORS)} of {len(keys)} sources by name." if len(keys) > len(SOURCE_COLORS) else ""
+        )
+        title = f"Loss by source: {task.title}"
+        note = f"In the steps that logged it.{more}"
+        yield line_chart(axis, f"sources-{task.name}", title, note, series, smooth=True, log_switch=True)
 
 
 def machine_charts(axis: Axis, stages: list[StageRun]) -> list[Chart]:

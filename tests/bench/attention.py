@@ -128,10 +128,10 @@ def compare(batch: PackedBatch, name: str, shape: tuple[int, int, int], device: 
 def write(out: Path, facts: dict[str, Any], results: dict[str, float]) -> None:
     """Write what is measured so far."""
     out.mkdir(parents=True, exist_ok=True)
-    (out / "attention.json").write_text(json.dumps({**facts, **results}, indent=1) + "\n")
+    (out / "attention").with_suffix(".json").write_text(json.dumps({**facts, **results}, indent=1) + "\n")
     lines = ["# Attention, forward and backward", "", ", ".join(f"{key} {value}" for key, value in facts.items()), ""]
     lines += ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in results.items())]
-    (out / "attention.md").write_text("\n".join(lines) + "\n")
+    (out / "attention").with_suffix(".md").write_text("\n".join(lines) + "\n")
 
 
 def _text(length: int) -> TextSegment:

@@ -210,6 +210,16 @@ def test_the_share_of_the_stem_expert_is_drawn_where_there_is_one(pipeline: Path
     assert [y for y in share["y"] if y is not None] == [25.0] * 3
 
 
+def test_losses_by_source_are_drawn_where_a_task_has_several(tmp_path: Path) -> None:
+    values = {"loss/i2t/captions": 2.0, "loss/i2t/questions": 1.0, "loss/t2i/drawings": 0.5}
+    make_stage(tmp_path / "run", steps=3, **values)
+    charts = page_data(render_report(tmp_path / "run"))["charts"]
+    captions, questions = charts["sources-i2t"]
+    assert (captions["name"], questions["name"]) == ("captions", "questions")
+    assert [y for y in captions["y"] if y is not None] == [2.0] * 3
+    assert "sources-t2i" not in charts
+
+
 def test_a_single_run_has_a_page(tmp_path: Path) -> None:
     make_stage(tmp_path / "run")
     html = write_report(tmp_path / "run").read_text(encoding="utf-8")
