@@ -190,8 +190,8 @@ def test_a_run_goes_on_bit_for_bit_on_other_ranks_and_workers(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)  # 25 examples of up to three worlds take minutes
-@settings(deadline=None, max_examples=25)
+@pytest.mark.timeout(900)  # 12 examples of up to three worlds take minutes
+@settings(deadline=None, max_examples=12)
 @given(
     sizes=st.lists(st.sampled_from([1, 1, 2, 5, 17]), min_size=1, max_size=4),
     num=st.integers(3, 8),
