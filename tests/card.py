@@ -25,7 +25,7 @@ def card_on_cpu(monkeypatch: pytest.MonkeyPatch, module: str) -> Iterator[None]:
     yield from _card_with(standin, monkeypatch, module)
 
 
-def _card_with(function: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch, module: str = TORCH) -> Iterator[None]:
+def _card_with(function: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, module: str = TORCH) -> Iterator[None]:
     monkeypatch.setattr(varlen, "_card", lambda device: 9)
     monkeypatch.setattr(varlen, "_import", lambda kernel: function if kernel.module == module else None)
     monkeypatch.setattr(varlen, "_ready", list(varlen._ready))

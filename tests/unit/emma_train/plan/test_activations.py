@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from emma_train.model.decoder import Decoder, DecoderLayer
 from emma_train.model.emma import Emma
 from emma_train.model.vision import Images, VisionEncoder, VisionLayer
 from emma_train.plan.activations import decoder_layer_bytes, encoder_layer_bytes, keys_per_token
-from emma_train.sequence.layout import ImageRole, ImageSegment, TextSegment
+from emma_train.sequence.layout import ImageRole, ImageSegment, Segment, TextSegment
 from emma_train.sequence.pack import ImageTokens, PackedBatch, Sample, pack
 from emma_train.sequence.spans import full_call
 from tests.card import card_on_meta
@@ -31,7 +32,8 @@ CONFIG = ModelConfig()
 def sample(task: str, text: int, seen: int = 0, made: int = 0, supervised: int = 0) -> Sample:
     """A sample of so many tokens of text, of a square image before the text and of a square target."""
     role = ImageRole.REFERENCE if made else ImageRole.UND
-    segments = [*([ImageSegment("seen", role)] if seen else []), TextSegment(tuple(range(1, 1 + text - supervised)))]
+    segments: list[Segment] = [ImageSegment("seen", role)] if seen else []
+    segments += [TextSegment(tuple(range(1, 1 + text - supervised)))]
     segments += [TextSegment(tuple(range(supervised)), True)] if supervised else []
     segments += [ImageSegment("made", ImageRole.TARGET)] if made else []
     sides = {"seen": int(seen**0.5), "made": int(made**0.5)}
@@ -141,10 +143,10 @@ def test_decoder_activations_are_what_autograd_keeps(stage: str, precision: str,
     for layers in (2, 4):
         model = Decoder(replace(config, num_layers=layers, num_shared_layers=layers // 2)).to(dtype)
         model.requires_grad_(stage == "stage1")
-        checkpoint_layers(model.layers, mode)
+        checkpoint_layers(list(model.layers), mode)
         x = torch.randn(tokens, config.hidden, dtype=dtype, requires_grad=True)
         mask = attention.MaskPlan(torch.ones(tokens, tokens, dtype=torch.bool))
-        kept.append(kept_bytes(model, lambda m=model, x=x, mask=mask: m(x, 40, torch.arange(tokens), mask)))
+        kept.append(kept_bytes(model, partial(model, x, 40, torch.arange(tokens), mask)))
     per_layer = (kept[1] - kept[0]) / 2
     assert planned.memory(planned.loads[0], 1, tokens).kept["decoder's activations"] == config.num_layers * per_layer
 
@@ -157,9 +159,9 @@ def test_encoder_activations_are_what_autograd_keeps(mode: str, flash_like: None
     kept = []
     for layers in (2, 4):
         model = VisionEncoder(replace(config, num_layers=layers))
-        checkpoint_layers(model.layers, mode)
+        checkpoint_layers(list(model.layers), mode)
         patches = torch.randn(96, 768)
-        kept.append(kept_bytes(model, lambda m=model, x=patches: m(x, grids)))
+        kept.append(kept_bytes(model, partial(model, patches, grids)))
     per_layer_and_patch = (kept[1] - kept[0]) / 2 / 96
     load = planned.loads[0]
     seen = load.total(lambda s: s.seen) / load.tokens * 1000 * config.shuffle**2

@@ -1,0 +1,189 @@
+"""Ratios of speed within one run on a CPU, and counts of what a card would have to do.
+
+    OMP_NUM_THREADS=1 python tests/bench/cpu.py [--json] [--compile]
+
+packed_vs_padded            seconds of samples padded to the longest, over those of the same samples packed
+packed_vs_tokenwise         of images as separate semantic and latent tokens (latents of 16 pixels, as behind an 8x
+                            autoencoder with patches of 2), over EMMA's one token of 32 pixels for both
+stage1_vs_stage0, stage1_vs_router    seconds of a Stage 1 micro-step over one of alignment, and of router tuning, with
+                            the same understanding samples
+compile_vs_eager            seconds of eager layers over compiled ones (--compile; takes a minute)
+host_copies, kernels        of a micro-step of Stage 1 at the width of EMMA-4B on the meta device; kernels for each
+                            layer of decoder and encoder, forward and backward
+all_reduces                 of an optimizer step of Stage 1 on rank 0 of 256, in 32 replicas
+
+Times are medians of five after one to warm up, of a small model with random weights in float32, forward and backward.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+from emma_train.config.load import load_recipe  # noqa: E402
+from emma_train.config.schema import Recipe  # noqa: E402
+from emma_train.engine.world import World, join  # noqa: E402
+from emma_train.objectives.loss import LossAccumulator, count  # noqa: E402
+from emma_train.plan.simulation import simulate  # noqa: E402
+from emma_train.sequence.layout import ImageRole, ImageSegment, Segment, TextSegment  # noqa: E402
+from emma_train.sequence.pack import ImageTokens, PackedBatch, Sample, pack  # noqa: E402
+from emma_train.stages.stage import stage_of  # noqa: E402
+from emma_train.training.build import build  # noqa: E402
+from emma_train.training.environment import commit  # noqa: E402
+from emma_train.training.forward import micro_loss  # noqa: E402
+from emma_train.training.optimizer import make_optimizer  # noqa: E402
+from tests.card import card_on_meta  # noqa: E402
+from tests.gpu.step_setting import CACHED_LATENTS, set_random_weights  # noqa: E402
+from tests.host_copies import host_copies  # noqa: E402
+from tests.unit.emma_train.training.test_host_copies import micro_step  # noqa: E402
+
+RECIPES = ROOT / "recipes" / "emma-4b"
+SIZES: dict[str, dict[str, float]] = {
+    "model.decoder": {
+        "hidden": 192, "num_layers": 6, "num_shared_layers": 3, "heads": 6, "kv_heads": 2, "head_dim": 32,
+        "intermediate_size": 512, "vocab": 1024,
+    },
+    "model.vision": {"hidden": 128, "heads": 4, "num_layers": 6, "intermediate_size": 384, "position_grid": 8},
+    "model": {"time_features": 16},
+}  # fmt: skip
+SIDE = 8
+"""Visual tokens on the side of an image."""
+TASKS = ("i2t", "t2i", "it2i")
+
+
+class Kernels(TorchDispatchMode):
+    """Counts operators that a card would run as kernels."""
+
+    VIEWS = ("view", "_unsafe_view", "t", "transpose", "permute", "expand", "unsqueeze", "squeeze", "slice", "select")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function.overloadpacket.__name__
+        self.count += name not in (*self.VIEWS, "detach", "split", "split_with_sizes", "empty", "empty_like")
+        return function(*args, **(kwargs or {}))
+
+
+def recipe_of(stage: str, *changes: str) -> Recipe:
+    sizes = [f"{section}.{key}={value}" for section, values in SIZES.items() for key, value in values.items()]
+    plain = ["engine.device=cpu", "engine.precision=fp32", "engine.compile=false", "init.from=null"]
+    return load_recipe(RECIPES / f"{stage}.yaml", [*sizes, *plain, *changes])
+
+
+def sample(key: str, task: str, text: int, pad_to: int = 0, tokenwise: bool = False) -> Sample:
+    """A sample with `text` tokens, of which half are supervised in i2t, padded by text to `pad_to` tokens in all."""
+    fine = 2 * SIDE if tokenwise else SIDE
+    images = {"seen": image(SIDE), "made": image(fine), "latents": image(fine)}
+    words: Segment = TextSegment(tuple(range(text - text // 2)))
+    segments: dict[str, list[Segment]] = {
+        "i2t": [ImageSegment("seen", ImageRole.UND), words, TextSegment(tuple(range(text // 2)), True)],
+        "t2i": [words, ImageSegment("made", ImageRole.TARGET)],
+        "it2i": [ImageSegment("latents", ImageRole.REFERENCE), words, ImageSegment("made", ImageRole.TARGET)],
+    }
+    used = segments[task]
+    if tokenwise and task == "it2i":
+        used.insert(0, ImageSegment("seen", ImageRole.UND))
+    made = Sample(key, task, used, images, 1, 2)
+    if pad_to > made.num_tokens:
+        used.append(TextSegment((0,) * (pad_to - made.num_tokens)))
+    return made
+
+
+def image(side: int) -> ImageTokens:
+    rng = np.random.default_rng(side)
+    pixels = rng.integers(0, 256, (4 * side**2, 768), dtype=np.uint8)
+    return ImageTokens((side, side), pixels, rng.standard_normal((side**2, 32), dtype=np.float32))
+
+
+def pack_of(tasks: Sequence[str], pad: bool = False, tokenwise: bool = False) -> PackedBatch:
+    """24 samples whose texts have lengths of captions and answers: log-normal, 16 to 400 tokens, median 60."""
+    lengths = np.clip(np.random.default_rng(0).lognormal(np.log(60), 0.8, 24), 16, 400).astype(int)
+    drawn = [(f"s{i}", tasks[i % len(tasks)], int(n)) for i, n in enumerate(lengths)]
+    longest = max(sample(*each).num_tokens for each in drawn) if pad else 0
+    return pack([sample(*each, pad_to=longest, tokenwise=tokenwise) for each in drawn])
+
+
+def seconds(recipe: Recipe, batch: PackedBatch, world: World) -> float:
+    """Of forward and backward of a micro-step."""
+    stage = stage_of(recipe)
+    parts = build(recipe, stage, world, resuming=True)
+    set_random_weights(parts)
+    taken = []
+    for _ in range(6):
+        accumulator = LossAccumulator(recipe.loss, count([batch], stage.loss), world.device)
+        started = time.perf_counter()
+        loss = micro_loss(parts.engine.model, CACHED_LATENTS, batch, recipe.flow, stage, accumulator)
+        parts.engine.accumulate(loss, last=True)
+        taken.append(time.perf_counter() - started)
+    return statistics.median(taken[1:])
+
+
+def ratios(compiled: bool) -> dict[str, float]:
+    stage1 = recipe_of("stage1")
+    router = recipe_of("stage4_router", "model.vision.stem_expert=true", "model.vision.router=true")
+    with join("cpu", 600) as world:
+        mixed = seconds(stage1, pack_of(TASKS), world)
+        understanding = pack_of(["i2t"])
+        alone = seconds(stage1, understanding, world)
+        result = {
+            "packed_vs_padded": seconds(stage1, pack_of(TASKS, pad=True), world) / mixed,
+            "packed_vs_tokenwise": seconds(stage1, pack_of(TASKS, tokenwise=True), world) / mixed,
+            "stage1_vs_stage0": alone / seconds(recipe_of("stage0"), understanding, world),
+            "stage1_vs_router": alone / seconds(router, understanding, world),
+        }
+        if compiled:
+            result["compile_vs_eager"] = mixed / seconds(
+                recipe_of("stage1", "engine.compile=true"), pack_of(TASKS), world
+            )
+    return {name: round(value, 3) for name, value in result.items()}
+
+
+def counts() -> dict[str, float]:
+    with pytest.MonkeyPatch.context() as patch:
+        card = card_on_meta(patch)
+        next(card)
+        run = micro_step("stage1")
+        copies = len(host_copies(run))
+        with Kernels() as kernels:
+            run()
+        next(card, None)
+    recipe = load_recipe(RECIPES / "stage1.yaml", ["engine.replicate=32", "init.from=null"])
+    counted = simulate(recipe, "stage1", 256, partial(make_optimizer, config=recipe.optimizer))
+    return {
+        "host_copies": copies,
+        "kernels": round(kernels.count / 8, 1),  # micro_step has four layers of either kind
+        "all_reduces": counted.collectives["all-reduce"][0],
+        "units": counted.units,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print one flat JSON object")
+    parser.add_argument("--compile", action="store_true", help="measure compile_vs_eager too")
+    arguments = parser.parse_args()
+    facts = {"commit": commit(), "torch": torch.__version__, "threads": torch.get_num_threads()}
+    results = {**facts, **ratios(arguments.compile), **counts()}
+    if arguments.json:
+        print(json.dumps(results))
+        return
+    for name, value in results.items():
+        print(f"{name:20} {value}")
+
+
+if __name__ == "__main__":
+    main()
