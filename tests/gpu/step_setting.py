@@ -53,6 +53,9 @@ class Setting:
     """Decoder layers, over those that fit the card."""
     pairs: int = 8
     """Understanding and generation samples of a pack, so many of each: 8 as in the recipe, about 6.1 k tokens."""
+    tokenwise: bool = False
+    """Whether an image to make has a token for each 16 pixels, as behind an 8x autoencoder with patches of 2 (BAGEL),
+    not for each 32."""
     profile: bool = False
     """Whether to write torch's profile of one step."""
     changes: tuple[str, ...] = ()
@@ -100,6 +103,7 @@ def measure(setting: Setting, scale: Scale, out: Path) -> dict[str, Any]:
             "step_s": seconds,
             "step_s_min": min(s for s, _ in timed),
             "step_s_max": max(s for s, _ in timed),
+            "samples_per_s": sum(len(batch.keys) for batch in packs) / seconds,
             "tokens_per_s": sum(batch.num_tokens for batch in packs) / seconds,
             "first_loss": first_loss,
             "last_loss": timed[-1][1],
@@ -163,23 +167,25 @@ def make_packs(recipe: Recipe, setting: Setting, scale: Scale, pin: bool) -> lis
     packs = []
     for number in range(scale.micro_steps):
         samples = [
-            sample for pair in range(setting.pairs) for sample in make_samples(recipe, f"{number}-{pair}", side, rng)
+            sample
+            for pair in range(setting.pairs)
+            for sample in make_samples(recipe, f"{number}-{pair}", side, side * (1 + setting.tokenwise), rng)
         ]
         packs.append(pack(samples))
     return [PackBuffer.of(batch).pin_memory().batch() for batch in packs] if pin else packs
 
 
-def make_samples(recipe: Recipe, key: str, side: int, rng: np.random.Generator) -> list[Sample]:
+def make_samples(recipe: Recipe, key: str, seen_side: int, made_side: int, rng: np.random.Generator) -> list[Sample]:
     """An understanding sample with about 130 tokens of text in it, half of them to be predicted, and a generation
-    sample with as much in its prompt."""
+    sample with as much in its prompt; sides in visual tokens."""
     vision, channels = recipe.model.vision, recipe.model.autoencoder.channels
-    shape = (side**2 * vision.shuffle**2, 3 * vision.patch**2)
 
     def text(low: int, high: int, supervised: bool = False) -> TextSegment:
         ids = rng.integers(0, recipe.model.decoder.vocab, int(rng.integers(low, high)))
         return TextSegment(tuple(int(i) for i in ids), supervised)
 
-    def image(with_pixels: bool) -> ImageTokens:
+    def image(side: int, with_pixels: bool) -> ImageTokens:
+        shape = (side**2 * vision.shuffle**2, 3 * vision.patch**2)
         patches = rng.integers(0, 256, shape, dtype=np.uint8) if with_pixels else None
         return ImageTokens((side, side), patches, rng.standard_normal((side**2, channels), dtype=np.float32))
 
@@ -187,8 +193,8 @@ def make_samples(recipe: Recipe, key: str, side: int, rng: np.random.Generator) 
     made: list[Segment] = [text(96, 160), ImageSegment("a", ImageRole.TARGET)]
     noise_seed, time_seed = (int(seed) for seed in rng.integers(0, 2**40, 2))
     return [
-        Sample(f"u{key}", "i2t", seen, {"a": image(with_pixels=True)}),
-        Sample(f"g{key}", "t2i", made, {"a": image(with_pixels=False)}, noise_seed, time_seed),
+        Sample(f"u{key}", "i2t", seen, {"a": image(seen_side, with_pixels=True)}),
+        Sample(f"g{key}", "t2i", made, {"a": image(made_side, with_pixels=False)}, noise_seed, time_seed),
     ]
 
 
