@@ -86,6 +86,8 @@ class FlowConfig:
     shift: float = setting(1.0, more_than=0, at_most=1000)
     """s in s*t / (1 + (s-1)*t), the shift of the flow time; 1 shifts nothing. Sana, with the same autoencoder as EMMA,
     takes 3 at 512 pixels and at 1K."""
+    time: str = setting("logit_normal", choices=("logit_normal", "uniform"))
+    """Distribution of the flow time before the shift."""
 
 
 @dataclass

@@ -42,8 +42,12 @@ def add_noise(batch: PackedBatch, latents: Tensor, config: FlowConfig) -> Noised
 
 
 def draw_time(seeds: Tensor, config: FlowConfig) -> Tensor:
-    """Logit-normal flow time of each target, shifted: [targets]."""
-    time = torch.sigmoid(config.logit_mean + config.logit_std * normal(seeds, torch.zeros_like(seeds)))
+    """Flow time of each target, logit-normal or uniform (flow.time), shifted: [targets]."""
+    drawn = normal(seeds, torch.zeros_like(seeds))
+    if config.time == "uniform":
+        time = torch.special.ndtr(drawn)  # the normal distribution's own distribution function makes it uniform
+    else:
+        time = torch.sigmoid(config.logit_mean + config.logit_std * drawn)
     return shift(time, config.shift)
 
 

@@ -60,6 +60,16 @@ def test_time_is_shifted_logit_normal() -> None:
         assert abs(float(logit.std()) - std) < 4 * std / math.sqrt(100_000)
 
 
+def test_time_may_be_uniform_before_the_shift() -> None:
+    seeds = torch.arange(50_000)
+    for s in (1.0, 3.0):
+        time = draw_time(seeds, FlowConfig(shift=s, time="uniform")).double().sort().values
+        assert time[0] > 0 and time[-1] < 1
+        even = time / (s - (s - 1) * time)  # the inverse of the shift
+        gap = (even - (torch.arange(50_000) + 0.5) / 50_000).abs().max()
+        assert gap < 1.95 / math.sqrt(50_000)  # Kolmogorov and Smirnov, at 0.1 %
+
+
 def test_shift_keeps_its_ends_and_is_the_identity_at_1() -> None:
     time = torch.linspace(0, 1, 11)
     assert torch.equal(shift(time, 1.0), time)
