@@ -54,6 +54,12 @@ def working_folder(recipe: Path, stages: Stages) -> Path:
     return current
 
 
+def node_counts(stages: Stages, numbers: Sequence[int], num_processes: int) -> list[int]:
+    """Those numbers of nodes with so many processes each on which every stage can share the packs of a step."""
+    shares = [set(Plan(recipe, str(file), 1, ANY_GPU).gpu_counts()) for file, recipe in stages]
+    return [number for number in numbers if all(number * num_processes in counts for counts in shares)]
+
+
 def check_start(
     stages: Stages, world_size: int, gpu: str | None, index_reader: Callable[[Recipe], ReadIndexRows]
 ) -> None:

@@ -30,7 +30,7 @@ def launch(
         return submit(slurm_script(overrides, options, job, snapshot), snapshot.script, job.logs)
     # On a terminal the progress bar needs the terminal itself.
     log = None if sys.stderr.isatty() else job.logs / f"{socket.gethostname()}.log"
-    line = torchrun_command(str(recipe), overrides, options, log)
+    line = torchrun_command(str(recipe), overrides, options, log, job.elastic(options))
     environment = torchrun_environment(options.max_restarts)
     print(shell_line(line, environment))
     if options.dry_run:

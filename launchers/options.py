@@ -28,7 +28,14 @@ class LaunchOptions:
     """How and where a run starts. What it trains is in the recipe."""
 
     on: str = option("torchrun", "torchrun: this machine, or one node of several; slurm: submit a job")
-    nnodes: int = option(1, "nodes", metavar="N", span=(1, 100_000))
+    nnodes: int = option(
+        1,
+        "nodes; MIN:MAX for a run that goes on while nodes are lost and come back",
+        metavar="N|MIN:MAX",
+        span=(1, 100_000),
+    )
+    min_nodes: int | None = option(None, "")
+    """The MIN of --nnodes MIN:MAX; None where the number of nodes is fixed. Not an option of its own."""
     nproc: int | None = option(None, "processes on a node; default: its GPUs, or 1", metavar="N", span=(1, 1024))
     gpu: str | None = option(None, "kind of GPU, such as h100-80g: then memory is checked too", metavar="KIND")
     max_restarts: int | None = option(
@@ -79,6 +86,8 @@ class LaunchOptions:
         values = read_site(Path(site)) if site else {}
         for name, value in given.items():
             values[name] = [*values.get(name, ()), *value] if isinstance(value, list) else value
+        if isinstance(values.get("nnodes"), str):
+            values |= _node_range(values["nnodes"])
         options = cls(**values)
         if options.on not in LAUNCHERS:
             raise UserError(f"launch: --on is {options.on!r}; it can be {' or '.join(LAUNCHERS)}")
@@ -93,6 +102,8 @@ class LaunchOptions:
 
 
 LAUNCHERS = ("torchrun", "slurm")
+DERIVED = ("min_nodes",)
+"""Fields that follow from another option."""
 
 
 def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
@@ -105,6 +116,8 @@ def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
     )
     groups = {name: parser.add_argument_group(f"--on {name}") for name in LAUNCHERS}
     for entry in fields(LaunchOptions):
+        if entry.name in DERIVED:
+            continue
         group = groups.get(entry.metadata["on"], parser)
         text, metavar = entry.metadata["help"], entry.metadata["metavar"] or None
         more: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text or None}
@@ -118,7 +131,8 @@ def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
         elif entry.name == "on":
             group.add_argument(_flag(entry), choices=LAUNCHERS, **more)
         else:
-            kind = int if entry.metadata["span"] or entry.name == "node_rank" else str
+            is_number = entry.name != "nnodes" and (entry.metadata["span"] or entry.name == "node_rank")
+            kind = int if is_number else str
             group.add_argument(_flag(entry), type=kind, metavar=metavar or entry.name.upper(), **more)
 
 
@@ -138,13 +152,15 @@ def read_site(path: Path) -> dict[str, Any]:
 
 
 def _site_value(key: str, value: Any, source: str) -> tuple[str, Any]:
-    known = {entry.name: entry for entry in fields(LaunchOptions) if entry.name != "dry_run"}
+    known = {entry.name: entry for entry in fields(LaunchOptions) if entry.name not in ("dry_run", *DERIVED)}
     entry = known.get(key.replace("-", "_"))
     if entry is None:
         near = difflib.get_close_matches(key.replace("-", "_"), known, n=1, cutoff=0.0)[0]
         raise UserError(f"launch: {source}: unknown option {key}; did you mean {near}?")
     if entry.name == "env" and isinstance(value, Mapping):
         return entry.name, [f"{name}={content}" for name, content in value.items()]
+    if entry.name == "nnodes" and isinstance(value, str) and ":" in value:
+        return entry.name, value
     if entry.default == ():
         lines = value.splitlines() if isinstance(value, str) else value
         if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
@@ -160,6 +176,17 @@ def _site_value(key: str, value: Any, source: str) -> tuple[str, Any]:
 
 
 _KINDS: dict[type, str] = {bool: "true or false", int: "a whole number", str: "a text"}
+
+
+def _node_range(text: str) -> dict[str, int | None]:
+    """Values of nnodes and min_nodes for `N` or `MIN:MAX`. Raises UserError."""
+    match = re.fullmatch(r"(?:(\d{1,6}):)?(-?\d{1,6})", text)
+    if match is None:
+        raise UserError(f"launch: --nnodes is {text!r}; write a number, or MIN:MAX such as 2:4")
+    least, most = int(match[1]) if match[1] else None, int(match[2])
+    if least is not None and not 1 <= least <= most:
+        raise UserError(f"launch: --nnodes is {text}; MIN must be at least 1 and at most MAX")
+    return {"nnodes": most, "min_nodes": least}
 
 
 def _flag(entry: "Field[Any]") -> str:

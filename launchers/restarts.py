@@ -13,6 +13,8 @@ from typing import Literal
 
 STARTS_WITHOUT_STEP = 3
 """So many starts in a row without a new step end a job."""
+TAIL_BYTES = 65_536
+"""Of metrics.jsonl: more than its last complete line."""
 Decision = Literal["end", "requeue", "restart"]
 
 
@@ -58,7 +60,12 @@ def steps_done(run: Path) -> int:
 
 
 def _last_step(path: Path) -> int:
-    for line in reversed(path.read_bytes()[-65536:].splitlines() if path.is_file() else []):
+    if not path.is_file():
+        return 0
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - TAIL_BYTES))
+        lines = file.read().splitlines()
+    for line in reversed(lines):
         try:
             return int(json.loads(line)["step"])
         except (ValueError, KeyError, TypeError):

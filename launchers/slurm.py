@@ -10,7 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from emma_train.errors import UserError
-from launchers.command import bin_directory, shell_line, train_arguments
+from launchers.command import Elastic, bin_directory, shell_line, train_arguments
 from launchers.options import LaunchOptions
 from launchers.snapshot import Snapshot
 
@@ -29,11 +29,17 @@ class Job:
     """The folder to which relative paths of the recipe belong."""
     workers: int
     """Loader workers of a process."""
+    node_counts: Sequence[int] = ()
+    """Of an elastic job: numbers of nodes that can share the packs of a step, in ascending order."""
 
     @property
     def logs(self) -> Path:
         """Of all runs of an array in one folder, because SLURM opens them before the runs have folders."""
         return Path(str(self.run).replace(ARRAY, "array")) / "logs"
+
+    def elastic(self, options: LaunchOptions) -> Elastic | None:
+        """What an elastic job is beside its options; None for a fixed number of nodes."""
+        return Elastic(self.node_counts, options.nnodes, self.run) if options.min_nodes is not None else None
 
 
 def slurm_script(

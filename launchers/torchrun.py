@@ -15,29 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-EXIT_CODES_VARIABLE = "EMMA_EXIT_CODES"
-"""A folder where each process of the trainer writes its exit code (emma_train/__main__.py)."""
-FAILED, USAGE, STOPPED = 1, 2, 75
-
-
-def node_exit_code(codes: Mapping[int, int], num_processes: int, stopped: bool) -> int:
-    """Exit code of a node by those of its processes; a process that was killed has none.
-
-    0 where all are done; 2 where one met a mistake of its user; 75 where all stopped as they were asked to; else 1.
-    """
-    known = [codes.get(rank, STOPPED if stopped else FAILED) for rank in range(num_processes)]
-    if USAGE in known:
-        return USAGE
-    return next((code for code in known if code not in (0, STOPPED)), max(known, default=0))
-
-
-def read_exit_codes(folder: Path) -> dict[int, int]:
-    """Exit codes of the newest start, by local rank."""
-    starts: dict[int, dict[int, int]] = {}
-    for path in folder.iterdir():
-        restart, rank = (int(part) for part in path.name.split("-"))
-        starts.setdefault(restart, {})[rank] = int(path.read_text() or FAILED)
-    return starts[max(starts)] if starts else {}
+from launchers.exit_codes import EXIT_CODES_VARIABLE, FAILED, USAGE, node_exit_code, read_exit_codes
 
 
 @contextmanager
@@ -64,8 +42,9 @@ def _copied_output(log: Path | None) -> Iterator[None]:
                 os.dup2(kept, stream)
 
 
-def run(words: Sequence[str]) -> int:
-    """Start the processes of this node and wait for them. Returns the node's exit code."""
+def run(words: Sequence[str], elastic: argparse.Namespace | None = None) -> int:
+    """Start the processes of this node and wait for them. Returns the node's exit code. elastic: the options of an
+    elastic job."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous.api import RendezvousError
@@ -78,6 +57,8 @@ def run(words: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="emma-exit-codes-") as folder:
         os.environ[EXIT_CODES_VARIABLE] = folder
         stopped = False
+        if elastic is not None:
+            _use_elastic(arguments, elastic, Path(folder))
         try:
             run_agent(arguments)
             return 0
@@ -92,7 +73,36 @@ def run(words: Sequence[str]) -> int:
         except RendezvousError as error:
             sys.stderr.write(f"launch: the nodes did not meet at {arguments.rdzv_endpoint} ({error})\n")
             return FAILED
+        except Exception as error:
+            if (code := _elastic_end(error)) is None:
+                raise
+            return code
         return node_exit_code(read_exit_codes(Path(folder)), int(arguments.nproc_per_node), stopped)
+
+
+def _use_elastic(arguments: argparse.Namespace, elastic: argparse.Namespace, exit_codes: Path) -> None:
+    """Let torchrun's agent meet the others by the rules of launchers/elastic.py."""
+    from launchers.elastic import UNLIMITED, ElasticJob, use_elastic
+
+    job = ElasticJob(
+        tuple(sorted(elastic.node_counts)),
+        elastic.run,
+        int(arguments.nproc_per_node),
+        elastic.num_devices,
+        exit_codes,
+        arguments.max_restarts or UNLIMITED,
+    )
+    arguments.rdzv_backend, arguments.max_restarts = use_elastic(job), UNLIMITED
+
+
+def _elastic_end(error: Exception) -> int | None:
+    """Exit code of an elastic job that ended at this node, after a line that says why; None for any other error."""
+    from launchers.elastic import JobEnd
+
+    if not isinstance(error, JobEnd):
+        return None
+    sys.stderr.write(f"launch: {error}\n")
+    return error.code
 
 
 def _cause(code: int) -> str:
@@ -124,10 +134,13 @@ def _first_address(nodes: str) -> str:
 
 
 def main() -> int:
-    """Take --log and --slurm, and give all other words to torchrun."""
+    """Take --log, --slurm and the options of an elastic job, and give all other words to torchrun."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--log", type=Path)
     parser.add_argument("--slurm", action="store_true")
+    parser.add_argument("--node-counts", type=lambda text: [int(part) for part in text.split(",")])
+    parser.add_argument("--run", type=Path)
+    parser.add_argument("--num-devices", type=int, default=0)
     given, words = parser.parse_known_args()
     if given.slurm:
         if "SLURM_STEP_NODELIST" not in os.environ:
@@ -135,7 +148,7 @@ def main() -> int:
             return USAGE
         words = [*slurm_rendezvous(os.environ, _first_address(os.environ["SLURM_STEP_NODELIST"])), *words]
     with _copied_output(given.log):
-        return run(words)
+        return run(words, given if given.node_counts else None)
 
 
 if __name__ == "__main__":

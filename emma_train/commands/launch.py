@@ -33,16 +33,20 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         log.info("the paths of %s belong to %s: the run starts there", path, workdir)
         path = path.resolve()
     os.chdir(workdir)
-    _check(stages, options)
+    node_counts = _check(stages, options)
     workers = max(recipe.data.workers for _, recipe in stages)
-    return launch(path, recipe_files(path), overrides, options, Job(_run_folder(path, overrides), workdir, workers))
+    job = Job(_run_folder(path, overrides), workdir, workers, node_counts)
+    return launch(path, recipe_files(path), overrides, options, job)
 
 
-def _check(stages: "Stages", options: "LaunchOptions") -> None:
-    """Raise UserError on what would end the run at its start; a dry run may lack inputs that another machine has."""
+def _check(stages: "Stages", options: "LaunchOptions") -> list[int]:
+    """Raise UserError on what would end the run at its start; a dry run may lack inputs that another machine has.
+
+    Returns the numbers of nodes on which an elastic job can train; none for a fixed number.
+    """
     from emma_train.commands.plan import index_reader
     from emma_train.errors import UserError
-    from emma_train.preflight import absent_inputs, check_start
+    from emma_train.preflight import absent_inputs, check_start, node_counts
     from launchers.command import default_nproc
 
     absent = absent_inputs(stages)
@@ -51,7 +55,16 @@ def _check(stages: "Stages", options: "LaunchOptions") -> None:
     for line in absent:
         log.warning(line)
     of_node = options.nproc or (options.gpus_per_node or 1 if options.on == "slurm" else default_nproc())
-    check_start(stages, options.nnodes * of_node, options.gpu, index_reader)
+    if options.min_nodes is None:
+        check_start(stages, options.nnodes * of_node, options.gpu, index_reader)
+        return []
+    counts = node_counts(stages, range(options.min_nodes, options.nnodes + 1), of_node)
+    # Fewer nodes have more of the model on each GPU; otherwise all that can share the packs are alike.
+    for count in counts[:1] or [options.nnodes]:
+        check_start(stages, count * of_node, options.gpu, index_reader)
+    if len(counts) == 1:
+        log.warning("of %d to %d nodes, only %d can share data.slots", options.min_nodes, options.nnodes, counts[0])
+    return counts
 
 
 def _run_folder(path: Path, overrides: list[str]) -> Path:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from emma_train.errors import UserError
-from launchers.command import shell_line, torchrun_command, torchrun_environment
+from launchers.command import Elastic, shell_line, torchrun_command, torchrun_environment
 from launchers.options import LaunchOptions
 
 RECIPE = "recipes/tiny/stage1.yaml"
@@ -39,6 +39,16 @@ def test_restarts_turn_the_shared_store_off() -> None:
     )
     assert torchrun_environment(3) == {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     assert torchrun_environment(0) == torchrun_environment(None) == {}
+
+
+def test_an_elastic_job_names_its_numbers_of_nodes() -> None:
+    options = LaunchOptions(nproc=1, nnodes=5, min_nodes=2, node_rank=3, rdzv_endpoint="first:29500")
+    line = shell_line(torchrun_command(RECIPE, (), options, None, Elastic((2, 3), 5, Path("/runs/a"))))
+    assert line == (
+        "python -m launchers.torchrun --node-counts 2,3 --run /runs/a --num-devices 0 --shutdown-timeout 300 "
+        "--nnodes 2:5 --nproc-per-node 1 --rdzv-backend c10d --rdzv-endpoint first:29500 "
+        "--rdzv-conf is_host=0,last_call_timeout=3 -m emma_train train recipes/tiny/stage1.yaml"
+    )
 
 
 def test_overrides_are_quoted_for_a_shell() -> None:

@@ -30,6 +30,16 @@ def test_options_and_overrides_may_be_mixed() -> None:
     assert LaunchOptions.from_arguments(arguments) == LaunchOptions(on="slurm", nnodes=2)
 
 
+def test_nodes_are_a_number_or_a_range(tmp_path: Path) -> None:
+    given = parse("--nnodes", "2:4")
+    assert (given.min_nodes, given.nnodes) == (2, 4)
+    assert (parse("--nnodes", "4").min_nodes, parse("--nnodes", "4").nnodes) == (None, 4)
+    site = tmp_path / "site.yaml"
+    site.write_text('nnodes: "2:4"')
+    assert parse("--site", str(site)) == given
+    assert parse("--site", str(site), "--nnodes", "3") == LaunchOptions(nnodes=3)
+
+
 @pytest.mark.parametrize("entry", [e for e in fields(LaunchOptions) if e.metadata["on"]], ids=lambda e: e.name)
 def test_an_option_of_the_other_launcher_is_refused(entry) -> None:
     other = {"slurm": "torchrun", "torchrun": "slurm"}[entry.metadata["on"]]
@@ -43,6 +53,9 @@ def test_an_option_of_the_other_launcher_is_refused(entry) -> None:
     ("words", "message"),
     [
         (["--nnodes", "0"], "--nnodes is 0; it must be at least 1"),
+        (["--nnodes", "4:2"], "--nnodes is 4:2; MIN must be at least 1 and at most MAX"),
+        (["--nnodes", "0:2"], "MIN must be at least 1"),
+        (["--nnodes", "two"], "--nnodes is 'two'; write a number, or MIN:MAX such as 2:4"),
         (["--nproc", "0"], "--nproc is 0"),
         (["--max-restarts", "-1"], "--max-restarts is -1"),
         (["--on", "slurm", "--gpus-per-node", "-1"], "--gpus-per-node is -1"),

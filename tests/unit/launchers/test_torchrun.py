@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from launchers.torchrun import node_exit_code, read_exit_codes, slurm_rendezvous
+from launchers.exit_codes import node_exit_code, read_exit_codes
+from launchers.torchrun import slurm_rendezvous
 
 ROOT = Path(__file__).parents[3]
 
