@@ -12,13 +12,14 @@ import fsspec
 import pytest
 
 Fault = Callable[[int, str], str]
-"""(number of the GET, from 1; path) -> what goes wrong: "" for nothing, a status, slow, short, reset or whole."""
+"""(number of the GET, from 1; path) -> what goes wrong: "" for nothing, a status, slow, short, reset, flip (one
+bit) or whole."""
 
 
 class FileServer:
     """Serves `folder` at `url`; counts the GETs that it answers."""
 
-    def __init__(self, folder: Path, fault: Fault = lambda number, path: "") -> None:
+    def __init__(self, folder: Path, fault: Fault = lambda number, path: "", host: str = "127.0.0.1") -> None:
         self.folder, self.fault = folder, fault
         self.gets: list[str] = []
         """Path and range of each GET."""
@@ -42,9 +43,9 @@ class FileServer:
             def log_message(self, *words: object) -> None:
                 pass
 
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http = ThreadingHTTPServer((host, 0), Handler)
         self.http.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.http.server_address[1]}"
+        self.url = f"http://{host}:{self.http.server_address[1]}"
 
     def answer(self, request: BaseHTTPRequestHandler, fault: str, wanted: str = "") -> None:
         path = self.folder / unquote(urlsplit(request.path).path).lstrip("/")
@@ -59,6 +60,8 @@ class FileServer:
         if wanted and fault != "whole":
             first, last = wanted.removeprefix("bytes=").split("-")
             data, status = data[int(first) : int(last) + 1], 206
+        if fault == "flip":
+            data = data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1 :]
         request.send_response(status)
         request.send_header("Content-Length", str(len(data)))
         request.send_header("Accept-Ranges", "bytes")

@@ -20,6 +20,7 @@ from emma_train.checkpoint.saver import SaveFailed, Saver
 from emma_train.checkpoint.state import CheckpointState, checkpoint_state
 from emma_train.config.schema import Recipe
 from emma_train.engine.compiled import uncompiled
+from emma_train.engine.rank_failure import is_lost_contact, report_failure
 from emma_train.engine.stall_watch import StallWatch
 from emma_train.engine.timeouts import Timeouts
 from emma_train.engine.world import World
@@ -61,6 +62,8 @@ from emma_train.training.unreadable_samples import UnreadableSamples
 from emma_train.training.validation import Validation, averaged_weights
 
 log = logging.getLogger(__name__)
+LOST_CONTACT_S = 10.0
+"""A save may take so long to end when other ranks cannot be reached."""
 
 
 class Batches(Protocol):
@@ -164,9 +167,11 @@ class Trainer:
                 raise RunError(f"a save did not end within train.stop_within_s={train.stop_within_s}, so no rewind")
             return code
         except BaseException as error:
-            if not self.saver.close(0 if isinstance(error, SaveFailed) else train.stop_within_s):
-                # The saving thread is stuck in storage and would keep this process, and so the other ranks, alive.
-                log.error("%s: %s", type(error).__name__, error)
+            if not self.saver.close(self._patience_s(error)):
+                # The saving thread is stuck in storage, or waits for a rank that is gone. It would keep this process,
+                # and so the other ranks, alive.
+                failure = report_failure(error, self.world.rank, self.world.size) or error
+                log.error("%s: %s", type(failure).__name__, failure)
                 logging.shutdown()
                 os._exit(code)
             raise
@@ -177,6 +182,14 @@ class Trainer:
             ledger.close()
             if step_log:
                 step_log.close(code)
+
+    def _patience_s(self, error: BaseException) -> float:
+        """How long a save that runs may take to end after an error."""
+        if isinstance(error, SaveFailed):
+            return 0
+        patience_s = self.recipe.train.stop_within_s
+        # Where ranks are gone, only the last request of a save can still succeed: it needs no other rank.
+        return min(patience_s, LOST_CONTACT_S) if is_lost_contact(error) else patience_s
 
     def _run_steps(
         self,

@@ -1,5 +1,6 @@
 """Functions that ranks run in tests of failures; a rank imports them by name, so they are in no test module."""
 
+import contextlib
 import ctypes
 import errno
 import math
@@ -8,7 +9,7 @@ import resource
 import signal
 import subprocess
 import time
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -125,25 +126,33 @@ def flipping_command(argv: list[str], victim: int, calls: list[int]) -> int:
     0 and 1 are those of the first replay."""
     checksums, number = FsdpEngine.gradient_checksums, -1
 
-    def flip(gradient: torch.Tensor) -> torch.Tensor:
-        flipped = gradient.clone()
-        flipped.view(torch.int32).view(-1)[0] ^= 1 << 22
-        return flipped
-
     def flipping(self: FsdpEngine, compute_loss: Any) -> Any:
         nonlocal number
         number += 1
         if number not in calls or int(os.environ.get("RANK", 0)) != victim:
             return checksums(self, compute_loss)
-        layer = self.model.decoder.layers[0]
-        hook = layer.register_forward_hook(lambda module, inputs, output: output.register_hook(flip) and None)
-        try:
+        with flipped_gradient(self):
             return checksums(self, compute_loss)
-        finally:
-            hook.remove()
 
     FsdpEngine.gradient_checksums = flipping  # type: ignore[method-assign]
     return main(argv)
+
+
+@contextlib.contextmanager
+def flipped_gradient(engine: FsdpEngine) -> Iterator[None]:
+    """Within it, one bit of the gradient of a layer's output flips on this rank."""
+
+    def flip(gradient: torch.Tensor) -> torch.Tensor:
+        flipped = gradient.clone()
+        flipped.view(torch.int32).view(-1)[0] ^= 1 << 22
+        return flipped
+
+    layer = engine.model.decoder.layers[0]
+    hook = layer.register_forward_hook(lambda module, inputs, output: output.register_hook(flip) and None)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def unreadable_command(argv: list[str], name: str, number: int) -> int:
