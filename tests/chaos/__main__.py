@@ -22,7 +22,8 @@ from tests.chaos.scene import copy_code, copy_shards, write_scene_recipe
 from tests.chaos.store import faulty_store
 from tests.chaos.trainer import FLIPS_VARIABLE
 from tests.chaos.verdict import audit_lines, fault_table, ledger_table, step_problems
-from tests.distributed.spawn import run_command
+from tests.distributed.ranks import command
+from tests.distributed.spawn import run_ranks
 
 log = logging.getLogger(__name__)
 LEDGER_SHARE = 0.01
@@ -61,7 +62,8 @@ def chaos(out: Path, minutes: float, num_faults: int, seed: int, only: list[str]
         wall_s = time.time() - begun
         log.info("%d steps in %.0f s; now the undisturbed run", last, wall_s)
         reference = ["run.name=reference", f"train.steps={last}", f"train.checkpoints={out}/disk"]
-        run_command(*words, *reference, processes=2, timeout_s=3600)
+        outcomes = run_ranks(2, command, [*words, *reference], timeout_s=3600)
+        assert all(outcome.value == 0 for outcome in outcomes), outcomes
         skipped = [(kind, reason) for kind, reason in possible_kinds(target).items() if reason]
         return conclude(out, driver, wall_s, skipped)
 
