@@ -82,10 +82,23 @@ def submit(script: str, path: Path, logs: Path) -> int:
     print(shell_line(["sbatch", str(path)]), flush=True)
     if shutil.which("sbatch") is None:
         raise UserError(f"launch: sbatch is not on this machine; submit {path} where SLURM is, or use --on torchrun")
+    for line in queued(logs.parent):
+        print(f"launch: this run has a job already: {line}; if both run at once, the later one fails")
     code = subprocess.run(["sbatch", str(path)], check=False).returncode
     if code == 0:
         print(f"its output: {logs}/slurm-*.out")
     return code
+
+
+def queued(run: Path) -> list[str]:
+    """Jobs of this user whose script is of the run, each with its state; none where squeue gives no answer."""
+    command = ["squeue", "--me", "--noheader", "--format", "%i (%T) %o"]
+    try:
+        lines = subprocess.run(command, check=True, capture_output=True, text=True, timeout=30).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError):
+        return []
+    split = [line.split(maxsplit=2) for line in lines]
+    return [f"{words[0]} {words[1]}" for words in split if len(words) == 3 and Path(words[2]).is_relative_to(run)]
 
 
 def _directives(options: LaunchOptions, job: Job, num_processes: int) -> list[str]:

@@ -1,6 +1,7 @@
 """The SLURM script: its text and its syntax. tests/integration/test_slurm.py runs it."""
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 
 from emma_train.errors import UserError
 from launchers import Job, LaunchOptions, first_of_array, launch, slurm
-from launchers.slurm import slurm_script
+from launchers.slurm import slurm_script, submit
 from launchers.snapshot import Snapshot
 
 RECIPE = Path(__file__).parents[3] / "recipes" / "tiny" / "stage0.yaml"
@@ -155,6 +156,23 @@ def test_dry_run_prints_and_writes_nothing(tmp_path: Path, capsys: pytest.Captur
     assert launch(RECIPE, [RECIPE], ["a.b=c"], LaunchOptions(nproc=2, dry_run=True), job) == 0
     assert f" --standalone --nproc-per-node 2 -m emma_train train {RECIPE} a.b=c\n" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_job_of_the_same_run_is_named_before_another_is_submitted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run, tools = tmp_path / "runs" / "a", tmp_path / "bin"
+    tools.mkdir()
+    jobs = f"7 (RUNNING) {run}/launches/1/job.sbatch\n8 (PENDING) {run}b/launches/1/job.sbatch\n9 (PENDING) (null)\n"
+    for name, text in (("squeue", jobs), ("sbatch", "Submitted batch job 10\n")):
+        (tools / name).write_text(f"#!/bin/sh\ncat <<'END'\n{text}END\n")
+        (tools / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    assert submit("#!/bin/bash\n", tmp_path / "job.sbatch", run / "logs") == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert [line for line in lines if line.startswith("launch:")] == [
+        "launch: this run has a job already: 7 (RUNNING); if both run at once, the later one fails"
+    ]
 
 
 def test_without_sbatch_the_script_is_there_to_take_elsewhere(
