@@ -40,6 +40,7 @@ SETTINGS = (
     Setting("one-card", changes=ONE_CARD, profile=True),
     Setting("one-card-half-depth", changes=ONE_CARD, depth=0.5),
     Setting("one-card-16-pairs", changes=ONE_CARD, pairs=16, depth=0.75),
+    Setting("one-card-deterministic", changes=ONE_CARD, deterministic=True),
     Setting("tokenwise", changes=ONE_CARD, pairs=4, tokenwise=True),
     Setting("tokenwise-flex", changes=ONE_CARD, pairs=4, tokenwise=True, backend="flex"),
     Setting("eager-sdpa", compile=False, backend="sdpa"),

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+import torch._inductor.config
 
 from data_pipelines.loader.pack_buffer import PackBuffer
 from emma_train.config.load import load_recipe
@@ -56,6 +57,8 @@ class Setting:
     tokenwise: bool = False
     """Whether an image to make has a token for each 16 pixels, as behind an 8x autoencoder with patches of 2 (BAGEL),
     not for each 32."""
+    deterministic: bool = False
+    """Whether torch.compile chooses kernels without timing them, so that every start has the same."""
     profile: bool = False
     """Whether to write torch's profile of one step."""
     changes: tuple[str, ...] = ()
@@ -77,6 +80,8 @@ def measure(setting: Setting, scale: Scale, out: Path) -> dict[str, Any]:
     """Build the model, run the steps, and return what they took."""
     recipe = make_recipe(setting, scale)
     stage = stage_of(recipe)
+    if setting.deterministic:
+        torch._inductor.config.deterministic = True
     with join(scale.device, 600) as world:
         started = time.perf_counter()
         parts = build(recipe, stage, world, resuming=True)
