@@ -43,6 +43,11 @@ def step_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def step_of(folder: StoragePath) -> int:
+    """The step in a checkpoint's name."""
+    return int(folder.name.removeprefix("step-"))
+
+
 def read_meta(folder: StoragePath) -> dict[str, Any] | None:
     """Metadata of a folder, whether its files exist or not; None where it has none or its checksum is wrong. Raises
     RunError where it cannot be read for a moment, and UserError where it names files outside the folder, as do all
@@ -133,7 +138,7 @@ def list_steps(checkpoints: StoragePath) -> list[StoragePath]:
     """The folders of a run that have a checkpoint's name, valid or not, the newest first."""
     storage = storage_of(checkpoints)
     folders = [p for p in storage.listdir(checkpoints) if re.fullmatch(r"step-\d{8,}", p.name)]
-    return sorted(filter(storage.has_folder, folders), key=lambda p: int(p.name.removeprefix("step-")), reverse=True)
+    return sorted(filter(storage.has_folder, folders), key=step_of, reverse=True)
 
 
 def candidates(path: str | StoragePath) -> list[StoragePath]:

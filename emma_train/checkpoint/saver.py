@@ -10,13 +10,16 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch.distributed.checkpoint import CheckpointException
 
+from emma_train.checkpoint.local_writer import LocalWriter
+from emma_train.checkpoint.save_group import SaveGroup, one_line
 from emma_train.checkpoint.staging import Staging
 from emma_train.checkpoint.state import CheckpointState, local_part
-from emma_train.checkpoint.writer import CheckpointWriter, one_line
+from emma_train.checkpoint.writer import CheckpointWriter
 from emma_train.config.schema import TrainConfig
 from emma_train.engine.world import World
 from emma_train.errors import RunError
@@ -32,9 +35,15 @@ class _Save:
     """One save that is running or has just ended."""
 
     step: int
+    is_local: bool = False
+    """Whether it is a local checkpoint, in folders of the nodes."""
     staged: threading.Event = field(default_factory=threading.Event)
     error: str | None = None
     thread: threading.Thread | None = None
+
+    @property
+    def name(self) -> str:
+        return "local checkpoint" if self.is_local else "checkpoint"
 
     @property
     def ended(self) -> bool:
@@ -48,25 +57,37 @@ class SaveFailed(RunError):
 class Saver:
     """Writes the checkpoints of a run. Every rank has one and calls its methods at the same steps."""
 
-    def __init__(self, checkpoints: StoragePath, config: TrainConfig, world: World, timeout_s: float) -> None:
-        """`timeout_s`: longest time that training waits for a save to end."""
+    def __init__(
+        self,
+        checkpoints: StoragePath,
+        config: TrainConfig,
+        world: World,
+        timeout_s: float,
+        local_folder: Path | None = None,
+    ) -> None:
+        """`timeout_s`: longest time that training waits for a save to end. `local_folder`: that of this node for local
+        checkpoints; None where the run makes none."""
         self._checkpoints = checkpoints
         self._config = config
         self._world = world
         self._timeout_s = timeout_s
-        self._writer = CheckpointWriter(checkpoints, config, world, timeout_s)
+        self._group = SaveGroup(world, timeout_s)
+        self._writer = CheckpointWriter(checkpoints, config, self._group)
+        self._local = None if local_folder is None else LocalWriter(local_folder, checkpoints, self._group)
         self._staging = Staging(world.device)
         self._running: _Save | None = None
         self._saved_step: int | None = None
         self._failing_since: int | None = None
         self._last_tried_step = 0
+        self._last_step = 0
+        """Of the last save of either kind that was begun."""
         self.stall_s = 0.0
         """Seconds so far that training has waited for saves."""
         self._popped_stall_s = 0.0
 
     def resume_from(self, checkpoint: StoragePath, step: int, state: CheckpointState) -> None:
         """Continue after a resume from the checkpoint of `step`."""
-        self._saved_step = step
+        self._saved_step = self._last_step = step
         self._writer.resume_from(checkpoint, state)
 
     def due(self, step: int) -> bool:
@@ -74,22 +95,30 @@ class Saver:
         failed_at = self._last_tried_step if self._failing_since is not None and self._running is None else None
         return is_due(step, self._config.save_every, failed_at)
 
-    def start(self, state: CheckpointState, meta: Mapping[str, Any]) -> None:
+    def local_due(self, step: int) -> bool:
+        """Whether a local checkpoint should be written after `step`. It never waits for a save that is running."""
+        if self._local is None or self._running is not None:
+            return False
+        return is_local_due(step, self._config.local_every, self._last_step)
+
+    def start(self, state: CheckpointState, meta: Mapping[str, Any], is_local: bool = False) -> None:
         """Start to save; blocks until the save before has ended. The caller must not modify `meta` afterwards, nor any
         tensor of `state` until `wait_for_staging` has returned. Raises SaveFailed as `finish` does."""
         with self._count_stall():
-            self._start(_Save(int(meta["step"])), state, meta)
+            self._start(_Save(int(meta["step"]), is_local), state, meta)
 
     def _start(self, save: _Save, state: CheckpointState, meta: Mapping[str, Any]) -> None:
         if self._running is not None and not self._running.ended:
             log.warning(
-                "the checkpoint of step %d is still being written: training waits. Storage is too slow for "
-                "train.save_every=%d",
+                "the %s of step %d is still being written: training waits. Storage is too slow for %s",
+                self._running.name,
                 self._running.step,
-                self._config.save_every,
+                "train.local_folder" if self._running.is_local else f"train.save_every={self._config.save_every}",
             )
         self.finish()
-        self._running, self._last_tried_step = save, save.step
+        self._running, self._last_step = save, save.step
+        if not save.is_local:
+            self._last_tried_step = save.step
         self._staging.wait_for_compute()
         if not self._config.save_async:
             self._write(save, state, meta)
@@ -130,8 +159,8 @@ class Saver:
         late, failed = self._world.sum([float(not save.ended), float(save.error is not None)])
         if late:
             raise SaveFailed(
-                f"the checkpoint of step {save.step} is not written after {self._timeout_s:.0f} s (engine.timeout_s): "
-                f"{self._checkpoints} may hang. {self._advice()}"
+                f"the {save.name} of step {save.step} is not written after {self._timeout_s:.0f} s (engine.timeout_s): "
+                f"{'train.local_folder' if save.is_local else self._checkpoints} may hang. {self._advice()}"
             )
         self._conclude(failed > 0)
 
@@ -145,6 +174,8 @@ class Saver:
                 self.finish()
         if self._failing_since is not None:
             raise SaveFailed(f"the last checkpoint could not be written. {self._advice()}")
+        if self._local is not None:
+            self._local.clear()
 
     def close(self, patience_s: float) -> bool:
         """Wait at most `patience_s` for a running save. Returns whether none is running any more."""
@@ -164,6 +195,11 @@ class Saver:
     def _conclude(self, failed: bool) -> None:
         save, self._running = self._running, None
         assert save is not None
+        if save.is_local:
+            if failed:
+                log.warning("the local checkpoint of step %d failed (%s). Training goes on", save.step, save.error)
+                self._group.renew()
+            return
         if not failed:
             self._saved_step, self._failing_since = save.step, None
             return
@@ -174,7 +210,7 @@ class Saver:
                 f"no checkpoint could be written since step {since} (last error: {save.error}); training stops before "
                 f"more work could be lost. {self._advice()}"
             )
-        self._writer.renew()
+        self._group.renew()
 
     def _advice(self) -> str:
         last = "the beginning" if self._saved_step is None else f"step {self._saved_step}"
@@ -189,8 +225,16 @@ class Saver:
                 threaded = save.thread is not None
                 values = self._staging.copy(trained) if threaded else {n: local_part(t) for n, t in trained.items()}
                 save.staged.set()
-                size = self._writer.write(state, values, meta)
-            log.info("saved step %d: %.1f MB in %.1f s", save.step, size / 1e6, time.perf_counter() - started)
+                if save.is_local:
+                    assert self._local is not None
+                    frozen = self._writer.ensure_frozen(state)
+                    size = self._local.write(state, values, meta, frozen, after=self._saved_step)
+                else:
+                    size = self._writer.write(state, values, meta)
+                    if self._local is not None:
+                        self._local.remove_older()
+            name, seconds = "a local checkpoint of " if save.is_local else "", time.perf_counter() - started
+            log.info("saved %sstep %d: %.1f MB in %.1f s", name, save.step, size / 1e6, seconds)
         except (Exception, CheckpointException) as error:  # of storage or of another rank: training decides what to do
             save.error = one_line(error)
         finally:
@@ -201,3 +245,9 @@ def is_due(step: int, every: int, failed_at: int | None) -> bool:
     """Whether a checkpoint is due after `step`: every `every` steps, and sooner after the save of step `failed_at` has
     failed."""
     return step % every == 0 or (failed_at is not None and step >= failed_at + max(1, every // TRIES_PER_INTERVAL))
+
+
+def is_local_due(step: int, every: int, last_step: int) -> bool:
+    """Whether a local checkpoint is due after `step`: where a multiple of `every` came after the last save, which may
+    have been later than due. `every` 0 means never."""
+    return every > 0 and step // every > last_step // every

@@ -58,14 +58,11 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 def _log_world(world: "World") -> None:
     """The ranks of each node, because errors name ranks, and the code that runs."""
-    import os
-    import socket
-
+    from emma_train.checkpoint.nodes import node_name
     from emma_train.training.environment import commit
 
     ranks: dict[str, list[int]] = {}
-    name = os.environ.get("SLURMD_NODENAME", socket.gethostname())
-    for rank, host in enumerate(world.gather(name)):
+    for rank, host in enumerate(world.gather(node_name())):
         ranks.setdefault(host, []).append(rank)
     nodes = ", ".join(
         f"{host} (ranks {of[0]} to {of[-1]})" if len(of) > 1 else f"{host} (rank {of[0]})" for host, of in ranks.items()
@@ -77,6 +74,7 @@ def _train_stage(file: Path, recipe: "Recipe", world: "World", stop: "StopReques
     """Train one stage under the lock of its run folder, unless it is complete. Returns the exit code. `begun_unix`:
     when the process began with it."""
     from emma_train.checkpoint import folder as folders
+    from emma_train.checkpoint.local_folder import check_local_folder
     from emma_train.training.rewind import REWIND, set_aside_rewound
     from emma_train.training.run_folder import RunFolder
     from emma_train.training.run_lock import RunLock
@@ -93,6 +91,8 @@ def _train_stage(file: Path, recipe: "Recipe", world: "World", stop: "StopReques
             locks.enter_context(RunLock(run_folder.path))
 
         world.on_main(lock)
+        if recipe.train.local_every and run_folder.local_checkpoints is not None:
+            check_local_folder(run_folder.local_checkpoints, world)
         while True:
             world.on_main(lambda: set_aside_rewound(run_folder))
             if (code := _train_locked(run_folder, file, recipe, world, stop, begun_unix)) != REWIND:
@@ -105,7 +105,6 @@ def _train_locked(
 ) -> int:
     """Build the data stream, model, engine and loop of one stage, and train it. Returns the exit code, or REWIND."""
     from data_pipelines.loader.loader import Stream
-    from emma_train.checkpoint import verify
     from emma_train.export.content import content_hashes
     from emma_train.generate.generator import Generator
     from emma_train.model.autoencoder import Autoencoder
@@ -114,7 +113,7 @@ def _train_locked(
     from emma_train.training.build import build
     from emma_train.training.loop import Trainer
 
-    checkpoint = verify.find_resumable(run_folder.checkpoints, world)
+    checkpoint = _find_checkpoint(run_folder, world)
     recipe = _with_stored_values(recipe, checkpoint, world)
     stage = stage_of(recipe, str(file))
     autoencoder = Autoencoder(recipe.model.autoencoder, world.device)
@@ -145,6 +144,19 @@ def _train_locked(
     if world.is_main and code == 0:
         _try_report(run_folder.path)
     return code
+
+
+def _find_checkpoint(run_folder: "RunFolder", world: "World") -> "StoragePath | None":
+    """The newest checkpoint that the run can resume from, local ones included; None where it has none yet. Every rank
+    calls it."""
+    from emma_train.checkpoint import verify
+    from emma_train.checkpoint.local_restore import restore_local
+    from emma_train.training.rewind import has_trained, read_rewinds
+
+    if (folder := run_folder.local_checkpoints) is not None:
+        rewinds = world.on_main(lambda: read_rewinds(run_folder))
+        restore_local(folder, run_folder.checkpoints, world, lambda meta: not has_trained(rewinds, meta))
+    return verify.find_resumable(run_folder.checkpoints, world)
 
 
 def _train_steps(trainer: "Trainer", stream: "Stream", world: "World", stop: "StopRequest", begun_unix: float) -> int:

@@ -6,7 +6,7 @@ Each failure names the fields, their values and a way out.
 import logging
 
 from emma_train.config.mix import TASK_NAMES, phases, samples_per_task, task_shares
-from emma_train.config.schema import ANSWER_METRICS, EngineConfig, PhaseConfig, Recipe
+from emma_train.config.schema import ANSWER_METRICS, EngineConfig, PhaseConfig, Recipe, TrainConfig
 from emma_train.config.values import check_values
 from emma_train.errors import UserError
 
@@ -24,6 +24,7 @@ def check_recipe(recipe: Recipe, source: str) -> None:
         raise UserError(f"{source}: data.caption_questions is empty; name at least one question")
     for phase in phases(recipe):
         _check_mix(recipe, phase, source)
+    _check_local(recipe.train, source)
     _check_keeping(recipe, source)
     _check_validation(recipe, source)
     for window in recipe.health.skip_steps:
@@ -143,6 +144,19 @@ def _check_keeping_validated(recipe: Recipe, source: str) -> None:
     task = name.partition("loss/")[2]
     if task and task not in validated_tasks(recipe):
         raise UserError(f"{source}: train.keep_best is {name}, but {task} is not in the mix")
+
+
+def _check_local(train: TrainConfig, source: str) -> None:
+    if train.local_every and not train.local_folder:
+        raise UserError(
+            f"{source}: train.local_every is {train.local_every}, but train.local_folder names no folder; name one on "
+            "a disk of each node, or /dev/shm/emma"
+        )
+    if train.local_every >= train.save_every:
+        raise UserError(
+            f"{source}: train.local_every is {train.local_every}; it must be below train.save_every "
+            f"({train.save_every}), or local checkpoints save no work"
+        )
 
 
 def _check_keeping(recipe: Recipe, source: str) -> None:

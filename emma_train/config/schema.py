@@ -178,6 +178,12 @@ class TrainConfig:
     keeps them in the run folder."""
     save_every: int = setting(1000, more_than=0, at_most=10**9)
     """Steps between checkpoints; the last step is always saved."""
+    local_every: int = setting(0, at_least=0, at_most=10**9)
+    """Steps between local checkpoints, in a folder of each node with a copy on the next node, so that a restart repeats
+    fewer steps; fewer than save_every. 0 makes none."""
+    local_folder: str = setting("", form="path")
+    """Folder of each node for local checkpoints, on its disk or in /dev/shm; {node} stands for the node's name. A
+    restart takes the newest checkpoint, local or not. Empty looks for no local ones."""
     save_async: bool = setting(True)
     """Write checkpoints while training goes on; needs host memory for one copy of what is saved."""
     keep: int = setting(2, more_than=0, at_most=10**6)

@@ -38,6 +38,13 @@ class LocalStorage:
         with open(file, "rb") as stream:
             yield stream
 
+    @contextmanager
+    def create(self, file: Path) -> Iterator[BinaryIO]:
+        with open(file, "wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+
     def write(self, file: Path, content: bytes) -> None:
         write_atomic(file, content)
 

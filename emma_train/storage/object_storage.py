@@ -61,6 +61,11 @@ class ObjectStorage:
         with store_errors(file), file.open("rb") as stream:
             yield stream
 
+    @contextmanager
+    def create(self, file: UPath) -> Iterator[BinaryIO]:
+        with store_errors(file), file.open("wb") as stream:
+            yield stream
+
     def write(self, file: UPath, content: bytes) -> None:
         with store_errors(file):
             file.fs.pipe_file(file.path, content)

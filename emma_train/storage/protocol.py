@@ -38,6 +38,9 @@ class Storage(ReadStorage[Location], Protocol[Location]):
     def open(self, file: Location) -> AbstractContextManager[BinaryIO]:
         """A file to read from start to end."""
 
+    def create(self, file: Location) -> AbstractContextManager[BinaryIO]:
+        """A new file to write from start to end; it is flushed to disk at the end."""
+
     def write(self, file: Location, content: bytes) -> None:
         """Replace a file at once: it never has a part of the content."""
 

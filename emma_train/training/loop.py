@@ -106,7 +106,8 @@ class Trainer:
         self.frozen = fingerprints(self.engine.model)
         self.run_id: str | None = None
         self.parent = parts.parent
-        self.saver = Saver(self.run.checkpoints, recipe.train, world, recipe.engine.timeout_s)
+        local_folder = self.run.local_checkpoints if recipe.train.local_every else None
+        self.saver = Saver(self.run.checkpoints, recipe.train, world, recipe.engine.timeout_s, local_folder)
         self._unreadable = UnreadableSamples(self.run, world, recipe.data)
         self._skipped = SkippedSteps(self.run, world.rank, recipe.train.max_skipped_steps)
         self._metrics = StepMetrics(recipe, stage, world)
@@ -225,9 +226,7 @@ class Trainer:
                 with timeouts.relaxed(), ledger.measure("validation"):
                     forgotten = self._validate(data.step)
             give_up = bool(forgotten) and self.recipe.validate.guard.stop
-            if self.saver.due(data.step) or is_last or stopping or give_up:
-                with timeouts.relaxed(), ledger.measure("checkpoint"):
-                    self.save(wait=is_last or stopping or give_up)
+            self._save_if_due(data.step, is_last or stopping or give_up, timeouts, ledger)
             self.train_state.seconds += time.perf_counter() - started + data.wait_s
             # Skip sample generation while shutting down.
             are_due = is_last or (train.sample_every and data.step % train.sample_every == 0 and not stopping)
@@ -355,6 +354,16 @@ class Trainer:
             log.warning("step %d: understanding is being forgotten: %s", step, line)
         self._validated = values
         return forgotten
+
+    def _save_if_due(self, step: int, is_end: bool, timeouts: Timeouts, ledger: TimeLedger) -> None:
+        """Start a checkpoint, or a local one, where one is due after `step`; at the end, write a checkpoint."""
+        if is_end or self.saver.due(step):
+            with timeouts.relaxed(), ledger.measure("checkpoint"):
+                self.save(wait=is_end)
+        elif self.saver.local_due(step):
+            with timeouts.relaxed(), ledger.measure("checkpoint"):
+                self._digests.write()
+                self.saver.start(self._state(), self._meta(), is_local=True)
 
     def save(self, wait: bool) -> None:
         """Start a checkpoint of the last finished step; where `wait`, return when it is written."""

@@ -103,7 +103,11 @@ def set_aside_rewound(run: RunFolder) -> None:
     if not (rewinds := read_rewinds(run)):
         return
     for folder in folders.list_steps(run.checkpoints):
-        meta = folders.read_meta(folder) or {}
-        step, skipped = meta.get("step", 0), merged(meta.get("done", {}).get("skip_windows", []))
-        if any(first <= step and not is_inside(first, skipped) for first, _ in rewinds):
+        if has_trained(rewinds, folders.read_meta(folder) or {}):
             log.warning("%s is after a spike: set aside as %s", folder, storage_of(folder).set_aside(folder).name)
+
+
+def has_trained(rewinds: Windows, meta: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint with the metadata `meta` has trained what a rewind skips."""
+    step, skipped = meta.get("step", 0), merged(meta.get("done", {}).get("skip_windows", []))
+    return any(first <= step and not is_inside(first, skipped) for first, _ in rewinds)

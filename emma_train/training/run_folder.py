@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from emma_train.checkpoint import folder as folders
+from emma_train.checkpoint.local_folder import local_folder
 from emma_train.config import config_hash, to_yaml
 from emma_train.config.schema import Recipe
 from emma_train.engine.world import World
@@ -31,6 +32,9 @@ class RunFolder:
         self.config = self.path / "config.yaml"
         root = recipe.train.checkpoints
         self.checkpoints = parse_path(root) / recipe.run.name if root else self.path / "checkpoints"
+        local = recipe.train.local_folder
+        self.local_checkpoints = local_folder(local, recipe.run.name, self.checkpoints) if local else None
+        """Folder of this node for local checkpoints."""
         self.metrics = self.path / "metrics.jsonl"
         self.rewinds = self.path / "rewinds.jsonl"
         self.digests = self.path / DIGESTS_FILE

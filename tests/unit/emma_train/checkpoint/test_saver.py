@@ -10,10 +10,10 @@ from torch import nn
 from torch.distributed.checkpoint import CheckpointException
 
 from emma_train.checkpoint import verify
-from emma_train.checkpoint.saver import is_due
+from emma_train.checkpoint.save_group import one_line
+from emma_train.checkpoint.saver import is_due, is_local_due
 from emma_train.checkpoint.staging import Staging
 from emma_train.checkpoint.state import checkpoint_state
-from emma_train.checkpoint.writer import one_line
 from emma_train.engine.adam_state import adam_state
 
 
@@ -35,6 +35,18 @@ def test_a_checkpoint_is_due_every_so_often_and_sooner_after_a_failure(
         return failed_at if failed_at is not None and step > failed_at else None
 
     assert [step for step in range(1, 13) if is_due(step, every, failed_by(step))] == due
+
+
+@pytest.mark.parametrize(
+    ("every", "last_step", "first_due"),
+    [(0, 0, 99), (4, 0, 4), (4, 4, 8), (4, 5, 8), (4, 8, 12), (1, 8, 9), (20, 7, 99)],
+)
+def test_a_local_checkpoint_is_due_from_the_first_multiple_after_the_last_save(
+    every: int, last_step: int, first_due: int
+) -> None:
+    """A save that runs at that step only delays it."""
+    due = [step for step in range(last_step + 1, 13) if is_local_due(step, every, last_step)]
+    assert due == list(range(first_due, 13))
 
 
 def test_staging_copies_into_buffers_that_it_keeps() -> None:

@@ -46,6 +46,11 @@ WRONG: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"engine__debug_lockstep": True, "engine__compile": True}, ("engine.debug_lockstep", "engine.compile=false")),
     ({"engine__sequence_parallel": 3}, ("engine.sequence_parallel is 3", "heads (4)", "kv_heads (2)")),
     ({"engine__sequence_parallel": 2, "engine__compile": True}, ("engine.compile", "engine.sequence_parallel")),
+    ({"train__local_every": 1}, ("train.local_every is 1", "train.local_folder names no folder")),
+    (
+        {"train__local_every": 2, "train__save_every": 2, "train__local_folder": "a"},
+        ("train.local_every is 2", "below train.save_every (2)"),
+    ),
     ({"validate__every": 2}, ("validate.every is 2", "validate.sources=")),
     ({"validate__every": -1}, ("validate.every is -1",)),
     ({"validate__num_samples": 0}, ("validate.num_samples is 0",)),
