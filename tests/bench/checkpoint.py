@@ -2,10 +2,9 @@
 
     python tests/bench/checkpoint.py [--json] [--folder DIR] [--processes 1]
 
-Four short runs of `emma-train train` on the same steps of a model with more than half a gigabyte of state (weights,
-moments and averages): saves that training waits for, saves beside training, no saves but the last, and local saves
-beside training, which with several processes are copied to the next one. The stall is what metrics.jsonl says, per
-save, without the last one, which every run waits for.
+Three short runs of `emma-train train` on the same steps of a model with more than half a gigabyte of state (weights,
+moments and averages): saves that training waits for, saves beside training, and no saves but the last. The stall is
+what metrics.jsonl says, per save, without the last one, which every run waits for.
 
 What the writing thread takes from the steps beside it is not in the stall, so a loop in this process tells it apart by
 the kernel's account of the training thread: seconds per save in which it waited for a core (there is none free), and in
@@ -54,10 +53,8 @@ def run(folder: Path, stage: str, name: str, processes: int, *overrides: str, in
     values |= {"run": {"root": str(folder), "name": name}, "init": {"from": str(init) if init else None}}
     recipe = folder / f"{name}.yaml"
     recipe.write_text(yaml.safe_dump(values))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    # Every process is a node of its own, so that local checkpoints are copied.
-    node = ["--no-python", "bash", "-c", 'EMMA_NODE=node-$RANK exec "$0" "$@"']
-    command = [*([*torchrun, *node] if processes > 1 else []), sys.executable, "-m", "emma_train", "train", str(recipe)]
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
+    command = [sys.executable, "-m", *(torchrun if processes > 1 else []), "emma_train", "train", str(recipe)]
     done = subprocess.run([*command, *overrides], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{name}: exit code {done.returncode}\n{done.stderr}")
@@ -147,17 +144,14 @@ def measure(folder: Path, processes: int) -> dict[str, float]:
     blocking = run(folder, "stage1", "blocking", processes, "train.save_async=false", one_copy)
     beside = run(folder, "stage1", "beside", processes, "train.save_async=true", one_copy)
     none = run(folder, "stage1", "none", processes, f"train.save_every={10 * STEPS}", one_copy)
-    local_folder = f"train.local_folder={folder}/nodes/{{node}}"
-    more = (f"train.save_every={10 * STEPS}", f"train.local_every={SAVE_EVERY}", local_folder)
-    local = run(folder, "stage1", "local", processes, one_copy, *more)
     # The router's stage follows three others; one step of each is enough for the size of its checkpoint.
     previous = none
     stem = ("model.vision.stem_expert=true",)
     for stage, more in (("stage2", ()), ("stage3", ()), ("stage4_expert", stem), ("stage4_router", stem)):
         previous = run(folder, stage, stage, processes, "train.steps=2", "data.phases=[]", *more, init=previous)
-    stalls = {"blocking": stall_s(blocking), "beside": stall_s(beside), "local": stall_s(local)}
+    stalls = {"blocking": stall_s(blocking), "beside": stall_s(beside)}
     # The first steps warm up, the last one waits for its save.
-    steps = {path.name: mean(line["step_s"] for line in lines(path)[2:-1]) for path in (beside, none, local)}
+    steps = {path.name: mean(line["step_s"] for line in lines(path)[2:-1]) for path in (beside, none)}
     full, router = num_bytes(blocking), num_bytes(previous)
     return {
         "processes": processes,
@@ -167,11 +161,8 @@ def measure(folder: Path, processes: int) -> dict[str, float]:
         "blocking_stall_s": round(stalls["blocking"], 4),
         "async_stall_s": round(stalls["beside"], 4),
         "stall_vs_blocking": round(stalls["beside"] / stalls["blocking"], 4),
-        "local_stall_s": round(stalls["local"], 4),
-        "local_stall_vs_async": round(stalls["local"] / stalls["beside"], 4),
         "step_s": round(steps["none"], 3),
         "step_s_with_async_saves": round(steps["beside"], 3),
-        "step_s_with_local_saves": round(steps["local"], 3),
         "full_bytes": full,
         "router_bytes": router,
         "router_vs_full_bytes": round(router / full, 5),

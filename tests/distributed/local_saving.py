@@ -22,6 +22,7 @@ from emma_train.config.schema import TrainConfig
 from emma_train.engine.world import World, join
 from emma_train.errors import RunError, UserError
 from emma_train.sequence.step_batches import StepBatches
+from emma_train.storage.paths import StoragePath
 from emma_train.training.loop import Trainer
 from tests.distributed.saving import Job
 
@@ -33,9 +34,12 @@ def on_node(names: str) -> None:
 class LocalJob(Job):
     """A job whose saver makes local checkpoints too."""
 
-    def __init__(self, world: World, root: Path, seed: int = 0, timeout_s: float = 20, **settings: Any) -> None:
-        super().__init__(world, root / "shared", seed, **settings)
-        self.folder = local_folder(str(root / "nodes" / "{node}"), "run", root / "shared")
+    def __init__(
+        self, world: World, root: Path, seed: int = 0, timeout_s: float = 20, shared: StoragePath | None = None
+    ) -> None:
+        """`shared`: shared storage; None takes a folder of `root`."""
+        super().__init__(world, shared or root / "shared", seed)
+        self.folder = local_folder(str(root / "nodes" / "{node}"), "run", self.checkpoints)
         check_local_folder(self.folder, world)
         config = TrainConfig(steps=99, save_every=8, local_every=1)
         self.saver = Saver(self.checkpoints, config, world, timeout_s, self.folder)
@@ -56,12 +60,12 @@ class LocalJob(Job):
         return checkpoint.name
 
 
-def saved(root: Path, names: str, shared_step: int, local_steps: list[int]) -> dict[str, Tensor]:
+def saved(root: Path, names: str, shared_step: int, local_steps: list[int], **settings: Any) -> dict[str, Tensor]:
     """Save `shared_step` (0: none) to shared storage and the others to the nodes, while the weights change. Returns the
     tensors of the last one."""
     on_node(names)
     with join("cpu", 60) as world:
-        job, content = LocalJob(world, root), {}
+        job, content = LocalJob(world, root, **settings), {}
         while job.step < max(local_steps):
             job.go()
             if job.step == shared_step:
@@ -75,11 +79,11 @@ def saved(root: Path, names: str, shared_step: int, local_steps: list[int]) -> d
         return content
 
 
-def resumed(root: Path, names: str) -> tuple[str | None, dict[str, Tensor]]:
+def resumed(root: Path, names: str, **settings: Any) -> tuple[str | None, dict[str, Tensor]]:
     """The name of the checkpoint that a new job (other seed) resumed from, and its tensors."""
     on_node(names)
     with join("cpu", 60) as world:
-        job = LocalJob(world, root, seed=1)
+        job = LocalJob(world, root, seed=1, **settings)
         return job.resume(), job.content()
 
 
@@ -113,6 +117,32 @@ def late(root: Path, rank: int) -> tuple[list[int], str | None]:
         except RunError as error:
             stopped = str(error)
         return [int(folder.name.removeprefix("step-")) for folder in folders.list_steps(job.folder)], stopped
+
+
+def killed(root: Path, rank: int) -> tuple[str | None, float]:
+    """One rank ends without a word while the copies of step 2 are sent. Returns the error of that local save on the
+    other one, and its seconds."""
+    on_node("ab")
+    with join("cpu", 60) as world:
+        job = LocalJob(world, root)
+        job.go()
+        job.save_local()
+        job.saver.finish()
+        exchange = peer_copy.exchange_files
+
+        def end(*arguments: Any) -> None:
+            if world.rank == rank:
+                os._exit(0)
+            exchange(*arguments)
+
+        local_writer.exchange_files = end  # type: ignore[attr-defined]
+        job.go()
+        started = time.perf_counter()
+        job.save_local()
+        running = job.saver._running
+        assert running is not None and running.thread is not None
+        running.thread.join(30)
+        return running.error, time.perf_counter() - started
 
 
 def exchanged(root: Path, to: list[int], sizes: list[list[int]], part_bytes: int, full_rank: int | None) -> str | None:

@@ -1,14 +1,17 @@
 """Local checkpoints of several ranks on several nodes: copies, lost nodes, damage, and other numbers of ranks."""
 
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from emma_train.checkpoint import folder as folders
 from emma_train.checkpoint import verify
+from emma_train.storage.paths import parse_path
 from tests.distributed import local_saving
 from tests.distributed.spawn import run_ranks
+from tests.object_stores import url_of
 from tests.runs import differences, stored
 
 
@@ -61,6 +64,17 @@ def test_any_nodes_that_hold_all_files_go_on_from_it(tmp_path: Path, before: str
     assert differences(stored(checkpoint), saved) == []
 
 
+@pytest.mark.slow
+def test_shared_storage_may_be_an_object_store(tmp_path: Path) -> None:
+    shared = parse_path(url_of(tmp_path / "bucket" / "run"))
+    saved = run_ranks(2, partial(local_saving.saved, shared=shared), tmp_path, "ab", 2, [3])[0].value
+    shutil.rmtree(tmp_path / "nodes" / "a")
+    name, content = run_ranks(2, partial(local_saving.resumed, shared=shared), tmp_path, "cb")[0].value
+    assert name == "step-00000003"
+    assert differences(content, saved) == []
+    assert verify.find_damage(shared / name) is None
+
+
 def test_a_damaged_file_is_taken_from_the_copy_and_without_one_an_older_checkpoint(tmp_path: Path) -> None:
     saved = run_ranks(2, local_saving.saved, tmp_path, "ab", 2, [3])[0].value
     flip(part(tmp_path, "a", 3) / "optimizer" / "__0_0.distcp")
@@ -103,6 +117,14 @@ def test_a_rank_that_does_not_answer_fails_one_local_save_and_training_goes_on(t
     for outcome in run_ranks(2, local_saving.late, tmp_path, 1):
         assert outcome.value == ([4], None)
         assert "the local checkpoint of step 2 failed" in outcome.err
+
+
+@pytest.mark.slow
+def test_a_node_that_dies_during_a_local_save_leaves_the_one_before_complete(tmp_path: Path) -> None:
+    error, seconds = run_ranks(2, local_saving.killed, tmp_path, 1)[0].value
+    assert error is not None and seconds < 10  # far below the timeout of 20 s
+    shutil.rmtree(tmp_path / "nodes" / "b")
+    assert run_ranks(1, local_saving.resumed, tmp_path, "a")[0].value[0] == "step-00000001"
 
 
 def test_two_nodes_must_not_see_the_same_folder(tmp_path: Path) -> None:

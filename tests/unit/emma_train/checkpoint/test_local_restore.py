@@ -1,9 +1,11 @@
 """Which local checkpoint a restart takes, from what the nodes have of them."""
 
 from itertools import combinations
+from typing import Any
 
 import pytest
 
+from emma_train.checkpoint.local_folder import is_continued
 from emma_train.checkpoint.local_restore import LocalPart, assign_ranks, local_checkpoints
 from emma_train.checkpoint.nodes import Nodes
 
@@ -48,6 +50,20 @@ def test_parts_of_two_starts_are_never_mixed() -> None:
     parts = [part("a", 6, "01", "one"), part("b", 6, "23", "other")]
     assert steps(parts) == []
     assert steps([*parts, part("c", 6, "23", "one")]) == [6]
+
+
+@pytest.mark.parametrize(
+    ("local", "expected"),
+    [
+        ({"start": "now", "after": 4}, True),
+        ({"start": "now", "after": None}, True),  # before the first shared checkpoint
+        ({"start": "now", "after": 8}, False),  # a person moved that of step 8 away
+        ({"start": "before", "after": 4}, False),
+        ({}, False),
+    ],
+)
+def test_a_local_checkpoint_counts_only_on_the_way_of_the_run(local: dict[str, Any], expected: bool) -> None:
+    assert is_continued({"local": local}, "now", [2, 4]) is expected
 
 
 @pytest.mark.parametrize("names", ["aabb", "abab", "ab", "aaab"])
