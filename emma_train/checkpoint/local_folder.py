@@ -15,7 +15,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from emma_train.checkpoint.nodes import Nodes, node_name
+from emma_train.checkpoint.nodes import Nodes, this_node
 from emma_train.engine.world import World
 from emma_train.errors import UserError
 from emma_train.storage.files import make_folder
@@ -32,7 +32,7 @@ def local_folder(root: str, run_name: str, checkpoints: StoragePath) -> Path:
     local = as_local(checkpoints)
     location = str(checkpoints) if local is None else os.path.abspath(local)
     digest = hashlib.sha256(location.encode()).hexdigest()[:8]
-    return Path(root.replace("{node}", node_name())) / f"{run_name.replace('/', '-')}-{digest}"
+    return Path(root.replace("{node}", this_node())) / f"{run_name.replace('/', '-')}-{digest}"
 
 
 def read_start(checkpoints: StoragePath) -> str | None:
@@ -68,20 +68,20 @@ def remove_local(folder: Path, keep: str = "") -> None:
 def check_local_folder(folder: Path, world: World) -> None:
     """Make the folder of every node. Every rank calls it. Raises UserError, on all ranks, where a node cannot write, or
     where two nodes see the same folder."""
-    nodes = Nodes(world.gather(node_name()))
+    nodes = Nodes(world.gather(this_node()))
     problem: str | None = None
     probe = folder / "node"
     if nodes.is_first(world.rank):
         try:
             make_folder(folder)
-            probe.write_text(node_name())
+            probe.write_text(this_node())
         except UserError as error:
             problem = str(error)
         except OSError as error:
             problem = f"{folder}: cannot be written ({error.strerror})"
     world.gather(None)  # all have written before any reads
-    if problem is None and nodes.is_first(world.rank) and (other := probe.read_text()) != node_name():
-        problem = f"{folder}: nodes {node_name()} and {other} see the same folder; name one of each node ({{node}})"
+    if problem is None and nodes.is_first(world.rank) and (other := probe.read_text()) != this_node():
+        problem = f"{folder}: nodes {this_node()} and {other} see the same folder; name one of each node ({{node}})"
     for of_rank in world.gather(problem):
         if of_rank is not None:
             raise UserError(f"train.local_folder: {of_rank}")

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from emma_train.checkpoint import folder as folders
 from emma_train.checkpoint.local_folder import LOCAL, intact_files, is_continued, read_start
-from emma_train.checkpoint.nodes import Nodes, node_name
+from emma_train.checkpoint.nodes import Nodes, this_node
 from emma_train.checkpoint.writer import wait_until_visible
 from emma_train.engine.world import World
 from emma_train.errors import RunError, UserError
@@ -90,7 +90,7 @@ def restore_local(
     shared = world.on_main(partial(_storage_errors, lambda: _shared_state(checkpoints)))
     if shared is None:
         return
-    nodes = Nodes(world.gather(node_name()))
+    nodes = Nodes(world.gather(this_node()))
     parts: list[LocalPart] = []
     if nodes.is_first(world.rank):
         parts = _parts_of_node(folder, lambda meta: accepts(meta) and is_continued(meta, shared.start, shared.steps))
@@ -140,10 +140,10 @@ def _parts_of_node(folder: Path, accepts: Callable[[dict[str, Any]], bool]) -> l
     parts = []
     for path in folders.list_steps(folder):
         if (meta := _read_meta(path)) is None:
-            log.warning("%s on %s cannot be used: %s is missing or damaged", path, node_name(), folders.META)
+            log.warning("%s on %s cannot be used: %s is missing or damaged", path, this_node(), folders.META)
         elif accepts(meta):
             intact = frozenset(intact_files(path, meta))
-            parts.append(LocalPart(node_name(), meta["step"], folders.checksum(meta), frozenset(meta["files"]), intact))
+            parts.append(LocalPart(this_node(), meta["step"], folders.checksum(meta), frozenset(meta["files"]), intact))
     return parts
 
 
@@ -187,7 +187,7 @@ def _copy_files(source: Path, target: StoragePath, files: folders.FileEntries, w
     try:
         for file, entry in files.items():
             if problem := _storage_errors(partial(_copy, source / file, target / file, entry)):
-                log.warning("%s on %s %s", source / file, node_name(), problem)
+                log.warning("%s on %s %s", source / file, this_node(), problem)
                 damaged.add(file)
     except RunError as caught:
         error = caught

@@ -11,7 +11,7 @@ from torch import Tensor
 from emma_train.checkpoint import dcp, verify
 from emma_train.checkpoint import folder as folders
 from emma_train.checkpoint.local_folder import LOCAL, START, remove_local
-from emma_train.checkpoint.nodes import Nodes, node_name
+from emma_train.checkpoint.nodes import Nodes, this_node
 from emma_train.checkpoint.peer_copy import exchange_files
 from emma_train.checkpoint.save_group import SaveGroup
 from emma_train.checkpoint.state import CheckpointState
@@ -27,7 +27,7 @@ class LocalWriter:
         self._checkpoints = checkpoints
         self._group = group
         self._rank = group.world.rank
-        self._nodes = Nodes(group.world.gather(node_name()))
+        self._nodes = Nodes(group.world.gather(this_node()))
         self._start: str | None = None
 
     def write(

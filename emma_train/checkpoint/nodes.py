@@ -9,7 +9,7 @@ NODE_VARIABLE = "EMMA_NODE"
 """Environment variable that names a node where its host name does not, as in a test with several nodes on one host."""
 
 
-def node_name() -> str:
+def this_node() -> str:
     """The name of this process's node."""
     return os.environ.get(NODE_VARIABLE) or os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 

@@ -58,11 +58,11 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 def _log_world(world: "World") -> None:
     """The ranks of each node, because errors name ranks, and the code that runs."""
-    from emma_train.checkpoint.nodes import node_name
+    from emma_train.checkpoint.nodes import this_node
     from emma_train.training.environment import commit
 
     ranks: dict[str, list[int]] = {}
-    for rank, host in enumerate(world.gather(node_name())):
+    for rank, host in enumerate(world.gather(this_node())):
         ranks.setdefault(host, []).append(rank)
     nodes = ", ".join(
         f"{host} (ranks {of[0]} to {of[-1]})" if len(of) > 1 else f"{host} (rank {of[0]})" for host, of in ranks.items()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from emma_train.checkpoint.nodes import NODE_VARIABLE, Nodes, node_name
+from emma_train.checkpoint.nodes import NODE_VARIABLE, Nodes, this_node
 
 
 @pytest.mark.parametrize("names", ["ab", "aabb", "aaab", "abbb", "abcabc", "aabbccdd", "abcccb"])
@@ -29,6 +29,6 @@ def test_one_node_keeps_no_copies() -> None:
 
 def test_the_variable_names_the_node(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURMD_NODENAME", "slurm-7")
-    assert node_name() == "slurm-7"
+    assert this_node() == "slurm-7"
     monkeypatch.setenv(NODE_VARIABLE, "seven")
-    assert node_name() == "seven"
+    assert this_node() == "seven"
