@@ -40,9 +40,11 @@ STOP_S = 30
 """Seconds that processes have to end after a failure."""
 GATHER_S = 60.0
 """Seconds for which nodes that are ready for a round wait for those that are not."""
-LEFT, READY, ARRIVED = "emma/left", "emma/ready/", "emma/arrived"
-"""In the store of a round: a node that trained in it has left; followed by a rank: it is ready for the next one. In
-the store of the job: how many nodes have been ready for their first round."""
+LEFT, READY = "emma/left", "emma/ready/"
+"""In the store of a round: a node that trained in it has left; followed by a rank: it is ready for the next one."""
+ARRIVED, END, ENDED = "emma/arrived", "emma/end", "emma/ended"
+"""In the store of the job: how many nodes have been ready for a first round; exit code of a job that failed; how many
+nodes know that."""
 
 
 class JobEnd(Exception):
@@ -108,8 +110,10 @@ class ElasticRendezvous(RendezvousHandler):
                     return self._begin(joined, num_training)
                 self._wait_as_spare(joined, num_training)
         except RendezvousClosedError:
-            trained = self._round is not None
-            raise JobEnd(FAILED if trained else 0, f"{node_name()}: the job has ended") from None
+            code = FAILED if self._round is not None else 0
+            if self._store.check([END]):
+                code = int(self._store.get(END))
+            raise JobEnd(code, f"{node_name()}: the job has ended") from None
 
     def num_nodes_waiting(self) -> int:
         """More than 0 where the processes of this node have to end, because another round begins."""
@@ -131,6 +135,9 @@ class ElasticRendezvous(RendezvousHandler):
             max_restarts=self._job.max_restarts,
         )
         if decision == "end":
+            self._store.set(END, str(code or FAILED))
+            if self._store.add(ENDED, 1) > 1:  # another node says why
+                raise RendezvousClosedError
             raise JobEnd(code or FAILED, f"{reason}{repeated_step(self._job.run) if self._starts.idle else ''}")
         for path in self._job.exit_codes.iterdir():
             path.unlink()
@@ -190,7 +197,7 @@ class ElasticRendezvous(RendezvousHandler):
         names = [joined.store.get(f"emma/name/{rank}").decode() for rank in range(num_training)]
         if joined.rank == 0:
             before = f", {len(self._names)} before" if self._names else ""
-            _say(f"training on {num_training} nodes ({', '.join(names)}){before}")
+            _say(f"training on {num_training} node{'s' * (num_training > 1)} ({', '.join(names)}){before}")
         self._names, self._steps_before = names, steps_done(self._job.run)
         self._looked, self._num_changes, self.stop_timeout_s = 0.0, 0, STOP_S
         self._round = RendezvousInfo(joined.store, joined.rank, num_training, addresses)

@@ -5,7 +5,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from emma_train.errors import UserError
 from launchers.command import run_torchrun, shell_line, torchrun_command, torchrun_environment
 from launchers.options import LaunchOptions
 from launchers.slurm import Job, slurm_script, submit
@@ -21,8 +20,6 @@ def launch(
     recipe_files: all files that the recipe reads, itself included.
     """
     if options.on == "slurm":
-        if options.min_nodes is not None:
-            raise UserError("launch: --nnodes MIN:MAX is not yet for --on slurm; give one number")
         check_grace(options.time, options.grace_s)
         if options.dry_run:
             planned = Snapshot(job.logs.parent / "launches" / "DATE-TIME", recipe, "")

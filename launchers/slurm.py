@@ -10,7 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from emma_train.errors import UserError
-from launchers.command import Elastic, bin_directory, shell_line, train_arguments
+from launchers.command import ELASTIC_CONF, Elastic, bin_directory, elastic_words, shell_line, train_arguments
 from launchers.options import LaunchOptions
 from launchers.snapshot import Snapshot
 
@@ -50,7 +50,10 @@ def slurm_script(
     _check_array(options, overrides)
     bin_path = bin_path or bin_directory()
     train = train_arguments(str(snapshot.recipe), overrides)
+    elastic = job.elastic(options)
     log = f'{shlex.quote(str(job.logs))}/"slurm-$SLURM_JOB_ID-$SLURMD_NODENAME.log"'
+    node = f'{_node_command(options, num_processes, elastic)} --log {log} "$@"'
+    node = f"exec {node}" if elastic is None else f"trap : TERM; {node}{_LEAVE_CODE}"
     return _fill(
         files("launchers").joinpath("slurm.sbatch").read_text(),
         directives="\n".join(f"#SBATCH {_one_line(line)}" for line in _directives(options, job, num_processes)),
@@ -58,10 +61,14 @@ def slurm_script(
         environment="\n".join(_environment(options, bin_path)),
         code=shlex.quote(str(snapshot.code)),
         commit=snapshot.commit or "unknown",
-        processes=str(options.nnodes * num_processes),
+        processes=f"{'' if elastic is None else 'up to '}{options.nnodes * num_processes}",
         command=shlex.quote(shlex.join(["emma-train", *train[2:]])),
-        srun="".join(f"{shlex.quote(word)} " for word in _srun_arguments(options)),
-        node=shlex.quote(f'exec {_node_command(options, num_processes)} --log {log} "$@"'),
+        wait_s=str(options.grace_s if elastic is None else 0),
+        before="" if elastic is None else _BEFORE_ELASTIC.format(logs=shlex.quote(str(job.logs))),
+        after="" if elastic is None else _AFTER_ELASTIC,
+        srun=("" if elastic is None else _SRUN_ELASTIC)
+        + "".join(f"{shlex.quote(word)} " for word in _srun_arguments(options)),
+        node=shlex.quote(node),
         train=_words(train),
         python=shlex.quote(str(bin_path / "python")),
         starts=_words([str(snapshot.folder / ("starts-{array}.json" if options.array else "starts.json"))]),
@@ -101,12 +108,28 @@ def queued(run: Path) -> list[str]:
     return [f"{words[0]} {words[1]}" for words in split if len(words) == 3 and Path(words[2]).is_relative_to(run)]
 
 
+_BEFORE_ELASTIC = """# Of this start: SLURM takes a lost node out of the job.
+    nodes=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%D)
+    export EMMA_OUTCOME={logs}/.outcome-$SLURM_JOB_ID
+    rm -f "$EMMA_OUTCOME"
+    """
+_SRUN_ELASTIC = '--no-kill --nodes="$nodes" --ntasks="$nodes" '
+_LEAVE_CODE = '; code=$?; [ "$SLURM_NODEID" != 0 ] || echo $code > "$EMMA_OUTCOME"; exit $code'
+"""The node that keeps the rendezvous knows how the job ended; the exit code of srun is that of any lost node."""
+_AFTER_ELASTIC = """    [ ! -s "$EMMA_OUTCOME" ] || rc=$(cat "$EMMA_OUTCOME")
+    rm -f "$EMMA_OUTCOME"
+    # The agents have started the run again for as long as that may help.
+    [ "$rc" != 1 ] || max_restarts=0
+"""
+
+
 def _directives(options: LaunchOptions, job: Job, num_processes: int) -> list[str]:
     cpus = options.cpus_per_process if options.cpus_per_process is not None else 1 + job.workers
     values = {
         "job-name": options.job_name or job.run.name.replace(ARRAY, "%a" if options.array else ""),
         "chdir": str(job.workdir),
         "output": str(job.logs / ("slurm-%A_%a.out" if options.array else "slurm-%j.out")),
+        # Of a range SLURM gives the fewest nodes on which the tasks have room.
         "nodes": str(options.nnodes),
         "ntasks-per-node": "1",
         "cpus-per-task": str(num_processes * cpus),
@@ -115,6 +138,7 @@ def _directives(options: LaunchOptions, job: Job, num_processes: int) -> list[st
         **{name: getattr(options, name.replace("-", "_")) for name in _PASSED_ON},
     }
     lines = [f"--{name}={shlex.quote(value)}" for name, value in values.items() if value is not None]
+    lines += ["--no-kill"] * (options.min_nodes is not None)
     return [*lines, *["--exclusive"] * options.exclusive, *options.sbatch]
 
 
@@ -136,14 +160,19 @@ def _srun_arguments(options: LaunchOptions) -> list[str]:
     return [*image, *mounts, *options.srun]
 
 
-def _node_command(options: LaunchOptions, num_processes: int) -> str:
+def _node_command(options: LaunchOptions, num_processes: int, elastic: Elastic | None) -> str:
     """For a shell on each node, where SLURM_* and EMMA_RENDEZVOUS are set."""
     command = f"python -m launchers.torchrun --nproc-per-node {num_processes} --shutdown-timeout {options.grace_s}"
-    if options.nnodes == 1:
+    if options.nnodes == 1 and elastic is None:
         return f"{command} --standalone"
     # Each start of a job has a rendezvous of its own: the one of a start that ended is closed.
     rendezvous = "--rdzv-backend c10d --rdzv-endpoint $EMMA_RENDEZVOUS --rdzv-id $SLURM_JOB_ID.$SLURM_STEP_ID"
-    return f"{command} --nnodes {options.nnodes} {rendezvous} --rdzv-conf is_host=$((SLURM_NODEID == 0))"
+    conf = "is_host=$((SLURM_NODEID == 0))"
+    if elastic is None:
+        return f"{command} --nnodes {options.nnodes} {rendezvous} --rdzv-conf {conf}"
+    words = shlex.join(elastic_words(elastic, options.gpus_per_node)).replace(ARRAY, "$SLURM_ARRAY_TASK_ID")
+    nodes = f"{elastic.node_counts[0]}:$SLURM_STEP_NUM_NODES"
+    return f"{command} {words} --nnodes {nodes} {rendezvous} --rdzv-conf {conf},{ELASTIC_CONF}"
 
 
 def _check_array(options: LaunchOptions, overrides: Sequence[str]) -> None:

@@ -52,7 +52,14 @@ class Submitted:
     """A job of recipes/tiny/stage1.yaml on two nodes, one rank each."""
 
     def __init__(
-        self, runs: Path, steps: int, *words: str, nnodes: int = 2, name: str = "run", clone: Path = ROOT, cwd: Path
+        self,
+        runs: Path,
+        steps: int,
+        *words: str,
+        nnodes: int | str = 2,
+        name: str = "run",
+        clone: Path = ROOT,
+        cwd: Path,
     ) -> None:
         options = ["--nproc", "1", "--gpus-per-node", "0", "--cpus-per-process", "1", "--time", "15:00"]
         recipe = str(clone / "recipes" / "tiny" / "stage1.yaml")
@@ -186,6 +193,22 @@ def test_an_edit_of_code_or_recipe_does_not_reach_a_job_that_comes_back(cluster:
     job.wait_until("COMPLETED")
     assert "edited code" not in job.output
     assert job.rows[-1]["step"] == 25
+
+
+@pytest.mark.slurm
+def test_a_job_goes_on_without_a_node_that_is_lost(cluster: None, tmp_path: Path) -> None:
+    job = Submitted(tmp_path / "runs", 30, nnodes="1:2", cwd=tmp_path)
+    job.wait_until_it_trains(3)
+    node = "NodeName=n2"
+    subprocess.run(["scontrol", "update", node, "State=DOWN", "Reason=test"], check=True)
+    try:
+        job.wait_until("COMPLETED")
+    finally:
+        subprocess.run(["scontrol", "update", node, "State=RESUME"], check=False)  # it may be back by itself
+    assert "ExitCode=0:0" in job.state and "Restarts=0" in job.state
+    assert re.search(r"launch: training on 2 nodes \((n1, n2|n2, n1)\)", job.output)
+    assert "launch: training on 1 node (n1), 2 before" in job.output
+    assert [row["step"] for row in job.rows][-1] == 30
 
 
 @pytest.mark.slurm

@@ -87,8 +87,18 @@ def test_script_runs_the_copied_code_on_the_copied_recipe() -> None:
     ]  # fmt: skip
     assert "gpus-per-node" not in script
     assert "--standalone" in render()
-    assert "--max-restarts 3 " in script
-    assert "--max-restarts 0 " in render(max_restarts=0)
+    assert "\nmax_restarts=3\n" in script
+    assert "\nmax_restarts=0\n" in render(max_restarts=0)
+
+
+def test_an_elastic_job_outlives_its_nodes() -> None:
+    job = Job(Path("/runs/a"), Path("/home/me/emma"), 3, node_counts=(2, 4))
+    script = render(job=job, nnodes=5, min_nodes=2, nproc=8)
+    assert {"--nodes=5", "--no-kill"} <= set(directives(script))
+    assert ' --wait=0 --no-kill --nodes="$nodes" --ntasks="$nodes" bash -c ' in script
+    assert " --node-counts 2,4 --run /runs/a --num-devices 8 --nnodes 2:$SLURM_STEP_NUM_NODES " in script
+    assert "processes, rendezvous" in script and " up to 40 processes" in script
+    assert "--no-kill" not in render(nnodes=5)
 
 
 def test_environment_of_a_cluster() -> None:
