@@ -42,7 +42,7 @@ GATHER_S = 60.0
 """Seconds for which nodes that are ready for a round wait for those that are not."""
 LEFT, READY = "emma/left", "emma/ready/"
 """In the store of a round: a node that trained in it has left; followed by a rank: it is ready for the next one."""
-ARRIVED, END, ENDED = "emma/arrived", "emma/end", "emma/ended"
+ARRIVED, EXIT_CODE, NUM_ENDED = "emma/arrived", "emma/end", "emma/ended"
 """In the store of the job: how many nodes have been ready for a first round; exit code of a job that failed; how many
 nodes know that."""
 
@@ -111,8 +111,8 @@ class ElasticRendezvous(RendezvousHandler):
                 self._wait_as_spare(joined, num_training)
         except RendezvousClosedError:
             code = FAILED if self._round is not None else 0
-            if self._store.check([END]):
-                code = int(self._store.get(END))
+            if self._store.check([EXIT_CODE]):
+                code = int(self._store.get(EXIT_CODE))
             raise JobEnd(code, f"{node_name()}: the job has ended") from None
 
     def num_nodes_waiting(self) -> int:
@@ -135,8 +135,8 @@ class ElasticRendezvous(RendezvousHandler):
             max_restarts=self._job.max_restarts,
         )
         if decision == "end":
-            self._store.set(END, str(code or FAILED))
-            if self._store.add(ENDED, 1) > 1:  # another node says why
+            self._store.set(EXIT_CODE, str(code or FAILED))
+            if self._store.add(NUM_ENDED, 1) > 1:  # another node says why
                 raise RendezvousClosedError
             raise JobEnd(code or FAILED, f"{reason}{repeated_step(self._job.run) if self._starts.idle else ''}")
         for path in self._job.exit_codes.iterdir():

@@ -34,13 +34,12 @@ def test_a_round_ends_where_a_node_that_trains_is_gone(live: set[int], has_left:
     assert num_gone(live, 3, has_left) == gone
 
 
-def test_numbers_of_nodes_follow_from_every_stage_of_a_recipe() -> None:
+@pytest.mark.seconds
+def test_numbers_of_nodes_follow_from_the_slots() -> None:
     """data.slots is 6 in the tiny recipes."""
-    stages = load_stages(TINY / "pipeline.yaml", [])
+    stages = load_stages(TINY / "stage1.yaml", [])
     assert node_counts(stages, range(1, 13), 1) == [1, 2, 3, 6]
     assert node_counts(stages, range(2, 8), 2) == [3]
     assert node_counts(stages, range(1, 9), 4) == []
     shared = load_stages(TINY / "stage1.yaml", ["engine.sequence_parallel=2"])
     assert node_counts(shared, range(1, 13), 1) == [2, 4, 6, 12]
-    slots = load_stages(TINY / "stage1.yaml", ["data.slots=256", "data.samples_per_step=1024"])
-    assert node_counts(slots, range(16, 35), 8) == [16, 32]

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from launchers.repeated_step import describe_steps, repeated_step
 
 RUN = Path("/runs/a")
@@ -18,6 +20,7 @@ def test_of_several_steps_the_command_is_named() -> None:
     assert text == "; step 11 to step 12: `emma-train status /runs/a --next-samples` has their samples"
 
 
+@pytest.mark.seconds
 def test_without_a_run_nothing_is_said(tmp_path: Path) -> None:
     assert describe_steps([], RUN) == ""
     assert repeated_step(tmp_path) == ""
