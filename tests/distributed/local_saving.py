@@ -47,9 +47,9 @@ class LocalJob(Job):
     def save_local(self) -> None:
         self.saver.start(self.state, {"step": self.step, "stage": "stage1"}, is_local=True)
 
-    def resume(self) -> str | None:
-        """Resume from the newest checkpoint; returns its name."""
-        restore_local(self.folder, self.checkpoints, self.world, lambda meta: True)
+    def resume(self, before: int = 99) -> str | None:
+        """Resume from the newest checkpoint, a local one only if its step is below `before`; returns its name."""
+        restore_local(self.folder, self.checkpoints, self.world, lambda meta: meta["step"] < before)
         checkpoint = verify.find_resumable(self.checkpoints, self.world)
         if checkpoint is None:
             return None
@@ -79,12 +79,12 @@ def saved(root: Path, names: str, shared_step: int, local_steps: list[int], **se
         return content
 
 
-def resumed(root: Path, names: str, **settings: Any) -> tuple[str | None, dict[str, Tensor]]:
-    """The name of the checkpoint that a new job (other seed) resumed from, and its tensors."""
+def resumed(root: Path, names: str, before: int = 99, **settings: Any) -> tuple[str | None, dict[str, Tensor]]:
+    """The name of the checkpoint that a new job (other seed) resumed from, and its tensors; `before` as above."""
     on_node(names)
     with join("cpu", 60) as world:
         job = LocalJob(world, root, seed=1, **settings)
-        return job.resume(), job.content()
+        return job.resume(before), job.content()
 
 
 def late(root: Path, rank: int) -> tuple[list[int], str | None]:

@@ -94,6 +94,8 @@ def test_a_damaged_file_is_taken_from_the_copy_and_without_one_an_older_checkpoi
 @pytest.mark.slow
 def test_files_that_no_node_has_any_more_are_named(tmp_path: Path) -> None:
     run_ranks(3, local_saving.saved, tmp_path, "abc", 2, [3])
+    # A step that a rewind skips is not taken either.
+    assert run_ranks(1, local_saving.resumed, tmp_path, "a", 3)[0].value[0] == "step-00000002"
     for node in "ab":
         shutil.rmtree(tmp_path / "nodes" / node)
     outcome = run_ranks(1, local_saving.resumed, tmp_path, "c")[0]
