@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 
 from emma_train.cli import main
-from launchers.command import Elastic, torchrun_command
+from launchers.command import ELASTIC_CONF, Elastic, torchrun_command
 from launchers.options import LaunchOptions
 from tests.helpers import ROOT, recipe_values, write_recipe
 from tests.runs import metrics, train
 
-STEPS, KILLED_AFTER = 16, 4
+STEPS, KILLED_AFTER = 14, 6
+QUICK_CONF = "last_call_timeout=1,keep_alive_interval=1"
 
 
 def free_port() -> int:
@@ -40,8 +41,9 @@ class Nodes:
         options = LaunchOptions(nnodes=3, min_nodes=2, nproc=1, node_rank=rank, rdzv_endpoint=self._endpoint)
         command = torchrun_command(str(self._recipe), (), options, None, Elastic((2, 3), 3, self._run))
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "SLURMD_NODENAME": name}
+        # A node counts as lost after three seconds instead of fifteen.
+        line = [sys.executable, *(word.replace(ELASTIC_CONF, QUICK_CONF) for word in command[1:])]
         with open(self._logs / name, "ab") as output:
-            line = [sys.executable, *command[1:]]
             self.agents[name] = subprocess.Popen(line, cwd=ROOT, env=environment, stdout=output, stderr=output)
 
     def output(self) -> str:
