@@ -5,6 +5,7 @@ writes that, waits until the others have written something, and names the ranks 
 """
 
 import os
+import threading
 import time
 from collections.abc import Mapping, Sequence
 
@@ -15,6 +16,8 @@ from emma_train.errors import RankFailure
 
 PATIENCE_S = 10.0
 """How long the other ranks may take to notice the failure."""
+STORE_S = 2 * PATIENCE_S + 5
+"""How long all calls of the store may take: it answers in milliseconds, and this rank waits twice for others."""
 _LOST_CONTACT_TEXTS = ("gloo", "NCCL", "Connection closed by peer", "Connection reset", "Timed out waiting")
 _LOST_CONTACT = "lost contact"
 
@@ -31,6 +34,20 @@ def report_failure(error: BaseException, rank: int, size: int) -> RankFailure | 
     failed (without a text on all ranks but one, so that it is printed once)."""
     if size == 1:
         return None
+    results: list[RankFailure | None] = []
+    # A call of a store whose process is stopped, or whose machine is cut off, never returns.
+    thread = threading.Thread(
+        target=lambda: results.append(_report_failure(error, rank, size)), name="rank-failure", daemon=True
+    )
+    thread.start()
+    thread.join(STORE_S)
+    if results:
+        return results[0]
+    return RankFailure(store_gone(size)) if is_lost_contact(error) else None
+
+
+def _report_failure(error: BaseException, rank: int, size: int) -> RankFailure | None:
+    """The same, for as long as the store takes."""
     lost_contact = is_lost_contact(error)
     key = store_key("")
     try:

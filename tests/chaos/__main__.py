@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import os
 import random
 import signal
 import sys
@@ -23,7 +24,7 @@ from tests.chaos.store import faulty_store
 from tests.chaos.trainer import FLIPS_VARIABLE
 from tests.chaos.verdict import audit_lines, fault_table, ledger_table, step_problems
 from tests.distributed.ranks import command
-from tests.distributed.spawn import run_ranks
+from tests.distributed.spawn import fork_server, run_ranks
 
 log = logging.getLogger(__name__)
 LEDGER_SHARE = 0.01
@@ -53,6 +54,7 @@ def chaos(out: Path, minutes: float, num_faults: int, seed: int, only: list[str]
     """The run with faults, the undisturbed one and the comparison. Returns the exit code: 0 where all promises hold."""
     with scene(out, seed, fresh) as target:
         driver = Driver(target, out / "faults.jsonl")
+        start_fork_server()
         begun = time.time()
         words = [*target.nodes.words]
         try:
@@ -68,12 +70,20 @@ def chaos(out: Path, minutes: float, num_faults: int, seed: int, only: list[str]
         return conclude(out, driver, wall_s, skipped)
 
 
+def start_fork_server() -> None:
+    """Its imports are no part of the run."""
+    process = fork_server().Process(target=int)
+    process.start()
+    process.join()
+
+
 @contextmanager
 def scene(out: Path, seed: int, fresh: bool) -> Iterator[Target]:
     """Code, shards, recipe, store, network and disk while the block runs."""
     rng = random.Random(seed)
     code, shards = copy_code(out / "code"), copy_shards(out / "shards", rng)
-    sys.path.insert(0, str(code))  # from there the process imports that agents and ranks are forked from
+    os.chdir(code)  # from there the process imports that agents and ranks are forked from
+    os.environ["PYTHONPATH"] = str(code)
     flips, logs = out / "flips", out / "nodes"
     flips.mkdir()
     logs.mkdir()

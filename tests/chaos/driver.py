@@ -70,13 +70,14 @@ class Driver:
         return self.target.nodes
 
     def start(self) -> None:
-        self.max_restarts = self.target.rng.choice((0, 3))
         self.num_starts += 1
         self._first_end = None
         log.info("start %d: %s ranks", self.num_starts, "+".join(map(str, self.target.layout)))
         commit = (self.target.code / "COMMIT").read_text()
         # Forks have the code that was imported first.
-        self.nodes.start(self.target.layout, self.max_restarts, fresh=commit != self._commit and self._commit != "")
+        fresh = commit != self._commit and self._commit != ""
+        self.max_restarts = 0 if fresh else self.target.rng.choice((0, 3))
+        self.nodes.start(self.target.layout, self.max_restarts, fresh)
         self._commit = commit
 
     def supervise(self) -> None:

@@ -102,7 +102,7 @@ def stop_worker(target: Target) -> Injected:
     rank, pid = target.pick_rank()
     worker = target.rng.choice(target.nodes.workers(pid))
     send(worker, signal.SIGSTOP)
-    text = rf"loader worker \(process {worker}\) is stopped"
+    text = f"loader worker (process {worker}) is stopped"
     return Injected(f"SIGSTOP of a loader worker of rank {rank}", lambda: not is_alive(pid), ranks=(rank,), text=text)
 
 
@@ -169,7 +169,10 @@ def flip_checkpoint(target: Target) -> Injected:
     """A bit flips in the newest checkpoint, and all processes are killed."""
     folders = sorted(target.disk.folder.rglob("step-????????"))
     target.nodes.kill()
-    newest = sorted(folder for folder in folders if (folder / "meta.json").is_file())[-1]
+    complete = sorted(folder for folder in folders if (folder / "meta.json").is_file())
+    if not complete:
+        return Injected("no checkpoint yet, SIGKILL of all")
+    newest = complete[-1]
     file = target.rng.choice(sorted(newest.rglob("*.distcp")))
     _flip_bit(file, target.rng)
     return Injected(

@@ -363,13 +363,15 @@ def spread(recipe: Recipe) -> dict[str, float]:
 
 
 def end_in_step(argv: list[str], victim: int, step: int, how: str) -> None:
-    """A training command in which rank `victim` is killed, fails or hangs in step `step`; exits with its code."""
+    """A training command in which rank `victim` is killed, stopped, fails or hangs in a step; exits with its code."""
     plain = Trainer._step
 
     def ending(self: Trainer, data: StepBatches, *rest: Any) -> Any:
         if self.world.rank == victim and data.step == step:
             if how == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
+            if how == "stopped":
+                os.kill(os.getpid(), signal.SIGSTOP)
             if how == "failed":
                 raise ValueError("a bad day")
             time.sleep(60)

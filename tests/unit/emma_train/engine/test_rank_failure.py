@@ -1,0 +1,31 @@
+"""A store that never answers, as where the process that keeps it is stopped."""
+
+import threading
+
+import pytest
+
+from emma_train.engine import rank_failure
+from emma_train.engine.rank_failure import report_failure, store_gone
+
+
+class SilentStore:
+    """Its calls never return."""
+
+    def set(self, key: str, value: str) -> None:
+        threading.Event().wait()
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 15000ms"), store_gone(3)),
+        (ValueError("a mistake on this rank"), None),
+    ],
+)
+def test_a_rank_does_not_wait_for_a_store_that_hangs(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, said: str | None
+) -> None:
+    monkeypatch.setattr(rank_failure, "default_store", SilentStore)
+    monkeypatch.setattr(rank_failure, "STORE_S", 0.1)
+    failure = report_failure(error, 1, 3)
+    assert (None if failure is None else str(failure)) == said
