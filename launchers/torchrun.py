@@ -71,7 +71,8 @@ def run(words: Sequence[str], elastic: argparse.Namespace | None = None) -> int:
             stopped = True
             sys.stderr.write(f"launch: {signal.Signals(error.sigval).name}: all processes of this node have ended\n")
         except RendezvousError as error:
-            sys.stderr.write(f"launch: the nodes did not meet at {arguments.rdzv_endpoint} ({error})\n")
+            gone = "" if elastic is None else ", or the node that keeps the rendezvous is gone"
+            sys.stderr.write(f"launch: the nodes did not meet at {arguments.rdzv_endpoint}{gone} ({error})\n")
             return FAILED
         except Exception as error:
             if (code := _elastic_end(error)) is None:
@@ -97,8 +98,13 @@ def _use_elastic(arguments: argparse.Namespace, elastic: argparse.Namespace, exi
 
 def _elastic_end(error: Exception) -> int | None:
     """Exit code of an elastic job that ended at this node, after a line that says why; None for any other error."""
+    from torch.distributed import DistError
+
     from launchers.elastic import JobEnd
 
+    if isinstance(error, DistError):
+        sys.stderr.write(f"launch: the node that keeps the rendezvous is gone ({str(error).splitlines()[0]})\n")
+        return FAILED
     if not isinstance(error, JobEnd):
         return None
     sys.stderr.write(f"launch: {error}\n")
