@@ -91,9 +91,13 @@ def store_gone(size: int) -> str:
 
 
 def store_key(name: str) -> str:
-    """A key in the store of the process group that belongs to this start of the run: the store outlives torchrun's
-    restarts."""
-    return f"emma/end/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{name}"
+    """A key in the store of the process group that belongs to this start of the run.
+
+    A store that torchrun's agent keeps outlives restarts. One that rank 0 keeps does not, and there the counts of
+    restarts may differ: an agent does not count those that another node asks for.
+    """
+    is_agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return f"emma/end/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') if is_agents else '0'}/{name}"
 
 
 def _gather_messages(store: dist.Store, key: str, size: int) -> dict[int, str]:

@@ -1,11 +1,11 @@
-"""A store that never answers, as where the process that keeps it is stopped."""
+"""A store that never answers, as where the process that keeps it is stopped; keys that all ranks share."""
 
 import threading
 
 import pytest
 
 from emma_train.engine import rank_failure
-from emma_train.engine.rank_failure import report_failure, store_gone
+from emma_train.engine.rank_failure import report_failure, store_gone, store_key
 
 
 class SilentStore:
@@ -29,3 +29,15 @@ def test_a_rank_does_not_wait_for_a_store_that_hangs(
     monkeypatch.setattr(rank_failure, "STORE_S", 0.1)
     failure = report_failure(error, 1, 3)
     assert (None if failure is None else str(failure)) == said
+
+
+def test_agents_that_count_restarts_differently_share_their_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun's agent counts the failures of its own processes, and not the restarts that another node asks for."""
+    keys: dict[str, set[str]] = {"True": set(), "False": set()}
+    for agent_store, names in keys.items():
+        monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", agent_store)
+        for count in ("0", "1"):
+            monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
+            names.add(store_key("failed"))
+    assert len(keys["False"]) == 1
+    assert len(keys["True"]) == 2  # the store has the keys of the start before
