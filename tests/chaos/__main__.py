@@ -28,6 +28,8 @@ from tests.distributed.spawn import fork_server, run_ranks
 
 log = logging.getLogger(__name__)
 LEDGER_SHARE = 0.01
+FIRST_START_S = 10.0
+"""Seconds before the first rank begins, which no ledger has: agents start, and import torch."""
 STEPS_BETWEEN = (1, 4)
 """New steps between a recovery and the next fault."""
 EXTRA_STEPS = 5
@@ -122,7 +124,7 @@ def conclude(out: Path, driver: Driver, wall_s: float, skipped: list[tuple[str, 
         problems += lines
     ledger = read_ledger(run)
     assert ledger is not None
-    if abs(ledger.wall_s - wall_s) > LEDGER_SHARE * wall_s:
+    if abs(ledger.wall_s - wall_s) > LEDGER_SHARE * wall_s + FIRST_START_S:
         problems.append(f"the ledger has {ledger.wall_s:.1f} s of {wall_s:.1f} s")
     kinds = {event.kind for event in driver.events}
     summary = f"{len(driver.events)} faults of {len(kinds)} of {len(FAULTS)} kinds, {driver.num_starts} starts"
