@@ -1,4 +1,4 @@
-"""The rendezvous of an elastic job: torch's own (c10d), and what it does not decide.
+"""The rendezvous of an elastic job: torch's c10d rendezvous, with rules for what torch does not decide.
 
 Before each round a node checks itself. A round trains on the largest number of its nodes that can share the packs of a
 step; the others wait as spares, outside of the trainer's world. A node that arrives is taken in where that number

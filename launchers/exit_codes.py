@@ -1,4 +1,5 @@
-"""Exit codes of the processes of a node: torchrun ends with 1 for every failure, so each process leaves its own."""
+"""Exit codes of the processes of a node: torchrun ends with 1 for every failure, so each process
+writes its exit code to a file."""
 
 from collections.abc import Mapping
 from pathlib import Path

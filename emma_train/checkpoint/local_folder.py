@@ -1,8 +1,8 @@
 """Local checkpoints: what a node keeps of the newest state in a folder of its disk or memory.
 
 train.local_folder/NAME-DIGEST/step-00000100/     one node's part of a local checkpoint
-    meta.json                         that of the whole checkpoint: size and SHA-256 of the files of all ranks
-    weights/ optimizer/               DCP files of the node's own ranks, and copies of those of the node before it
+    meta.json                         metadata of the complete checkpoint: size and SHA-256 of the files of all ranks
+    weights/ optimizer/               DCP files of this node's ranks, and copies of the files of the node before it
 
 DIGEST is of the location of the run's checkpoints, so runs of one name do not meet. A file `local-start` beside the
 run's checkpoints names the start whose local checkpoints count: an older start may have gone another way.

@@ -34,7 +34,7 @@ class LocalPart:
     checksum: str
     """Of the metadata, which is the same on all nodes."""
     files: frozenset[str]
-    """The files of the whole checkpoint, relative to its folder."""
+    """All files of the checkpoint, those of other nodes too, relative to its folder."""
     intact: frozenset[str]
     """Those that the node has, as far as sizes tell."""
 

@@ -169,7 +169,7 @@ def shard(model: Emma, config: EngineConfig, world: World) -> dict[FSDPModule, b
         if isinstance(module, FSDPModule):
             # gloo has no pre-multiplied sum. Both setters apply to one module only.
             module.set_force_sum_reduction_for_comms(True)
-            if world.size > 1:  # alone, torch would divide by the factor in a pass of its own
+            if world.size > 1:  # with one rank torch reads and writes all gradients to divide by it
                 module.set_gradient_divide_factor(1.0)
     keep_sizes_constant(model.modules())
     if config.prefetch:

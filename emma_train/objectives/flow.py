@@ -45,7 +45,7 @@ def draw_time(seeds: Tensor, config: FlowConfig) -> Tensor:
     """Flow time of each target, logit-normal or uniform (flow.time), shifted: [targets]."""
     drawn = normal(seeds, torch.zeros_like(seeds))
     if config.time == "uniform":
-        time = torch.special.ndtr(drawn)  # the normal distribution's own distribution function makes it uniform
+        time = torch.special.ndtr(drawn)  # the cumulative distribution of a normal value is uniform
     else:
         time = torch.sigmoid(config.logit_mean + config.logit_std * drawn)
     return shift(time, config.shift)
