@@ -165,17 +165,17 @@ def shard(model: Emma, config: EngineConfig, world: World) -> dict[FSDPModule, b
     policy["reshard_after_forward"] = None if config.reshard_after_forward else False
     fully_shard(model, mesh=mesh, **policy)
     register_fsdp_forward_method(model, "route")
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            # gloo has no pre-multiplied sum. Both setters apply to one module only.
-            module.set_force_sum_reduction_for_comms(True)
-            if world.size > 1:  # with one rank torch reads and writes all gradients to divide by it
-                module.set_gradient_divide_factor(1.0)
+    by_unit = {cast(FSDPModule, unit[0]): unit_trains for unit, unit_trains in zip(units, trains, strict=True)}
+    for module in by_unit:
+        # gloo has no pre-multiplied sum. Both setters apply to one unit only.
+        module.set_force_sum_reduction_for_comms(True)
+        if world.size > 1:  # with one rank torch reads and writes all gradients to divide by it
+            module.set_gradient_divide_factor(1.0)
     keep_sizes_constant(model.modules())
     if config.prefetch:
         gather_ahead([unit[0] for unit in of_vision.shared], config.prefetch)
         gather_ahead(layers, config.prefetch)
-    return {cast(FSDPModule, unit[0]): unit_trains for unit, unit_trains in zip(units, trains, strict=True)}
+    return by_unit
 
 
 def make_meshes(config: EngineConfig, world: World) -> tuple[DeviceMesh, DeviceMesh]:
