@@ -15,7 +15,7 @@ import pytest
 from emma_train.config.schema import TrackerConfig
 from emma_train.monitor.make_trackers import make_trackers
 
-pytest.importorskip("wandb")
+wandb = pytest.importorskip("wandb")
 STEP_S = 0.3
 """A step of the smallest recipe, on a CPU; emma-4b takes seconds."""
 FLOOD = b"x" * 2**20
@@ -97,12 +97,14 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    wandb.teardown()  # its service keeps the first server's address for as long as it lives
     server = Server()
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
     yield server
+    wandb.teardown()
     server.change("works")
     server.shutdown()
     server.server_close()

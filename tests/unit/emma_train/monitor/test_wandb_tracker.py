@@ -122,8 +122,16 @@ class Failing(BaseHTTPRequestHandler):
         """Keep the output of tests clean."""
 
 
+@pytest.fixture
+def fresh_service() -> Iterator[None]:
+    """W&B's service keeps the first server's address for as long as it lives."""
+    wandb.teardown()
+    yield
+    wandb.teardown()
+
+
 @pytest.fixture(params=["hangs", "fails", "refuses"])
-def bad_server(request: pytest.FixtureRequest) -> Iterator[str]:
+def bad_server(request: pytest.FixtureRequest, fresh_service: None) -> Iterator[str]:
     """The URL of a server that accepts and never answers, that answers 500, or that is not there."""
     if request.param == "fails":
         server = ThreadingHTTPServer(("127.0.0.1", 0), Failing)
