@@ -2,7 +2,7 @@
 
 import argparse
 import logging
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,13 +94,19 @@ def index_reader(recipe: "Recipe") -> "ReadIndexRows":
     return read
 
 
+@cache
+def _log_assumed_sizes(path: str, task: str) -> None:
+    """Say it once, however many phases and stages read the source."""
+    log.info("%s: has no index; sizes of %s samples are assumed", path, task)
+
+
 def read_index_rows(source: "SourceConfig", task: str) -> list[dict[str, Any]] | None:
     """Rows with the source's tags of its first shards' indexes; None where the source is not on disk."""
     from data_pipelines.planner.sources import has_wanted_tags
     from data_pipelines.shards.index import MANIFEST, read_columns, read_manifest
 
     if not (Path(source.path) / MANIFEST).is_file():
-        log.info("%s: has no %s; sizes of %s samples are assumed", source.path, MANIFEST, task)
+        _log_assumed_sizes(source.path, task)
         return None
     shards = read_manifest(source.path)["shards"][:NUM_INDEX_SHARDS]
     tables = [

@@ -39,7 +39,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     before = os.environ.get("SLURM_CONF")
     os.environ["SLURM_CONF"] = str(folder / "slurm.conf")
     started = subprocess.run([SCRIPTS / "up.sh", folder], capture_output=True, text=True, check=False)
-    assert started.returncode == 0, started.stderr
+    if started.returncode != 0:
+        subprocess.run([SCRIPTS / "down.sh", folder], check=False)
+        pytest.skip(f"no SLURM starts on this host: {started.stderr}")
     yield
     subprocess.run([SCRIPTS / "down.sh", folder], check=False)
     if before is None:
