@@ -19,6 +19,7 @@ from data_pipelines.shards.index import read_manifest
 from emma_train.config.check import validated_tasks
 from emma_train.config.schema import MixConfig, Recipe, SourceConfig
 from emma_train.errors import UserError
+from emma_train.sequence.image_rules import image_rules
 from emma_train.sequence.tasks import TASKS
 from emma_train.sequence.tokens import TextTokenizer
 from emma_train.sequence.validation_batches import RankPacks, ValidationBatches
@@ -70,7 +71,9 @@ class _HeldOut:
                 self._slots += planner.first_packs(task, num)
         except UserError as error:
             raise UserError(f"validate.{key}: {error}") from None
-        reader = SampleReader(held_out.data, tokenizer, vision.patch, vision.shuffle, autoencoder_fingerprint)
+        reader = SampleReader(
+            held_out.data, tokenizer, vision.patch, vision.shuffle, autoencoder_fingerprint, image_rules(held_out.model)
+        )
         self._dataset = SlotDataset(planner, reader)
 
     @property

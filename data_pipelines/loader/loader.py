@@ -31,6 +31,7 @@ from emma_train.config.check import check_world
 from emma_train.config.schema import Recipe
 from emma_train.config.stored import from_stored
 from emma_train.errors import RunError, UserError, describe_shortage
+from emma_train.sequence.image_rules import image_rules
 from emma_train.sequence.pack import PackedBatch, Sample, pack
 from emma_train.sequence.step_batches import StepBatches, UnreadableSample
 from emma_train.sequence.tokens import TextTokenizer
@@ -95,7 +96,9 @@ class Stream:
         self.pin = pin
         self.planner = Planner(recipe, tokenizer)
         vision = recipe.model.vision
-        reader = SampleReader(recipe.data, tokenizer, vision.patch, vision.shuffle, autoencoder_fingerprint)
+        reader = SampleReader(
+            recipe.data, tokenizer, vision.patch, vision.shuffle, autoencoder_fingerprint, image_rules(recipe.model)
+        )
         self.dataset = SlotDataset(self.planner, reader)
         self._reports = WorkerReports()
 

@@ -10,6 +10,7 @@ from data_pipelines.shards.record_map import RecordMap, read_map
 from data_pipelines.shards.tar import crc32, read_group
 from emma_train.config.schema import DataConfig, ImageConfig
 from emma_train.errors import RunError, UserError, describe_shortage
+from emma_train.sequence.image_rules import EMMA_RULES, ImageRules
 from emma_train.sequence.pack import Sample
 from emma_train.sequence.tokens import TextTokenizer
 from emma_train.storage.shard_reader import ShardReader
@@ -27,9 +28,10 @@ class SampleReader:
         patch: int,
         shuffle: int,
         autoencoder_fingerprint: str | None,
+        rules: ImageRules = EMMA_RULES,
     ) -> None:
         """Cached latents are used if they are of the autoencoder with this fingerprint; None uses none."""
-        self.builder = SampleBuilder(data, tokenizer, patch, shuffle)
+        self.builder = SampleBuilder(data, tokenizer, patch, shuffle, rules)
         self.autoencoder_fingerprint = autoencoder_fingerprint
         self.storage = ShardReader.from_config(data)
         self._maps: dict[str, RecordMap | None] = {}

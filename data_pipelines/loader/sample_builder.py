@@ -12,6 +12,7 @@ from data_pipelines.shards.record import caption_alternative, missing_part, read
 from data_pipelines.shards.record_map import RecordMap
 from emma_train.config.schema import DataConfig, ImageConfig
 from emma_train.sequence.geometry import image_size, to_patches
+from emma_train.sequence.image_rules import EMMA_RULES, ImageRules
 from emma_train.sequence.layout import ImageRole, Segment
 from emma_train.sequence.pack import IGNORE_STEM, ImageTokens, Sample, image_segments
 from emma_train.sequence.seeds import choice_of, seed_of, uniform_of
@@ -34,8 +35,10 @@ class SampleError(Exception):
 class SampleBuilder:
     """Builds planned samples. Everything random is a function of (seed, epoch, sample key, what is drawn)."""
 
-    def __init__(self, data: DataConfig, tokenizer: TextTokenizer, patch: int, shuffle: int) -> None:
-        self.data, self.tokenizer, self.patch, self.shuffle = data, tokenizer, patch, shuffle
+    def __init__(
+        self, data: DataConfig, tokenizer: TextTokenizer, patch: int, shuffle: int, rules: ImageRules = EMMA_RULES
+    ) -> None:
+        self.data, self.tokenizer, self.patch, self.shuffle, self.rules = data, tokenizer, patch, shuffle, rules
 
     def sample(
         self,
@@ -77,6 +80,7 @@ class SampleBuilder:
             images=images,
             noise_seed=seed_of(*draw, "noise"),
             time_seed=seed_of(*draw, "time"),
+            rules=self.rules,
         )
 
     def _stem_label(self, planned: SampleRef, record: dict[str, Any]) -> int:

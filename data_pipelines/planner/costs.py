@@ -17,6 +17,7 @@ from data_pipelines.shards.index import CAPTIONS
 from emma_train.config.schema import ImageConfig, ModelConfig
 from emma_train.flops.formulas import decoder_layer_macs, vision_layer_macs
 from emma_train.sequence.geometry import image_size, is_suitable
+from emma_train.sequence.image_rules import image_rules
 from emma_train.sequence.layout import ImageRole
 from emma_train.sequence.seeds import choice_of
 from emma_train.sequence.tasks import TASKS
@@ -103,7 +104,7 @@ def sample_costs(
 
     model, num_visual = cost_model.model, images.num_visual
     num_tokens = text + num_visual + images.num_target
-    pairs = _attention_pairs(cost_model.task, text, num_visual, images.num_target)
+    pairs = _attention_pairs(cost_model.task, text, num_visual, images.num_target, image_rules(model).full_und)
     counted = {
         "tokens": num_tokens,
         "pairs": pairs,
@@ -223,14 +224,16 @@ def _shrink_images(text: np.ndarray, images: _VisualCounts, cost_model: CostMode
     return limit
 
 
-def _attention_pairs(task: str, text: np.ndarray, num_visual: np.ndarray, num_target: np.ndarray) -> np.ndarray:
-    """(query, key) pairs that the decoder's attention computes: understanding is causal; in generation an image attends
-    to all of itself and to all tokens before it.
+def _attention_pairs(
+    task: str, text: np.ndarray, num_visual: np.ndarray, num_target: np.ndarray, full_und: bool = False
+) -> np.ndarray:
+    """(query, key) pairs that the decoder's attention computes: understanding is causal unless `full_und`; in
+    generation an image attends to all of itself and to all tokens before it.
 
     An integer upper bound. `pack_work` in emma_train/flops/work.py counts the pairs of a pack exactly. Here,
     exact numbers would put other samples into a pack than earlier versions did, and change the digests of a run.
     """
-    if TASKS[task].condition is ImageRole.UND:
+    if TASKS[task].condition is ImageRole.UND and not full_und:
         return (text + num_visual) ** 2 // 2 + (text + num_visual + num_target) * num_target
     return text**2 // 2 + (text + num_visual) * num_visual + (text + num_visual + num_target) * num_target
 

@@ -108,6 +108,7 @@ def _train_locked(
     from emma_train.export.content import content_hashes
     from emma_train.generate.generator import Generator
     from emma_train.model.autoencoder import Autoencoder
+    from emma_train.sequence.image_rules import image_rules
     from emma_train.sequence.tokens import TextTokenizer
     from emma_train.stages.stage import stage_of
     from emma_train.training.build import build
@@ -133,7 +134,14 @@ def _train_locked(
     generate_samples = None
     if requests:
         vision = recipe.model.vision
-        generator = Generator(parts.engine.model, autoencoder, tokenizer, vision.patch, vision.shuffle)
+        generator = Generator(
+            parts.engine.model,
+            autoencoder,
+            tokenizer,
+            vision.patch,
+            vision.shuffle,
+            rules=image_rules(recipe.model),
+        )
         generate_samples = _sample_writer(generator, requests, recipe, run_folder, world.is_main)
     trainer = Trainer(recipe, stage, world, parts, autoencoder, stream, generate_samples, held_out)
     if checkpoint is not None:

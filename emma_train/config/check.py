@@ -18,6 +18,7 @@ def check_recipe(recipe: Recipe, source: str) -> None:
     """Raise UserError on the first mistake in a recipe; `source` names the recipe in the message."""
     check_values(recipe, source)
     check_model(recipe, source)
+    _check_comparisons(recipe, source)
     _check_engine(recipe.engine, source)
     _check_sequence(recipe, source)
     if not recipe.data.caption_questions:
@@ -176,6 +177,15 @@ def _check_keeping(recipe: Recipe, source: str) -> None:
         raise UserError(
             f"{source}: train.keep_best needs a logged loss for each checkpoint; lower train.log_every "
             f"({train.log_every}) to train.save_every ({train.save_every})"
+        )
+
+
+def _check_comparisons(recipe: Recipe, source: str) -> None:
+    """The switches of the model that EMMA is compared with."""
+    if recipe.model.adapters == "one" and recipe.init.gen_adapter == "und":
+        raise UserError(
+            f"{source}: init.gen_adapter is und, but model.adapters is one, so the Gen adapter has no matrices to "
+            "start; set init.gen_adapter=random"
         )
 
 

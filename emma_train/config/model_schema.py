@@ -105,5 +105,14 @@ class ModelConfig:
     """Fan-in that scales the latent columns of the adapters' first matrix at a random start: joint with the semantic
     columns, or separate, their own (ours). With joint, 32 latent channels make 1/145 of the variance
     of what the matrix gives."""
+    adapters: str = setting("two", choices=("two", "one"), handoff="equal")
+    """two: the Und adapter for images to be understood and the Gen adapter for reference and target images; one: the
+    Und adapter's matrices for all of them. This and the next three are EMMA's, or what it is compared with."""
+    placeholder: str = setting("learned", choices=("learned", "zeros"), handoff="equal")
+    """What stands for the semantic channels of a target image, which is still to be made: a learned vector or zeros."""
+    und_attention: str = setting("causal", choices=("causal", "full"), handoff="equal")
+    """What a token of an understanding image sees of its image: what is before it, or (as in BAGEL) all of it."""
+    image_positions: str = setting("each", choices=("each", "one"), handoff="equal")
+    """Rotary positions of an image: one for each of its tokens, or (as in BAGEL) one for all of them."""
     seed: int = setting(0, at_least=0, at_most=2**63 - 1)
     """Seed of the initial weights that no checkpoint provides."""

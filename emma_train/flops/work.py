@@ -104,9 +104,10 @@ def module_flops(
             needs_input_grad=input_trains,
         )
 
+    of_gen = "gen_adapter" if model.adapters == "two" else "und_adapter"
     return {
         "vision encoder": encoder,
-        "adapters": adapter("und_adapter", work.und_visual) + adapter("gen_adapter", work.gen_visual),
+        "adapters": adapter("und_adapter", work.und_visual) + adapter(of_gen, work.gen_visual),
         "Und branch": branch(work.und_rows, work.und_pairs, work.logits),
         "Gen branch": branch(work.gen_visual, work.gen_pairs, 0),
     }

@@ -14,6 +14,7 @@ from emma_train.model.cache import KVCache
 from emma_train.objectives.counter_rng import uniform
 from emma_train.objectives.flow import draw_noise, shift
 from emma_train.objectives.next_token import next_token_loss
+from emma_train.sequence.image_rules import EMMA_RULES, ImageRules
 from emma_train.sequence.layout import ImageRole, Segment, TextSegment, num_text_tokens
 from emma_train.sequence.pack import PackedBatch, Sample, continued, pack
 from emma_train.sequence.request import Request, as_sample
@@ -48,15 +49,17 @@ class Generator:
         patch: int,
         shuffle: int,
         cached: bool = True,
+        rules: ImageRules = EMMA_RULES,
     ) -> None:
-        """`cached`: compute the tokens before a new token or a target once; if false, at every step (the reference)."""
+        """`cached`: compute the tokens before a new token or a target once; if false, at every step (the reference).
+        `rules` are those that the model is trained with."""
         self.model, self.autoencoder, self.tokenizer = model, autoencoder, tokenizer
-        self.patch, self.shuffle, self.cached = patch, shuffle, cached
+        self.patch, self.shuffle, self.cached, self.rules = patch, shuffle, cached, rules
 
     @torch.no_grad()
     def generate_text(self, requests: Sequence[Request], settings: TextSettings = TextSettings()) -> list[str]:
         """Answers to requests of a task that makes text."""
-        samples = [self._sample(r, latents) for r, latents in zip(requests, self.latents_of(requests), strict=True)]
+        samples = [self.sample_of(r, latents) for r, latents in zip(requests, self.latents_of(requests), strict=True)]
         written: list[list[int]] = [[] for _ in samples]
         finished = [False] * len(samples)
         longest = max(sample.num_tokens for sample in samples)
@@ -80,7 +83,7 @@ class Generator:
     def answer_likelihoods(self, requests: Sequence[Request], answers: Sequence[str]) -> list[AnswerLikelihood]:
         """How likely an answer to each request is: what training on request and answer has as its text loss."""
         samples = [
-            as_sample(r, self.tokenizer, self.patch, self.shuffle, latents, answer=answer)
+            self.sample_of(r, latents, answer=answer)
             for r, answer, latents in zip(requests, answers, self.latents_of(requests), strict=True)
         ]
         samples = [replace(sample, segments=_only_last_supervised(sample.segments)) for sample in samples]
@@ -165,7 +168,7 @@ class Generator:
         has_image = any(r.images for r in requests)
 
         def copies(with_text: bool, with_images: bool) -> list[Sample]:
-            return [self._sample(r, e, with_text, with_images) for r, e in zip(requests, encoded, strict=True)]
+            return [self.sample_of(r, e, with_text, with_images) for r, e in zip(requests, encoded, strict=True)]
 
         variants = [(text, copies(True, True))]
         if has_image:
@@ -183,10 +186,17 @@ class Generator:
         rest = iter(flat)
         return [[next(rest).cpu().numpy() for _ in r.images] or [blank] for r in requests]
 
-    def _sample(
-        self, request: Request, latents: list[np.ndarray], with_text: bool = True, with_images: bool = True
+    def sample_of(
+        self,
+        request: Request,
+        latents: list[np.ndarray],
+        with_text: bool = True,
+        with_images: bool = True,
+        answer: str | None = None,
     ) -> Sample:
-        return as_sample(request, self.tokenizer, self.patch, self.shuffle, latents, with_text, with_images)
+        """A request as a sample of this model; arguments as in sequence/request.py, `as_sample`."""
+        sample = as_sample(request, self.tokenizer, self.patch, self.shuffle, latents, with_text, with_images, answer)
+        return replace(sample, rules=self.rules)
 
     def _has_stop(self, ids: list[int], stop: Sequence[str]) -> bool:
         """Whether one of the texts stands at the end of what is written, with what the last token adds to it."""
@@ -223,8 +233,8 @@ def _segments(sample: Sample, start: int, stop: int | None = None) -> Sample:
 
 def _end_of(samples: Sequence[Sample], parts: Sequence[Sample]) -> PackedBatch:
     """A pack of the last parts of samples, at the positions that they have in the samples."""
-    lengths = [sample.num_tokens - part.num_tokens for sample, part in zip(samples, parts, strict=True)]
-    return continued(pack(parts), lengths)
+    starts = [len(sample.segments) - len(part.segments) for sample, part in zip(samples, parts, strict=True)]
+    return continued(pack(parts), [_segments(s, 0, start) for s, start in zip(samples, starts, strict=True)])
 
 
 def _only_last_supervised(segments: Sequence[Segment]) -> list[Segment]:

@@ -12,6 +12,7 @@ from emma_train.export.stored_model import StoredModel
 from emma_train.generate.generator import Generator
 from emma_train.model.autoencoder import Autoencoder, fingerprint
 from emma_train.model.emma import Emma
+from emma_train.sequence.image_rules import image_rules
 from emma_train.sequence.tokens import TextTokenizer
 from emma_train.storage.paths import StoragePath
 
@@ -37,7 +38,8 @@ def load_generator(
     tokenizer = TextTokenizer(recipe.data.tokenizer, recipe.data.template)
     check_content(meta, content_hashes(tokenizer, fingerprint(Path(recipe.model.autoencoder.path))), str(path))
     autoencoder = Autoencoder(recipe.model.autoencoder, target)
-    return Generator(model, autoencoder, tokenizer, vision.patch, vision.shuffle), recipe, meta
+    rules = image_rules(recipe.model)
+    return Generator(model, autoencoder, tokenizer, vision.patch, vision.shuffle, rules=rules), recipe, meta
 
 
 def weight_type(precision: str, device: torch.device) -> torch.dtype:

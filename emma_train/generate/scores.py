@@ -22,7 +22,7 @@ from emma_train.generate.settings import FlowSettings, TextSettings
 from emma_train.objectives.flow import add_noise, velocity_loss
 from emma_train.sequence.layout import ImageRole
 from emma_train.sequence.pack import ImageTokens, pack
-from emma_train.sequence.request import Request, as_sample
+from emma_train.sequence.request import Request
 
 BATCH = 32
 BAR_SPLIT = "heldout_drawings"
@@ -89,7 +89,7 @@ def velocity_score(
         samples = []
         for request, latents in zip(asked, generator.latents_of(asked), strict=True):
             assert request.target is not None
-            sample = as_sample(request, generator.tokenizer, generator.patch, generator.shuffle, latents)
+            sample = generator.sample_of(request, latents)
             grid = sample.images["target"].grid
             [latent] = generator.autoencoder.encode([torch.from_numpy(request.target)])
             sample.images["target"] = ImageTokens(grid, None, latent.cpu().numpy())

@@ -32,18 +32,36 @@ class Adapter(nn.Module):
 class GenAdapter(Adapter):
     """The adapter of reference and target images; it adds an embedding of their flow time."""
 
-    def __init__(self, semantic: int, latent: int, hidden: int, time_features: int) -> None:
-        super().__init__(semantic, latent, hidden)
-        self.placeholder = nn.Parameter(torch.zeros(semantic))
+    def __init__(
+        self,
+        semantic: int,
+        latent: int,
+        hidden: int,
+        time_features: int,
+        has_mlp: bool = True,
+        has_placeholder: bool = True,
+    ) -> None:
+        """Without `has_mlp` it has no norm and matrices, and uses another adapter's; without `has_placeholder` zeros
+        stand for the semantic channels of a target."""
+        if has_mlp:
+            super().__init__(semantic, latent, hidden)
+        else:
+            nn.Module.__init__(self)
+        self.placeholder = nn.Parameter(torch.zeros(semantic)) if has_placeholder else None
         self.time_fc1 = nn.Linear(time_features, hidden)
         self.time_fc2 = nn.Linear(hidden, hidden)
 
-    def forward_images(self, semantic: Tensor, latent: Tensor, time: Tensor) -> Tensor:
+    def forward_images(self, semantic: Tensor, latent: Tensor, time: Tensor, adapter: Adapter | None = None) -> Tensor:
         """semantic: [r, S] of the r reference tokens; latent: [r + n, C], references first, then noised targets;
-        time: [n] flow time of the targets -> [r + n, LLM hidden]. References take time 0.
+        time: [n] flow time of the targets -> [r + n, LLM hidden]. References take time 0. `adapter`: whose norm and
+        matrices to use; None takes its own.
         """
-        stand_in = self.placeholder.to(semantic.dtype).expand(len(time), -1)
-        x = self.project(torch.cat([self.norm(semantic), stand_in]), latent)
+        adapter = self if adapter is None else adapter
+        if self.placeholder is None:
+            stand_in = semantic.new_zeros(len(time), semantic.shape[1])
+        else:
+            stand_in = self.placeholder.to(semantic.dtype).expand(len(time), -1)
+        x = adapter.project(torch.cat([adapter.norm(semantic), stand_in]), latent)
         time = torch.cat([time.new_zeros(len(semantic)), time])
         features = time_features(time, self.time_fc1.in_features).to(x.dtype)
         return x + self.time_fc2(F.silu(self.time_fc1(features)))

@@ -41,7 +41,14 @@ class Emma(nn.Module):
         self.config = config
         self.vision = VisionEncoder(config.vision, backend)
         self.und_adapter = Adapter(semantic, latent, hidden)
-        self.gen_adapter = GenAdapter(semantic, latent, hidden, config.time_features)
+        self.gen_adapter = GenAdapter(
+            semantic,
+            latent,
+            hidden,
+            config.time_features,
+            has_mlp=config.adapters == "two",
+            has_placeholder=config.placeholder == "learned",
+        )
         self.decoder = Decoder(config.decoder)
         self.velocity_head = nn.Linear(hidden, latent)
 
@@ -71,14 +78,16 @@ class Emma(nn.Module):
         if batch.semantic_only is not None:
             und_latents = und_latents.masked_fill(batch.semantic_only[:, None], 0.0)
         und = self.und_adapter(semantic[:num_und], und_latents)
-        gen = self.gen_adapter.forward_images(semantic[num_und:], latents[num_und:], time)
+        shared = self.und_adapter if self.config.adapters == "one" else None
+        gen = self.gen_adapter.forward_images(semantic[num_und:], latents[num_und:], time, shared)
         grids = [*seen, *batch.grids[ImageRole.TARGET]]
         visual = torch.cat([und, gen])
         positions = position_2d(grids, visual.shape[-1], visual.device)
         visual = visual + (self.config.position_scale * positions).to(visual.dtype)
         stream = torch.cat([text.to(visual.dtype), visual])
         plan = build_plan(batch, cache, select_backend(self.backend, stream.device, stream.dtype))
-        hidden = self.decoder(stream, num_text + num_und, batch.position, plan, cache)
+        position = batch.position if batch.rotary_position is None else batch.rotary_position
+        hidden = self.decoder(stream, num_text + num_und, position, plan, cache)
         predictors = hidden[batch.predictors]
         return Prediction(
             logits=None if losses else self.decoder.logits(predictors),

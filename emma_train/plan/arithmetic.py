@@ -30,6 +30,7 @@ from emma_train.plan.cards import card_name, usable_bytes
 from emma_train.plan.parts import muon_matrices, parts_of, sizes_of
 from emma_train.plan.samples import ReadIndexRows, StepLoad, step_load
 from emma_train.plan.state import exchange_memory, state_memory
+from emma_train.sequence.image_rules import image_rules
 from emma_train.sequence.layout import ImageRole
 from emma_train.sequence.tasks import TASKS
 from emma_train.stages.stage import makes_images, stage_of
@@ -179,6 +180,8 @@ class Plan:
         # Causal rows see half their sample; an instruction sees its reference, a target all that is before it.
         und_pairs = load.total(lambda s: (s.text + s.seen) * (s.text + s.seen + 1) / 2, *understood)
         und_pairs += load.total(lambda s: s.text * (s.text + 1) / 2 + s.text * s.seen, *others)
+        if image_rules(self.recipe.model).full_und:  # each token of an image sees also those after it
+            und_pairs += load.total(lambda s: s.seen * (s.seen / max(1.0, s.images_seen) - 1) / 2, *understood)
         gen_pairs = load.total(lambda s: s.seen**2 / max(1.0, s.images_seen), *others)
         gen_pairs += load.total(lambda s: s.made * s.tokens)
         return Work(

@@ -42,11 +42,13 @@ class Part:
     name: str
     stored: int
     trained: int
+    passes: tuple[bool, ...]
+    """Whether a token of each kind of NETWORK_PARTS passes through it."""
 
     @property
     def active(self) -> tuple[int, ...]:
         """Parameters used for one token of each kind of NETWORK_PARTS."""
-        return tuple(self.stored * passes for passes in NETWORK_PARTS[self.name])
+        return tuple(self.stored * passes for passes in self.passes)
 
 
 def parts_of(model: Emma, stage: Stage) -> list[Part]:
@@ -57,7 +59,10 @@ def parts_of(model: Emma, stage: Stage) -> list[Part]:
         part = _part_of(name)
         stored[part] = stored.get(part, 0) + parameter.numel()
         trained[part] = trained.get(part, 0) + parameter.numel() * (group_of(name) in stage.trainable)
-    return [Part(name, stored[name], trained[name]) for name in NETWORK_PARTS if name in stored]
+    used = dict(NETWORK_PARTS)
+    if model.config.adapters == "one":
+        used["Und adapter"] = (False, True, True, True)
+    return [Part(name, stored[name], trained[name], passes) for name, passes in used.items() if name in stored]
 
 
 def sizes_of(model: Emma, stage: Stage, generates: bool, optimizer: str = "adamw") -> Sizes:

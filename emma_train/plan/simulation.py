@@ -9,7 +9,7 @@ divide evenly, no rank has more. Not simulated: DeepSpeed, the matrices that Muo
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,7 @@ from emma_train.model.adapters import position_2d
 from emma_train.model.decoder import DecoderLayer
 from emma_train.model.emma import Emma, training_experts
 from emma_train.model.vision import resize_matrix
+from emma_train.sequence.image_rules import image_rules
 from emma_train.sequence.layout import ImageRole, ImageSegment, Segment, TextSegment
 from emma_train.sequence.pack import ImageTokens, PackedBatch, Sample, pack
 from emma_train.stages.freeze import freeze
@@ -186,11 +187,11 @@ def _small_pack(config: ModelConfig, generates: bool) -> PackedBatch:
     position_2d([grid], config.decoder.hidden, CPU)
     resize_matrix(side * shuffle, config.vision.position_grid, CPU)
     patches = np.zeros(((side * shuffle) ** 2, 3 * config.vision.patch**2), np.uint8)
-    text = TextSegment((0, 0))
+    text, rules = TextSegment((0, 0)), image_rules(config)
     samples = [_sample("i2t", [text, ImageSegment("a", ImageRole.UND), TextSegment((0, 0), True)], grid, patches)]
     if generates:
         samples.append(_sample("t2i", [text, ImageSegment("a", ImageRole.TARGET)], grid, patches))
-    return pack(samples)
+    return pack([replace(sample, rules=rules) for sample in samples])
 
 
 def _sample(task: str, segments: list[Segment], grid: tuple[int, int], patches: np.ndarray) -> Sample:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields, replace
 import numpy as np
 import torch
 
+from emma_train.sequence.image_rules import EMMA_RULES, ImageRules
 from emma_train.sequence.layout import ImageRole, ImageSegment, Segment, TextSegment
 from emma_train.sequence.spans import Spans, spans
 from emma_train.sequence.tasks import TASKS
@@ -46,6 +47,8 @@ class Sample:
     """Seed of the target's flow time."""
     source: str = ""
     """Name of its source in metrics; empty where its task has only one."""
+    rules: ImageRules = EMMA_RULES
+    """How its images stand in the sequence."""
 
     @property
     def num_tokens(self) -> int:
@@ -53,6 +56,13 @@ class Sample:
             len(s.ids) if isinstance(s, TextSegment) else self.images[s.name].grid[0] * self.images[s.name].grid[1]
             for s in self.segments
         )
+
+    @property
+    def num_positions(self) -> int:
+        """Rotary positions that its tokens have."""
+        if not self.rules.one_position:
+            return self.num_tokens
+        return sum(len(s.ids) if isinstance(s, TextSegment) else 1 for s in self.segments)
 
 
 @dataclass
@@ -74,7 +84,7 @@ class PackedBatch:
     sample: torch.Tensor
     """int64 [T]: index of the sample in the pack."""
     position: torch.Tensor
-    """int64 [T]: position in the sample, for RoPE and the mask."""
+    """int64 [T]: position in the sample, for the mask and, without `rotary_position`, for RoPE."""
     limit: torch.Tensor
     """int64 [T]: last position that the token sees."""
     spans: Spans
@@ -103,6 +113,8 @@ class PackedBatch:
     """int64 [understanding images]: 1 STEM, 0 general, -1 unknown."""
     semantic_only: torch.Tensor | None = None
     """bool [understanding tokens]: whether the model must not see the token's latent; None if it may see all."""
+    rotary_position: torch.Tensor | None = None
+    """int64 [T]: position for RoPE where all tokens of an image have one; None where it is `position`."""
     stem_labels: list[int] = field(default_factory=list)
     """The values of `stem` on the host."""
     num_dropped: int = 0
@@ -153,7 +165,7 @@ class _StreamTables:
 
     def __init__(self) -> None:
         self.columns: dict[str, list[list[np.ndarray]]] = {
-            name: [[] for _ in range(4)] for name in ("sample", "position", "limit")
+            name: [[] for _ in range(4)] for name in ("sample", "position", "limit", "rotary_position")
         }
         self.text_ids: list[int] = []
         self.supervised: list[tuple[int, int, int]] = []
@@ -165,17 +177,19 @@ class _StreamTables:
 
     def add(self, index: int, sample: Sample) -> None:
         """Add a sample as number `index` of the pack."""
-        position = 0
+        position = rotary_position = 0
         for segment in sample.segments:
             if isinstance(segment, TextSegment):
                 group, length, causal = 0, len(segment.ids), True
+                num_positions = length
                 self.text_ids += segment.ids
                 if segment.supervised:
                     self.supervised += [(index, position + i, token) for i, token in enumerate(segment.ids)]
             else:
                 image = sample.images[segment.name]
                 group, length = int(segment.role), image.grid[0] * image.grid[1]
-                causal = segment.role is ImageRole.UND
+                causal = segment.role is ImageRole.UND and not sample.rules.full_und
+                num_positions = 1 if sample.rules.one_position else length
                 self.images[segment.role].append(image)
                 if segment.role is ImageRole.UND:
                     self.semantic_only.append(torch.full((length,), segment.semantic_only))
@@ -185,7 +199,9 @@ class _StreamTables:
             self.columns["sample"][group].append(np.full(length, index))
             self.columns["position"][group].append(positions)
             self.columns["limit"][group].append(positions if causal else np.full(length, position + length - 1))
-            position += length
+            rotary = rotary_position + np.minimum(np.arange(length), num_positions - 1)
+            self.columns["rotary_position"][group].append(rotary)
+            position, rotary_position = position + length, rotary_position + num_positions
 
     @property
     def counts(self) -> tuple[int, int, int, int]:
@@ -246,6 +262,7 @@ def pack(samples: Sequence[Sample], num_dropped: int = 0) -> PackedBatch:
         stem=torch.tensor([image.stem for image in images[ImageRole.UND]], dtype=torch.int64),
         stem_labels=[image.stem for image in images[ImageRole.UND]],
         semantic_only=torch.cat(tables.semantic_only) if any(map(torch.any, tables.semantic_only)) else None,
+        rotary_position=_rotary_position(samples, tables),
         num_dropped=num_dropped,
         sources=[s.source for s in samples],
         target_sources=[s.source for s in targets],
@@ -257,10 +274,21 @@ def _task_index(samples: Sequence[Sample]) -> torch.Tensor:
     return torch.tensor([order.index(sample.task) for sample in samples], dtype=torch.int64)
 
 
-def continued(batch: PackedBatch, lengths: Sequence[int]) -> PackedBatch:
-    """The pack as a continuation of samples that have so many tokens already (model/cache.py)."""
-    start = torch.tensor(lengths, dtype=torch.int64, device=batch.sample.device)[batch.sample]
-    return replace(batch, position=batch.position + start, limit=batch.limit + start)
+def _rotary_position(samples: Sequence[Sample], tables: _StreamTables) -> torch.Tensor | None:
+    differs = any(sample.rules.one_position for sample in samples)
+    return torch.from_numpy(tables.column("rotary_position")) if differs else None
+
+
+def continued(batch: PackedBatch, before: Sequence[Sample]) -> PackedBatch:
+    """The pack as a continuation of what its samples have already, `before` (model/cache.py)."""
+
+    def start(numbers: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(numbers, dtype=torch.int64, device=batch.sample.device)[batch.sample]
+
+    tokens, rotary = start([sample.num_tokens for sample in before]), batch.rotary_position
+    if rotary is not None:
+        rotary = rotary + start([sample.num_positions for sample in before])
+    return replace(batch, position=batch.position + tokens, limit=batch.limit + tokens, rotary_position=rotary)
 
 
 def image_segments(segments: Sequence[Segment]) -> list[ImageSegment]:

@@ -30,6 +30,10 @@ WRONG: list[tuple[dict[str, Any], tuple[str, ...]]] = [
         ("mix of phase b", "(i2t=5)", "10 would do"),
     ),
     ({"model__autoencoder__pixels": 16}, ("model.autoencoder.pixels is 16", "32")),
+    (
+        {"model__adapters": "one", "init__gen_adapter": "und"},
+        ("init.gen_adapter is und", "model.adapters is one", "set init.gen_adapter=random"),
+    ),
     ({"model__decoder__num_shared_layers": 5}, ("model.decoder.num_shared_layers is 5", "num_layers (4)")),
     ({"model__decoder__shared": ["q_proj", "q_norm"]}, ("'q_norm'", "k_proj")),
     ({"model__decoder__kv_heads": 3}, ("heads (4)", "kv_heads (3)")),

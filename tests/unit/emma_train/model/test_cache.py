@@ -47,8 +47,8 @@ def test_a_continued_pack_is_the_whole_one(seed: int) -> None:
     want, got = run(pack(samples)), {}
     for n in range(3):
         parts = [segments(s, cut[n], cut[n + 1]) for s, cut in zip(samples, cuts, strict=True)]
-        lengths = [segments(s, 0, cut[n]).num_tokens for s, cut in zip(samples, cuts, strict=True)]
-        got |= run(continued(pack(parts), lengths), cache)
+        before = [segments(s, 0, cut[n]) for s, cut in zip(samples, cuts, strict=True)]
+        got |= run(continued(pack(parts), before), cache)
     assert got.keys() == want.keys()
     assert max(float((got[key] - value).abs().max()) for key, value in want.items()) <= 1e-5
 
@@ -61,7 +61,7 @@ def test_a_target_replaces_the_one_before_it() -> None:
     run(pack([head]), cache)
     ways = []
     for factor in (1.0, -2.0, 1.0):
-        batch = continued(pack([target]), [head.num_tokens])
+        batch = continued(pack([target]), [head])
         assert batch.latents is not None
         batch.latents = factor * batch.latents
         ways.append(torch.stack(list(run(batch, cache).values())))
@@ -69,5 +69,6 @@ def test_a_target_replaces_the_one_before_it() -> None:
 
 
 def test_continued_packs_start_where_their_samples_stopped() -> None:
-    batch = continued(pack([Sample(k, "i2t", [TextSegment((1, 2))], {}) for k in "ab"]), [3, 10])
+    before = [Sample(k, "i2t", [TextSegment((1,) * num)], {}) for k, num in (("a", 3), ("b", 10))]
+    batch = continued(pack([Sample(k, "i2t", [TextSegment((1, 2))], {}) for k in "ab"]), before)
     assert batch.position.tolist() == [3, 4, 10, 11] == batch.limit.tolist()

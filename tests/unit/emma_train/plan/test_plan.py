@@ -1,6 +1,7 @@
 """The plan's numbers: parameters in closed form, memory against what autograd keeps, FLOPs against a packed batch."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from emma_train.plan.cards import GIB
 from emma_train.plan.roofline import step_seconds
 from emma_train.plan.samples import MeanSample, image_tokens, tokenwise
 from emma_train.plan.tables import image_notes
+from emma_train.sequence.image_rules import image_rules
 from emma_train.sequence.layout import ImageRole, ImageSegment, TextSegment
 from emma_train.sequence.pack import ImageTokens, Sample, pack
 from tests.distributed.ranks import command_memory
@@ -142,9 +144,12 @@ def sample_of(task: str, text: int, supervised: int, side: int) -> Sample:
     return Sample("c", task, [shown, asked, target[0]], {shown.name: pixels, target[0].name: target[1]})
 
 
-@pytest.mark.parametrize("stage", ["stage0", "stage3"])
-def test_flops_of_a_step_are_those_of_its_packs(stage: str) -> None:
-    planned = toy(stage, "data.samples_per_step=36", "data.und.mode=square", "data.gen.mode=square")
+@pytest.mark.parametrize(
+    ("stage", "switches"),
+    [("stage0", []), ("stage3", []), ("stage3", ["model.und_attention=full"]), ("stage0", ["model.adapters=one"])],
+)
+def test_flops_of_a_step_are_those_of_its_packs(stage: str, switches: list[str]) -> None:
+    planned = toy(stage, "data.samples_per_step=36", "data.und.mode=square", "data.gen.mode=square", *switches)
     load = planned.loads[0]
     samples = [
         sample_of(task, int(mean.text), int(mean.supervised), 4)
@@ -152,7 +157,7 @@ def test_flops_of_a_step_are_those_of_its_packs(stage: str) -> None:
         for _ in range(load.samples[task] // planned.recipe.data.slots)
     ]
     model = planned.recipe.model
-    work = pack_work(pack(samples), model.vision.shuffle)
+    work = pack_work(pack([replace(s, rules=image_rules(model)) for s in samples]), model.vision.shuffle)
     expected = planned.recipe.data.slots * sum(module_flops(model, planned.stage.trainable, work).values())
     assert sum(planned.flops(load).values()) == expected
 
