@@ -104,11 +104,12 @@ def sample_costs(
 
     model, num_visual = cost_model.model, images.num_visual
     num_tokens = text + num_visual + images.num_target
+    num_encoded = num_visual * (model.fusion != "latent")
     pairs = _attention_pairs(cost_model.task, text, num_visual, images.num_target, image_rules(model).full_und)
     counted = {
         "tokens": num_tokens,
         "pairs": pairs,
-        "patches": num_visual * model.vision.shuffle**2,
+        "patches": num_encoded * model.vision.shuffle**2,
         "pixels": (num_visual + images.num_target) * model.autoencoder.pixels**2,
     }
     sizes = np.stack([counted[name] for name in cost_model.caps])
@@ -123,7 +124,7 @@ def sample_costs(
         num_tokens=num_tokens,
         num_visual=num_visual,
         sizes=sizes,
-        cost=forward_cost(model, num_tokens, pairs, num_visual, images.patch_pairs),
+        cost=forward_cost(model, num_tokens, pairs, num_encoded, images.patch_pairs * (num_encoded > 0)),
         max_tokens=max_tokens,
         too_long=np.any(sizes > np.asarray(list(cost_model.caps.values()))[:, None], axis=0),
         unsuitable=images.unsuitable,

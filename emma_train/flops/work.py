@@ -64,11 +64,12 @@ def module_flops(
     embedding, which are negligible.
     """
     v, d = model.vision, model.decoder
+    encoded = model.fusion != "latent"
     images: dict[str, Any] = {
         "hidden": v.hidden,
         "mlp": v.intermediate_size,
-        "num_patches": round(work.patches),
-        "attention_pairs": round(work.patch_pairs),
+        "num_patches": encoded * round(work.patches),
+        "attention_pairs": encoded * round(work.patch_pairs),
     }
     shared, patch_features = v.num_used_layers - v.expert_layers, 3 * v.patch**2
     encoder = vision_flops(**images, layers=shared, patch_features=patch_features, trainable="vision" in trainable)

@@ -21,8 +21,8 @@ class Adapter(nn.Module):
         self.fc2 = nn.Linear(hidden, hidden)
 
     def forward(self, semantic: Tensor, latent: Tensor) -> Tensor:
-        """semantic: [n, shuffle²*hidden], latent: [n, C] scaled -> [n, LLM hidden]."""
-        return self.project(self.norm(semantic), latent)
+        """semantic: [n, shuffle²*hidden], or [0, ...] for zeros; latent: [n, C] scaled -> [n, LLM hidden]."""
+        return self.project(filled_up(self.norm(semantic), len(latent)), latent)
 
     def project(self, semantic: Tensor, latent: Tensor) -> Tensor:
         """The MLP on semantic channels that are already normalised."""
@@ -52,19 +52,25 @@ class GenAdapter(Adapter):
         self.time_fc2 = nn.Linear(hidden, hidden)
 
     def forward_images(self, semantic: Tensor, latent: Tensor, time: Tensor, adapter: Adapter | None = None) -> Tensor:
-        """semantic: [r, S] of the r reference tokens; latent: [r + n, C], references first, then noised targets;
-        time: [n] flow time of the targets -> [r + n, LLM hidden]. References take time 0. `adapter`: whose norm and
-        matrices to use; None takes its own.
+        """semantic: [r, S] of the r reference tokens, or [0, S] for zeros; latent: [r + n, C], references first, then
+        noised targets; time: [n] flow time of the targets -> [r + n, LLM hidden]. References take time 0. `adapter`:
+        whose norm and matrices to use; None takes its own.
         """
         adapter = self if adapter is None else adapter
         if self.placeholder is None:
             stand_in = semantic.new_zeros(len(time), semantic.shape[1])
         else:
             stand_in = self.placeholder.to(semantic.dtype).expand(len(time), -1)
-        x = adapter.project(torch.cat([adapter.norm(semantic), stand_in]), latent)
-        time = torch.cat([time.new_zeros(len(semantic)), time])
+        num_reference = len(latent) - len(time)
+        x = adapter.project(torch.cat([filled_up(adapter.norm(semantic), num_reference), stand_in]), latent)
+        time = torch.cat([time.new_zeros(num_reference), time])
         features = time_features(time, self.time_fc1.in_features).to(x.dtype)
         return x + self.time_fc2(F.silu(self.time_fc1(features)))
+
+
+def filled_up(x: Tensor, num: int) -> Tensor:
+    """The rows of x, and rows of zeros up to `num`: [num, C]."""
+    return x if len(x) == num else torch.cat([x, x.new_zeros(num - len(x), x.shape[1])])
 
 
 def time_features(time: Tensor, num: int) -> Tensor:

@@ -70,17 +70,21 @@ class Emma(nn.Module):
         modules in the same order (contract 3).
         """
         num_text, num_und, num_reference, num_target = batch.counts
-        seen = [*batch.grids[ImageRole.UND], *batch.grids[ImageRole.REFERENCE]]
-        vision = self.vision(self.pixels(batch), seen, experts, num_routed=len(batch.grids[ImageRole.UND]))
+        given = [*batch.grids[ImageRole.UND], *batch.grids[ImageRole.REFERENCE]]
+        seen, num_routed = (given, len(batch.grids[ImageRole.UND])) if self.config.fusion != "latent" else ([], 0)
+        vision = self.vision(self.pixels(batch), seen, experts, num_routed=num_routed)
         semantic = vision.features
         text = self.decoder.embed_tokens(batch.text_ids)
+        if self.config.fusion == "semantic":
+            num_given = num_und + num_reference
+            latents = torch.cat([torch.zeros_like(latents[:num_given]), latents[num_given:]])
         und_latents = latents[:num_und]
         if batch.semantic_only is not None:
             und_latents = und_latents.masked_fill(batch.semantic_only[:, None], 0.0)
         und = self.und_adapter(semantic[:num_und], und_latents)
         shared = self.und_adapter if self.config.adapters == "one" else None
         gen = self.gen_adapter.forward_images(semantic[num_und:], latents[num_und:], time, shared)
-        grids = [*seen, *batch.grids[ImageRole.TARGET]]
+        grids = [*given, *batch.grids[ImageRole.TARGET]]
         visual = torch.cat([und, gen])
         positions = position_2d(grids, visual.shape[-1], visual.device)
         visual = visual + (self.config.position_scale * positions).to(visual.dtype)
@@ -106,7 +110,8 @@ class Emma(nn.Module):
 
     def pixels(self, batch: PackedBatch) -> Tensor:
         """Patches of the images to be seen, in [-1, 1]."""
-        num_seen = (batch.counts[1] + batch.counts[2]) * self.config.vision.shuffle**2
+        num_given = 0 if self.config.fusion == "latent" else batch.counts[1] + batch.counts[2]
+        num_seen = num_given * self.config.vision.shuffle**2
         side = self.config.vision.patch
         patches = batch.patches[:num_seen].reshape(num_seen, side * side * 3)
         # In float32, as SigLIP2 saw them: bf16 would be off by up to half a grey level.

@@ -115,7 +115,7 @@ class Plan:
         recipe, v, d = self.recipe, self.recipe.model.vision, self.recipe.model.decoder
         b, spans = value_bytes(recipe.engine), uses_spans(recipe)
         share, rank_tokens = tokens / load.tokens, tokens / recipe.engine.sequence_parallel
-        patches = share * load.total(lambda s: s.seen) * v.shuffle**2
+        patches = share * self._patches(load)
         supervised = share * load.total(lambda s: s.supervised)
         decodes, mode = self.stage.loss == "tokens", recipe.engine.activation_checkpointing
         recomputes = decodes and mode != "none"
@@ -173,7 +173,7 @@ class Plan:
         Means stand for the samples: pairs, which are quadratic in a sample's length, come out too low where lengths
         differ.
         """
-        shuffle = self.recipe.model.vision.shuffle
+        shuffle, encoded = self.recipe.model.vision.shuffle, self.recipe.model.fusion != "latent"
         understood = [name for name, task in TASKS.items() if task.condition is ImageRole.UND]
         others = [name for name in TASKS if name not in understood]
         gen = load.total(lambda s: s.made, *understood) + load.total(lambda s: s.seen + s.made, *others)
@@ -185,8 +185,8 @@ class Plan:
         gen_pairs = load.total(lambda s: s.seen**2 / max(1.0, s.images_seen), *others)
         gen_pairs += load.total(lambda s: s.made * s.tokens)
         return Work(
-            patches=load.total(lambda s: s.seen * shuffle**2),
-            patch_pairs=load.total(lambda s: (s.seen * shuffle**2) ** 2 / max(1.0, s.images_seen)),
+            patches=self._patches(load),
+            patch_pairs=encoded * load.total(lambda s: (s.seen * shuffle**2) ** 2 / max(1.0, s.images_seen)),
             und_visual=load.total(lambda s: s.seen, *understood),
             gen_visual=gen,
             und_rows=load.tokens - gen,
@@ -194,6 +194,11 @@ class Plan:
             gen_pairs=gen_pairs,
             logits=load.total(lambda s: s.supervised),
         )
+
+    def _patches(self, load: StepLoad) -> float:
+        """Patches of a step that the vision encoder sees."""
+        model = self.recipe.model
+        return (model.fusion != "latent") * load.total(lambda s: s.seen) * model.vision.shuffle**2
 
     def encoding_flops(self, load: StepLoad) -> int:
         """FLOPs of one step's DC-AE encodings, over all GPUs; router tuning needs none."""

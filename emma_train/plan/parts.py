@@ -62,6 +62,8 @@ def parts_of(model: Emma, stage: Stage) -> list[Part]:
     used = dict(NETWORK_PARTS)
     if model.config.adapters == "one":
         used["Und adapter"] = (False, True, True, True)
+    if model.config.fusion == "latent":
+        used["vision encoder"] = (False,) * 4
     return [Part(name, stored[name], trained[name], passes) for name, passes in used.items() if name in stored]
 
 

@@ -30,6 +30,11 @@ WRONG: list[tuple[dict[str, Any], tuple[str, ...]]] = [
         ("mix of phase b", "(i2t=5)", "10 would do"),
     ),
     ({"model__autoencoder__pixels": 16}, ("model.autoencoder.pixels is 16", "32")),
+    ({"model__fusion": "latent", "mix__recon": 1}, ("model.fusion is latent", "recon", "set mix.recon=0")),
+    (
+        {"model__fusion": "latent", "model__vision__router": True},
+        ("model.fusion is latent", "router", "set model.fusion=channel"),
+    ),
     (
         {"model__adapters": "one", "init__gen_adapter": "und"},
         ("init.gen_adapter is und", "model.adapters is one", "set init.gen_adapter=random"),

@@ -17,6 +17,7 @@ from emma_train.model.emma import Emma, Prediction
 from emma_train.sequence.image_rules import image_rules
 from emma_train.sequence.pack import PackedBatch, Sample, continued, pack
 from emma_train.sequence.request import Request
+from emma_train.stages.stage import ALL_BUT_AUTOENCODER
 from tests.helpers import (
     PATCH,
     SHUFFLE,
@@ -32,15 +33,18 @@ from tests.helpers import (
     tokenizer,
 )
 
-SWITCHES = {
-    "adapters": "one",
-    "placeholder": "zeros",
-    "und_attention": "full",
-    "image_positions": "one",
-}
-"""Each switch at the value that is not EMMA's."""
-OF_TEXT, OF_IMAGES = {"und_attention", "image_positions"}, {"adapters", "placeholder", "image_positions"}
-"""Those that change what the model makes of understanding images, and of images to be made."""
+SWITCHES = [
+    {"adapters": "one"},
+    {"placeholder": "zeros"},
+    {"und_attention": "full"},
+    {"image_positions": "one"},
+    {"fusion": "latent"},
+    {"fusion": "semantic"},
+    {"fusion": "latent", "adapters": "one", "placeholder": "zeros", "und_attention": "full", "image_positions": "one"},
+]
+"""Each switch at the values that are not EMMA's, and many of them together."""
+NOT_OF_TEXT, NOT_OF_IMAGES = ("adapters", "placeholder"), ("und_attention",)
+"""Those that leave alone what the model makes of understanding images, and of images to be made."""
 
 
 def switched(**values: str) -> ModelConfig:
@@ -72,14 +76,17 @@ def test_the_defaults_are_emma() -> None:
     assert torch.equal(batch.limit[:text_and_und], batch.position[:text_and_und])
 
 
-@pytest.mark.parametrize("name", SWITCHES)
-def test_a_switch_changes_what_the_model_gives(name: str) -> None:
-    config = switched(**{name: SWITCHES[name]})
+@pytest.mark.parametrize("values", SWITCHES, ids=str)
+def test_a_switch_changes_what_the_model_gives(values: dict[str, str]) -> None:
+    config = switched(**values)
     emma, other = predict(tiny_emma(), packed(tiny_model())), predict(tiny_emma(config), packed(config))
     assert emma.logits is not None and other.logits is not None
-    for got, want, switches in ((other.logits, emma.logits, OF_TEXT), (other.velocity, emma.velocity, OF_IMAGES)):
+    for got, want, others in (
+        (other.logits, emma.logits, NOT_OF_TEXT),
+        (other.velocity, emma.velocity, NOT_OF_IMAGES),
+    ):
         change = float((got - want).detach().abs().max())
-        assert change > 1e-3 if name in switches else change == 0.0
+        assert change == 0.0 if all(name in others for name in values) else change > 1e-3
 
 
 # Placeholder
@@ -93,6 +100,61 @@ def test_zeros_are_a_placeholder_that_stays_zero() -> None:
     with torch.no_grad():
         learned.gen_adapter.placeholder.zero_()
     assert torch.equal(predict(zeros, batch).velocity, predict(learned, batch).velocity)
+
+
+# Fusion
+
+
+def test_semantic_images_have_no_latents_and_latent_ones_no_features() -> None:
+    batch = packed(tiny_model())
+    num_given = batch.counts[1] + batch.counts[2]
+    assert batch.latents is not None
+    other_latents = replace(batch, latents=torch.cat([batch.latents[:num_given] + 1, batch.latents[num_given:]]))
+    other_pixels = replace(batch, patches=255 - batch.patches)
+    other_target = replace(batch, latents=torch.cat([batch.latents[:num_given], batch.latents[num_given:] + 1]))
+    for fusion, latents_matter, pixels_matter in (
+        ("channel", True, True),
+        ("latent", True, False),
+        ("semantic", False, True),
+    ):
+        model = tiny_emma(switched(fusion=fusion))
+        want = predict(model, batch)
+        for changed, matters in ((other_latents, latents_matter), (other_pixels, pixels_matter)):
+            got = predict(model, changed)
+            assert torch.equal(got.velocity, want.velocity) != matters, fusion
+            assert torch.equal(got.logits, want.logits) != matters, fusion
+        assert not torch.equal(predict(model, other_target).velocity, want.velocity), fusion
+
+
+def test_zeros_stand_for_the_half_that_an_image_has_not() -> None:
+    """The semantic half is zero after its norm, the latent half before the matrices: EMMA with such inputs is equal."""
+    emma, semantic = tiny_emma(), tiny_emma(switched(fusion="semantic"))
+    batch = packed(tiny_model())
+    num_given = batch.counts[1] + batch.counts[2]
+    assert batch.latents is not None and names(tiny_model()) == names(switched(fusion="semantic"))
+    zeroed = replace(batch, latents=torch.cat([0 * batch.latents[:num_given], batch.latents[num_given:]]))
+    assert torch.equal(predict(emma, zeroed).velocity, predict(semantic, batch).velocity)
+    latent = tiny_emma(switched(fusion="latent"))
+    with torch.no_grad():
+        for adapter in (emma.und_adapter, emma.gen_adapter):
+            adapter.norm.weight.zero_()
+            adapter.norm.bias.zero_()
+    torch.testing.assert_close(predict(emma, batch).velocity, predict(latent, batch).velocity)
+    torch.testing.assert_close(predict(emma, batch).logits, predict(latent, batch).logits)
+
+
+def test_without_features_the_encoder_runs_on_no_image_and_learns_nothing() -> None:
+    config = switched(fusion="latent")
+    model, batch = tiny_emma(config), packed(config)
+    out = predict(model, batch)
+    (out.velocity.square().sum() + out.logits.square().sum()).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name  # in the graph, so that all ranks exchange it
+        if name.startswith("vision.") or "adapter.norm" in name:
+            assert not parameter.grad.any(), name
+    work = pack_work(batch, SHUFFLE)
+    assert module_flops(config, ALL_BUT_AUTOENCODER, work)["vision encoder"] == 0
+    assert module_flops(tiny_model(), ALL_BUT_AUTOENCODER, work)["vision encoder"] > 0
 
 
 # Adapters
@@ -177,11 +239,11 @@ def generator(config: ModelConfig, cached: bool) -> Generator:
     return Generator(model.eval(), fake, tokenizer(), PATCH, SHUFFLE, cached, image_rules(config))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", SWITCHES)
+@pytest.mark.parametrize("values", SWITCHES, ids=str)
 @torch.no_grad()
-def test_generation_sees_what_training_saw(name: str) -> None:
+def test_generation_sees_what_training_saw(values: dict[str, str]) -> None:
     """A prefix and its continuation give what the training forward gives over all of it."""
-    config = switched(**{name: SWITCHES[name]})
+    config = switched(**values)
     with_cache, without = generator(config, cached=True), generator(config, cached=False)
     settings = FlowSettings(steps=2)
     for one, other in zip(*(g.generate_latents(REQUESTS, settings) for g in (with_cache, without)), strict=True):

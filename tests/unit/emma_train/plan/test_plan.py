@@ -146,7 +146,12 @@ def sample_of(task: str, text: int, supervised: int, side: int) -> Sample:
 
 @pytest.mark.parametrize(
     ("stage", "switches"),
-    [("stage0", []), ("stage3", []), ("stage3", ["model.und_attention=full"]), ("stage0", ["model.adapters=one"])],
+    [
+        ("stage0", []),
+        ("stage3", []),
+        ("stage3", ["model.und_attention=full"]),
+        ("stage0", ["model.adapters=one", "model.fusion=latent"]),
+    ],
 )
 def test_flops_of_a_step_are_those_of_its_packs(stage: str, switches: list[str]) -> None:
     planned = toy(stage, "data.samples_per_step=36", "data.und.mode=square", "data.gen.mode=square", *switches)
