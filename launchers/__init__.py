@@ -2,6 +2,6 @@
 
 from launchers.launch import launch
 from launchers.options import LaunchOptions, add_launch_arguments
-from launchers.slurm import Job, first_of_array
+from launchers.slurm import ARRAY, Job, first_of_array
 
-__all__ = ["Job", "LaunchOptions", "add_launch_arguments", "first_of_array", "launch"]
+__all__ = ["ARRAY", "Job", "LaunchOptions", "add_launch_arguments", "first_of_array", "launch"]

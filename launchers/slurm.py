@@ -15,6 +15,7 @@ from launchers.options import LaunchOptions
 from launchers.snapshot import Snapshot
 
 ARRAY = "{array}"
+"""In an override: the number of a run of an array."""
 """In an override: the number of each run of a job array."""
 MAX_RESTARTS = 3
 

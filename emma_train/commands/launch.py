@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     os.chdir(workdir)
     node_counts = _check(stages, options)
     workers = max(recipe.data.workers for _, recipe in stages)
-    job = Job(_run_folder(path, overrides), workdir, workers, node_counts)
+    job = Job(_run_folder(path, overrides, options), workdir, workers, node_counts)
     return launch(path, recipe_files(path), overrides, options, job)
 
 
@@ -67,9 +67,13 @@ def _check(stages: "Stages", options: "LaunchOptions") -> list[int]:
     return counts
 
 
-def _run_folder(path: Path, overrides: list[str]) -> Path:
+def _run_folder(path: Path, overrides: list[str], options: "LaunchOptions") -> Path:
     """The run folder of a stage or of a pipeline, with {array} still in its name."""
     from emma_train.config.load import is_pipeline, load_pipeline, load_recipe
+    from launchers import ARRAY, first_of_array
 
-    run_config = (load_pipeline(path, overrides)[0] if is_pipeline(path) else load_recipe(path, overrides)).run
-    return (Path(run_config.root) / run_config.name).resolve()
+    # YAML reads braces as a mapping.
+    words = [word.replace(ARRAY, "ARRAY-NUMBER") if word.startswith("run.") else word for word in overrides]
+    words = first_of_array(options, words)
+    run_config = (load_pipeline(path, words)[0] if is_pipeline(path) else load_recipe(path, words)).run
+    return Path(str((Path(run_config.root) / run_config.name).resolve()).replace("ARRAY-NUMBER", ARRAY))
