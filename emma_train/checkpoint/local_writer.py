@@ -8,11 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from emma_train.checkpoint import dcp, verify
+from emma_train.checkpoint import dcp, peer_copy, verify
 from emma_train.checkpoint import folder as folders
 from emma_train.checkpoint.local_folder import LOCAL, START, remove_local
 from emma_train.checkpoint.nodes import Nodes, this_node
-from emma_train.checkpoint.peer_copy import exchange_files
 from emma_train.checkpoint.save_group import SaveGroup
 from emma_train.checkpoint.state import CheckpointState
 from emma_train.storage.paths import StoragePath, storage_of
@@ -76,26 +75,32 @@ class LocalWriter:
     def _copy_files(self, written: Path, parts: list[str]) -> dict[str, dict[str, Any]]:
         """Copy this rank's files to the next node. Returns size and checksum of the files of all ranks, by path.
 
-        Each rank reads its files again, and the copies that it keeps too."""
+        Each rank reads its files again, and hashes what it sends and what it receives."""
+        to, copied = self._nodes.copy_rank(self._rank), self._nodes.copied_ranks(self._rank)
+        hashes: peer_copy.Hashes = {}
 
-        def local_entries() -> dict[str, dict[str, Any]]:
+        def local_sizes() -> list[tuple[str, int]]:
             paths = [(part, path) for part in parts for path in dcp.files_of_rank(written / part, self._rank)]
-            return {f"{part}/{path.name}": verify.file_entry(path) for part, path in paths}
+            return [(f"{part}/{path.name}", storage_of(path).size(path)) for part, path in paths]
 
-        by_rank = self._group.on_all(local_entries)
-        sizes = [[(name, int(entry["bytes"])) for name, entry in entries.items()] for entries in by_rank]
-        copied = self._nodes.copied_ranks(self._rank)
+        sizes = self._group.on_all(local_sizes)
 
-        def exchange() -> None:
+        def exchange() -> dict[str, dict[str, Any]]:
             received = {rank: sizes[rank] for rank in copied}
-            to = self._nodes.copy_rank(self._rank)
-            exchange_files(written, to, sizes[self._rank], received, self._group.process_group)
+            hashes.update(peer_copy.exchange_files(written, to, sizes[self._rank], received, self._group.process_group))
+            if to is None:
+                return {name: verify.file_entry(written / name) for name, _ in sizes[self._rank]}
+            return {name: {"bytes": size, "sha256": hashes[name]} for name, size in sizes[self._rank]}
+
+        by_rank = self._group.on_all(exchange)
+
+        def check() -> None:
             for rank in copied:
                 for name, entry in by_rank[rank].items():
-                    if verify.file_entry(written / name) != entry:
+                    if hashes[name] != entry["sha256"]:
                         raise OSError(f"the copy of {name} differs from the file that rank {rank} sent")
 
-        self._group.on_all(exchange)
+        self._group.on_all(check)
         return {name: entry for entries in by_rank for name, entry in sorted(entries.items())}
 
     def _ensure_start(self) -> str:

@@ -174,7 +174,8 @@ def _train_steps(trainer: "Trainer", stream: "Stream", world: "World", stop: "St
     from emma_train.engine.stall_watch import StallWatch
 
     try:
-        with Heartbeat(world), StallWatch(world, trainer.run.path / "logs", stream.describe) as watch:
+        watch = StallWatch(world, trainer.run.path / "logs", stream.describe)
+        with Heartbeat(world, watch.own_hang), watch:
             return trainer.train(stop, watch, begun_unix)
     except (RuntimeError, ConnectionError) as error:  # torch raises it wherever the trainer is when a worker dies
         if (failure := dead_worker(error)) is None:

@@ -25,22 +25,29 @@ BEAT_S = 5.0
 SILENT_S = 60.0
 """A rank whose count stands still for this long is dead or stopped. Longer than any call that keeps Python's lock."""
 GRACE_S = 30.0
-"""Time to end by itself for a rank whose main thread notices the loss too; more than rank_failure.PATIENCE_S."""
+"""Time to end by itself for a rank whose main thread notices the loss too; more than rank_failure.STORE_S."""
 _ENDED = b"ended"
 
 
 class Heartbeat:
     """A context; within it, this rank's process ends with exit code 1 when another rank has died, stopped or failed.
 
-    All ranks enter it in the same order. A rank may leave it before the others do.
+    All ranks enter it in the same order. A rank may leave it before the others do. own_hang: where this rank hangs, if
+    it does (StallWatch.own_hang): the others end before it and take the store along, of which it would know no more.
     """
 
     _num_entered = 0
 
     def __init__(
-        self, world: World, silent_s: float = SILENT_S, beat_s: float = BEAT_S, grace_s: float = GRACE_S
+        self,
+        world: World,
+        own_hang: Callable[[], str] = str,
+        silent_s: float = SILENT_S,
+        beat_s: float = BEAT_S,
+        grace_s: float = GRACE_S,
     ) -> None:
         self._rank, self._size = world.rank, world.size
+        self._own_hang = own_hang
         self._silent_s, self._beat_s, self._grace_s = silent_s, beat_s, grace_s
         self._left = threading.Event()
         self._failure: str | None = None
@@ -84,7 +91,13 @@ class Heartbeat:
                 self._left.wait(self._beat_s)
             store.set(keys[self._rank], _ENDED.decode())
         except dist.DistError:
-            self._failure = store_gone(self._size)
+            self._failure = self._describe_loss()
+
+    def _describe_loss(self) -> str:
+        """A line for a store that is gone."""
+        if line := self._own_hang():
+            return f"rank {self._rank} of {self._size} hangs: {line}"
+        return store_gone(self._rank, self._size)
 
     def _look(self, store: dist.Store, keys: list[str], watched: "BeatCounts") -> str | None:
         """What the others are known to have come to; None where all are well."""
@@ -106,7 +119,7 @@ class Heartbeat:
         store when the machine that keeps it is gone."""
         while not self._left.wait(self._beat_s / 2):
             if self._failure is None and time.monotonic() - self._last_answer > self._silent_s:
-                self._failure = store_gone(self._size)
+                self._failure = self._describe_loss()
             if self._failure is not None:
                 break
         if self._failure is None or self._left.wait(self._grace_s):

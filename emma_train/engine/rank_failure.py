@@ -5,6 +5,7 @@ writes that, waits until the others have written something, and names the ranks 
 """
 
 import os
+import socket
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,8 @@ PATIENCE_S = 10.0
 """How long the other ranks may take to notice the failure."""
 STORE_S = 2 * PATIENCE_S + 5
 """How long all calls of the store may take: it answers in milliseconds, and this rank waits twice for others."""
+REACH_S = 2.0
+"""How long a machine may take to answer who connects."""
 _LOST_CONTACT_TEXTS = ("gloo", "NCCL", "Connection closed by peer", "Connection reset", "Timed out waiting")
 _LOST_CONTACT = "lost contact"
 
@@ -43,7 +46,7 @@ def report_failure(error: BaseException, rank: int, size: int) -> RankFailure | 
     thread.join(STORE_S)
     if results:
         return results[0]
-    return RankFailure(store_gone(size)) if is_lost_contact(error) else None
+    return RankFailure(store_gone(rank, size)) if is_lost_contact(error) else None
 
 
 def _report_failure(error: BaseException, rank: int, size: int) -> RankFailure | None:
@@ -63,7 +66,7 @@ def _report_failure(error: BaseException, rank: int, size: int) -> RankFailure |
         if rank == 0:  # its process may hold the store, which the others still read
             _wait_for_keys(store, [f"{key}{other}/read" for other in without_contact])
     except dist.DistError:
-        return RankFailure(store_gone(size)) if lost_contact else None  # this rank knows why it failed itself
+        return RankFailure(store_gone(rank, size)) if lost_contact else None  # this rank knows why it failed itself
     return RankFailure(describe_failure(messages, size)) if rank == min(without_contact) else RankFailure()
 
 
@@ -85,8 +88,18 @@ def list_ranks(ranks: Sequence[int]) -> str:
     return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks[:8]))}{more}"
 
 
-def store_gone(size: int) -> str:
-    """One line about a store that no longer answers."""
+def store_gone(rank: int, size: int) -> str:
+    """One line of this rank about a store that no longer answers. The machine of a process that is dead or stopped
+    answers those who connect; where none answers, it may be this machine that is cut off. Takes up to REACH_S."""
+    host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    try:
+        socket.create_connection((host, int(port or 0)), timeout=REACH_S).close()
+    except (TimeoutError, OSError) as error:
+        if host and not isinstance(error, ConnectionError):
+            return (
+                f"rank {rank} of {size} cannot reach {host}, where rank 0 keeps the store: that machine is down, or "
+                "one of the two is cut off"
+            )
     return f"rank 0 of {size} died: the store that it keeps does not answer"
 
 

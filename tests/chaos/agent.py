@@ -20,7 +20,7 @@ REGISTER_VARIABLE = "EMMA_CHAOS_REGISTER"
 
 
 def run_agent(words: Sequence[str], environment: Mapping[str, str], folder: str, log: str, namespace: str) -> None:
-    """torchrun with these words, in a folder and a network namespace ("": that of this process)."""
+    """launchers/torchrun.py with these words, in a folder and a network namespace ("": that of this process)."""
     os.setsid()
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
@@ -35,7 +35,7 @@ def run_agent(words: Sequence[str], environment: Mapping[str, str], folder: str,
     register()
     from torch.distributed import run as torchrun
 
-    from launchers.torchrun import run
+    from launchers.torchrun import main
 
     configured = torchrun.config_from_args
 
@@ -44,7 +44,8 @@ def run_agent(words: Sequence[str], environment: Mapping[str, str], folder: str,
         return dataclasses.replace(config, start_method="fork"), run_rank, command[command.index("train") :]
 
     torchrun.config_from_args = config_of_forks
-    code = run(words)
+    sys.argv = ["launchers.torchrun", *words]
+    code = main()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -63,6 +64,6 @@ def run_rank(*argv: str) -> int:
 
 
 def register(**values: int) -> None:
-    """Leave the file."""
-    path = Path(os.environ[REGISTER_VARIABLE], str(os.getpid()))
-    path.write_text(json.dumps({"node": int(os.environ["EMMA_CHAOS_NODE"]), **values}))
+    """Leave the file, where there is a folder for it."""
+    if folder := os.environ.get(REGISTER_VARIABLE):
+        Path(folder, str(os.getpid())).write_text(json.dumps({"node": int(os.environ["EMMA_CHAOS_NODE"]), **values}))

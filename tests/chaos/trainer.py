@@ -1,6 +1,7 @@
 """The command that a rank runs: `emma-train`, with a gradient whose bit flips where a file asks for it.
 
-A file `flip-N` in the folder $EMMA_CHAOS_FLIPS flips one bit on rank N in the first pass of its next replay.
+A file `flip-N` in the folder $EMMA_CHAOS_FLIPS flips one bit on rank N in the first pass of its next replay. With
+$EMMA_SHORT_WAITS a rank that lost the others waits for seconds where it would wait for tens of seconds.
 """
 
 import os
@@ -13,7 +14,7 @@ from emma_train.cli import main
 from emma_train.commands import train as train_command
 from tests.chaos.agent import register
 
-FLIPS_VARIABLE = "EMMA_CHAOS_FLIPS"
+FLIPS_VARIABLE, SHORT_WAITS_VARIABLE = "EMMA_CHAOS_FLIPS", "EMMA_SHORT_WAITS"
 
 
 def flip_on_request() -> None:
@@ -36,11 +37,16 @@ def flip_on_request() -> None:
 
 def train(argv: list[str]) -> int:
     """`emma-train ARGV`. Returns the exit code and leaves it to torchrun."""
+    from tests.distributed.failing import shorten_waits
+
     train_stage = train_command._train_stage
 
     def prepared(*arguments: Any) -> int:
         # Not before: the time of the imports belongs to the start of the run.
-        flip_on_request()
+        if FLIPS_VARIABLE in os.environ:
+            flip_on_request()
+        if SHORT_WAITS_VARIABLE in os.environ:
+            shorten_waits()
         return train_stage(*arguments)
 
     train_command._train_stage = prepared

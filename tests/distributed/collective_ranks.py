@@ -20,6 +20,7 @@ from emma_train.engine.timeouts import Timeouts
 from emma_train.engine.world import join
 from emma_train.stages.stage import stage_of
 from emma_train.training.build import build, set_initial
+from tests.distributed.failing import shorten_waits
 from tests.distributed.ranks import make_pack, step_of
 
 
@@ -82,6 +83,7 @@ def wait_forever(victim: int, how: str) -> None:
 def stall(victim: int, how: str, logs: Path) -> None:
     """Ranks that sum; the victim comes late, is stopped or is at a line of its own for good."""
     logging.basicConfig(format="%(message)s", force=True)
+    shorten_waits()
     with join("cpu", 9) as world, StallWatch(world, logs, poll_s=0.2, answer_s=3) as watch:
         world.sum([0.0])
         watch.done = 7

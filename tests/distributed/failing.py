@@ -10,6 +10,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Generator, Iterable, Iterator
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from data_pipelines.loader import loader
 from data_pipelines.loader.reader import SampleReader
 from data_pipelines.loader.sample_builder import SampleBuilder
 from emma_train.cli import main
+from emma_train.engine import heartbeat, rank_failure
 from emma_train.engine.fsdp import FsdpEngine
 from emma_train.objectives import flow
 from emma_train.objectives.loss import LossAccumulator
@@ -64,8 +66,19 @@ def _raise(kind: str) -> Any:
     return fail
 
 
+def shorten_waits() -> None:
+    """Ranks that lost the others look for their errors, and then may end by themselves, for seconds only."""
+
+    class QuickHeartbeat(heartbeat.Heartbeat):
+        __init__ = partialmethod(heartbeat.Heartbeat.__init__, grace_s=6.0)  # type: ignore[assignment]
+
+    rank_failure.PATIENCE_S, rank_failure.STORE_S = 2.0, 6.0
+    heartbeat.Heartbeat = QuickHeartbeat  # type: ignore[misc]
+
+
 def hanging_command(argv: list[str], victim: int, how: str, number: int) -> int:
     """A command on whose rank `victim` the first loader worker is stopped at its read `number`, or never ends it."""
+    shorten_waits()
     if int(os.environ.get("RANK", 0)) == victim:
         read, num_reads = SampleReader.read, 0
 

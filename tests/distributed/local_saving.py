@@ -11,7 +11,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from emma_train.checkpoint import dcp, local_writer, peer_copy, verify
+from emma_train.checkpoint import dcp, peer_copy, verify
 from emma_train.checkpoint import folder as folders
 from emma_train.checkpoint.local_folder import check_local_folder, local_folder
 from emma_train.checkpoint.local_restore import restore_local
@@ -95,12 +95,12 @@ def late(root: Path, rank: int) -> tuple[list[int], str | None]:
         job = LocalJob(world, root, timeout_s=1)
         exchange = peer_copy.exchange_files
 
-        def slow(*arguments: Any) -> None:
+        def slow(*arguments: Any) -> Any:
             if job.step == 2 and world.rank == rank:
                 time.sleep(1.5)
-            exchange(*arguments)
+            return exchange(*arguments)
 
-        local_writer.exchange_files = slow  # type: ignore[attr-defined]
+        peer_copy.exchange_files = slow
         steps, stopped = [], None
         try:
             for _ in range(4):
@@ -130,12 +130,12 @@ def killed(root: Path, rank: int) -> tuple[str | None, float]:
         job.saver.finish()
         exchange = peer_copy.exchange_files
 
-        def end(*arguments: Any) -> None:
+        def end(*arguments: Any) -> Any:
             if world.rank == rank:
                 os._exit(0)
-            exchange(*arguments)
+            return exchange(*arguments)
 
-        local_writer.exchange_files = end  # type: ignore[attr-defined]
+        peer_copy.exchange_files = end
         job.go()
         started = time.perf_counter()
         job.save_local()

@@ -48,6 +48,7 @@ from emma_train.storage.safetensors_io import Tensors
 from emma_train.training.build import TrainingParts, build, set_initial
 from emma_train.training.forward import micro_loss
 from emma_train.training.loop import Trainer
+from tests.distributed.failing import shorten_waits
 from tests.helpers import tiny_recipe
 
 Result = TypeVar("Result")
@@ -378,6 +379,7 @@ def end_in_step(argv: list[str], victim: int, step: int, how: str) -> None:
         return plain(self, data, *rest)
 
     Trainer._step = ending  # type: ignore[method-assign]
+    shorten_waits()
     raise SystemExit(main(argv))
 
 

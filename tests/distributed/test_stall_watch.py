@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from emma_train.engine.stall_watch import NO_STORE
 from tests.distributed.collective_ranks import stall
 from tests.distributed.spawn import run_ranks
 
@@ -36,6 +37,21 @@ def test_a_rank_that_is_stopped_gives_no_answer(tmp_path: Path) -> None:
     lines = report(tmp_path).splitlines()
     assert lines[1] == "rank 2: does not answer: stopped, dead or cut off"
     assert lines[2].startswith("ranks 0, 1: waits in all-reduce")
+
+
+@pytest.mark.slow
+def test_where_the_store_hangs_with_its_rank_the_others_report_what_they_know(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError) as failure:
+        run_ranks(3, stall, 0, "stopped", tmp_path, timeout_s=60, grace_s=1)
+    reports = sorted(tmp_path.iterdir(), key=lambda path: path.name[-5])
+    assert [path.name[-11:] for path in reports] == ["-rank-1.txt", "-rank-2.txt"]
+    for rank, path in enumerate(reports, 1):
+        title, stopped, waiting, *rest = path.read_text().splitlines()
+        assert title.startswith("no progress after step 7 for ")
+        assert stopped == f"rank 0: {NO_STORE}"
+        assert waiting.startswith(f"rank {rank}: waits in all-reduce, emma_train/engine/world.py:")
+        assert any("in all_reduce" in line for line in rest)
+        assert f"{title}: {stopped}; {waiting} (" in str(failure.value)
 
 
 def test_a_step_in_time_is_not_reported(tmp_path: Path) -> None:

@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 
 from emma_train.checkpoint import folder as folders
+from launchers.command import torchrun_environment
+from tests.chaos.agent import run_agent
+from tests.chaos.trainer import SHORT_WAITS_VARIABLE
 from tests.distributed.ranks import full_disk_command
-from tests.distributed.spawn import kill_all, run_command, run_ranks, start_command
+from tests.distributed.spawn import ROOT, fork_server, kill_all, run_command, run_ranks, start_command
 from tests.integration.conftest import MakeRecipe
 from tests.runs import checkpoint, differences, learnt, metrics, stored, train, train_until
 
@@ -202,26 +205,30 @@ def steps_logged(run: Path) -> int:
 
 
 @pytest.mark.slow
-def test_torchrun_restarts_into_a_resume(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torchrun_restarts_into_a_resume(recipe: Path, tmp_path: Path) -> None:
     """A rank is killed; torchrun restarts both, and they resume from the last checkpoint."""
-    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-    steps = "train.steps=40"
+    steps = "train.steps=14"
     train(recipe, "run.name=unbroken", steps, processes=2)
-    run = recipe.parent / "restarted"
-    command = start_command("train", str(recipe), "run.name=restarted", steps, processes=2, restarts=1)
+    run, log = recipe.parent / "restarted", tmp_path / "log"
+    words = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "1", "-m", "emma_train"]
+    words += ["train", str(recipe), "run.name=restarted", steps]
+    environment = {**os.environ, **torchrun_environment(1), "OMP_NUM_THREADS": "1", SHORT_WAITS_VARIABLE: "1"}
+    agent = fork_server().Process(target=run_agent, args=(words, environment, str(ROOT), str(log), ""))
+    agent.start()
+    assert agent.pid is not None
     try:
         deadline = time.monotonic() + 90
-        while steps_logged(run) < 10:
-            assert command.poll() is None and time.monotonic() < deadline
+        while steps_logged(run) < 5:
+            assert agent.is_alive() and time.monotonic() < deadline, log.read_text()
             time.sleep(0.002)
-        os.kill(children(command.pid)[1], signal.SIGKILL)
-        out, err = command.communicate(timeout=120)
+        os.kill(children(agent.pid)[1], signal.SIGKILL)
+        agent.join(120)
     finally:
-        kill_all(command.pid)
-    assert command.returncode == 0, err
-    assert err.count("resumed ") == 1
+        kill_all(agent.pid)
+    assert agent.exitcode == 0, log.read_text()
+    assert log.read_text().count("resumed ") == 1
     assert learnt(run) == learnt(recipe.parent / "unbroken")
-    ends = [stored(checkpoint(recipe.parent / name, 40)) for name in ("restarted", "unbroken")]
+    ends = [stored(checkpoint(recipe.parent / name, 14)) for name in ("restarted", "unbroken")]
     assert differences(*ends) == []
 
 

@@ -9,7 +9,7 @@ from tests.distributed.failing import hanging_command
 from tests.distributed.spawn import read_outcomes, start_ranks
 from tests.integration.conftest import MakeRecipe
 
-STEP_TIMEOUT_S = 10
+STEP_TIMEOUT_S = 7
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ class SilentStore:
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        (RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 15000ms"), store_gone(3)),
+        (RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 15000ms"), store_gone(1, 3)),
         (ValueError("a mistake on this rank"), None),
     ],
 )
