@@ -127,7 +127,7 @@ _AFTER_ELASTIC = """    [ ! -s "$EMMA_OUTCOME" ] || rc=$(cat "$EMMA_OUTCOME")
 def _directives(options: LaunchOptions, job: Job, num_processes: int) -> list[str]:
     cpus = options.cpus_per_process if options.cpus_per_process is not None else 1 + job.workers
     values = {
-        "job-name": options.job_name or job.run.name.replace(ARRAY, "%a" if options.array else ""),
+        "job-name": options.job_name or job.run.name.replace(ARRAY, "array"),
         "chdir": str(job.workdir),
         "output": str(job.logs / ("slurm-%A_%a.out" if options.array else "slurm-%j.out")),
         # Of a range SLURM gives the fewest nodes on which the tasks have room.
