@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from emma_train.commands import (
+    ablate,
     audit,
     config,
     doctor,
@@ -34,11 +35,12 @@ COMMANDS = {
     "report": report,
     "status": status,
     "audit": audit,
+    "ablate": ablate,
     "config": config,
     "doctor": doctor,
     "launch": launch,
 }
-TAKES_OVERRIDES = ("train", "import", "plan", "launch")
+TAKES_OVERRIDES = ("train", "import", "plan", "launch", "ablate")
 NOISY_LOGGERS = ("httpx", "filelock", "torch", "PIL", "botocore", "aiobotocore")
 
 

@@ -1,6 +1,7 @@
 """What the fuzz of options and of files (tests/fuzz_options.py, tests/fuzz_files.py) gives to the commands, and how a
 command is tried. All paths are relative to the folder of the inputs.
 
+ablation.yaml                    two arms of recipe.yaml
 recipe.yaml                      two steps a checkpoint, of two sequences, with the model of tests/assets/e0297de
 shards/, prompts/                two shards with cached latents; the held-out splits of a data set
 selection/, data.yaml            all rows of the shards; a data recipe that selects them
@@ -104,6 +105,8 @@ def make_inputs(folder: Path) -> Path:
 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe_values()))
+    arms = {"one": {}, "other": {"set": {"model.und_attention": "full"}}}
+    (folder / "ablation.yaml").write_text(yaml.safe_dump({"recipe": "recipe.yaml", "arms": arms}))
     (folder / "image.png").write_bytes(png(0, 64))
     (folder / "file").write_text("a file\n")
     (folder / "folder").mkdir()

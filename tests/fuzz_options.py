@@ -70,6 +70,7 @@ LEGAL: dict[str, dict[str, list[str]]] = {
     "emma-train report": {"run_folder": ["runs/micro"]},
     "emma-train status": {"run_folder": ["runs/micro"]},
     "emma-train audit": {"run_folder": ["runs/micro"]},
+    "emma-train ablate": {"ablation": ["ablation.yaml"], "--dry-run": [], "--out": ["results.jsonl"]},
     "emma-train config": {},
     "emma-train doctor": {},
     "emma-train launch": {"recipe": ["recipe.yaml"], "--dry-run": []},

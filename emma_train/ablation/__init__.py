@@ -1,0 +1,1 @@
+"""Ablations: arms x seeds of a recipe, trained, scored and compared in pairs (docs/ablations.md)."""
