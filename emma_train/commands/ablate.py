@@ -77,10 +77,9 @@ def _job_of(ablation: "Ablation", trial: "Trial", out: Path, root: Path) -> "Tri
     if trial.arm.options is not None:
         folder, scores = str(trial.run_folder), str(scores_file(trial))
         commands.append([sys.executable, "-m", "emma_train", "evaluate", folder, "--out", scores, *trial.arm.options])
-    flops = _flops(trial, str(ablation.path))
 
     def finish() -> None:
-        append_result(out, result_of(trial, flops))
+        append_result(out, result_of(trial, _flops(trial, str(ablation.path))))
         log.info("%s: finished, one more line in %s", trial.name, out)
 
     return TrialJob(trial.name, trial.folder, commands, root / "logs" / f"{trial.folder.name}.log", finish)
