@@ -100,12 +100,14 @@ def sample_costs(
     if cost_model.text_tokens:
         text = np.full_like(text, cost_model.text_tokens)
     images = _count_visual(table, chosen, cost_model)
-    max_tokens = _shrink_images(text, images, cost_model)
+    rules = image_rules(cost_model.model)
+    max_tokens = _shrink_images(text, images, cost_model, rules.tokens_per_cell)
 
     model, num_visual = cost_model.model, images.num_visual
-    num_tokens = text + num_visual + images.num_target
+    num_shown = rules.tokens_per_cell * num_visual
+    num_tokens = text + num_shown + images.num_target
     num_encoded = num_visual * (model.fusion != "latent")
-    pairs = _attention_pairs(cost_model.task, text, num_visual, images.num_target, image_rules(model).full_und)
+    pairs = _attention_pairs(cost_model.task, text, num_shown, images.num_target, rules.full_und)
     counted = {
         "tokens": num_tokens,
         "pairs": pairs,
@@ -206,7 +208,7 @@ def _count_visual(table: pa.Table, chosen: np.ndarray, cost_model: CostModel) ->
     )
 
 
-def _shrink_images(text: np.ndarray, images: _VisualCounts, cost_model: CostModel) -> np.ndarray:
+def _shrink_images(text: np.ndarray, images: _VisualCounts, cost_model: CostModel, tokens_per_cell: int) -> np.ndarray:
     """int64 [N]: the limit of tokens per image of samples that need one, 0 for others. Changes their counts in place.
 
     The changed counts are upper bounds: an image below the limit keeps its size.
@@ -214,10 +216,10 @@ def _shrink_images(text: np.ndarray, images: _VisualCounts, cost_model: CostMode
     limit = np.zeros(len(text), dtype=np.int64)
     if TASKS[cost_model.task].makes_image or cost_model.image_config.mode != "native":
         return limit
-    num_tokens, cap = text + images.num_visual + images.num_target, cost_model.caps["tokens"]
+    num_tokens, cap = text + tokens_per_cell * images.num_visual + images.num_target, cost_model.caps["tokens"]
     for row in np.flatnonzero(num_tokens > cap).tolist():
         num_images = int(images.num_images[row])
-        per_image = (cap - int(text[row])) // num_images if num_images else 0
+        per_image = (cap - int(text[row])) // (num_images * tokens_per_cell) if num_images else 0
         if per_image >= MIN_IMAGE_TOKENS:
             limit[row] = per_image
             images.num_visual[row] = per_image * num_images

@@ -187,16 +187,16 @@ def _check_comparisons(recipe: Recipe, source: str) -> None:
             f"{source}: init.gen_adapter is und, but model.adapters is one, so the Gen adapter has no matrices to "
             "start; set init.gen_adapter=random"
         )
-    if recipe.model.fusion == "latent":
-        if recipe.model.vision.stem_expert or recipe.model.vision.router:
-            raise UserError(
-                f"{source}: model.fusion is latent, so the vision encoder runs on no image and its STEM expert and "
-                "router would learn nothing; set model.fusion=channel, or leave out stage 4"
-            )
-        if any(phase.mix.recon for phase in phases(recipe)):
-            raise UserError(
-                f"{source}: model.fusion is latent, but recon shows an image without its latent; set mix.recon=0"
-            )
+    if recipe.model.fusion == "latent" and (recipe.model.vision.stem_expert or recipe.model.vision.router):
+        raise UserError(
+            f"{source}: model.fusion is latent, so the vision encoder runs on no image and its STEM expert and router "
+            "would learn nothing; set model.fusion=channel, or leave out stage 4"
+        )
+    if recipe.model.fusion in ("latent", "token") and any(phase.mix.recon for phase in phases(recipe)):
+        raise UserError(
+            f"{source}: model.fusion is {recipe.model.fusion}, but recon hides the latent half of tokens that "
+            "have both; set mix.recon=0, or model.fusion=channel"
+        )
 
 
 def check_model(recipe: Recipe, source: str) -> None:

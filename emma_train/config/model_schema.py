@@ -105,10 +105,10 @@ class ModelConfig:
     """Fan-in that scales the latent columns of the adapters' first matrix at a random start: joint with the semantic
     columns, or separate, their own (ours). With joint, 32 latent channels make 1/145 of the variance
     of what the matrix gives."""
-    fusion: str = setting("channel", choices=("channel", "latent", "semantic"), handoff="equal")
+    fusion: str = setting("channel", choices=("channel", "token", "latent", "semantic"), handoff="equal")
     """What the token of an image that is given is made of: semantic features and latent, joined channel by channel, or
-    one of them, with zeros for the other. An image that is still to be made always has its latent. This and the next
-    four are EMMA's, or what it is compared with."""
+    one of them, with zeros for the other; token: it has a token of each, so twice as many (BAGEL's way). An image that
+    is still to be made has its latent alone. This and the next four are EMMA's, or what it is compared with."""
     adapters: str = setting("two", choices=("two", "one"), handoff="equal")
     """two: the Und adapter for images to be understood and the Gen adapter for reference and target images; one: the
     Und adapter's matrices for all of them."""

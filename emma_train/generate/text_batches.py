@@ -67,7 +67,7 @@ def answer_likelihoods(
 
 def _lengths(generator: Generator, requests: Sequence[Request]) -> list[int]:
     side = generator.patch * generator.shuffle
-    return [num_request_tokens(request, generator.tokenizer, side) for request in requests]
+    return [num_request_tokens(request, generator.tokenizer, side, generator.rules) for request in requests]
 
 
 def _in_batches(

@@ -61,7 +61,8 @@ class Emma(nn.Module):
         losses: bool = False,
         cache: KVCache | None = None,
     ) -> Prediction:
-        """latents: [visual tokens, C], scaled, in stream order, target rows noised; time: [target tokens] in [0, 1].
+        """latents: [cells of all images, C], scaled, in stream order, target rows noised; time: [target tokens], from 0
+        to 1.
 
         Text comes out as logits, or, where `losses` are asked for, as its losses, which take far less memory.
         With a cache, a pack may continue the packs before it (sequence/pack.py, `continued`): its tokens see theirs.
@@ -69,22 +70,28 @@ class Emma(nn.Module):
         Every module runs for every pack, on no rows where it has nothing to do, so that all ranks run the same
         modules in the same order (contract 3).
         """
-        num_text, num_und, num_reference, num_target = batch.counts
-        given = [*batch.grids[ImageRole.UND], *batch.grids[ImageRole.REFERENCE]]
-        seen, num_routed = (given, len(batch.grids[ImageRole.UND])) if self.config.fusion != "latent" else ([], 0)
+        num_text, num_und, _, num_target = batch.counts
+        cells_und, cells_reference, _ = batch.num_cells
+        und_grids, reference_grids = batch.grids[ImageRole.UND], batch.grids[ImageRole.REFERENCE]
+        shown = [*und_grids, *reference_grids]
+        seen, num_routed = (shown, len(und_grids)) if self.config.fusion != "latent" else ([], 0)
         vision = self.vision(self.pixels(batch), seen, experts, num_routed=num_routed)
         semantic = vision.features
         text = self.decoder.embed_tokens(batch.text_ids)
+        of_und, of_reference, of_target = latents.split([cells_und, cells_reference, num_target])
         if self.config.fusion == "semantic":
-            num_given = num_und + num_reference
-            latents = torch.cat([torch.zeros_like(latents[:num_given]), latents[num_given:]])
+            latents = torch.cat([torch.zeros_like(of_und), torch.zeros_like(of_reference), of_target])
+        elif self.config.fusion == "token":
+            given = (torch.zeros_like(of_und), of_und, torch.zeros_like(of_reference), of_reference)
+            latents = torch.cat([*given, of_target])
         und_latents = latents[:num_und]
         if batch.semantic_only is not None:
             und_latents = und_latents.masked_fill(batch.semantic_only[:, None], 0.0)
-        und = self.und_adapter(semantic[:num_und], und_latents)
+        und = self.und_adapter(semantic[:cells_und], und_latents)
         shared = self.und_adapter if self.config.adapters == "one" else None
-        gen = self.gen_adapter.forward_images(semantic[num_und:], latents[num_und:], time, shared)
-        grids = [*given, *batch.grids[ImageRole.TARGET]]
+        gen = self.gen_adapter.forward_images(semantic[cells_und:], latents[num_und:], time, shared)
+        times = 2 if self.config.fusion == "token" else 1
+        grids = [*und_grids * times, *reference_grids * times, *batch.grids[ImageRole.TARGET]]
         visual = torch.cat([und, gen])
         positions = position_2d(grids, visual.shape[-1], visual.device)
         visual = visual + (self.config.position_scale * positions).to(visual.dtype)
@@ -110,7 +117,7 @@ class Emma(nn.Module):
 
     def pixels(self, batch: PackedBatch) -> Tensor:
         """Patches of the images to be seen, in [-1, 1]."""
-        num_given = 0 if self.config.fusion == "latent" else batch.counts[1] + batch.counts[2]
+        num_given = 0 if self.config.fusion == "latent" else sum(batch.num_cells[:2])
         num_seen = num_given * self.config.vision.shuffle**2
         side = self.config.vision.patch
         patches = batch.patches[:num_seen].reshape(num_seen, side * side * 3)

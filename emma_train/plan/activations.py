@@ -33,9 +33,9 @@ def keys_per_token(load: StepLoad) -> float:
     The few tokens before the reference of an edit are left out.
     """
     tasks = [task for task in load.means if TASKS[task].makes_image]
-    again = load.total(lambda s: s.text + s.seen, *tasks) if tasks else 0.0
+    again = load.total(lambda s: s.text + s.shown, *tasks) if tasks else 0.0
     edits = [task for task in tasks if TASKS[task].condition is ImageRole.REFERENCE]
-    again += load.total(lambda s: s.seen, *edits) if edits else 0.0
+    again += load.total(lambda s: s.shown, *edits) if edits else 0.0
     return 1 + again / load.tokens
 
 

@@ -176,18 +176,18 @@ class Plan:
         shuffle, encoded = self.recipe.model.vision.shuffle, self.recipe.model.fusion != "latent"
         understood = [name for name, task in TASKS.items() if task.condition is ImageRole.UND]
         others = [name for name in TASKS if name not in understood]
-        gen = load.total(lambda s: s.made, *understood) + load.total(lambda s: s.seen + s.made, *others)
+        gen = load.total(lambda s: s.made, *understood) + load.total(lambda s: s.shown + s.made, *others)
         # Causal rows see half their sample; an instruction sees its reference, a target all that is before it.
-        und_pairs = load.total(lambda s: (s.text + s.seen) * (s.text + s.seen + 1) / 2, *understood)
-        und_pairs += load.total(lambda s: s.text * (s.text + 1) / 2 + s.text * s.seen, *others)
+        und_pairs = load.total(lambda s: (s.text + s.shown) * (s.text + s.shown + 1) / 2, *understood)
+        und_pairs += load.total(lambda s: s.text * (s.text + 1) / 2 + s.text * s.shown, *others)
         if image_rules(self.recipe.model).full_und:  # each token of an image sees also those after it
-            und_pairs += load.total(lambda s: s.seen * (s.seen / max(1.0, s.images_seen) - 1) / 2, *understood)
-        gen_pairs = load.total(lambda s: s.seen**2 / max(1.0, s.images_seen), *others)
+            und_pairs += load.total(lambda s: s.shown * (s.shown / max(1.0, s.images_seen) - 1) / 2, *understood)
+        gen_pairs = load.total(lambda s: s.shown**2 / max(1.0, s.images_seen), *others)
         gen_pairs += load.total(lambda s: s.made * s.tokens)
         return Work(
             patches=self._patches(load),
             patch_pairs=encoded * load.total(lambda s: (s.seen * shuffle**2) ** 2 / max(1.0, s.images_seen)),
-            und_visual=load.total(lambda s: s.seen, *understood),
+            und_visual=load.total(lambda s: s.shown, *understood),
             gen_visual=gen,
             und_rows=load.tokens - gen,
             und_pairs=und_pairs,

@@ -7,6 +7,7 @@ from typing import Any
 from emma_train.config.mix import samples_per_task, task_shares
 from emma_train.config.schema import ImageConfig, PhaseConfig, Recipe, SourceConfig
 from emma_train.sequence.geometry import image_size, is_suitable
+from emma_train.sequence.image_rules import image_rules
 from emma_train.sequence.tasks import TASKS, Task
 
 ASSUMED_NATIVE_TOKENS = 1024
@@ -42,10 +43,17 @@ class MeanSample:
     """Share of samples with an image that is enlarged to more than twice its pixels."""
     read_bytes: float = 0.0
     """Bytes of its record in the shard."""
+    tokens_per_cell: int = 1
+    """LLM tokens of each visual token that is seen."""
+
+    @property
+    def shown(self) -> float:
+        """LLM tokens of the images that it shows."""
+        return self.tokens_per_cell * self.seen
 
     @property
     def tokens(self) -> float:
-        return self.text + self.seen + self.made
+        return self.text + self.shown + self.made
 
 
 @dataclass(frozen=True)
@@ -85,7 +93,7 @@ def mean_sample(
     recipe: Recipe, sources: list[SourceConfig], task: Task, read_index_rows: ReadIndexRows | None = None
 ) -> MeanSample:
     """Mean sample of a task: measured if all sources that have the task can be read, else assumed."""
-    image_config = task.image_config(recipe.data)
+    image_config, per_cell = task.image_config(recipe.data), image_rules(recipe.model).tokens_per_cell
     pixels = recipe.model.autoencoder.pixels
     of_task = [source for source in sources if not source.tasks or task.name in source.tasks]
     rows = [read_index_rows(source, task.name) if read_index_rows else None for source in of_task]
@@ -99,11 +107,12 @@ def mean_sample(
                 sums = [so_far + share * value for so_far, value in zip(sums, values, strict=True)]
                 total += share
         text, supervised, seen, images, made, unsuitable, enlarged, read = (value / total for value in sums)
-        return MeanSample(text, supervised, seen, images, made, True, unsuitable, enlarged, read)
+        return MeanSample(text, supervised, seen, images, made, True, unsuitable, enlarged, read, per_cell)
     text, supervised = task.typical_text
     image, sees, makes = image_tokens(image_config, pixels), float(task.condition is not None), float(task.makes_image)
     read = ASSUMED_BYTES_PER_TOKEN * text + ASSUMED_BYTES_PER_PIXEL * (sees + makes) * image * pixels**2
-    return MeanSample(text, supervised, sees * image, sees, makes * image, measured=False, read_bytes=read)
+    sizes = (text, supervised, sees * image, sees, makes * image)
+    return MeanSample(*sizes, measured=False, read_bytes=read, tokens_per_cell=per_cell)
 
 
 def image_tokens(image_config: ImageConfig, pixels: int) -> float:

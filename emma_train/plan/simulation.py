@@ -172,7 +172,7 @@ def _loss(engine: FsdpEngine, batch: PackedBatch, stage: Stage) -> Tensor:
     if stage.loss == "router":
         logits: Tensor = model.route(batch)
         return logits.sum()
-    latents = torch.zeros(sum(batch.counts[1:]), model.config.autoencoder.channels)
+    latents = torch.zeros(sum(batch.num_cells), model.config.autoencoder.channels)
     experts = training_experts(batch) if stage.stem_expert else None
     prediction = model(batch, latents, torch.zeros(batch.counts[3]), experts, losses=True)
     return prediction.text_losses.sum() + prediction.velocity.sum()

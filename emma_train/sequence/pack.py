@@ -52,10 +52,14 @@ class Sample:
 
     @property
     def num_tokens(self) -> int:
-        return sum(
-            len(s.ids) if isinstance(s, TextSegment) else self.images[s.name].grid[0] * self.images[s.name].grid[1]
-            for s in self.segments
-        )
+        return sum(self.segment_tokens(segment) for segment in self.segments)
+
+    def segment_tokens(self, segment: Segment) -> int:
+        """Tokens of one of its segments."""
+        if isinstance(segment, TextSegment):
+            return len(segment.ids)
+        rows, columns = self.images[segment.name].grid
+        return rows * columns * (1 if segment.role is ImageRole.TARGET else self.rules.tokens_per_cell)
 
     @property
     def num_positions(self) -> int:
@@ -74,7 +78,8 @@ class PackedBatch:
     tasks: list[str]
     """Their tasks."""
     counts: tuple[int, int, int, int]
-    """Tokens of the stream's four groups: text, understanding, reference, target."""
+    """Tokens of the stream's four groups: text, understanding, reference, target. Where images have tokens of both
+    kinds, the semantic ones of all images of a role come before their latent ones."""
     max_length: int
     """Tokens of the longest sample."""
     grids: dict[ImageRole, list[tuple[int, int]]]
@@ -96,7 +101,7 @@ class PackedBatch:
     patches: torch.Tensor
     """uint8 [P, patch*patch*3]: understanding and reference images, then, where latents are not cached, targets."""
     latents: torch.Tensor | None
-    """float32 [visual tokens, C] unscaled, in stream order; None where the autoencoder must run."""
+    """float32 [cells of all images, C] unscaled, in stream order; None where the autoencoder must run."""
     noise_seeds: torch.Tensor
     """int64 [targets]."""
     time_seeds: torch.Tensor
@@ -134,6 +139,12 @@ class PackedBatch:
         return sum(self.counts)
 
     @property
+    def num_cells(self) -> tuple[int, int, int]:
+        """Cells of the grids of all understanding, reference and target images: rows of latents."""
+        und, reference, target = (sum(rows * columns for rows, columns in self.grids[role]) for role in ImageRole)
+        return und, reference, target
+
+    @property
     def num_supervised(self) -> dict[str, int]:
         """Supervised text tokens by task; of a batch on the host."""
         numbers: dict[str, int] = {}
@@ -160,12 +171,17 @@ class PackedBatch:
         return replace(self, **moved)
 
 
+GROUP_OF_RUN = (0, 1, 1, 2, 2, 3)
+"""Group of the stream of each kind of run: text; semantic and latent tokens of understanding images, and of references;
+targets. Tokens that are both count as semantic ones."""
+
+
 class _StreamTables:
-    """Tables of the tokens of some samples, collected segment by segment for each of the stream's four groups."""
+    """Tables of the tokens of some samples, collected segment by segment for each kind of run."""
 
     def __init__(self) -> None:
         self.columns: dict[str, list[list[np.ndarray]]] = {
-            name: [[] for _ in range(4)] for name in ("sample", "position", "limit", "rotary_position")
+            name: [[] for _ in range(len(GROUP_OF_RUN))] for name in ("sample", "position", "limit", "rotary_position")
         }
         self.text_ids: list[int] = []
         self.supervised: list[tuple[int, int, int]] = []
@@ -179,15 +195,17 @@ class _StreamTables:
         """Add a sample as number `index` of the pack."""
         position = rotary_position = 0
         for segment in sample.segments:
+            length = sample.segment_tokens(segment)
             if isinstance(segment, TextSegment):
-                group, length, causal = 0, len(segment.ids), True
-                num_positions = length
+                runs, causal, num_positions = [0], True, length
                 self.text_ids += segment.ids
                 if segment.supervised:
                     self.supervised += [(index, position + i, token) for i, token in enumerate(segment.ids)]
             else:
                 image = sample.images[segment.name]
-                group, length = int(segment.role), image.grid[0] * image.grid[1]
+                num_runs = length // (image.grid[0] * image.grid[1])
+                first = GROUP_OF_RUN.index(segment.role)
+                runs = list(range(first, first + num_runs))
                 causal = segment.role is ImageRole.UND and not sample.rules.full_und
                 num_positions = 1 if sample.rules.one_position else length
                 self.images[segment.role].append(image)
@@ -196,17 +214,25 @@ class _StreamTables:
                 if segment.role is ImageRole.TARGET:
                     self.target_samples.append(sample)
             positions = np.arange(position, position + length)
-            self.columns["sample"][group].append(np.full(length, index))
-            self.columns["position"][group].append(positions)
-            self.columns["limit"][group].append(positions if causal else np.full(length, position + length - 1))
+            self._append("sample", runs, np.full(length, index))
+            self._append("position", runs, positions)
+            self._append("limit", runs, positions if causal else np.full(length, position + length - 1))
             rotary = rotary_position + np.minimum(np.arange(length), num_positions - 1)
-            self.columns["rotary_position"][group].append(rotary)
+            self._append("rotary_position", runs, rotary)
             position, rotary_position = position + length, rotary_position + num_positions
+
+    def _append(self, name: str, runs: Sequence[int], values: np.ndarray) -> None:
+        """Divide the values of a segment evenly among its runs."""
+        for run, part in zip(runs, np.split(values, len(runs)), strict=True):
+            self.columns[name][run].append(part)
 
     @property
     def counts(self) -> tuple[int, int, int, int]:
         """Tokens of the four groups."""
-        text, und, reference, target = (sum(map(len, parts)) for parts in self.columns["position"])
+        counts = [0, 0, 0, 0]
+        for group, parts in zip(GROUP_OF_RUN, self.columns["position"], strict=True):
+            counts[group] += sum(map(len, parts))
+        text, und, reference, target = counts
         return text, und, reference, target
 
     def column(self, name: str) -> np.ndarray:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from emma_train.sequence.geometry import to_patches
+from emma_train.sequence.image_rules import EMMA_RULES, ImageRules
 from emma_train.sequence.layout import IMAGE_MARK, answer_opening, num_text_tokens
 from emma_train.sequence.pack import ImageTokens, Sample
 from emma_train.sequence.tasks import TASKS
@@ -66,7 +67,7 @@ def _without_mark(text: str) -> str:
     return text.replace(IMAGE_MARK, IMAGE_MARK.replace(">", " >"))
 
 
-def num_request_tokens(request: Request, tokenizer: TextTokenizer, side: int) -> int:
+def num_request_tokens(request: Request, tokenizer: TextTokenizer, side: int, rules: ImageRules = EMMA_RULES) -> int:
     """Tokens of a request with its images, without what is to be generated; `side`: pixels of a visual token."""
     names = [f"img{i}" for i in range(len(request.images))]
     turns = request.turns or [{"role": "user", "text": request.text}]
@@ -74,7 +75,8 @@ def num_request_tokens(request: Request, tokenizer: TextTokenizer, side: int) ->
     task = TASKS[request.task]
     opening = [] if task.makes_image else answer_opening(tokenizer)
     num_text, _ = num_text_tokens([*task.layout(tokenizer, names, alternative), *opening])
-    return num_text + sum(image.shape[0] * image.shape[1] // side**2 for image in request.images)
+    cells = sum(image.shape[0] * image.shape[1] // side**2 for image in request.images)
+    return num_text + rules.tokens_per_cell * cells
 
 
 def as_sample(

@@ -124,7 +124,7 @@ class Validation:
         for batch in packs.packs:
             if batch.latents is None:
                 latents = encoded_latents(batch.to(self._world.device), self._autoencoder).cpu()
-                num_seen = (batch.counts[1] + batch.counts[2]) * self._recipe.model.vision.shuffle**2
+                num_seen = sum(batch.num_cells[:2]) * self._recipe.model.vision.shuffle**2
                 batch = replace(batch, latents=latents, patches=batch.patches[:num_seen].clone())
             encoded.append(batch)
         return RankPacks(encoded, packs.num_counted)
@@ -153,14 +153,12 @@ def copy_losses(batch: PackedBatch, latents: Tensor, flow: FlowConfig) -> list[t
 
     latents: clean and scaled, [visual tokens, C] in stream order.
     """
-    _, num_und, num_reference, num_target = batch.counts
+    num_target = batch.counts[3]
     step = add_noise(batch, latents, flow)
-    noised = step.latents[num_und + num_reference :]
+    noised = step.latents[len(latents) - num_target :]
     start, result = 0, []
-    references = list(_images(batch, latents, ImageRole.REFERENCE, num_und))
-    for task, (sample, grid, target) in zip(
-        batch.target_tasks, _images(batch, latents, ImageRole.TARGET, num_und + num_reference), strict=True
-    ):
+    references = list(_images(batch, latents, ImageRole.REFERENCE))
+    for task, (sample, grid, target) in zip(batch.target_tasks, _images(batch, latents, ImageRole.TARGET), strict=True):
         rows, start = slice(start, start + len(target)), start + len(target)
         same = [image for owner, other, image in references if (owner, other) == (sample, grid)]
         if same:
@@ -170,13 +168,13 @@ def copy_losses(batch: PackedBatch, latents: Tensor, flow: FlowConfig) -> list[t
     return result
 
 
-def _images(
-    batch: PackedBatch, latents: Tensor, role: ImageRole, start: int
-) -> Iterator[tuple[int, tuple[int, int], Tensor]]:
-    """(sample, grid, latents) of each image of a role; `start`: its first visual token."""
+def _images(batch: PackedBatch, latents: Tensor, role: ImageRole) -> Iterator[tuple[int, tuple[int, int], Tensor]]:
+    """(sample, grid, latents) of each image of a role."""
+    start = sum(batch.num_cells[: role - 1])
+    before = sum(batch.counts[:role]) - start
     for rows, columns in batch.grids[role]:
         stop = start + rows * columns
-        yield int(batch.sample[batch.counts[0] + start]), (rows, columns), latents[start:stop]
+        yield int(batch.sample[before + start]), (rows, columns), latents[start:stop]
         start = stop
 
 

@@ -71,6 +71,31 @@ def test_every_row_is_measured_as_one_by_one(task: str, mode: str, epoch: int) -
         assert costs.sizes[:, index].tolist() == [costs.num_tokens[index], (num_visual + num_target) * 1024]
 
 
+def test_switches_of_the_model_change_what_a_sample_costs() -> None:
+    table, image = random_rows("i2t", 0), ImageConfig(mode="native", max_tokens=300)
+    costs = {
+        name: sample_costs(
+            [table],
+            [SHARD],
+            0,
+            CostModel("i2t", image, ModelConfig(**{key: value}), {"tokens": 8192, "pairs": 10**9, "patches": 10**9}, 3),
+        )
+        for name, key, value in (
+            ("emma", "fusion", "channel"),
+            ("token", "fusion", "token"),
+            ("latent", "fusion", "latent"),
+            ("full", "und_attention", "full"),
+        )
+    }
+    emma = costs["emma"]
+    text, images = emma.num_tokens - emma.num_visual, emma.num_visual
+    assert (costs["token"].num_tokens == text + 2 * images).all() and images.any()
+    assert (costs["token"].sizes[1] == (text + 2 * images) ** 2 // 2).all()
+    assert (costs["token"].sizes[2] == emma.sizes[2]).all() and not costs["latent"].sizes[2].any()
+    assert (costs["full"].sizes[1] == text**2 // 2 + (text + images) * images).all()
+    assert (costs["latent"].cost[images > 0] < emma.cost[images > 0]).all()
+
+
 def test_real_shards_measure_the_same(tmp_path: Path) -> None:
     folder = write_shards(tmp_path, every_task(5))
     table = read_columns(str(folder), "shard-000000.tar", "it2i")

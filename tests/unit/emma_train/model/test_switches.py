@@ -38,8 +38,10 @@ SWITCHES = [
     {"placeholder": "zeros"},
     {"und_attention": "full"},
     {"image_positions": "one"},
+    {"fusion": "token"},
     {"fusion": "latent"},
     {"fusion": "semantic"},
+    {"fusion": "token", "und_attention": "full", "image_positions": "one"},
     {"fusion": "latent", "adapters": "one", "placeholder": "zeros", "und_attention": "full", "image_positions": "one"},
 ]
 """Each switch at the values that are not EMMA's, and many of them together."""
@@ -116,8 +118,15 @@ def test_semantic_images_have_no_latents_and_latent_ones_no_features() -> None:
         ("channel", True, True),
         ("latent", True, False),
         ("semantic", False, True),
+        ("token", True, True),
     ):
-        model = tiny_emma(switched(fusion=fusion))
+        model, rules = tiny_emma(switched(fusion=fusion)), image_rules(switched(fusion=fusion))
+        if rules.separate:
+            batch = packed(switched(fusion=fusion))
+            other_latents, other_pixels, other_target = (
+                replace(batch, latents=changed.latents, patches=changed.patches)
+                for changed in (other_latents, other_pixels, other_target)
+            )
         want = predict(model, batch)
         for changed, matters in ((other_latents, latents_matter), (other_pixels, pixels_matter)):
             got = predict(model, changed)
@@ -155,6 +164,44 @@ def test_without_features_the_encoder_runs_on_no_image_and_learns_nothing() -> N
     work = pack_work(batch, SHUFFLE)
     assert module_flops(config, ALL_BUT_AUTOENCODER, work)["vision encoder"] == 0
     assert module_flops(tiny_model(), ALL_BUT_AUTOENCODER, work)["vision encoder"] > 0
+
+
+def test_an_image_has_a_semantic_and_a_latent_token_of_each_cell() -> None:
+    config = switched(fusion="token")
+    und, edit = i2t_sample("q", [(2, 2), (1, 3)]), it2i_sample("e", (2, 3), (2, 2))
+    one, two = packed(tiny_model(), [und, edit]), packed(config, [und, edit])
+    assert (one.counts, two.counts) == ((one.counts[0], 7, 6, 4), (one.counts[0], 14, 12, 4))
+    assert torch.equal(one.text_ids, two.text_ids) and two.num_cells == (7, 6, 4)
+    assert two.num_tokens == sum(replace(s, rules=image_rules(config)).num_tokens for s in (und, edit))
+    # Each sample's positions are consecutive, and an image's latent tokens follow its semantic ones.
+    for number in (0, 1):
+        at = two.position[two.sample == number].sort().values
+        assert torch.equal(at, torch.arange(len(at)))
+    first = slice(two.counts[0], two.counts[0] + 4)
+    latent = slice(two.counts[0] + 7, two.counts[0] + 11)
+    assert torch.equal(two.position[latent], two.position[first] + 4)
+    # A reference is full within both of its runs, an understanding image causal over both.
+    reference = slice(two.num_und, two.num_und + 12)
+    assert len(set(two.limit[reference].tolist())) == 1
+    assert torch.equal(two.limit[first], two.position[first]) and torch.equal(two.limit[latent], two.position[latent])
+
+
+@torch.no_grad()
+def test_tokens_of_each_kind_are_what_one_encoder_alone_gives() -> None:
+    model = tiny_emma(switched(fusion="token"))
+    streams: list[Tensor] = []
+    model.decoder.register_forward_pre_hook(lambda _, given: streams.append(given[0]))
+    samples = [i2t_sample("q", [(2, 2), (1, 3)]), it2i_sample("e", (2, 3), (2, 2))]
+    for fusion in ("token", "semantic", "latent"):
+        model.config = switched(fusion=fusion)
+        predict(model, packed(model.config, samples))
+    both, semantic, latent = streams
+    num_text, cells = packed(tiny_model(), samples).counts[0], (7, 6, 4)
+    text, *runs = both.split([num_text, *(n for n in cells[:2] for _ in range(2)), 4])
+    for alone, kinds in ((semantic, runs[0::2]), (latent, runs[1:4:2])):
+        parts = alone.split([num_text, *cells])
+        for got, want in zip([text, *kinds[:2], runs[-1]], parts, strict=True):
+            torch.testing.assert_close(got, want)
 
 
 # Adapters

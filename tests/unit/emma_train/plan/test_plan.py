@@ -150,6 +150,7 @@ def sample_of(task: str, text: int, supervised: int, side: int) -> Sample:
         ("stage0", []),
         ("stage3", []),
         ("stage3", ["model.und_attention=full"]),
+        ("stage3", ["model.fusion=token"]),
         ("stage0", ["model.adapters=one", "model.fusion=latent"]),
     ],
 )
