@@ -98,6 +98,7 @@ class FsdpEngine:
             self.weights[name].grad = None
         return {name: int(value) for name, value in sums.items()}
 
+    @torch.no_grad()  # in which to_local() is the shard itself: what comes between norm and AdamW keeps a card waiting
     def step(self, lr: float) -> float:
         gradients = {name: cast(DTensor, g) for name in self._shards if (g := self.weights[name].grad) is not None}
         norm = global_norm(gradients, self._sp_size)

@@ -116,15 +116,14 @@ def _padded(x: Tensor, rows: Tensor, shape: torch.Size) -> Tensor:
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate halves as Qwen3 does. x: [T, heads, d]; cos, sin: [T, d]."""
-    half = x.shape[-1] // 2
-    turned = torch.cat([-x[..., half:], x[..., :half]], dim=-1)
-    return x * cos[:, None, :] + turned * sin[:, None, :]
+    """Rotate halves as Qwen3 does. x: [T, heads, d]; cos, sin: `rotary_tables`."""
+    return x * cos[:, None, :] + x.roll(x.shape[-1] // 2, -1) * sin[:, None, :]
 
 
 def rotary_tables(position: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of positions [T], computed in float32: each [T, head_dim]."""
+    """cos and sin of positions [T], computed in float32: each [T, head_dim]. The first half of sin is negative, for
+    `rotary`, which exchanges the halves of x."""
     powers = torch.arange(0, head_dim, 2, dtype=torch.int64, device=position.device).float() / head_dim
     angles = position.float()[:, None] / theta**powers
-    angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)

@@ -62,12 +62,10 @@ def span_attention(q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> Tensor:
     kernel = find_kernel(q.device, q.shape[-1])
     q = _Permuted.apply(q, spans.query_order, spans.inverse_order)
     k, v = (_Copied.apply(x, spans.keys, spans.key_copies) for x in (k, v))
-    outputs, at_q, at_k = [], 0, 0
-    for call in spans.calls:
-        rows, seen = slice(at_q, at_q + call.num_q), slice(at_k, at_k + call.num_k)
-        outputs.append(kernel(q[rows], k[seen], v[seen], call))
-        at_q, at_k = rows.stop, seen.stop
-    out: Tensor = _Permuted.apply(torch.cat(outputs), spans.inverse_order, spans.query_order)
+    queries = q.split([call.num_q for call in spans.calls])
+    keys, values = (x.split([call.num_k for call in spans.calls]) for x in (k, v))
+    outputs = map(kernel, queries, keys, values, spans.calls)
+    out: Tensor = _Permuted.apply(torch.cat(list(outputs)), spans.inverse_order, spans.query_order)
     return out
 
 
@@ -87,8 +85,8 @@ class _Permuted(torch.autograd.Function):
 
 
 class _Copied(torch.autograd.Function):
-    """Rows by index, some of them repeated. The gradient of a row is the sum over its copies, in float32 and in a fixed
-    order, because the atomic adds of torch's backward differ from run to run."""
+    """Rows by index, some of them repeated. The gradient of a row is the sum over its copies, which torch adds up in
+    float32 and in a fixed order; the atomic adds of its backward of `index_select` differ from run to run."""
 
     @staticmethod
     def forward(ctx, x: Tensor, rows: Tensor, copies: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
@@ -99,10 +97,7 @@ class _Copied(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def]
         (copies,) = ctx.saved_tensors
         padded = torch.cat([grad, grad.new_zeros(1, *grad.shape[1:])])
-        total = grad.new_zeros(len(copies), *grad.shape[1:], dtype=torch.float32)
-        for nth in copies.unbind(1):
-            total += padded.index_select(0, nth)
-        return total.to(grad.dtype), None, None
+        return padded[copies].sum(1), None, None
 
 
 def choose_kernel(card: int, head_dim: int, is_installed: Callable[[FlashKernel], bool]) -> FlashKernel | None:

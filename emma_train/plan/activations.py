@@ -4,15 +4,16 @@ b is the bytes of a value, H hidden, Q and K the widths of queries and keys, M t
 token that variable-length attention copies (sequence/spans.py), s = 4 (2 + 2 heads + kv_heads) of norms and softmax.
 
     decoder            trained                                        frozen, a gradient passes
-      eager            8H + 4bH + (4+b)(Q+K) + A + 4bM + s            8H + 4(Q+K) + A + 3bM + s
+      eager            4bH + b(Q+K) + A + 4bM + s                     2bH + b(Q+K) + A + 3bM + s
       engine.compile   4bH + 4bQ + (1+2c)bK + 3bM + s                 2bH + 3bQ + (1+2c)bK + 2bM + s
     encoder            trained
       eager            Bbh + 2bm + 4 heads + 16
       engine.compile   8bh + 2bm + 4 heads + 16
 
-Eager norms keep an fp32 copy. With variable-length kernels A is 3bQ + 2cbK (frozen: 2bQ + 2cbK) and B is 8; with other
-kernels K and V are repeated to all query heads, so A is 4bQ, and B is 9. What compiled layers keep is the choice of
-torch's min-cut partitioner at these widths. Tests compare every line with saved-tensor hooks.
+Eager norms keep their input, as torch's kernel on CUDA does. With variable-length kernels A is 3bQ + 2cbK (frozen: 2bQ
++ 2cbK) and B is 8; with other kernels K and V are repeated to all query heads, so A is 4bQ, and B is 9. What compiled
+layers keep is the choice of torch's min-cut partitioner at these widths. Tests compare every line with saved-tensor
+hooks.
 """
 
 from emma_train.config.schema import DecoderConfig, EngineConfig, Recipe, VisionConfig
@@ -51,8 +52,8 @@ def decoder_layer_bytes(
         attended = b * (1 + 2 * keys) * k
         return (b * (4 * h + 4 * q + 3 * m) if trains else b * (2 * h + 3 * q + 2 * m)) + attended + scalars
     attended = b * ((2 + trains) * q + 2 * keys * k) if spans else 4 * b * q
-    of_weights = b * (4 * h + q + k + m) if trains else 0
-    return 8 * h + 4 * (q + k) + attended + 3 * b * m + scalars + of_weights
+    of_weights = b * (2 * h + m) if trains else 0
+    return b * (2 * h + q + k + 3 * m) + attended + scalars + of_weights
 
 
 def encoder_layer_bytes(vision: VisionConfig, engine: EngineConfig, spans: bool) -> float:

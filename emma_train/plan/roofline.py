@@ -9,7 +9,7 @@
     autoencoder        FLOPs at AUTOENCODER of the TF32 peak, half that of bf16; none where all latents are cached
 
 Bytes are those of every operator's inputs and outputs, counted on the meta device for layers of EMMA-4B (6,176 tokens:
-eager 16.8 GB for a deep decoder layer, 4.6 of them in forward; after Inductor's fusion 3.8; a layer of the encoder 1.07
+eager 6.2 GB for a deep decoder layer, 2.5 of them in forward; after Inductor's fusion 3.8; a layer of the encoder 1.07
 and 0.93 GB for 8,192 patches), per value of the layer's widths, so that they scale with the model. Not modelled: waits
 of the host, launches of small kernels, uneven ranks, units whose exchange nothing hides, and what communication takes
 from computing: so it is a best case.
@@ -33,9 +33,10 @@ AUTOENCODER = 0.45
 MEMORY = 0.8
 ELEMENTWISE = 0.6
 """All but LONG and AUTOENCODER were measured on an H100, in steps of Stage 1 at full width (docs/performance.md)."""
-DECODER_PASSES = {False: (21.0, 56.0), True: (6.0, 12.0)}
+DECODER_PASSES = {False: (11.1, 16.6), True: (6.0, 12.0)}
 """Times that each value of a decoder layer's widths is read or written, in forward and in backward; by whether layers
-are compiled."""
+are compiled. Those of compiled layers are of the code that was measured on the H100; since then a deep one moves 3.55
+GB, a shallow one 3.17 (tests/kernels.py)."""
 ENCODER_PASSES = {False: (4.0, 8.0), True: (3.5, 7.0)}
 LOGIT_BYTES = 183
 """Bytes moved for each logit of a supervised token, forward and backward."""

@@ -8,8 +8,11 @@ packed_vs_tokenwise         of images as separate semantic and latent tokens (la
 stage1_vs_stage0, stage1_vs_router    seconds of a Stage 1 micro-step over one of alignment, and of router tuning, with
                             the same understanding samples
 compile_vs_eager            seconds of eager layers over compiled ones (--compile; takes a minute)
-host_copies, kernels        of a micro-step of Stage 1 at the width of EMMA-4B on the meta device; kernels for each
-                            layer of decoder and encoder, forward and backward
+host_copies                 of a micro-step of Stage 1 at the width of EMMA-4B on the meta device
+kernels_*                   of an eager layer of EMMA-4B, forward and backward: shallow and deep ones of the decoder
+                            with 6,176 tokens, and one of the encoder with 8,192 patches
+compiled_kernels_*, compiled_gb_*    the same after torch.compile's fusion, and gigabytes moved by all kernels but
+                            products and attention
 all_reduces                 of an optimizer step of Stage 1 on rank 0 of 256, in 32 replicas
 
 Times are medians of five after one to warm up, of a small model with random weights in float32, forward and backward.
@@ -23,12 +26,10 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
@@ -44,9 +45,10 @@ from emma_train.training.build import build  # noqa: E402
 from emma_train.training.environment import commit  # noqa: E402
 from emma_train.training.forward import micro_loss  # noqa: E402
 from emma_train.training.optimizer import make_optimizer  # noqa: E402
-from tests.card import card_on_meta  # noqa: E402
+from tests.card import card_on_cpu, card_on_meta  # noqa: E402
 from tests.gpu.step_setting import CACHED_LATENTS, set_random_weights  # noqa: E402
 from tests.host_copies import host_copies  # noqa: E402
+from tests.kernels import eager_kernels, fused  # noqa: E402
 from tests.unit.emma_train.training.test_host_copies import micro_step  # noqa: E402
 
 RECIPES = ROOT / "recipes" / "emma-4b"
@@ -61,21 +63,7 @@ SIZES: dict[str, dict[str, float]] = {
 SIDE = 8
 """Visual tokens on the side of an image."""
 TASKS = ("i2t", "t2i", "it2i")
-
-
-class Kernels(TorchDispatchMode):
-    """Counts operators that a card would run as kernels."""
-
-    VIEWS = ("view", "_unsafe_view", "t", "transpose", "permute", "expand", "unsqueeze", "squeeze", "slice", "select")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = function.overloadpacket.__name__
-        self.count += name not in (*self.VIEWS, "detach", "split", "split_with_sizes", "empty", "empty_like")
-        return function(*args, **(kwargs or {}))
+LAYERS = ("shallow", "deep", "vision")
 
 
 def recipe_of(stage: str, *changes: str) -> Recipe:
@@ -158,14 +146,20 @@ def counts() -> dict[str, float]:
         next(card)
         run = micro_step("stage1")
         copies = len(host_copies(run))
-        with Kernels() as kernels:
-            run()
+        kernels = {f"kernels_{kind}": eager_kernels(kind) for kind in LAYERS}
+        next(card, None)
+    with pytest.MonkeyPatch.context() as patch:
+        card = card_on_cpu(patch, "flash_attn")
+        next(card)
+        compiled = {kind: fused(kind) for kind in LAYERS}
         next(card, None)
     recipe = load_recipe(RECIPES / "stage1.yaml", ["engine.replicate=32", "init.from=null"])
     counted = simulate(recipe, "stage1", 256, partial(make_optimizer, config=recipe.optimizer))
     return {
         "host_copies": copies,
-        "kernels": round(kernels.count / 8, 1),  # micro_step has four layers of either kind
+        **kernels,
+        **{f"compiled_kernels_{kind}": layer.nodes for kind, layer in compiled.items()},
+        **{f"compiled_gb_{kind}": round(layer.elementwise_bytes / 1e9, 2) for kind, layer in compiled.items()},
         "all_reduces": counted.collectives["all-reduce"][0],
         "units": counted.units,
     }

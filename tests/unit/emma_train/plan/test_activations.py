@@ -21,7 +21,7 @@ from emma_train.plan.activations import decoder_layer_bytes, encoder_layer_bytes
 from emma_train.sequence.layout import ImageRole, ImageSegment, Segment, TextSegment
 from emma_train.sequence.pack import ImageTokens, PackedBatch, Sample, pack
 from emma_train.sequence.spans import full_call
-from tests.card import card_on_meta
+from tests.card import card_on_meta, norms_as_on_a_card
 from tests.helpers import kept_bytes
 from tests.unit.emma_train.plan.test_plan import FULL, plan, toy
 
@@ -128,6 +128,7 @@ def flash_like(monkeypatch: pytest.MonkeyPatch) -> None:
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         return F.scaled_dot_product_attention(q, k, v)
 
+    norms_as_on_a_card(monkeypatch)
     monkeypatch.setattr(attention, "scaled_dot_product", attend)
     monkeypatch.setattr(vision, "scaled_dot_product", attend)
 

@@ -285,14 +285,16 @@ def test_a_plan_does_not_take_the_models_memory() -> None:
 
 
 @pytest.mark.parametrize("stage", ["stage2", "stage3"])
-def test_stages_at_1k_fit_64_h100_because_layers_are_computed_again(stage: str) -> None:
+def test_stages_at_1k_fit_8_h100_because_layers_are_computed_again(stage: str) -> None:
     peaks = {}
     for mode in ("none", "selective", "full"):
-        planned = plan(FULL / f"{stage}.yaml", f"engine.activation_checkpointing={mode}", "engine.compile=false")
-        peaks[mode] = planned.peak(64, planned.recipe.data.pack_tokens) / GIB
+        planned = plan(
+            FULL / f"{stage}.yaml", f"engine.activation_checkpointing={mode}", "engine.compile=false", gpus=8
+        )
+        peaks[mode] = planned.peak(8, planned.recipe.data.pack_tokens) / GIB
         assert bool(problems(planned)) == (mode == "none")
     assert plan(FULL / f"{stage}.yaml").recipe.engine.activation_checkpointing == "selective"
-    assert peaks["none"] > 71.28 > peaks["selective"] > 2.5 * peaks["full"]
+    assert peaks["none"] > 71.28 > peaks["selective"] > 1.8 * peaks["full"]
 
 
 def test_layers_computed_again_cost_another_forward() -> None:

@@ -109,7 +109,7 @@ def test_what_makes_a_step_longer() -> None:
         return step_seconds(planned, planned.loads[0])
 
     shipped = seconds()
-    assert seconds("engine.compile=false") > 1.2 * shipped
+    assert seconds("engine.compile=false") > 1.05 * shipped
     assert seconds("engine.activation_checkpointing=full") > 1.15 * shipped
     assert seconds("data.slots=128", "data.pack_tokens=14336") < 0.97 * shipped  # half of the copies of FSDP
     assert seconds(gpu="h200-141g") < shipped < seconds(gpu="a100-80g") / 2
