@@ -89,18 +89,28 @@ def list_ranks(ranks: Sequence[int]) -> str:
 
 
 def store_gone(rank: int, size: int) -> str:
-    """One line of this rank about a store that no longer answers. The machine of a process that is dead or stopped
-    answers those who connect; where none answers, it may be this machine that is cut off. Takes up to REACH_S."""
+    """One line of this rank about a store that no longer answers. Takes up to REACH_S."""
+    if can_reach_store():
+        return f"rank 0 of {size} died: the store that it keeps does not answer"
+    return (
+        f"rank {rank} of {size} cannot reach {os.environ['MASTER_ADDR']}, where rank 0 keeps the store: that machine "
+        "is down, or one of the two is cut off"
+    )
+
+
+def can_reach_store() -> bool:
+    """Whether the machine that keeps the store answers. That of a process that is dead or stopped does; where none
+    answers, it may be this machine that is cut off. Takes up to REACH_S."""
     host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    if not host or not port:
+        return True
     try:
-        socket.create_connection((host, int(port or 0)), timeout=REACH_S).close()
-    except (TimeoutError, OSError) as error:
-        if host and not isinstance(error, ConnectionError):
-            return (
-                f"rank {rank} of {size} cannot reach {host}, where rank 0 keeps the store: that machine is down, or "
-                "one of the two is cut off"
-            )
-    return f"rank 0 of {size} died: the store that it keeps does not answer"
+        socket.create_connection((host, int(port)), timeout=REACH_S).close()
+    except ConnectionError:
+        return True
+    except OSError:
+        return False
+    return True
 
 
 def store_key(name: str) -> str:

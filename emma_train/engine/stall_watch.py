@@ -16,7 +16,7 @@ from types import TracebackType
 
 import torch.distributed as dist
 
-from emma_train.engine.rank_failure import list_ranks, store_key
+from emma_train.engine.rank_failure import can_reach_store, list_ranks, store_key
 from emma_train.engine.torch_private import default_store
 from emma_train.engine.world import World
 from emma_train.stacks import CONSOLE, all_stacks, describe_process, group_ranks
@@ -31,6 +31,7 @@ EARLY_SHARE, EARLY_S = 0.2, 60.0
 """How long before the end of the time for a step the ranks are asked: this share of it, and at most so many seconds."""
 NO_ANSWER = "does not answer: stopped, dead or cut off"
 NO_STORE = f"{NO_ANSWER}, and so does not the store that it keeps"
+CUT_OFF = "cannot reach the machine of rank 0, which keeps the store"
 MAX_SHOWN = 8
 """Parts of the line on the console; the file has all."""
 Describe = Callable[[], Sequence[str]]
@@ -118,7 +119,10 @@ class StallWatch:
             if is_silent and self._is_late() and not self._has_answered:
                 self._has_answered = True
                 waited, answer = time.monotonic() - self._since, self._own_answer()
-                lines = {self._rank: answer[0], **({} if self._rank == 0 else {0: NO_STORE})}
+                if not can_reach_store():
+                    lines = {self._rank: f"{CUT_OFF}; {answer[0]}"}
+                else:
+                    lines = {self._rank: answer[0], **({} if self._rank == 0 else {0: NO_STORE})}
                 self._report(lines, {self._rank: answer}, waited, f"-rank-{self._rank}")
 
     def _own_answer(self) -> list[str]:
