@@ -282,7 +282,12 @@ class Trainer:
         started = time.perf_counter()
         local = local_totals(data, self.stage.loss, stop_requested, self.saver.local_status())
         waits_since = time.perf_counter()
-        totals = local.over_ranks(self.world)
+        try:
+            totals = local.over_ranks(self.world)
+        except RuntimeError as error:
+            if data.failure is not None:  # it took this rank longer than the others wait, so it has lost them
+                raise data.failure from error
+            raise
         waited_s = time.perf_counter() - waits_since
         self.saver.apply_status([totals.saves_ended, totals.saves_failed])
         self.train_state.add(totals)
