@@ -62,12 +62,15 @@ def _report_failure(error: BaseException, rank: int, size: int) -> RankFailure |
             return None
         messages = _gather_messages(store, key, size)
         without_contact = [other for other, text in messages.items() if text == _LOST_CONTACT]
+        failure = RankFailure(describe_failure(messages, size)) if rank == min(without_contact) else RankFailure()
+        if str(failure):
+            store.set(store_key("failed"), str(failure))  # engine/heartbeat.py ends a rank that hangs
         store.set(f"{key}{rank}/read", "")
         if rank == 0:  # its process may hold the store, which the others still read
             _wait_for_keys(store, [f"{key}{other}/read" for other in without_contact])
     except dist.DistError:
         return RankFailure(store_gone(rank, size)) if lost_contact else None  # this rank knows why it failed itself
-    return RankFailure(describe_failure(messages, size)) if rank == min(without_contact) else RankFailure()
+    return failure
 
 
 def describe_failure(messages: Mapping[int, str], size: int) -> str:
