@@ -9,14 +9,22 @@ from data_pipelines.commands.common_arguments import tokenizer_file
 from emma_train.errors import UserError, check_range
 from emma_train.storage.files import make_folder
 
+TABLE = "data-by-emoji.json"
 TINY_TOKENIZER = Path(__file__).parents[2] / "recipes" / "tiny" / "assets" / "tokenizer" / "tokenizer.json"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", type=Path, metavar="OUT", help="an empty or new folder")
-    parser.add_argument("--package", type=Path, help="unpacked fluentui-emoji (default: fetched with npm)")
     parser.add_argument(
-        "--unicode-table", type=Path, help="data-by-emoji.json of unicode-emoji-json (default: fetched with npm)"
+        "--package",
+        type=Path,
+        help="fluentui-emoji, unpacked or as .tgz (default: fetched with npm); "
+        "recipes/tiny/assets/emoji/drawings.tgz has the drawings of the tiny worlds",
+    )
+    parser.add_argument(
+        "--unicode-table",
+        type=Path,
+        help="data-by-emoji.json of unicode-emoji-json (default: the package's, or fetched with npm)",
     )
     parser.add_argument(
         "--world",
@@ -36,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from data_pipelines.emoji.concepts import WORLDS, Amounts
-    from data_pipelines.emoji.npm import DRAWINGS, UNICODE_TABLE, fetch_package
+    from data_pipelines.emoji.npm import DRAWINGS, UNICODE_TABLE, fetch_package, unpack
     from data_pipelines.shards.build_index import index_folder
 
     try:
@@ -58,7 +66,11 @@ def run(arguments: argparse.Namespace) -> int:
         world = replace(world, train=Amounts(singles, pairs, stem, world.train.scenes))
     with tempfile.TemporaryDirectory() as temporary:
         package = arguments.package or fetch_package(DRAWINGS, Path(temporary))
-        table = arguments.unicode_table or fetch_package(UNICODE_TABLE, Path(temporary)) / "data-by-emoji.json"
+        if package.is_file():
+            package = unpack(package, Path(temporary) / "drawings")
+        table = arguments.unicode_table or package / TABLE
+        if not table.exists() and not arguments.unicode_table:
+            table = fetch_package(UNICODE_TABLE, Path(temporary)) / TABLE
         catalogue = read_catalogue(package, table)
         settings = BuildSettings(arguments.size, arguments.seed, arguments.quality, arguments.shard_samples)
         make_folder(arguments.out)

@@ -1,9 +1,10 @@
-"""Downloads an npm package with the npm client of this machine."""
+"""Downloads an npm package with the npm client of this machine, and unpacks it."""
 
 import json
 import shutil
 import subprocess
 import tarfile
+import zlib
 from pathlib import Path
 
 from emma_train.errors import UserError
@@ -30,7 +31,14 @@ def fetch_package(spec: str, into: Path) -> Path:
             "or give unpacked packages with --package and --unicode-table"
         )
     name = spec.partition("@")[0]
-    archive = into / json.loads(done.stdout)[0]["filename"]
-    with tarfile.open(archive) as tar:
-        tar.extractall(into / name, filter="data")
-    return into / name / "package"
+    return unpack(into / json.loads(done.stdout)[0]["filename"], into / name)
+
+
+def unpack(archive: Path, into: Path) -> Path:
+    """Unpack the .tgz of a package; returns the package's folder. Raises UserError where it is none."""
+    try:
+        with tarfile.open(archive) as tar:
+            tar.extractall(into, filter="data")
+    except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
+        raise UserError(f"{archive}: not a readable .tgz of a package ({' '.join(str(error).split())})") from None
+    return into / "package"

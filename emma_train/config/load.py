@@ -8,12 +8,13 @@ import difflib
 import hashlib
 import json
 import logging
+import re
 import typing
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from emma_train.config.check import check_recipe
@@ -218,7 +219,8 @@ def _build(schema: type[Schema], path: Path, overrides: list[str]) -> Schema:
 def _from_values(schema: type[Schema], values: dict[str, Any], source: str, overrides: list[str]) -> Schema:
     merged = OmegaConf.structured(schema)
     set_keys: set[str] = set()
-    for layer, layer_source in [(values, source), *(_parse_override(override) for override in overrides)]:
+    for override in [None, *overrides]:
+        layer, layer_source = (values, source) if override is None else _parse_override(override, merged)
         _check_literal(layer, layer_source)
         layer = with_current_names(layer, layer_source)
         _check_keys(layer, schema, layer_source)
@@ -239,8 +241,9 @@ def _from_values(schema: type[Schema], values: dict[str, Any], source: str, over
     return built
 
 
-def _parse_override(override: str) -> tuple[dict[str, Any], str]:
-    """The nested values of `key=value`, and how errors name it."""
+def _parse_override(override: str, merged: DictConfig) -> tuple[dict[str, Any], str]:
+    """The nested values of `key=value`, and how errors name it. An entry of a list is named by its number, as in
+    data.sources[0].path; `merged` has the list."""
     key, equals, text = override.partition("=")
     if not equals:
         raise UserError(f"override {override!r}: expected key=value, such as train.steps=100")
@@ -250,9 +253,29 @@ def _parse_override(override: str) -> tuple[dict[str, Any], str]:
         value: Any = parse_yaml(text) if text else ""
     except ValueError:
         raise UserError(f"override {_short(override)}: {_short(text)} is not a YAML value") from None
+    source = f"override {_short(override)}"
+    if entry := re.fullmatch(r"([\w.]+)\[(\d{1,9})\]\.(\w+)", key):
+        key, value = entry[1], _with_entry(merged, entry[1], int(entry[2]), {entry[3]: value}, source)
+    return _nested(key, value), source
+
+
+def _nested(key: str, value: Any) -> dict[str, Any]:
+    """`a.b` and a value as {a: {b: value}}."""
     for part in reversed(key.split(".")):
         value = {part: value}
-    return value, f"override {_short(override)}"
+    return cast(dict[str, Any], value)
+
+
+def _with_entry(merged: DictConfig, key: str, index: int, values: dict[str, Any], source: str) -> list[Any]:
+    """The list at `key` with other values in one entry. Raises UserError where there is no such entry."""
+    node = OmegaConf.select(merged, key)
+    if not isinstance(node, ListConfig):
+        return [values]  # which the check of keys and values refuses
+    entries = plain(OmegaConf.to_object(node))
+    if index >= len(entries) or not isinstance(entries[index], dict):
+        raise UserError(f"{source}: {key} has {len(entries)} entries, counted from 0, and no such one with keys")
+    entries[index] |= values
+    return cast(list[Any], entries)
 
 
 def _plain(error: OmegaConfBaseException) -> str:

@@ -75,6 +75,7 @@ def test_index_keeps_the_provenance(imported: Path, tmp_path: Path) -> None:
     ("arguments", "names"),
     [
         (["import", "fluent-emoji", "{new}", "--package", "{empty}", "--unicode-table", "{empty}/t"], "no icons"),
+        (["import", "fluent-emoji", "{new}", "--package", "{set}/train/manifest.json"], "not a readable .tgz"),
         (["import", "fluent-emoji", "{set}", "{sources}"], "already holds shards"),
         (["import", "fluent-emoji", "{set}/train/manifest.json", "{sources}"], "cannot make this folder (File exists)"),
         (["import", "fluent-emoji", "{new}", "{sources}", "--world", "tiny"], "has no drawing of"),

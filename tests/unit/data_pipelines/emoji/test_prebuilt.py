@@ -1,6 +1,7 @@
 """Checks every record of the data set in the repository."""
 
 import io
+import tarfile
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from PIL import Image
 from tokenizers import Tokenizer
 
+from data_pipelines.cli import main
 from data_pipelines.emoji.concepts import TINY, TINY_CONCEPTS
 from data_pipelines.emoji.scenes import BACKGROUNDS
 from data_pipelines.emoji.splits import SPLITS, is_heldout_concept
@@ -106,3 +108,22 @@ def test_texts_are_short_and_the_tokenizer_is_theirs(prebuilt: Records) -> None:
         for alternative in record["i2t"]:
             limit = 7 if alternative["kind"] == "stem" else 4
             assert len(tokenizer.encode(alternative["turns"][-1]["text"]).ids) <= limit
+
+
+@pytest.mark.slow
+def test_the_archive_of_drawings_makes_the_held_out_sets_again(tmp_path: Path) -> None:
+    """Byte for byte, whatever the size of the training set; without npm and without a network."""
+    package = str(ASSETS / "emoji" / "drawings.tgz")
+    samples = ["--samples", "12", "6", "4"]
+    assert (
+        main(["import", "fluent-emoji", str(tmp_path / "set"), "--package", package, "--world", "tiny", *samples]) == 0
+    )
+    for split in SPLITS[1:]:
+        name = f"{split}/shard-000000.tar"
+        assert (tmp_path / "set" / name).read_bytes() == (ASSETS / "emoji" / name).read_bytes()
+    (shard,) = (tmp_path / "set" / "train").glob("*.tar")
+    with tarfile.open(shard) as tar, tarfile.open(ASSETS / "emoji" / "train" / "shard-000000.tar") as committed:
+        small, large = ({member.name: member for member in file} for file in (tar, committed))
+        for name in small.keys() & large.keys():  # a larger set has the records of a smaller one
+            assert tar.extractfile(small[name]).read() == committed.extractfile(large[name]).read()  # type: ignore[union-attr]
+        assert small.keys() & large.keys()

@@ -13,6 +13,8 @@ from emma_train.config.schema import Recipe
 from emma_train.config.setting import all_settings
 from tests.helpers import ROOT, recipe_values, tiny_recipe, write_recipe
 
+TINY = ROOT / "recipes" / "tiny"
+
 
 def recipe_file(folder: Path, name: str = "recipe.yaml", **dotted: Any) -> Path:
     return write_recipe(folder / name, recipe_values(**dotted))
@@ -45,6 +47,27 @@ def test_a_list_is_replaced_not_joined(tmp_path: Path) -> None:
     recipe_file(tmp_path, "far.yaml", data__sources=[{"path": "a"}, {"path": "b"}])
     path = write_recipe(tmp_path / "own.yaml", {"extends": "far.yaml", "data": {"sources": [{"path": "c"}]}})
     assert [s.path for s in load_recipe(path).data.sources] == ["c"]
+
+
+def test_an_entry_of_a_list_is_named_by_its_number() -> None:
+    """The rest of the entry, and the other entries, stay as they are."""
+    recipe = load_recipe(TINY / "stage4_expert.yaml", ["data.sources[0].path=elsewhere"])
+    (source,) = recipe.data.sources
+    assert (source.path, source.require_tags) == ("elsewhere", ["stem"])
+    phases = load_recipe(TINY / "stage2.yaml", ["data.phases[1].steps=7", "train.steps=247"]).data.phases
+    assert [(phase.name, phase.steps) for phase in phases] == [("a", 40), ("b", 7), ("c", 200)]
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("data.sources[1].path=x", "data.sources has 1 entries, counted from 0, and no such one"),
+        ("data.sources[0].pth=x", "did you mean data.sources[0].path?"),
+        ("data.slots[0].path=x", "data.slots is a single value"),
+    ],
+)
+def test_an_entry_that_a_list_does_not_have_is_named(override: str, words: str) -> None:
+    assert words in error_of(TINY / "stage4_expert.yaml", override)
 
 
 @pytest.mark.parametrize("names", [["a"], ["a", "b"], ["a", "b", "c"]])
