@@ -92,11 +92,12 @@ OUT ?= runs/gpu
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 GPU_tests := tests/gpu/run_tests.py
 GPU_step := tests/gpu/step.py
+GPU_baselines := tests/gpu/step.py --only one-card tokenwise tokenwise-flex padded --table baselines
 GPU_attention := tests/bench/attention.py --packs mixed --tokens 8192 16384 32768
 
 # Without `make setup`: a machine with a GPU has a torch of its own. Each part ends within nine minutes.
-gpu: ## on an NVIDIA GPU: its tests; with PART=step or attention the speed of these; results go to runs/gpu (OUT=)
-	@$(if $(GPU_$(PART)),,echo "gpu: PART is $(PART); use tests, step or attention"; exit 2)
+gpu: ## on an NVIDIA GPU: its tests; with PART=step, baselines or attention the speed of these; results go to runs/gpu (OUT=)
+	@$(if $(GPU_$(PART)),,echo "gpu: PART is $(PART); use tests, step, baselines or attention"; exit 2)
 	PYTHONPATH=.:$$PYTHONPATH timeout 540 $(GPU_PYTHON) $(GPU_$(PART)) --out $(OUT)
 
 WHEELS ?= -r tests/gpu/wheels.txt

@@ -29,6 +29,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 from emma_train.training.environment import commit  # noqa: E402
+from tests.gpu.padded import measure_padded  # noqa: E402
 from tests.gpu.step_setting import Scale, Setting, measure  # noqa: E402
 
 FULL_LAYERS = 36
@@ -43,6 +44,7 @@ SETTINGS = (
     Setting("one-card-deterministic", changes=ONE_CARD, deterministic=True),
     Setting("tokenwise", changes=ONE_CARD, pairs=4, tokenwise=True),
     Setting("tokenwise-flex", changes=ONE_CARD, pairs=4, tokenwise=True, backend="flex"),
+    Setting("padded", compile=False, padded=True, profile=True),
     Setting("eager-sdpa", compile=False, backend="sdpa"),
     Setting("eager-flex", compile=False, backend="flex"),
     Setting("compile-flex", backend="flex"),
@@ -80,14 +82,16 @@ def main() -> int:
     scale = Scale(arguments.device, arguments.tiny, num_layers, micro_steps, num_steps)
     if arguments.result:
         setting = next(setting for setting in SETTINGS if setting.name == arguments.only[0])
-        arguments.result.write_text(json.dumps(measure(setting, scale, arguments.out)))
+        values = (measure_padded if setting.padded else measure)(setting, scale, arguments.out)
+        arguments.result.write_text(json.dumps(values))
         return 0
     settings = [setting for setting in SETTINGS if not arguments.only or setting.name in arguments.only]
     results, deadline = [], time.monotonic() + 60 * arguments.minutes
     for setting in settings:
         results.append(run_setting(setting, scale, arguments.out, deadline))
-        write(arguments.out, machine(scale), results)
-    logging.info("step: results in %s\n%s", arguments.out, (arguments.out / "step").with_suffix(".md").read_text())
+        write(arguments.out / arguments.table, machine(scale), results)
+    table = (arguments.out / arguments.table).with_suffix(".md").read_text()
+    logging.info("step: results in %s\n%s", arguments.out, table)
     return 0 if any("step_s" in result for result in results) else 1
 
 
@@ -98,6 +102,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=8.5, help="time for all settings; the rest is left out")
     parser.add_argument("--layers", type=int, default=0, help="decoder layers, even; as many as fit where not given")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", choices=[s.name for s in SETTINGS])
+    parser.add_argument("--table", default="step", help="name of the files with the results")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="a tiny model and few steps")
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)  # measure one setting in this process
@@ -164,10 +169,10 @@ def machine(scale: Scale) -> dict[str, Any]:
     }
 
 
-def write(out: Path, facts: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> None:
-    """Write the results so far, as JSON and as Markdown."""
+def write(path: Path, facts: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> None:
+    """Write the results so far, as JSON and as Markdown; `path` has no suffix yet."""
     full = at_full_depth(results)
-    (out / "step").with_suffix(".json").write_text(
+    path.with_suffix(".json").write_text(
         json.dumps({**facts, "settings": results, "full_depth": full}, indent=1) + "\n"
     )
     lines = ["# Optimizer steps of Stage 1", "", ", ".join(f"{key} {value}" for key, value in facts.items()), ""]
@@ -177,7 +182,8 @@ def write(out: Path, facts: Mapping[str, Any], results: Sequence[Mapping[str, An
         if "error" in result:
             lines.append(f"| {result['name']} | {result['error'].replace('|', '/')} |" + " |" * (len(COLUMNS) - 2))
         else:
-            lines.append(f"| {' | '.join(cell(values[key]) for key in COLUMNS)} |")
+            lines.append(f"| {' | '.join(cell(values.get(key)) for key in COLUMNS)} |")
+    lines += over_baselines(results)
     if full:
         lines += [
             "",
@@ -189,7 +195,14 @@ def write(out: Path, facts: Mapping[str, Any], results: Sequence[Mapping[str, An
             lines += ["", f"{result['name']}, attention with {by_size}"]
         if waits := result.get("waits_for_device"):
             lines += ["", f"{result['name']}, waits: {', '.join(f'{line} x {n}' for line, n in waits.items())}"]
-    (out / "step").with_suffix(".md").write_text("\n".join(lines) + "\n")
+    path.with_suffix(".md").write_text("\n".join(lines) + "\n")
+
+
+def over_baselines(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line for each baseline that was measured: samples a second of EMMA's packs over its own."""
+    speeds = {result["name"]: result["samples_per_s"] for result in results if "step_s" in result}
+    baselines = [name for name in ("padded", "tokenwise", "tokenwise-flex") if name in speeds and "one-card" in speeds]
+    return [line for b in baselines for line in ("", f"one-card over {b}: {speeds['one-card'] / speeds[b]:.2f}")]
 
 
 def at_full_depth(results: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:

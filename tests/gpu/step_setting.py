@@ -57,6 +57,8 @@ class Setting:
     tokenwise: bool = False
     """Whether an image to make has a token for each 16 pixels, as behind an 8x autoencoder with patches of 2 (BAGEL),
     not for each 32."""
+    padded: bool = False
+    """Whether it is the baseline (padded.py) that runs: a padded batch through modules of Hugging Face."""
     deterministic: bool = False
     """Whether torch.compile chooses kernels without timing them, so that every start has the same."""
     profile: bool = False
