@@ -45,15 +45,16 @@ def read_results(path: Path) -> list[TrialResult]:
     if not path.exists():
         return []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot read the results ({error}); name another file with --out") from None
-    results = []
+    results, lines = [], text.splitlines()
     for number, line in enumerate(lines, 1):
         try:
             results.append(TrialResult(**json.loads(line)))
         except (ValueError, TypeError):
-            if number < len(lines):
+            is_cut_off = number == len(lines) and line.startswith("{") and not text.endswith("\n")
+            if not is_cut_off:
                 raise UserError(f"{path}:{number}: no result of an ablation; remove the line") from None
     return results
 

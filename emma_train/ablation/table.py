@@ -31,8 +31,9 @@ class Paired:
 
     @property
     def detectable(self) -> float | None:
-        """The smallest effect that the design could have seen."""
-        return None if self.stderr is None else DETECTABLE.get(self.num, MANY) * self.stderr
+        """The smallest effect that the design could have seen; None too where all differences are equal, as where no
+        arm has a right answer: that says nothing about chance."""
+        return DETECTABLE.get(self.num, MANY) * self.stderr if self.stderr else None
 
 
 def paired(arm: Mapping[int, float], first: Mapping[int, float]) -> Paired | None:
@@ -95,7 +96,7 @@ def _detectable_lines(arms: Sequence[str], metrics: Sequence[str], results: Sequ
         if any(effect is not None for effect in effects):
             rows.append(f"| {arm} | {' | '.join('–' if e is None else f'{e:.4f}' for e in effects)} |")
     if not rows:
-        return ["With one seed there is no standard error: no difference can be told from chance."]
+        return ["No standard errors, as there are none with one seed: no difference can be told from chance."]
     return [
         "The smallest difference that this design finds four times in five (two-sided t-test at 5 %):",
         "",

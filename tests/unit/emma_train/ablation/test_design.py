@@ -1,5 +1,6 @@
 """Files of ablations: what they say, and mistakes in them."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,15 +85,16 @@ def test_a_finished_trial_is_skipped_and_one_of_another_recipe_refused(tmp_path:
     longer = trials_of(load_ablation(write(tmp_path), ["train.steps=9"]), "runs")
     with pytest.raises(UserError, match="the line of emma, seed 0 is of another recipe"):
         without_result(longer, [done], out)
-    out.write_text("no result\n" + out.read_text())
-    with pytest.raises(UserError, match=r"results.jsonl:1: no result of an ablation"):
-        read_results(out)
+    for text in ("no result\n" + out.read_text(), "no result\n", "no result", "{}\n"):
+        out.write_text(text)
+        with pytest.raises(UserError, match=r"results.jsonl:1: no result of an ablation"):
+            read_results(out)
 
 
 @pytest.mark.parametrize("path", ABLATIONS, ids=lambda path: path.stem)
 def test_the_shipped_ablations_load(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     ablation = load_ablation(path)
-    trials = trials_of(ablation, "runs")
-    assert len(trials) == len(ablation.arms) * len(ablation.seeds) and ablation.question
+    trials = trials_of(replace(ablation, seeds=(0,)), "runs")
+    assert len({trial.recipe_hash for trial in trials}) == len(ablation.arms) and ablation.question
     assert ablation.out == f"docs/ablations/{path.stem}.jsonl"

@@ -3,6 +3,9 @@
 import sys
 from pathlib import Path
 
+import pytest
+
+from emma_train.ablation import processes
 from emma_train.ablation.processes import EXIT_STOPPED, TrialJob, run_all
 
 WAIT = """
@@ -15,6 +18,11 @@ while not Path("{other}").exists() and time.monotonic() < until:
 sys.exit(not Path("{other}").exists())
 """
 """Says that it runs and waits until the other one does."""
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "WAIT_S", 0.02)
 
 
 def job(name: str, folder: Path, finished: list[str], *codes: str) -> TrialJob:

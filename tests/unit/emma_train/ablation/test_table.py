@@ -45,5 +45,7 @@ def test_the_table_has_quality_beside_cost() -> None:
     assert lines[6] == "| a | 3 | 2.0000 | – | 1,000 | 501 | 2e+12 | 60 |"
     assert lines[7] == "| b | 2 | 2.0000 (+0.5000 ± 0.0000) | 0.2500 | 1,000 | 500 | 2e+12 | 60 |"
     assert lines[8].startswith("| c | 0 |") and all(line.count("|") == 9 for line in lines[4:9])
-    assert lines[-1] == "| b | 0.0000 | – |"
+    assert lines[-1].startswith("No standard errors")  # the differences of both seeds are 0.5
+    results[3] = result("b", 0, loss=1.25, other=0.25)
+    assert ablation_table("", ["a", "b"], ["loss", "other"], results).splitlines()[-1] == "| b | 1.7600 | – |"
     assert "no difference can be told" in ablation_table("", ["a", "b"], ["loss"], results[2:4])
