@@ -44,7 +44,7 @@ def test_every_engine_trains_the_same(few: tuple[Path, Path], way: Way) -> None:
     assert_close(distance(trained, reference, FEW))
     for one, other in zip(metrics(trained), metrics(reference), strict=True):
         assert 0 <= one["ranks/slowest"] < way.processes and "ranks/slowest" not in other
-        assert 0 < one["ranks/step_s_mean"] <= one["ranks/step_s_max"] <= one["step_s"]
+        assert 0 < one["ranks/step_s_mean"] <= one["ranks/step_s_max"]
         assert one["ranks/slowest_memory_gib"] > 0
         norms, expected = group_norms(one), group_norms(other)
         assert norms.keys() == expected.keys() == set(STAGES["stage1"].trainable)
