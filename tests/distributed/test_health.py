@@ -37,7 +37,8 @@ def test_a_step_that_is_not_finite_on_one_rank_moves_nothing_on_any(engine: str,
     assert steps["norms"][2] == healthy["norms"][1]
 
 
-@pytest.mark.parametrize("engine", ["fsdp", pytest.param("zero3", marks=pytest.mark.slow), *SLOW])
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["fsdp", "zero3", *SLOW])
 def test_no_tensor_outlives_its_step(engine: str) -> None:
     """Fifty steps without garbage collection: a cycle or a cache would show."""
     recipe = tiny_recipe(ema__decay=0.9, **ENGINES[engine])
