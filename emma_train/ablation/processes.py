@@ -1,7 +1,9 @@
 """Runs the trials of an ablation as processes, several at once; a stop is passed on to them."""
 
+import ctypes
 import logging
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +16,9 @@ log = logging.getLogger(__name__)
 EXIT_STOPPED = 75
 """A run that was asked to stop has saved, and goes on when it is started again."""
 WAIT_S = 0.5
+_LIBC = ctypes.CDLL(None)
+_PR_SET_PDEATHSIG = 1
+"""From linux/prctl.h."""
 
 
 @dataclass
@@ -124,7 +129,7 @@ class _Lanes:
         try:
             one.job.log.parent.mkdir(parents=True, exist_ok=True)
             with open(one.job.log, "ab") as output:
-                # In a session of its own: Ctrl-C reaches this process alone, which asks each run once.
+                # In a new session Ctrl-C reaches only this process, which then asks each run once to stop.
                 one.process = subprocess.Popen(
                     list(command),
                     stdin=subprocess.DEVNULL,
@@ -132,9 +137,16 @@ class _Lanes:
                     stderr=subprocess.STDOUT,
                     env=environment,
                     start_new_session=True,
+                    preexec_fn=_stop_with_parent,
                 )
         except OSError as error:
             raise UserError(f"{one.job.log}: cannot be written ({error.strerror}); name another --root") from None
+
+
+def _stop_with_parent() -> None:
+    """Have Linux send SIGTERM to this process when its parent dies: a run that goes on alone would keep its folder
+    locked against the next start."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _last_line(path: Path) -> str:

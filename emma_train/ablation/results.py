@@ -111,7 +111,7 @@ def result_of(trial: Trial, flops: float) -> TrialResult:
 
 
 def scores_file(trial: Trial) -> Path:
-    """Where the evaluation of a trial is written. Arms that train the same are told apart by what is evaluated."""
+    """Where the evaluation of a trial is written: arms may share a run and differ in their evaluation."""
     return trial.run_folder / f"scores-{trial.recipe_hash}.json"
 
 

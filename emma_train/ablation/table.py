@@ -15,7 +15,7 @@ from emma_train.ablation.results import TrialResult
 DETECTABLE = {2: 14.08, 3: 5.36, 4: 4.16, 5: 3.72, 6: 3.49, 7: 3.35, 8: 3.26, 9: 3.19, 10: 3.15}
 """t(0.975, n-1) + t(0.8, n-1) by n, from tables of Student's t."""
 MANY = 3.0
-"""The same for more than ten; it lies between 3.1 and 2.8."""
+"""Used for more than ten seeds, where the exact value is between 2.8 and 3.1."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def _detectable_lines(arms: Sequence[str], metrics: Sequence[str], results: Sequ
         if any(effect is not None for effect in effects):
             rows.append(f"| {arm} | {' | '.join('–' if e is None else f'{e:.4f}' for e in effects)} |")
     if not rows:
-        return ["No standard errors, as there are none with one seed: no difference can be told from chance."]
+        return ["No standard errors, which need a metric of two seeds: no difference can be told from chance."]
     return [
         "The smallest difference that this design finds four times in five (two-sided t-test at 5 %):",
         "",

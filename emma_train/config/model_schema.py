@@ -113,7 +113,7 @@ class ModelConfig:
     """two: the Und adapter for images to be understood and the Gen adapter for reference and target images; one: the
     Und adapter's matrices for all of them."""
     placeholder: str = setting("learned", choices=("learned", "zeros"), handoff="equal")
-    """What stands for the semantic channels of a target image, which is still to be made: a learned vector or zeros."""
+    """What stands for the semantic channels of a target image, which has none: a learned vector or zeros."""
     und_attention: str = setting("causal", choices=("causal", "full"), handoff="equal")
     """What a token of an understanding image sees of its image: what is before it, or (as in BAGEL) all of it."""
     image_positions: str = setting("each", choices=("each", "one"), handoff="equal")

@@ -54,7 +54,7 @@ class GenAdapter(Adapter):
     def forward_images(self, semantic: Tensor, latent: Tensor, time: Tensor, adapter: Adapter | None = None) -> Tensor:
         """semantic: [r, S] of the r reference tokens, or [0, S] for zeros; latent: [r + n, C], references first, then
         noised targets; time: [n] flow time of the targets -> [r + n, LLM hidden]. References take time 0. `adapter`:
-        whose norm and matrices to use; None takes its own.
+        whose norm and matrices to use; None: those of this adapter.
         """
         adapter = self if adapter is None else adapter
         if self.placeholder is None:
