@@ -9,7 +9,7 @@ WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --durations=15
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-slow test-slurm test-all test-harness lint format docs bench gpu gpu-wheels clean
+.PHONY: help setup demo shipped-model scores long-data test test-fast test-slow test-slurm test-all test-harness lint format docs bench gpu gpu-wheels clean
 
 help: ## print this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -53,6 +53,24 @@ demo: setup ## train every stage on real images with two processes and write run
 	$(BIN)/emma-train evaluate $(DEMO) --data $(DEMO_DATA)
 	$(BIN)/emma-train report $(DEMO)
 	@echo "demo: done; open $(DEMO)/report.html in a browser"
+
+LONG := recipes/tiny-long
+LONG_DATA := runs/emoji-long
+
+shipped-model: long-data ## train the model in recipes/tiny-long/model again (an hour of 2 cores); goes on where it stopped
+	$(BIN)/emma-data cache-latents $(LONG_DATA)/train --autoencoder $(TINY)/autoencoder --side 128
+	$(BIN)/emma-train launch $(LONG)/pipeline.yaml --on torchrun --nproc 2
+	$(BIN)/emma-train export runs/tiny-long $(LONG)/model --precision bf16
+
+scores: long-data ## score the model in recipes/tiny-long/model and compare with recipes/tiny-long/scores.json
+	@mkdir -p runs/scores
+	$(BIN)/emma-train evaluate $(LONG)/model --data $(LONG_DATA) --limit 0 --out runs/scores/scores.json \
+	  --compare $(LONG)/scores.json
+
+long-data: setup
+	@test -e $(LONG_DATA)/heldout_concepts/manifest.json || rm -rf $(LONG_DATA)
+	@test -e $(LONG_DATA) || $(BIN)/emma-data import fluent-emoji $(LONG_DATA) --world tiny --samples 20000 12000 1059 \
+	  --package $(TINY)/emoji/drawings.tgz
 
 test: setup ## the tests that need no GPU and little time
 	$(PYTEST) --dist loadfile -m "not slow and not gpu"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from emma_train.commands.judge import add_judge_arguments
 from emma_train.commands.model_arguments import add_flow_arguments, add_model_arguments, given_settings
 from emma_train.commands.publish import check_publishing, publish
-from emma_train.errors import UserError, check_range
+from emma_train.errors import RunError, UserError, check_range
 
 if TYPE_CHECKING:
     from data_pipelines.emoji.exact import ImageJudge, Judgement
@@ -49,6 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--wandb", action="store_true", help="send the scores to the W&B run that trained the model")
     parser.add_argument("--out", help="emoji: file for the scores (MODEL/scores.json); else: folder for the images")
+    parser.add_argument(
+        "--compare", metavar="FILE", help="emoji: earlier scores of this model; exit code 1 where the new ones differ"
+    )
     images = parser.add_argument_group("of a benchmark's images")
     images.add_argument("--check", action="store_true", help="only look for what is missing or wrong in --out")
     images.add_argument("--score", nargs="+", metavar="FILE", help="official statistics of what its scorer wrote")
@@ -72,12 +75,15 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         check_range("--limit", arguments.limit, 0, 10**9)
     if arguments.benchmark == "emoji":
         return _run_emoji(arguments)
+    if arguments.compare:
+        raise UserError(f"--compare is for the emoji world's scores, not for {arguments.benchmark}")
     from emma_train.commands.benchmark import run_benchmark
 
     return run_benchmark(arguments)
 
 
 def _run_emoji(arguments: argparse.Namespace) -> int:
+    from emma_train.evaluate.compare_scores import compare_scores, describe_differences, read_scores_file
     from emma_train.generate.load import load_generator
     from emma_train.generate.results import write_results
     from emma_train.generate.settings import FlowSettings, with_overrides
@@ -90,6 +96,7 @@ def _run_emoji(arguments: argparse.Namespace) -> int:
     if not arguments.out and as_local(parse_path(arguments.model)) is None:
         raise UserError(f"evaluate {arguments.model}: say where to write the scores (--out FILE)")
     out = output_file("--out", Path(arguments.out or f"{arguments.model}/scores.json"))
+    earlier = read_scores_file(Path(arguments.compare)) if arguments.compare else None
     data, limit = Path(arguments.data or EMOJI_DATA), EMOJI_LIMIT if arguments.limit is None else arguments.limit
     check_publishing(arguments)
     generator, recipe, meta = load_generator(
@@ -108,6 +115,11 @@ def _run_emoji(arguments: argparse.Namespace) -> int:
         print(f"{score['split']:18} {score['name']:34} {value}   {note}")
     print(out)
     publish(arguments, scores, about["config"], out.parent, items)
+    if earlier is not None:
+        line, wrong = compare_scores(scores, earlier)
+        print(line)
+        if wrong:
+            raise RunError(describe_differences(wrong, Path(arguments.compare)))
     return 0
 
 

@@ -9,6 +9,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", metavar="OUT", help="folder to write")
     parser.add_argument("--no-ema", action="store_true", help="export the weights, not their average")
     parser.add_argument(
+        "--precision",
+        choices=("stored", "bf16"),
+        default="stored",
+        help="of the weights: as the checkpoint stores them, or rounded to bf16, half as large (%(default)s)",
+    )
+    parser.add_argument(
         "--as",
         dest="format",
         choices=("emma", "qwen3"),
@@ -20,6 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """Print the folder written."""
+    import torch
+
     from emma_train.export import export as exports
     from emma_train.export.content import check_content, content_hashes
     from emma_train.export.qwen3 import write_qwen3
@@ -29,7 +37,8 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from emma_train.sequence.tokens import TextTokenizer
     from emma_train.storage.paths import parse_path
 
-    model, out = StoredModel(arguments.checkpoint, use_ema=not arguments.no_ema), Path(arguments.out)
+    dtype = torch.bfloat16 if arguments.precision == "bf16" else None
+    model, out = StoredModel(arguments.checkpoint, not arguments.no_ema, dtype), Path(arguments.out)
     fingerprint = autoencoders.fingerprint(Path(model.recipe.model.autoencoder.path))
     tokenizer = TextTokenizer(model.recipe.data.tokenizer)
     check_content(model.meta, content_hashes(tokenizer, fingerprint), arguments.checkpoint)

@@ -1,6 +1,7 @@
 """Options of the commands that run a model (generate, evaluate)."""
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emma_train.errors import UserError
@@ -12,8 +13,18 @@ LONGEST_SIDE = 16_384
 """Of an image to make, in pixels."""
 
 
+SHIPPED = {"tiny": "recipes/tiny-long/model"}
+"""Trained models of the repository, by the names that commands take for them."""
+
+
+def shipped_or_given(model: str) -> str:
+    """The folder of a shipped model where `model` is its name and no folder here has that name; else `model`."""
+    return SHIPPED[model] if model in SHIPPED and not Path(model).exists() else model
+
+
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="run folder, checkpoint (or a URL of one) or export")
+    help_text = "run folder, checkpoint (or a URL of one) or export; tiny: the model in " + SHIPPED["tiny"]
+    parser.add_argument("model", metavar="MODEL", type=shipped_or_given, help=help_text)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where it runs (%(default)s)")
     parser.add_argument(
         "--precision",

@@ -18,8 +18,8 @@ from emma_train.storage.safetensors_io import Spec, Tensors
 class StoredModel:
     """Raises UserError where `path` holds no complete model."""
 
-    def __init__(self, path: str | StoragePath, use_ema: bool = True) -> None:
-        """`use_ema`: read averaged weights where they are stored."""
+    def __init__(self, path: str | StoragePath, use_ema: bool = True, dtype: torch.dtype | None = None) -> None:
+        """`use_ema`: read averaged weights where they are stored. `dtype`: round to it; None: as they are stored."""
         self.folder = parse_path(path)
         self._exported = export.is_export(self.folder)
         self._tensors: Tensors | CheckpointTensors
@@ -37,12 +37,15 @@ class StoredModel:
         with torch.device("meta"):
             names = [name for name, _ in Emma(self.recipe.model).named_parameters()]
         self._names = {name: self._stored_name(name, use_ema) for name in names}
-        self.specs: dict[str, Spec] = {name: self._tensors.specs[stored] for name, stored in self._names.items()}
+        specs = {name: self._tensors.specs[stored] for name, stored in self._names.items()}
+        self.specs = {name: Spec.of(dtype, spec.shape) for name, spec in specs.items()} if dtype else specs
         """Type and shape of every parameter, by its name in the model."""
+        self._dtype = dtype
 
     def read(self, name: str) -> Tensor:
-        """A parameter, in the type in which it is stored."""
-        return self._tensors.read(self._names[name])
+        """A parameter, in the type of `specs`."""
+        value = self._tensors.read(self._names[name])
+        return value if self._dtype is None else value.to(self._dtype)
 
     def load(self, model: nn.Module) -> None:
         """Fill a model's parameters in place."""

@@ -88,6 +88,15 @@ def test_an_export_is_the_checkpoint_to_the_last_bit(run: Path, exported: Path, 
     ]
 
 
+def test_weights_are_rounded_to_bf16_where_asked(run: Path, tmp_path: Path) -> None:
+    averages = weights_of(run, "ema")
+    half = exported_to(tmp_path / "half", run, "--precision", "bf16")
+    rounded = {name: value.to(torch.bfloat16) for name, value in averages.items()}
+    assert same(load_file(half / "model.safetensors"), rounded)
+    model, _, _ = load_model(half, torch.device("cpu"), use_ema=True)
+    assert same({name: p.detach() for name, p in model.named_parameters()}, {n: v.float() for n, v in rounded.items()})
+
+
 @pytest.mark.parametrize("size", [1, 2])
 def test_the_next_stage_starts_from_either_with_the_same_bits(run: Path, exported: Path, size: int) -> None:
     averages = weights_of(run, "ema")
