@@ -56,23 +56,28 @@ def ablation_table(question: str, arms: Sequence[str], metrics: Sequence[str], r
     first = arms[0]
     shown = [name for name in metrics if any(name in result.metrics for result in results)]
     lines = [f"**{question}**", ""] if question else []
+    columns = ["arm", "seeds", *shown, "parameters", "tokens", "FLOPs", "seconds"]
     lines += [
         f"Mean over seeds; in brackets the paired difference from `{first}` ± its standard error.",
         "",
-        f"| arm | seeds | {' | '.join(shown)} | parameters | tokens | FLOPs | seconds |",
-        "|---|---|" + "---|" * (len(shown) + 4),
+        _table_row(columns),
+        _table_row(["---"] * len(columns)),
     ]
     for arm in arms:
         of_arm = [result for result in results if result.arm == arm]
         if not of_arm:
-            lines.append(f"| {arm} | 0 |" + " |" * (len(shown) + 4))
+            lines.append(_table_row([arm, "0", *[""] * (len(columns) - 2)]))
             continue
         cells = [_cell(results, arm, first, metric) for metric in shown]
         tokens, flops, seconds = (fmean(getattr(r, key) for r in of_arm) for key in ("tokens", "flops", "seconds"))
-        cost = f"{of_arm[0].parameters:,} | {tokens:,.0f} | {flops:.3g} | {seconds:,.0f}"
-        lines.append(f"| {arm} | {len(of_arm)} | {' | '.join(cells)} | {cost} |")
+        cost = [f"{of_arm[0].parameters:,}", f"{tokens:,.0f}", f"{flops:.3g}", f"{seconds:,.0f}"]
+        lines.append(_table_row([arm, str(len(of_arm)), *cells, *cost]))
     lines += ["", *_detectable_lines(arms, shown, results)]
     return "\n".join(lines) + "\n"
+
+
+def _table_row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def _cell(results: Sequence[TrialResult], arm: str, first: str, metric: str) -> str:

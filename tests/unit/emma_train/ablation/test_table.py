@@ -48,4 +48,5 @@ def test_the_table_has_quality_beside_cost() -> None:
     assert lines[-1].startswith("No standard errors")  # the differences of both seeds are 0.5
     results[3] = result("b", 0, loss=1.25, other=0.25)
     assert ablation_table("", ["a", "b"], ["loss", "other"], results).splitlines()[-1] == "| b | 1.7600 | – |"
+    assert "| arm | seeds | parameters |" in ablation_table("", ["a", "b"], ["loss"], [])  # before the first result
     assert "no difference can be told" in ablation_table("", ["a", "b"], ["loss"], results[2:4])
