@@ -8,6 +8,7 @@ packed_vs_tokenwise         of images as separate semantic and latent tokens (la
 stage1_vs_stage0, stage1_vs_router    seconds of a Stage 1 micro-step over one of alignment, and of router tuning, with
                             the same understanding samples
 compile_vs_eager            seconds of eager layers over compiled ones (--compile; takes a minute)
+data_wait_share             of the time of the steps of recipes/tiny/stage1.yaml, the trainer's wait for packs
 host_copies                 of a micro-step of Stage 1 at the width of EMMA-4B on the meta device
 kernels_*                   of an eager layer of EMMA-4B, forward and backward: shallow and deep ones of the decoder
                             with 6,176 tokens, and one of the encoder with 8,192 patches
@@ -21,7 +22,9 @@ Times are medians of five after one to warm up, of a small model with random wei
 import argparse
 import json
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -140,6 +143,18 @@ def ratios(compiled: bool) -> dict[str, float]:
     return {name: round(value, 3) for name, value in result.items()}
 
 
+def data_wait_share(steps: int = 15, warm_up: int = 3) -> float:
+    """Seconds that the trainer waits for packs, over those of the steps, after `warm_up` steps."""
+    with tempfile.TemporaryDirectory() as folder:
+        overrides = [f"run.root={folder}", "run.name=run", f"train.steps={steps}", "train.log_every=1"]
+        overrides += ["train.save_every=1000", "validate.every=0", "train.sample_every=0"]
+        command = [sys.executable, "-m", "emma_train", "train", "recipes/tiny/stage1.yaml", *overrides]
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+        lines = (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines if line][warm_up:]
+    return sum(row["data/wait_s"] for row in rows) / sum(row["step_s"] for row in rows)
+
+
 def counts() -> dict[str, float]:
     with pytest.MonkeyPatch.context() as patch:
         card = card_on_meta(patch)
@@ -171,7 +186,8 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="measure compile_vs_eager too")
     arguments = parser.parse_args()
     facts = {"commit": commit(), "torch": torch.__version__, "threads": torch.get_num_threads()}
-    results = {**facts, **ratios(arguments.compile), **counts()}
+    waits = {"data_wait_share": float(f"{data_wait_share():.2g}")}
+    results = {**facts, **ratios(arguments.compile), **waits, **counts()}
     if arguments.json:
         print(json.dumps(results))
         return
