@@ -9,7 +9,7 @@ WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --durations=15
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo shipped-model scores long-data test test-fast test-slow test-slurm test-all test-harness lint format docs bench gpu gpu-wheels clean
+.PHONY: help setup try demo shipped-model scores long-data test test-fast test-slow test-slurm test-all test-harness lint format docs bench gpu gpu-wheels clean
 
 help: ## print this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -36,6 +36,11 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 	@$(PIP) install -c constraints.txt -e ".[test]"
 	@touch $@
 	@echo "setup: done; try $(BIN)/emma-train doctor"
+
+try: setup ## draw, edit and answer with the model in recipes/tiny-long/model
+	$(BIN)/emma-train generate tiny --task t2i --prompt "a flat dog face on a blue background" --out runs/try
+	$(BIN)/emma-train generate tiny --task it2i --image docs/images/cat.png --prompt "make the background pink" --out runs/try
+	$(BIN)/emma-train generate tiny --task i2t --image docs/images/cat.png --prompt "What is this?"
 
 TINY := recipes/tiny/assets
 DEMO := runs/demo
