@@ -33,7 +33,7 @@ from emma_train.sequence.request import Request
 
 HELDOUT = Path("recipes/tiny/assets/emoji/heldout_drawings")
 COLUMNS, SIDE, GAP, LABEL, LINE = 7, 104, 8, 76, 15
-LETTERS = 17
+LETTERS = 16
 DATA = "data"
 RIGHT, WRONG, GREY = (0, 128, 93), (213, 94, 0), (110, 110, 110)
 
