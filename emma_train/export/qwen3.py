@@ -35,7 +35,7 @@ def write_qwen3(out: Path, model: StoredModel) -> None:
     copy_tokenizer(tokenizer.path, out)
     ids = {"bos_token_id": tokenizer.endoftext, "pad_token_id": tokenizer.endoftext}
     if not (out / TOKENIZER_EXTRAS[0]).exists():
-        _write(out / TOKENIZER_EXTRAS[0], _tokenizer_config())
+        _write(out / TOKENIZER_EXTRAS[0], tokenizer_config())
     ends = [tokenizer.im_end, tokenizer.endoftext]
     _write(out / "generation_config.json", {**ids, "eos_token_id": ends, "do_sample": False})
     dtype = TORCH_DTYPES[model.specs["decoder.embed_tokens.weight"].dtype]
@@ -43,7 +43,8 @@ def write_qwen3(out: Path, model: StoredModel) -> None:
     _write(out / "config.json", {**config, "torch_dtype": dtype})
 
 
-def _tokenizer_config() -> dict[str, Any]:
+def tokenizer_config() -> dict[str, Any]:
+    """What transformers needs to know beside tokenizer.json."""
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": "<|im_end|>",
