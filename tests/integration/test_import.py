@@ -13,7 +13,7 @@ from emma_train.export import export
 from tests import public
 from tests.distributed.ranks import command, command_memory, loaded, start_memory
 from tests.distributed.spawn import run_command, run_ranks
-from tests.helpers import tiny_recipe
+from tests.helpers import ASSETS, ROOT, tiny_recipe
 from tests.integration.conftest import MakeRecipe
 from tests.runs import checkpoint, stored, train
 
@@ -73,6 +73,23 @@ def test_the_first_stages_start_from_an_import(
     assert "(imported," in outcome.out
     if stage == "stage0":
         assert all(name.startswith("und_adapter.") for name in moved)
+
+
+def test_the_tiny_recipes_start_from_the_shipped_folders(tmp_path: Path) -> None:
+    parts = {"llm": "qwen3", "vision": "siglip2", "autoencoder": "autoencoder"}
+    folders = [word for part, name in parts.items() for word in (f"--{part}", str(ASSETS / name))]
+    initial = tmp_path / "initial"
+    (outcome,) = run_ranks(1, command, ["import", str(initial), *folders])
+    assert outcome.value == 0, outcome.err
+    start = [f"init.from={initial}", f"run.root={tmp_path}", "train.steps=1", "data.samples_per_step=12"]
+    quick = ["validate.every=0", "train.sample_every=0", "engine.precision=fp32"]
+    (outcome,) = train(ROOT / "recipes" / "tiny" / "stage0.yaml", *start, *quick)
+    assert "from the seed" not in outcome.err
+    language_model, encoder = (load_file(ASSETS / name / "model.safetensors") for name in ("qwen3", "siglip2"))
+    weights = stored(checkpoint(tmp_path / "tiny-stage0", 1))
+    assert torch.equal(weights["model.decoder.embed_tokens.weight"], language_model["model.embed_tokens.weight"])
+    patches = next(value for name, value in encoder.items() if name.endswith("patch_embedding.weight"))
+    assert torch.equal(weights["model.vision.patch_embedding.weight"], patches)
 
 
 def test_two_ranks_read_their_slices_alone_and_hold_what_one_does(folder: Path) -> None:

@@ -1,12 +1,13 @@
-"""What the trainings of the tiny Qwen3 and SigLIP share."""
+"""What the trainings of the tiny Qwen3 and SigLIP share, and the folders in the repository."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from data_pipelines.emoji.foundation import minimise, random_batches, read_split
+from data_pipelines.emoji.foundation import MEASURES_FILE, minimise, random_batches, read_split
 from data_pipelines.emoji.splits import HELDOUT_DRAWINGS, SPLITS, is_heldout_concept
 from emma_train.errors import UserError
 from tests.helpers import ASSETS
@@ -49,3 +50,13 @@ def test_train_has_no_held_out_drawing_and_no_held_out_concept() -> None:
 def test_images_of_held_out_drawings_come_with_their_records() -> None:
     record, files = next(read_split(EMOJI, HELDOUT_DRAWINGS))
     assert set(files) == set(record["pictures"]) and all(data[:4] == b"RIFF" for data in files.values())
+
+
+def test_shipped_folders_are_small_and_reach_their_bars() -> None:
+    sizes = [file.stat().st_size for name in ("qwen3", "siglip2") for file in (ASSETS / name).iterdir()]
+    assert sum(sizes) <= 8_000_000
+    llm, vision = (json.loads((ASSETS / name / MEASURES_FILE).read_text()) for name in ("qwen3", "siglip2"))
+    assert llm["perplexity"] <= 0.5 * llm["perplexity_of_a_unigram"] and llm["heldout_captions"] >= 100
+    assert min(vision["text_to_image_at_1"], vision["image_to_text_at_1"]) >= 10 * vision["chance"]
+    assert vision["heldout_images"] == round(1 / vision["chance"]) >= 100
+    assert max(llm["minutes"], vision["minutes"]) <= 6

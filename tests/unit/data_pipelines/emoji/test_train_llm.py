@@ -1,4 +1,4 @@
-"""The tiny Qwen3: what it reads, and a short training."""
+"""The tiny Qwen3: what it reads, a short training, and the weights in the repository."""
 
 import json
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, Qwen3ForCausalLM
 
 from data_pipelines.emoji import train_llm
 from data_pipelines.emoji.foundation import MEASURES_FILE
-from data_pipelines.emoji.splits import HELDOUT_DRAWINGS, is_heldout_concept
+from data_pipelines.emoji.splits import HELDOUT_DRAWINGS, TRAIN, is_heldout_concept
 from data_pipelines.emoji.train_llm import (
     caption_perplexity,
     padded,
@@ -108,3 +108,13 @@ def test_a_folder_without_a_set_is_one_line_and_exit_code_2(
     assert train_llm.main(["--data", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: --data {tmp_path}: no train/*.tar in it")
+
+
+def test_shipped_weights_fit_the_recipes_and_know_held_out_captions(tokenizer: TextTokenizer) -> None:
+    folder = ASSETS / "qwen3"
+    assert decoder_config(json.loads((folder / "config.json").read_text()), str(folder)) == TINY.model.decoder
+    assert TextTokenizer(folder).sha256 == tokenizer.sha256
+    train, heldout = (split_captions(ASSETS / "emoji", split, tokenizer) for split in (TRAIN, HELDOUT_DRAWINGS))
+    model = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    perplexity = caption_perplexity(model, heldout, tokenizer)
+    assert perplexity <= 0.5 * unigram_perplexity(train, heldout, tokenizer.vocab)
