@@ -12,6 +12,10 @@ from emma_train.checkpoint.dcp_reader import CheckpointTensors
 from emma_train.errors import UserError
 from emma_train.storage.paths import StoragePath
 
+WITHOUT_EFFECT_ON_LOSS = "k_proj.bias"
+"""Ends the names of tensors that change no loss: a bias of keys adds the same to all scores of a query, which softmax
+takes out. Their gradients are rounding errors, which Adam scales to whole steps."""
+
 
 @dataclass(frozen=True)
 class Largest:
@@ -71,7 +75,7 @@ def differing_weights(
 ) -> tuple[list[Difference], Largest]:
     """The first tensor of the checkpoints of the same steps which differs by more than `margin`.
 
-    Tensors are read one at a time. Raises UserError where a checkpoint is damaged.
+    With a margin, tensors that are WITHOUT_EFFECT_ON_LOSS are left out. Tensors are read one at a time. Raises UserError where a checkpoint is damaged.
     """
     steps = sorted(one.checkpoints.keys() & other.checkpoints.keys())
     largest = Largest(len(steps))
@@ -84,6 +88,8 @@ def differing_weights(
             if ours.specs.get(name) != theirs.specs.get(name):
                 values: tuple[Any, Any] = (str(ours.specs.get(name)), str(theirs.specs.get(name)))
                 return [_difference(step, "weights", values, (one, other), name)], largest
+            if margin and name.endswith(WITHOUT_EFFECT_ON_LOSS):
+                continue
             first, second = ours.read(name), theirs.read(name)
             difference = 0.0 if torch.equal(first, second) else _largest_difference(first, second)
             largest = largest.joined(difference, step, name)

@@ -157,6 +157,15 @@ def test_one_weight_that_differs_is_named_with_its_tensor(
     assert audit(capsys, chain, copy, "--weight-margin", "1e-3")[0] == 0
 
 
+def test_biases_of_keys_change_no_loss_and_count_only_where_all_bits_must_be_equal(
+    chain: Path, straight: Path, copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nudge(checkpoint(copy, 4), "model.vision.layers.0.k_proj.bias", 0.1)
+    assert audit(capsys, chain, copy)[0] == 0
+    code, result = audit(capsys, straight, copy)
+    assert (code, result["stages"][0]["differences"][0]["tensor"]) == (1, "model.vision.layers.0.k_proj.bias")
+
+
 def test_a_step_that_was_computed_again_with_other_data_is_named_in_the_run_alone(
     chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -33,13 +33,15 @@ PROMPTS = {
 
 
 def _is_same_machine() -> bool:
-    """Whether sums are taken in the order of the machine that wrote expected.json."""
-    cpuinfo = Path("/proc/cpuinfo")
+    """Whether sums are taken in the order of the machine that wrote expected.json, a Zen 4; Zen 5 has AVX-VNNI, and
+    other kernels."""
+    path = Path("/proc/cpuinfo")
+    cpuinfo = path.read_text() if path.exists() else ""
     return (
         torch.__version__.startswith("2.13.0")
         and torch.backends.cpu.get_cpu_capability() == "AVX512"
-        and cpuinfo.exists()
-        and "AuthenticAMD" in cpuinfo.read_text()
+        and "AuthenticAMD" in cpuinfo
+        and "avx_vnni" not in cpuinfo
     )
 
 
