@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from emma_train.engine.fp8_linear import card_has_fp8
 from emma_train.training.environment import installed_version
 
 Status = Literal["ok", "warn", "missing"]
@@ -143,7 +144,9 @@ def _devices() -> list[Check]:
         cards.append(
             Check("devices", f"cuda:{index}", "ok", f"{card.name}, {card.total_memory / 2**30:.0f} GiB", essential=True)
         )
-    if not cards:
+    if cards:
+        cards.append(_fp8())
+    else:
         has_card = shutil.which("nvidia-smi") is not None or Path("/dev/nvidia0").exists()
         advice = "this torch can't use it: install its CUDA build (rm -r .venv; make setup)" if has_card else ""
         detail = (
@@ -156,6 +159,13 @@ def _devices() -> list[Check]:
     memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     cards.append(Check("devices", "cpu", "ok", f"{cores} cores, {memory_gib:.0f} GiB memory", essential=True))
     return cards
+
+
+def _fp8() -> Check:
+    """Of the first card: those of a machine are of one kind."""
+    if card_has_fp8(torch.device("cuda", 0)):
+        return Check("devices", "fp8", "ok", "engine.fp8 works")
+    return Check("devices", "fp8", "missing", "engine.fp8 needs Ada, Hopper or a newer NVIDIA card")
 
 
 def _communication() -> list[Check]:

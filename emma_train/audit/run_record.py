@@ -57,8 +57,9 @@ class RunRecord:
     @property
     def engine(self) -> dict[str, Any]:
         """Settings that may change how numbers are rounded."""
-        engine = {k: v for k, v in self.config.get("engine", {}).items() if k not in WITHOUT_EFFECT}
-        return {**engine, "attention": self.config.get("attention")}
+        config = complete(self.config, str(self.folder))
+        engine = {k: v for k, v in config["engine"].items() if k not in WITHOUT_EFFECT}
+        return {**engine, "attention": config["attention"]}
 
 
 def read_run_record(folder: Path) -> RunRecord:

@@ -68,6 +68,11 @@ def _check_engine(engine: EngineConfig, source: str) -> None:
             f"{source}: engine.debug_lockstep compares modules one by one, which compiled layers hide; "
             "set engine.compile=false"
         )
+    if engine.fp8 != "off" and (engine.kind, engine.precision) != ("fsdp", "bf16"):
+        raise UserError(
+            f"{source}: engine.fp8 is {engine.fp8}, which needs engine.kind=fsdp and engine.precision=bf16, not "
+            f"{engine.kind} and {engine.precision}; set engine.fp8=off"
+        )
     if engine.kind == "fsdp":
         return
     for key, usual in (("replicate", 1), ("frozen", "sharded")):

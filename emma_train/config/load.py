@@ -301,6 +301,8 @@ def _with_field_names(values: Any, schema: type) -> Any:
         inner = fields[key].section if key in fields else None
         if key in fields and fields[key].facts.single and isinstance(value, str):
             value = [value]
+        if key in fields and value is False and "off" in fields[key].facts.choices:
+            value = "off"  # which YAML reads as false
         renamed[fields[key].name if key in fields else key] = _with_field_names(value, inner) if inner else value
     return renamed
 

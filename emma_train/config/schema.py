@@ -266,6 +266,9 @@ class EngineConfig:
     """Engine that shards the model: FSDP2 or DeepSpeed ZeRO."""
     precision: str = setting("bf16", choices=("bf16", "fp32"))
     """bf16 (bf16 compute, fp32 master weights and reduction) or fp32."""
+    fp8: str = setting("off", choices=("off", "tensorwise", "rowwise"))
+    """Products of linears in 8-bit floats, in all layers of decoder and vision encoder but the first and the last: off,
+    tensorwise (one scale for each operand) or rowwise (one for each of its rows). Needs fsdp and bf16."""
     device: str = setting("auto", choices=("auto", "cpu", "cuda"))
     """Device to train on; auto takes CUDA if there is a GPU."""
     zero_stage: int = setting(2, choices=(1, 2, 3))

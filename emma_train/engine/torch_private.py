@@ -49,6 +49,12 @@ def lerp_in_place(tensors: Sequence[Tensor], ends: Sequence[Tensor], weight: flo
     torch._foreach_lerp_(list(tensors), list(ends), weight)
 
 
+def scaled_mm(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: torch.dtype, fast: bool) -> Tensor:
+    """a [m, k] @ b [k, n], both in 8 bits, times their scales, in one kernel. Rows of `a` and columns of `b` lie one
+    after another in memory. `fast` adds up with fewer bits on Hopper."""
+    return torch._scaled_mm(a, b, scale_a=scale_a, scale_b=scale_b, out_dtype=dtype, use_fast_accum=fast)
+
+
 def has_triton() -> bool:
     return bool(_triton.has_triton())
 

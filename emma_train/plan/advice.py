@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from emma_train.plan.arithmetic import Plan
-from emma_train.plan.cards import CARDS, GIB, usable_bytes
+from emma_train.plan.cards import CARDS, GIB, WITHOUT_FP8, usable_bytes
 from emma_train.plan.roofline import step_seconds
 from emma_train.plan.traffic import Network, traffic
 
@@ -17,6 +17,8 @@ WORTH = 0.98
 def problems(plan: Plan) -> list[str]:
     """Why the recipe cannot run on these GPUs, and what would; empty if it can."""
     lines, cap = plan.sharing_problems(), plan.recipe.data.pack_tokens
+    if plan.recipe.engine.fp8 != "off" and plan.gpu_name in WITHOUT_FP8:
+        lines.append(f"engine.fp8 is {plan.recipe.engine.fp8}, and a {plan.gpu_name} lacks its 8-bit products; set off")
     needed, available = plan.peak(plan.num_gpus, cap), usable_bytes(plan.gpu_name)
     if needed > available:
         ways = ", or ".join(ways_to_fit(plan)) or "only more GPUs, larger ones and shorter packs together"

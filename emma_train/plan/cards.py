@@ -30,6 +30,8 @@ MEMORY_BYTES_S: dict[str, float] = {
     "rtx4090-24g": 1.008e12,
 }
 """Peak bytes a second of a card's memory, by vendors' data sheets."""
+WITHOUT_FP8 = ("a100-40g", "a100-80g", "mi300x-192g")
+"""Kinds that engine.fp8 refuses (engine/fp8.py)."""
 RESERVE = 0.10
 """Share of the card left to the CUDA context, NCCL and fragmentation."""
 

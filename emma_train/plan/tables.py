@@ -205,7 +205,7 @@ def _step_table(plan: Plan) -> Table:
         ),
         **{f"estimated: {part}": [_seconds(p[part]) for p in parts] for part in parts[0]},
         "estimated: step": [_seconds(s) for s in seconds],
-        "estimated: MFU": [f"{estimated_mfu(plan, x):.0%}" for x in loads],
+        "estimated: MFU, of the bf16 peak": [f"{estimated_mfu(plan, x):.0%}" for x in loads],
         "steps": [f"{n:,}" for n in lengths],
         "samples": [_short_count(n * sum(x.samples.values())) for n, x in zip(lengths, loads, strict=True)],
         "tokens": [_short_count(n * x.tokens) for n, x in zip(lengths, loads, strict=True)],
@@ -218,6 +218,7 @@ def _step_table(plan: Plan) -> Table:
     how = f"at {plan.mfu:.0%} MFU" if plan.mfu else "by the model of plan/roofline.py"
     table.caption = (
         f"The stage, estimated {how}: {_seconds(total)}, {hours} (no checkpoints, sample images or failures)"
+        + "; as in bf16, for no card has measured engine.fp8 yet" * (plan.recipe.engine.fp8 != "off")
     )
     return table
 

@@ -1,5 +1,5 @@
-"""Builds all that training needs, in the one right order: model on the meta device -> freeze -> compile -> activation
-checkpointing -> shard -> optimizer -> weights -> EMA."""
+"""Builds all that training needs, in the one right order: model on the meta device -> freeze -> fp8 -> compile ->
+activation checkpointing -> shard -> optimizer -> weights -> EMA."""
 
 import gc
 import logging
@@ -19,6 +19,7 @@ from emma_train.engine.activation_checkpointing import checkpoint_activations
 from emma_train.engine.compiled import compile_layers
 from emma_train.engine.deepspeed import DeepSpeedEngine
 from emma_train.engine.flat_shard import local_chunks
+from emma_train.engine.fp8 import use_fp8
 from emma_train.engine.fsdp import FsdpEngine
 from emma_train.engine.lockstep import watched
 from emma_train.engine.protocol import Engine
@@ -80,6 +81,7 @@ def build(recipe: Recipe, stage: Stage, world: World, resuming: bool) -> Trainin
             layer.skip_gen_branch = not makes_images(recipe)
     if world.sp_size > 1:
         divide_tokens(model.decoder, world)
+    use_fp8(model, recipe.engine.fp8, world.device)
     if recipe.engine.compile:
         compile_layers(model, world.device)
     checkpoint_activations(model, recipe.engine.activation_checkpointing)

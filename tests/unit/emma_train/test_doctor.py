@@ -92,9 +92,12 @@ def test_a_small_shared_memory_is_a_warning(monkeypatch: pytest.MonkeyPatch, tmp
     assert _shared_memory(tmp_path / "none").status == "missing"
 
 
-def test_gpus_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("capability", "status"), [((9, 0), "ok"), ((8, 9), "ok"), ((8, 6), "missing")])
+def test_gpus_are_listed(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], status: str) -> None:
     card = type("Card", (), {"name": "Some H100", "total_memory": 80 * 2**30})
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     results = by_name(checks())
     assert results["cuda:1"].detail == "Some H100, 80 GiB"
+    assert (results["fp8"].status, results["fp8"].essential) == (status, False)

@@ -79,6 +79,14 @@ def test_memory_where_the_kind_of_gpu_is_given(launched) -> None:
     assert "a full pack needs" in error
 
 
+def test_a_kind_of_gpu_without_8_bit_products(launched) -> None:
+    words = [str(TINY / "stage1.yaml"), "--on", "slurm", "--dry-run", "--nproc", "1", "engine.fp8=rowwise"]
+    assert launched(*words, "--gpu", "h100-80g")[0] == 0
+    code, out, error = launched(*words, "--gpu", "a100-80g")
+    assert (code, out) == (2, "")
+    assert "engine.fp8 is rowwise, and a a100-80g lacks its 8-bit products; set off" in error
+
+
 def test_absent_inputs_end_a_launch_and_warn_in_a_dry_run(launched, tmp_path: Path) -> None:
     words = [str(TINY / "stage0.yaml"), "--on", "slurm", "--gpus-per-node", "0", "data.tokenizer=none"]
     code, _, error = launched(*words)

@@ -74,6 +74,12 @@ WRONG: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({**VALIDATED, "train__keep_best": "val/answers"}, ("val/answers", "validate.questions names no folder")),
     ({**VALIDATED, "validate__questions": HELD_OUT, "validate__sources": []}, ("validate.sources names no folder",)),
     ({**VALIDATED, "train__keep_best": "val/loss/recon"}, ("recon is not in the mix",)),
+    ({"engine__fp8": "rowwise"}, ("engine.fp8 is rowwise", "engine.precision=bf16", "engine.fp8=off")),
+    (
+        {**DEEPSPEED, "engine__precision": "bf16", "engine__fp8": "tensorwise"},
+        ("engine.fp8 is tensorwise", "engine.kind=fsdp", "not deepspeed and bf16"),
+    ),
+    ({"engine__fp8": "blockwise"}, ("engine.fp8 is 'blockwise'", "off, tensorwise, rowwise")),
     ({**DEEPSPEED, "engine__replicate": 2}, ("engine.replicate is 2", "engine.kind=deepspeed")),
     ({**DEEPSPEED, "engine__frozen": "replicated"}, ("engine.frozen is replicated", "engine.kind=deepspeed")),
     ({**DEEPSPEED, "engine__compile": True, "engine__zero_stage": 3}, ("engine.compile", "ZeRO-3", "zero_stage=2")),

@@ -95,6 +95,15 @@ def test_overrides_win_and_take_yaml_values(tmp_path: Path) -> None:
     assert load_recipe(path, ["train.steps=50", "train.steps=51"]).train.steps == 51
 
 
+def test_off_is_a_choice_though_yaml_reads_it_as_false(tmp_path: Path) -> None:
+    path = recipe_file(tmp_path, engine__precision="bf16")
+    assert load_recipe(path, ["engine.fp8=rowwise"]).engine.fp8 == "rowwise"
+    assert load_recipe(path, ["engine.fp8=rowwise", "engine.fp8=off"]).engine.fp8 == "off"
+    written = tmp_path / "written.yaml"
+    written.write_text(to_yaml(load_recipe(path)))
+    assert load_recipe(written).engine.fp8 == "off"
+
+
 @pytest.mark.parametrize(
     ("override", "nearest"),
     [

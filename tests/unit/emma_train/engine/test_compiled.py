@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from emma_train.engine import compiled
+from emma_train.config.schema import Recipe
+from emma_train.engine import compiled, fp8_linear
 from emma_train.engine.compiled import compile_layers, missing_compiler
 from emma_train.engine.world import join
 from emma_train.objectives.loss import LossAccumulator, count
@@ -66,13 +67,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> I
         torch._dynamo.reset()
 
 
-@pytest.mark.seconds
-def test_under_fsdp_each_kind_of_layer_is_one_graph_that_knows_its_heads(
-    graphs: list[torch.fx.GraphModule],
-) -> None:
-    """FSDP's modules hide their integers from torch.compile, which then took the size of a head for a variable: on an
-    H100 the first step failed."""
-    recipe = tiny_recipe(engine__compile=True, engine__precision="bf16", engine__activation_checkpointing="selective")
+def train_on_packs_of_three_lengths(recipe: Recipe) -> None:
     stage = stage_of(recipe)
     with join("cpu", 60) as world:
         parts = build(recipe, stage, world, resuming=True)
@@ -81,6 +76,16 @@ def test_under_fsdp_each_kind_of_layer_is_one_graph_that_knows_its_heads(
             accumulator = LossAccumulator(recipe.loss, count([batch], stage.loss), world.device)
             loss = micro_loss(parts.engine.model, FakeAutoencoder(), batch, recipe.flow, stage, accumulator)
             parts.engine.accumulate(loss, last=True)
+
+
+@pytest.mark.seconds
+def test_under_fsdp_each_kind_of_layer_is_one_graph_that_knows_its_heads(
+    graphs: list[torch.fx.GraphModule],
+) -> None:
+    """FSDP's modules hide their integers from torch.compile, which then took the size of a head for a variable: on an
+    H100 the first step failed."""
+    recipe = tiny_recipe(engine__compile=True, engine__precision="bf16", engine__activation_checkpointing="selective")
+    train_on_packs_of_three_lengths(recipe)
     heads = [
         tuple(node.meta["example_value"].shape[1:])
         for graph in graphs
@@ -94,3 +99,14 @@ def test_under_fsdp_each_kind_of_layer_is_one_graph_that_knows_its_heads(
     assert sorted(heads) == sorted([*[of_vision] * 2, *[(decoder.heads, decoder.head_dim)] * 4])
     assert len(graphs) == 4
     assert all(type(size) is int for shape in heads for size in shape)
+
+
+@pytest.mark.seconds
+@pytest.mark.parametrize("graphs", [TORCH], indirect=True)
+def test_layers_in_fp8_are_graphs_of_their_own_kind(
+    graphs: list[torch.fx.GraphModule], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without breaks and for all lengths: the same graphs as above, and those of an inner layer of each kind."""
+    monkeypatch.setattr(fp8_linear, "has_kernel", lambda device: True)
+    train_on_packs_of_three_lengths(tiny_recipe(engine__compile=True, engine__precision="bf16", engine__fp8="rowwise"))
+    assert len(graphs) == 7

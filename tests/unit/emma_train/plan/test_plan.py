@@ -323,6 +323,20 @@ def test_stage1_does_not_fit_one_l40s_and_says_what_would(capsys: pytest.Capture
     assert not problems(two) and two.peak(2, 7168) < 191.5 * GIB
 
 
+@pytest.mark.parametrize(("gpu", "runs"), [("h100-80g", True), ("l40s-48g", True), ("a100-80g", False)])
+def test_fp8_is_planned_as_bf16_and_refused_where_cards_lack_it(
+    capsys: pytest.CaptureFixture[str], gpu: str, runs: bool
+) -> None:
+    few = ["data.samples_per_step=48"]
+    plain, planned = (toy("stage1", *few, *fp8).with_changes(gpu_name=gpu) for fp8 in ([], ["engine.fp8=tensorwise"]))
+    assert step_seconds(planned, planned.loads[0]) == step_seconds(plain, plain.loads[0])
+    assert [line for line in problems(planned) if "engine.fp8 is tensorwise" in line] == problems(planned)
+    assert bool(problems(planned)) != runs
+    assert print_plan(planned.recipe, "stage1.yaml", Machine(1, gpu))[1] == (not runs)
+    out = " ".join(capsys.readouterr().out.split())
+    assert "MFU, of the bf16 peak" in out and "as in bf16, for no card has measured engine.fp8 yet" in out
+
+
 def test_gpus_that_do_not_divide_the_slots_cannot_run(capsys: pytest.CaptureFixture[str]) -> None:
     recipe = load_recipe(FULL / "stage1.yaml")
     assert print_plan(recipe, "stage1.yaml", Machine(96, "h100-80g"))[1] == 1
