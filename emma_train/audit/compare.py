@@ -75,7 +75,8 @@ def differing_weights(
 ) -> tuple[list[Difference], Largest]:
     """The first tensor of the checkpoints of the same steps which differs by more than `margin`.
 
-    With a margin, tensors that are WITHOUT_EFFECT_ON_LOSS are left out. Tensors are read one at a time. Raises UserError where a checkpoint is damaged.
+    With a margin, tensors that are WITHOUT_EFFECT_ON_LOSS are left out. Tensors are read one at a time. Raises
+    UserError where a checkpoint is damaged.
     """
     steps = sorted(one.checkpoints.keys() & other.checkpoints.keys())
     largest = Largest(len(steps))
