@@ -4,7 +4,7 @@ activation checkpointing -> shard -> optimizer -> weights -> EMA."""
 import gc
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from emma_train.checkpoint import dcp, verify
 from emma_train.checkpoint import folder as folders
 from emma_train.config.load import load_stored_yaml
-from emma_train.config.schema import ModelConfig, Recipe
+from emma_train.config.schema import EngineConfig, ModelConfig, Recipe
 from emma_train.engine.activation_checkpointing import checkpoint_activations
 from emma_train.engine.compiled import compile_layers
 from emma_train.engine.deepspeed import DeepSpeedEngine
@@ -88,7 +88,8 @@ def build(recipe: Recipe, stage: Stage, world: World, resuming: bool) -> Trainin
     learns = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
     log_optimizer(recipe.optimizer, learns)
     optimizer = partial(make_optimizer, config=recipe.optimizer)
-    engine: Engine = ENGINES[recipe.engine.kind](model, recipe.engine, recipe.optimizer.max_grad_norm, world, optimizer)
+    config, max_norm = engine_config(recipe, stage), recipe.optimizer.max_grad_norm
+    engine: Engine = ENGINES[recipe.engine.kind](model, config, max_norm, world, optimizer)
     if recipe.engine.debug_lockstep:
         engine = watched(engine, world, recipe.engine.timeout_s)
     handoff = None
@@ -101,6 +102,14 @@ def build(recipe: Recipe, stage: Stage, world: World, resuming: bool) -> Trainin
     if recipe.ema.decay:
         ema = Ema({name: engine.weights[name] for name in learns}, recipe.ema.decay, recipe.ema.device)
     return TrainingParts(engine, ema, trainable, num_parameters, handoff, parent)
+
+
+def engine_config(recipe: Recipe, stage: Stage) -> EngineConfig:
+    """The recipe's, but with gradients reduced in every micro-step where no image is made though the Gen branch is
+    trainable: torch's FSDP fails to add up the gradients of units that did not run."""
+    if makes_images(recipe) or "gen_adapter" not in stage.trainable:
+        return recipe.engine
+    return replace(recipe.engine, reduce_every_micro_step=True)
 
 
 def find_source(recipe: Recipe, world: World) -> tuple[StoragePath | None, dict[str, Any] | None]:

@@ -8,7 +8,8 @@ import torch
 from emma_train.model.emma import Emma
 from emma_train.storage.paths import parse_path
 from emma_train.training.build import load_previous_stage
-from tests.helpers import tiny_model, tiny_recipe, write_export
+from tests.helpers import recipe_values, tiny_model, tiny_recipe, write_export, write_recipe
+from tests.runs import learnt, train
 
 
 @pytest.mark.parametrize("gen_adapter", ["random", "und"])
@@ -20,3 +21,12 @@ def test_the_gen_adapter_starts_from_its_own_weights_or_from_the_und_adapter(tmp
     for name, value in weights.items():
         copied = gen_adapter == "und" and name.startswith(("gen_adapter.norm.", "gen_adapter.fc"))
         assert torch.equal(value, before[name.replace("gen_adapter.", "und_adapter.") if copied else name]), name
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_pretraining_without_images_to_make_adds_up_gradients_over_micro_steps(tmp_path: Path, processes: int) -> None:
+    values = {**recipe_values("stage1", run__root=str(tmp_path), train__steps=2), "mix": {"i2t": 1}}
+    recipe = write_recipe(tmp_path / "recipe.yaml", values)
+    for reduce in ("true", "false"):
+        train(recipe, f"run.name=reduce-{reduce}", f"engine.reduce_every_micro_step={reduce}", processes=processes)
+    assert learnt(tmp_path / "reduce-true") == learnt(tmp_path / "reduce-false")
