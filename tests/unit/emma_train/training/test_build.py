@@ -25,7 +25,8 @@ def test_the_gen_adapter_starts_from_its_own_weights_or_from_the_und_adapter(tmp
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_pretraining_without_images_to_make_adds_up_gradients_over_micro_steps(tmp_path: Path, processes: int) -> None:
-    values = {**recipe_values("stage1", run__root=str(tmp_path), train__steps=2), "mix": {"i2t": 1}}
+    settings = {"run__root": str(tmp_path), "train__steps": 2, "engine__precision": "bf16"}
+    values = {**recipe_values("stage1", **settings), "mix": {"i2t": 1}}
     recipe = write_recipe(tmp_path / "recipe.yaml", values)
     for reduce in ("true", "false"):
         train(recipe, f"run.name=reduce-{reduce}", f"engine.reduce_every_micro_step={reduce}", processes=processes)
