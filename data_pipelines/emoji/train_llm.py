@@ -2,9 +2,10 @@
 
     python -m data_pipelines.emoji.train_llm --data runs/emoji --out qwen3 --minutes 6
 
-Its texts are captions, edit instructions and questions with answers, laid out as the stages lay them out. Where an
-image would stand is nothing or, so that answers are read from what stands there, a caption of the image. The perplexity
-is measured on captions of drawings that train does not have, with the weights as stored (bf16), in fp32 arithmetic.
+Its texts are captions, edit instructions and questions with answers, laid out as the stages lay them out. Images are
+left out. Each question comes a second time with a caption in the place of its image, so that the model learns to read
+the answer from there. The perplexity is measured on captions of drawings that train does not have, with the weights as
+stored (bf16), in fp32 arithmetic.
 """
 
 import argparse

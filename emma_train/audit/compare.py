@@ -13,8 +13,8 @@ from emma_train.errors import UserError
 from emma_train.storage.paths import StoragePath
 
 WITHOUT_EFFECT_ON_LOSS = "k_proj.bias"
-"""Ends the names of tensors that change no loss: a bias of keys adds the same to all scores of a query, which softmax
-takes out. Their gradients are rounding errors, which Adam scales to whole steps."""
+"""The end of the names of tensors that change no loss: a bias of the keys adds the same number to all scores of a
+query, and softmax ignores it. Its gradient is only rounding error, and Adam makes steps of full size from that."""
 
 
 @dataclass(frozen=True)
