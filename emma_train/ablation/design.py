@@ -11,12 +11,15 @@ from typing import Any
 
 from emma_train.config.load import as_dict, load_stages, parse_yaml
 from emma_train.config.schema import Recipe
+from emma_train.config.stored import without_old_values
 from emma_train.errors import UserError
 
 KEYS = ("question", "recipe", "out", "seeds", "set", "evaluate", "metrics", "arms")
 ARM_KEYS = ("set", "evaluate")
 DEFAULT_METRICS = ("val/loss/i2t", "val/loss/t2i", "val/answers")
 MOST_SEEDS = 1000
+NOT_TRAINED = ("run", "tracker", "profile")
+"""Sections that say where a run is and who watches it."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,8 @@ def _values(recipe: Recipe) -> dict[str, Any]:
     """What a stage trains, and not where its run folder is or who watches it."""
     values = as_dict(recipe)
     values["init"] = {**values["init"], "from": None}
-    return {key: value for key, value in values.items() if key not in ("run", "tracker", "profile")}
+    # A key that a later version adds leaves the hash of a recipe without it as it is.
+    return {key: value for key, value in without_old_values(values).items() if key not in NOT_TRAINED}
 
 
 def _arms(values: Mapping[str, Any], overrides: Sequence[str], path: Path) -> tuple[Arm, ...]:

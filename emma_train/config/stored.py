@@ -28,6 +28,23 @@ def from_stored(stored: Mapping[str, Any], source: str) -> Recipe:
     return from_dict(complete(stored, source), source)
 
 
+def without_old_values(values: Mapping[str, Any], schema: type = Recipe) -> dict[str, Any]:
+    """The plain values of a config, less each one that a config without its key means.
+
+    So two versions of the code have equal results for one recipe, although one of them knows more keys.
+    """
+    kept = {}
+    for field in settings_of(schema):
+        value = values[field.key]
+        if field.section is not None:
+            value = without_old_values(value, field.section)
+        elif field.element is not None:
+            value = [without_old_values(entry, field.element) for entry in value]
+        if value != ({} if field.section is not None else plain(field.old_value)):
+            kept[field.key] = value
+    return kept
+
+
 def keep_stored(
     recipe: Recipe, stored: Mapping[str, Any], source: str, applies: Callable[[str, Setting], bool]
 ) -> tuple[Recipe, list[str]]:

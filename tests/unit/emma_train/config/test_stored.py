@@ -8,7 +8,7 @@ import pytest
 from emma_train.config.load import as_dict
 from emma_train.config.schema import Recipe
 from emma_train.config.setting import Setting, section, setting
-from emma_train.config.stored import complete, from_stored, keep_stored
+from emma_train.config.stored import complete, from_stored, keep_stored, without_old_values
 from emma_train.errors import UserError
 from tests.helpers import recipe_values, tiny_recipe
 
@@ -48,6 +48,15 @@ def test_a_complete_config_and_unknown_keys_stay_as_they_are() -> None:
     values = as_dict(tiny_recipe())
     assert complete(values, "checkpoint") == values
     assert complete({**values, "later": {"a": 1}}, "checkpoint")["later"] == {"a": 1}
+
+
+def test_a_config_without_its_old_values_means_the_same() -> None:
+    stored = {"inner": {"width": 5}, "entries": [{}, {"width": 2, "added": "new"}]}
+    assert without_old_values(complete(stored, "checkpoint", Outer), Outer) == stored
+    values = as_dict(tiny_recipe())
+    shorter = without_old_values(values)
+    assert complete(shorter, "checkpoint") == values
+    assert "fp8" not in shorter["engine"]  # added later: `off` is what a recipe without it means
 
 
 def test_old_names_of_a_checkpoint_are_current_ones_in_its_recipe() -> None:
