@@ -7,6 +7,7 @@ from pathlib import Path
 from emma_train.checkpoint import folder as folders
 from emma_train.config.schema import Recipe
 from emma_train.errors import UserError
+from emma_train.export.export import is_export
 from emma_train.plan import Plan, problems
 from emma_train.plan.samples import ReadIndexRows
 from emma_train.storage.paths import parse_path
@@ -73,5 +74,5 @@ def check_start(
             step = (folders.read_meta(checkpoint) or {})["step"]
             recipe_to_resume(recipe, stored_config(checkpoint), str(checkpoint), step)
     source = stages[0][1].init.source
-    if source and is_local(source) and parse_path(source).exists():
+    if source and is_local(source) and parse_path(source).exists() and not is_export(parse_path(source)):
         folders.find_checkpoint(source)

@@ -9,7 +9,7 @@ import pytest
 from emma_train.cli import main
 from emma_train.config.load import load_stages
 from emma_train.preflight import absent_inputs, working_folder
-from tests.helpers import ROOT
+from tests.helpers import ROOT, tiny_recipe, write_export
 
 TINY = ROOT / "recipes" / "tiny"
 
@@ -108,6 +108,21 @@ def test_a_checkpoint_that_contradicts_the_recipe(launched, tmp_path: Path) -> N
     code, _, error = launched(*words, *small, *slurm, "data.seed=7")
     assert code == 2
     assert "data.seed is 7 in the recipe and 0 in the checkpoint" in error
+
+
+def test_a_stage_starts_from_an_export_too(launched, tmp_path: Path) -> None:
+    """`emma-train import` writes an export."""
+    write_export(tmp_path / "initial", tiny_recipe())
+    words = [str(TINY / "stage0.yaml"), "--on", "slurm", "--gpus-per-node", "0", "--dry-run"]
+    assert launched(*words, f"init.from={tmp_path / 'initial'}")[0] == 0
+    (tmp_path / "initial" / "recipe.yaml").unlink()
+    code, _, error = launched(*words, f"init.from={tmp_path / 'initial'}")
+    assert code == 2
+    assert f"{tmp_path / 'initial' / 'recipe.yaml'}: missing from this export" in error
+    (tmp_path / "initial" / "meta.json").unlink()
+    code, _, error = launched(*words, f"init.from={tmp_path / 'initial'}")
+    assert code == 2
+    assert f"init.from: {tmp_path / 'initial'} holds no valid checkpoint" in error
 
 
 def test_a_job_without_time_to_train_is_refused(launched) -> None:
