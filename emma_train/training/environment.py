@@ -57,7 +57,7 @@ def code_versions() -> dict[str, Any]:
 
 @cache
 def commit() -> str | None:
-    """Git commit of the code, followed by + if files have changed; None outside of a checkout.
+    """Git commit of the code, followed by + if files outside docs/ have changed; None outside of a checkout.
 
     A job runs a copy of the code, which has its commit in a file (launchers/snapshot.py).
     """
@@ -67,9 +67,9 @@ def commit() -> str | None:
         return copied.read_text().strip() or None
     try:
         head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10)
-        dirty = subprocess.run(
-            ["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True, timeout=10
-        )
+        # Results in docs/ change while the runs that make them are under way.
+        words = ["git", "status", "--porcelain", "-uno", "--", ":/", ":(top,exclude)docs"]
+        dirty = subprocess.run(words, cwd=here, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return head.stdout.strip()[:12] + "+" * bool(dirty.stdout.strip()) if head.returncode == 0 else None
