@@ -145,7 +145,7 @@ def _arms(values: Mapping[str, Any], overrides: Sequence[str], path: Path) -> tu
             raise UserError(f"{path}: arm {name!r}: a name has letters, digits, '-', '_' and '.'")
         arm = _section(arm or {}, ARM_KEYS, f"{path}: arm {name}")
         if not (recipe := arm.get("recipe") or values.get("recipe")):
-            raise UserError(f"{path}: arm {name}: recipe is not given, here or for all arms; recipes/ablations has some")
+            raise UserError(f"{path}: arm {name}: recipe is not given, here or for all arms; name a YAML file")
         of_arm = _settings(arm.get("set"), f"{path}: arm {name}: set")
         joined = {**common, **of_arm}
         words = tuple(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in joined.items())
