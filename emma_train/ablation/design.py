@@ -15,7 +15,7 @@ from emma_train.config.stored import without_old_values
 from emma_train.errors import UserError
 
 KEYS = ("question", "recipe", "out", "seeds", "set", "evaluate", "metrics", "arms")
-ARM_KEYS = ("set", "evaluate")
+ARM_KEYS = ("recipe", "set", "evaluate")
 DEFAULT_METRICS = ("val/loss/i2t", "val/loss/t2i", "val/answers")
 MOST_SEEDS = 1000
 NOT_TRAINED = ("run", "tracker", "profile")
@@ -27,6 +27,8 @@ class Arm:
     """One of the things that are compared."""
 
     name: str
+    recipe: Path
+    """What it trains: a stage or a pipeline."""
     overrides: tuple[str, ...]
     """Of the recipe, as on the command line."""
     options: tuple[str, ...] | None
@@ -39,7 +41,6 @@ class Ablation:
 
     path: Path
     question: str
-    recipe: Path
     out: str
     """File of the results; empty where the YAML names none."""
     seeds: tuple[int, ...]
@@ -83,9 +84,8 @@ def load_ablation(path: Path, overrides: Sequence[str] = ()) -> Ablation:
     except ValueError as error:  # no UTF-8, or no YAML
         raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
     values = _section(values, KEYS, str(path))
-    for key in ("recipe", "arms"):
-        if not values.get(key):
-            raise UserError(f"{path}: {key} is not given; recipes/ablations/causal.yaml has all keys")
+    if not values.get("arms"):
+        raise UserError(f"{path}: arms is not given; recipes/ablations/causal.yaml has all keys")
     seeds = values.get("seeds", [0])
     if not isinstance(seeds, list) or not all(type(s) is int and 0 <= s < 2**31 for s in seeds) or not seeds:
         raise UserError(f"{path}: seeds is {seeds!r}; it lists whole numbers, as in [0, 1, 2]")
@@ -97,7 +97,6 @@ def load_ablation(path: Path, overrides: Sequence[str] = ()) -> Ablation:
     return Ablation(
         path=path,
         question=str(values.get("question", "")),
-        recipe=path.parent / str(values["recipe"]),
         out=str(values.get("out", "")),
         seeds=tuple(seeds),
         arms=_arms(values, overrides, path),
@@ -113,11 +112,11 @@ def trials_of(ablation: Ablation, root: str) -> list[Trial]:
         for arm in ablation.arms:
             # Equal seeds: equal initial weights by name, equal samples, and equal noise and flow time of each sample.
             overrides = (*arm.overrides, f"model.seed={seed}", f"data.seed={seed}")
-            trained = _digest([str(ablation.recipe), *sorted(overrides)])
-            name = f"{ablation.recipe.stem}-{trained}-seed{seed}"
+            trained = _digest([str(arm.recipe), *sorted(overrides)])
+            name = f"{arm.recipe.stem}-{trained}-seed{seed}"
             overrides += (f"run.root={json.dumps(root)}", f"run.name={name}")
             try:
-                stages = tuple(recipe for _, recipe in load_stages(ablation.recipe, list(overrides)))
+                stages = tuple(recipe for _, recipe in load_stages(arm.recipe, list(overrides)))
             except UserError as error:
                 raise UserError(f"{ablation.path}: arm {arm.name}: {error}") from None
             values = [_values(recipe) for recipe in stages]
@@ -145,10 +144,13 @@ def _arms(values: Mapping[str, Any], overrides: Sequence[str], path: Path) -> tu
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", str(name)):
             raise UserError(f"{path}: arm {name!r}: a name has letters, digits, '-', '_' and '.'")
         arm = _section(arm or {}, ARM_KEYS, f"{path}: arm {name}")
+        if not (recipe := arm.get("recipe") or values.get("recipe")):
+            raise UserError(f"{path}: arm {name}: recipe is not given, here or for all arms; name a YAML file")
         of_arm = _settings(arm.get("set"), f"{path}: arm {name}: set")
         joined = {**common, **of_arm}
         words = tuple(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in joined.items())
-        arms.append(Arm(str(name), (*words, *overrides), _options(values, arm, f"{path}: arm {name}")))
+        options = _options(values, arm, f"{path}: arm {name}")
+        arms.append(Arm(str(name), path.parent / str(recipe), (*words, *overrides), options))
     return tuple(arms)
 
 

@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     log.info("%d of %d trials have a line in %s", len(trials) - len(left), len(trials), out)
     if arguments.dry_run:
         for trial in left:
-            print(f"{trial.name}: {' '.join(_train_command(ablation, trial)[1:])}")
+            print(f"{trial.name}: {' '.join(_train_command(trial)[1:])}")
         print(_table(ablation, out))
         return 0
     environments = _environments(arguments.jobs)
@@ -73,7 +73,7 @@ def _job_of(ablation: "Ablation", trial: "Trial", out: Path, root: Path) -> "Tri
     from emma_train.ablation.processes import TrialJob
     from emma_train.ablation.results import append_result, result_of, scores_file
 
-    commands = [_train_command(ablation, trial)]
+    commands = [_train_command(trial)]
     if trial.arm.options is not None:
         folder, scores = str(trial.run_folder), str(scores_file(trial))
         commands.append([sys.executable, "-m", "emma_train", "evaluate", folder, "--out", scores, *trial.arm.options])
@@ -85,8 +85,8 @@ def _job_of(ablation: "Ablation", trial: "Trial", out: Path, root: Path) -> "Tri
     return TrialJob(trial.name, trial.folder, commands, root / "logs" / f"{trial.folder.name}.log", finish)
 
 
-def _train_command(ablation: "Ablation", trial: "Trial") -> list[str]:
-    return [sys.executable, "-m", "emma_train", "train", str(ablation.recipe), *trial.overrides]
+def _train_command(trial: "Trial") -> list[str]:
+    return [sys.executable, "-m", "emma_train", "train", str(trial.arm.recipe), *trial.overrides]
 
 
 def _flops(trial: "Trial", source: str) -> float:

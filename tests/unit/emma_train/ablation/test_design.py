@@ -47,6 +47,27 @@ def test_arms_that_train_the_same_share_a_run(tmp_path: Path) -> None:
     assert load_ablation(write(tmp_path)).arms[0].options is None
 
 
+def test_an_arm_may_name_its_recipe(tmp_path: Path) -> None:
+    """Pipelines of different lengths have equal seeds in all their stages, and runs of their names."""
+    pipelines = {"short": ["stage1.yaml", "stage2.yaml"], "long": ["stage1.yaml", "stage2.yaml", "stage3.yaml"]}
+    for name, stages in pipelines.items():
+        write_recipe(tmp_path / f"{name}.yaml", {"pipeline": stages, "run": {"name": name}})
+    for stage in pipelines["long"]:
+        write_recipe(tmp_path / stage, recipe_values(stage.removesuffix(".yaml")))
+    arms = {"none": {"recipe": "short.yaml"}, "tuned": {"recipe": "long.yaml"}, "one": {}}
+    *trials, last = trials_of(load_ablation(write(tmp_path, arms=arms, seeds=[7])), "runs")
+    assert [[stage.stage.name for stage in trial.stages] for trial in trials] == [
+        ["stage1", "stage2"],
+        ["stage1", "stage2", "stage3"],
+    ]
+    assert {(stage.model.seed, stage.data.seed) for trial in trials for stage in trial.stages} == {(7, 7)}
+    assert [trial.folder.name.rsplit("-", 2)[0] for trial in (*trials, last)] == ["short", "long", "recipe"]
+    assert trials[1].run_folder == trials[1].folder / "stage3" and last.run_folder == last.folder
+    path = write(tmp_path, arms=arms, recipe="")
+    with pytest.raises(UserError, match="arm one: recipe is not given"):
+        load_ablation(path)
+
+
 @pytest.mark.parametrize(
     ("values", "messages"),
     [
