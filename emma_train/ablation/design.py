@@ -119,17 +119,18 @@ def trials_of(ablation: Ablation, root: str) -> list[Trial]:
                 stages = tuple(recipe for _, recipe in load_stages(arm.recipe, list(overrides)))
             except UserError as error:
                 raise UserError(f"{ablation.path}: arm {arm.name}: {error}") from None
-            values = [_values(recipe) for recipe in stages]
+            values = [_values(recipe, is_first=n == 0) for n, recipe in enumerate(stages)]
             trials.append(
                 Trial(arm, seed, overrides, stages, Path(root) / name, _digest([values, arm.options], length=12))
             )
     return trials
 
 
-def _values(recipe: Recipe) -> dict[str, Any]:
+def _values(recipe: Recipe, is_first: bool) -> dict[str, Any]:
     """What a stage trains, and not where its run folder is or who watches it."""
     values = as_dict(recipe)
-    values["init"] = {**values["init"], "from": None}
+    if not is_first:  # init.from is the run folder of the stage before
+        values["init"] = {**values["init"], "from": None}
     # A key that a later version adds leaves the hash of a recipe without it as it is.
     return {key: value for key, value in without_old_values(values).items() if key not in NOT_TRAINED}
 
