@@ -45,16 +45,20 @@ try: setup ## draw, edit and answer with the model in recipes/tiny-long/model
 TINY := recipes/tiny/assets
 DEMO := runs/demo
 DEMO_DATA := runs/emoji
+DEMO_START := runs/tiny-initial
 
 # The same drawings as in the set of the repository, in four times as many images. DC-AE never trains, so its latents are
-# computed once. The pipeline goes on where it stopped when make demo is run again.
+# computed once. Stage 0 starts from trained parts, as in the paper. The pipeline goes on where it stopped when make demo
+# is run again.
 demo: setup ## train every stage on real images with two processes and write runs/demo/report.html
 	@test -e $(DEMO_DATA)/heldout_concepts/manifest.json || rm -rf $(DEMO_DATA)
 	@test -e $(DEMO_DATA) || $(BIN)/emma-data import fluent-emoji $(DEMO_DATA) --world tiny --samples 3000 2500 700 \
 	  --package $(TINY)/emoji/drawings.tgz
 	$(BIN)/emma-data cache-latents $(DEMO_DATA)/train --autoencoder $(TINY)/autoencoder --side 128
+	@test -e $(DEMO_START) || $(BIN)/emma-train import $(DEMO_START) --llm $(TINY)/qwen3 --vision $(TINY)/siglip2 \
+	  --autoencoder $(TINY)/autoencoder
 	$(BIN)/emma-train launch recipes/tiny/pipeline.yaml --on torchrun --nproc 2 run.name=demo \
-	  data.sources[0].path=$(DEMO_DATA)/train
+	  data.sources[0].path=$(DEMO_DATA)/train init.from=$(DEMO_START)
 	$(BIN)/emma-train evaluate $(DEMO) --data $(DEMO_DATA)
 	$(BIN)/emma-train report $(DEMO)
 	@echo "demo: done; open $(DEMO)/report.html in a browser"
