@@ -172,10 +172,16 @@ def shard(model: Emma, config: EngineConfig, world: World) -> dict[FSDPModule, b
         module.set_force_sum_reduction_for_comms(True)
         if world.size > 1:  # with one rank torch reads and writes all gradients to divide by it
             module.set_gradient_divide_factor(1.0)
+    for last_layer in layers[-1:]:  # backward begins with it
+        cast(FSDPModule, last_layer).set_reshard_after_forward(False, recurse=False)
     keep_sizes_constant(model.modules())
     if config.prefetch:
         gather_ahead([unit[0] for unit in of_vision.shared], config.prefetch)
         gather_ahead(layers, config.prefetch)
+        # The decoder's first layers, while the last of the encoder run. Router tuning runs no experts and no decoder.
+        for before, *_ in (of_vision.experts or of_vision.shared)[-1:]:
+            first_layers = [cast(FSDPModule, layer) for layer in layers[: config.prefetch]]
+            cast(FSDPModule, before).set_modules_to_forward_prefetch(first_layers)
     return by_unit
 
 

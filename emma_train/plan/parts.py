@@ -81,12 +81,13 @@ def sizes_of(model: Emma, stage: Stage, generates: bool, optimizer: str = "adamw
     running_vision = [*of_vision[: None if tokens else shared], rest]
     running_layers = [_running_part(layer, generates) for layer in layers if tokens]
     # Backward passes through what trains, and through all that follows it; in the vision encoder that is its last norm.
+    # The last decoder layer stays gathered from forward to backward.
     trained = set(stage.trainable)
     in_decoder = bool(trained & {"vision", "stem_expert", "und_adapter", "gen_adapter", "decoder"})
     backward = [unit for unit in running_vision if not _is_frozen(unit)]
     if backward and _is_frozen(rest):
         backward.append(rest)
-    backward += running_layers if in_decoder else []
+    backward += running_layers[:-1] if in_decoder else []
     running, everything = [*running_vision, *running_layers], [*of_vision, rest, *layers]
     return Sizes(
         stored=sum(p.numel() for p in model.parameters()),

@@ -20,11 +20,12 @@ class Sizes:
     unused: int
     """What the stage never runs: the Gen branch of decoder layers; in router tuning, the decoder and the experts."""
     backward: int = 0
-    """Sum over the units that backward passes through, without their unused part."""
+    """Sum over the units that are gathered again for backward, without their unused part: those that it passes
+    through, but the last decoder layer, which stays gathered."""
     frozen_running: int = 0
     """Of the frozen units, the sum over those that run."""
     frozen_backward: int = 0
-    """Of these, the sum over those that backward passes through."""
+    """Of these, the sum over those that are gathered again for backward."""
     muon: int = 0
     """Of those that train, the parameters that take Muon: they have one moment, all others two."""
 

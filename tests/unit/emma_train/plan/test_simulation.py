@@ -1,16 +1,28 @@
 """What a simulated rank keeps and sends, against the plan's arithmetic and against counts in closed form."""
 
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch.distributed as dist
 
 from emma_train.config.schema import Recipe
+from emma_train.engine.torch_private import tensors_without_memory
+from emma_train.engine.units import vision_units
 from emma_train.errors import UserError
+from emma_train.model.emma import Emma
 from emma_train.plan.arithmetic import Plan
-from emma_train.plan.simulation import Simulation, simulate
+from emma_train.plan.simulation import (
+    Simulation,
+    _alone_among,
+    _Counter,
+    _engine,
+    _loss,
+    _small_pack,
+    simulate,
+)
 from emma_train.plan.simulation_table import compared
+from emma_train.stages.stage import stage_of
 from emma_train.training.optimizer import make_optimizer
 from tests.helpers import tiny_recipe
 from tests.unit.emma_train.plan.test_plan import FULL, plan
@@ -36,16 +48,17 @@ def test_pretraining_at_full_size_is_as_planned(gpus: int, replicas: int) -> Non
     planned = plan(FULL / "stage1.yaml", f"engine.replicate={replicas}", gpus=gpus)
     counted = simulated(planned.recipe, gpus)
     assert_as_planned(planned, counted)
-    # Every unit is gathered for forward, and all but the root again; replicas are summed in the last micro-step alone.
+    # Every unit is gathered for forward, and all but the root and the last decoder layer again; replicas are summed in
+    # the last micro-step alone.
     assert (counted.units, counted.micro_steps) == (UNITS, 256 // gpus)
-    assert counted.per_micro_step["all-gather"][0] == 2 * UNITS - 1
+    assert counted.per_micro_step["all-gather"][0] == 2 * UNITS - 2
     assert counted.collectives["reduce-scatter"][0] == UNITS * counted.micro_steps
     assert counted.collectives.get("all-reduce", (0, 0))[0] == (UNITS if replicas > 1 else 0)
 
 
 @pytest.mark.slow
 def test_alignment_at_full_size_is_as_planned() -> None:
-    """Backward begins to gather the frozen encoder, which it does not need: once more than planned in a step."""
+    """Once a step, backward gathers what the runs of layers leave of the frozen encoder, which it does not need: 4 MB."""
     planned = plan(FULL / "stage0.yaml", "engine.replicate=32", gpus=256)
     assert_as_planned(planned, simulated(planned.recipe, 256))
 
@@ -65,6 +78,30 @@ def test_a_small_model_is_as_planned(engine: dict[str, Any]) -> None:
     recipe = tiny_recipe(data__slots=8, **engine)
     assert_as_planned(Plan(recipe, "test", 4, "h100-80g"), simulated(recipe, 4))
     assert not dist.is_initialized()
+
+
+@pytest.mark.seconds
+def test_the_last_layer_stays_gathered_and_the_first_is_gathered_while_the_encoder_runs() -> None:
+    """The order of a micro-step's gathers: those that have begun where a module begins forward, and all of them."""
+    recipe, begun = tiny_recipe(data__slots=4, engine__reshard_after_forward=True), {}
+    batch, mode = _small_pack(recipe.model, True), tensors_without_memory()
+    with _alone_among(4) as world:
+        optimizer = partial(make_optimizer, config=recipe.optimizer)
+        engine = _engine(recipe, stage_of(recipe), world, optimizer, mode)
+        model, counter = cast(Emma, engine.model), _Counter()
+
+        def note(name: str, *_: Any) -> None:
+            begun[name] = counter.totals()["all-gather"][0]
+
+        for name, module in (("encoder", model.vision.layers[0]), ("last", model.decoder.layers[-1])):
+            module.register_forward_pre_hook(partial(note, name))
+        with mode, counter:
+            engine.accumulate(_loss(engine, batch, stage_of(recipe)), last=True)
+        total, units = counter.totals()["all-gather"][0], len(engine.units)
+    assert len(vision_units(model.vision).shared) == 1
+    # The root, what is left of the encoder, its one run of layers, and the first decoder layer.
+    assert begun == {"encoder": 4, "last": units}
+    assert total == 2 * units - 2
 
 
 @pytest.mark.seconds
