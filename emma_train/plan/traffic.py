@@ -1,10 +1,11 @@
 """How long the exchange of weights and gradients takes, by a stated model: bytes over the slowest link of a ring.
 
 FSDP gathers every weight in compute precision for forward, and units that backward passes through again for it (the
-root and the last decoder layer stay gathered), in every micro-step; or every weight once a step (engine.reshard_after_forward=false). Gradients
-are reduced in fp32, in every micro-step or the last (engine.reduce_every_micro_step). With replicas (HSDP) this stays
-within one, and gradients are summed over the replicas once a step. ZeRO-1 and 2 reduce gradients in every micro-step
-and gather weights once a step; ZeRO-3 is as FSDP. A ring of n ranks sends (n - 1) / n of the bytes over each link.
+root and the last decoder layer stay gathered), in every micro-step; or every weight once a step
+(engine.reshard_after_forward=false). Gradients are reduced in fp32, in every micro-step or the last
+(engine.reduce_every_micro_step). With replicas (HSDP) this stays within one, and gradients are summed over the replicas
+once a step. ZeRO-1 and 2 reduce gradients in every micro-step and gather weights once a step; ZeRO-3 is as FSDP. A ring
+of n ranks sends (n - 1) / n of the bytes over each link.
 What is computed meanwhile hides it, so a step takes the longer of the two: the best case.
 """
 

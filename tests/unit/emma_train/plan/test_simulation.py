@@ -58,7 +58,7 @@ def test_pretraining_at_full_size_is_as_planned(gpus: int, replicas: int) -> Non
 
 @pytest.mark.slow
 def test_alignment_at_full_size_is_as_planned() -> None:
-    """Once a step, backward gathers what the runs of layers leave of the frozen encoder, which it does not need: 4 MB."""
+    """Once a step, backward gathers 4 MB of the frozen encoder that it does not need: what its runs of layers leave."""
     planned = plan(FULL / "stage0.yaml", "engine.replicate=32", gpus=256)
     assert_as_planned(planned, simulated(planned.recipe, 256))
 
