@@ -84,18 +84,19 @@ def test_pretraining_fits_80_gb_as_shipped(stage: str, gpus: int, replicas: int)
 def test_traffic_of_fsdp_in_closed_form() -> None:
     planned = full_size("stage1")
     sizes = planned.sizes
-    # 256 slots: 4 packs a GPU. All is gathered for forward, and all but the root again.
-    gathered, reduced = 4 * 2 * (2 * sizes.stored - sizes.root), 4 * 4 * sizes.trained
+    # 256 slots: 4 packs a GPU. All is gathered for forward, and all but the root and the last layer, a deep one, again.
+    weights = 2 * (2 * sizes.stored - sizes.root - sizes.units[-1])
+    gathered, reduced = 4 * weights, 4 * 4 * sizes.trained
     speed = 8 * 400e9 / 8 * USABLE  # the eight cards of a node
     now = traffic(planned, FAST)
     assert now.communication_s == pytest.approx((gathered + reduced) * 63 / 64 / speed)
     assert now.computing_s == step_seconds(planned, planned.loads[0])
     assert traffic(full_size("stage1"), SLOW).communication_s == pytest.approx(8 * now.communication_s)
     in_node = traffic(plan(FULL / "stage1.yaml", gpus=8), SLOW)
-    packs = 32 * (2 * (2 * sizes.stored - sizes.root) + 4 * sizes.trained)
+    packs = 32 * (weights + 4 * sizes.trained)
     assert in_node.communication_s == pytest.approx(packs * 7 / 8 / node_bandwidth("h100-80g"))
     replicas = traffic(plan(FULL / "stage1.yaml", "engine.replicate=8", gpus=64), SLOW)
-    within = 4 * (2 * (2 * sizes.stored - sizes.root) + 4 * sizes.trained) * 7 / 8 / node_bandwidth("h100-80g")
+    within = 4 * (weights + 4 * sizes.trained) * 7 / 8 / node_bandwidth("h100-80g")
     between = 2 * 4 * sizes.trained / 8 * 7 / 8 / (50e9 / 8 * USABLE)
     assert replicas.communication_s == pytest.approx(within + between)
     assert traffic(toy("stage1"), SLOW).communication_s == 0
