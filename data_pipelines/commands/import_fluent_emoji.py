@@ -32,6 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="full",
         help="64 concepts, the same in scenes of several drawings, or all of the package",
     )
+    parser.add_argument(
+        "--answers",
+        choices=("direct", "steps"),
+        default="direct",
+        help="steps: answers about sums, charts, counts and groups first say what they go by (%(default)s)",
+    )
     parser.add_argument("--size", type=int, default=128, help="image side in pixels")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
@@ -58,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
     check_range("--shard-samples", arguments.shard_samples, 1, 1_000_000)
     check_range("--seed", arguments.seed, 0, 2**63)
     tokenizer = tokenizer_file(arguments.tokenizer)
-    world = WORLDS[arguments.world]
+    world = replace(WORLDS[arguments.world], in_steps=arguments.answers == "steps")
     if arguments.samples:
         for count in arguments.samples:
             check_range("--samples", count, 0, 100_000_000)

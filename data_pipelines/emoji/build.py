@@ -56,7 +56,7 @@ def build_set(catalogue: Catalogue, world: EmojiWorld, out: Path, settings: Buil
     drawings = select_drawings(catalogue.drawings, world.concepts, world.tones)
     report_unmatched(catalogue, drawings)
     split = split_drawings(drawings)
-    maker = RecordMaker(settings.side, catalogue.version, world.captions, world.scene_captions)
+    maker = RecordMaker(settings.side, catalogue.version, world.captions, world.scene_captions, world.in_steps)
     done = {}
     for name in SPLITS:
         drawings_of_split = [d for d in drawings if split[d] == name]
@@ -87,6 +87,7 @@ def provenance(catalogue: Catalogue, world: EmojiWorld, settings: BuildSettings,
         ],
         "split": split,
         "world": world.name,
+        **({"answers": "steps"} if world.in_steps else {}),
         **asdict(settings),
     }
 

@@ -59,6 +59,8 @@ class EmojiWorld:
     scene_captions: bool = field(default=False)
     """Whether images with several drawings or a word are t2i targets too; off for the tiny model, which has little
     capacity."""
+    in_steps: bool = field(default=False)
+    """Whether answers reason before they answer (reasoning.py)."""
 
 
 TINY = EmojiWorld(

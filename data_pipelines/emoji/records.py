@@ -1,5 +1,6 @@
 """Makes records of the data set from scenes, edits and STEM images: tasks with alternatives, labels and images."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ from data_pipelines.emoji.drawings import Drawing
 from data_pipelines.emoji.edits import Edit
 from data_pipelines.emoji.prompts import Prompt
 from data_pipelines.emoji.questions import known_answers, make_question, question_alternative, scene_questions
+from data_pipelines.emoji.reasoning import in_steps, scene_observation, stem_observation
 from data_pipelines.emoji.scenes import Scene, captions, render_scene
 from data_pipelines.emoji.seeded_rng import pick, pick_some
 from data_pipelines.emoji.stem import StemImage, render_stem
@@ -28,6 +30,8 @@ class RecordMaker:
     """Number of different captions of one image."""
     scene_captions: bool
     """Whether layered scenes are t2i targets too."""
+    in_steps: bool = False
+    """Whether answers reason before they answer."""
 
     def single(self, rng: np.random.Generator, scene: Scene) -> tuple[Record, dict[str, Image.Image]]:
         """One drawing: four questions and a few captions."""
@@ -36,7 +40,7 @@ class RecordMaker:
         kinds = [kind for kind in ("concept", "group", "style", extra) if kind in known]
         drawing = scene.drawings[0]
         record: Record = {
-            "i2t": [make_question(rng, "img0", kind, known[kind]) for kind in kinds],
+            "i2t": self.i2t([make_question(rng, "img0", kind, known[kind]) for kind in kinds], {"img0": scene}),
             "t2i": self.t2i(rng, "img0", scene, self.captions),
             **self.common(("img0",), scene_labels(drawing, scene), scene.drawings),
         }
@@ -57,7 +61,7 @@ class RecordMaker:
             "scenes": {name: scene_truth(scene) for name, scene in scenes.items()},
         }
         record = {
-            "i2t": questions,
+            "i2t": self.i2t(questions, scenes),
             **({"t2i": self.t2i(rng, painted, scenes[painted], 1)} if painted else {}),
             "it2i": [
                 {"images": ["img0"], "target": "img1", "text": edit.forward, "kind": edit.kind},
@@ -77,7 +81,7 @@ class RecordMaker:
             "scenes": {"img0": scene_truth(scene)},
         }
         record = {
-            "i2t": scene_questions(rng, "img0", scene),
+            "i2t": self.i2t(scene_questions(rng, "img0", scene), {"img0": scene}),
             "t2i": [{"target": "img0", "text": prompt.text, "kind": prompt.kind}],
             **self.common(("img0",), labels, tuple(dict.fromkeys(scene.drawings))),
         }
@@ -85,13 +89,22 @@ class RecordMaker:
 
     def stem(self, stem: StemImage) -> tuple[Record, dict[str, Image.Image]]:
         """A formula or chart with its questions."""
+        asked = [question_alternative("img0", question, answer, "stem") for question, answer in stem.questions]
+        if self.in_steps:
+            asked = [in_steps(a, stem_observation(stem.labels, a["turns"][0]["text"])) for a in asked]
         record = {
-            "i2t": [question_alternative("img0", question, answer, "stem") for question, answer in stem.questions],
+            "i2t": asked,
             **self.common(("img0",), {"concepts": [], **stem.labels}, ()),
             "tags": ["stem"],
             "provenance": {"dataset": "emma-stem", "version": "1", "licence": "Apache-2.0", "drawings": []},
         }
         return record, {"img0": render_stem(stem, self.side)}
+
+    def i2t(self, asked: list[Record], scenes: Mapping[str, Scene]) -> list[Record]:
+        """Questions about scenes by the names of their images, with the answers that this set has."""
+        if not self.in_steps:
+            return asked
+        return [in_steps(a, scene_observation(scenes[a["images"][0]], a["kind"])) for a in asked]
 
     def t2i(self, rng: np.random.Generator, image: str, scene: Scene, count: int) -> list[Record]:
         return [{"target": image, "text": text} for text in pick_some(rng, captions(scene), count)]

@@ -48,6 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--card", action="store_true", help="put the scores into the model card (README.md) of an export"
     )
     parser.add_argument("--wandb", action="store_true", help="send the scores to the W&B run that trained the model")
+    parser.add_argument(
+        "--answer-tokens", type=int, default=12, help="emoji: tokens of an answer at most (%(default)s)"
+    )
     parser.add_argument("--out", help="emoji: file for the scores (MODEL/scores.json); else: folder for the images")
     parser.add_argument(
         "--compare", metavar="FILE", help="emoji: earlier scores of this model; exit code 1 where the new ones differ"
@@ -73,6 +76,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """Print the scores and write them as JSON, with all items beside them."""
     if arguments.limit is not None:
         check_range("--limit", arguments.limit, 0, 10**9)
+    check_range("--answer-tokens", arguments.answer_tokens, 1, 1024)
     if arguments.benchmark == "emoji":
         return _run_emoji(arguments)
     if arguments.compare:
@@ -104,7 +108,7 @@ def _run_emoji(arguments: argparse.Namespace) -> int:
     )
     flow = FlowSettings.of(recipe)
     settings = with_overrides(flow, given_settings(arguments, flow), "--")
-    scores, items = _evaluate(generator, recipe, data, limit, settings)
+    scores, items = _evaluate(generator, recipe, data, limit, settings, arguments.answer_tokens)
     about = _about(arguments, meta, settings, data, limit)
     write_results(_details_folder(out), scores, items, about)
     result = {"model": str(arguments.model), "stage": meta["stage"], "step": meta["step"], "scores": scores}
@@ -153,7 +157,7 @@ def _about(
 
 
 def _evaluate(
-    generator: "Generator", recipe: "Recipe", data: Path, limit: int, settings: "FlowSettings"
+    generator: "Generator", recipe: "Recipe", data: Path, limit: int, settings: "FlowSettings", answer_tokens: int
 ) -> tuple[Scores, list["EvaluationItem"]]:
     """Scores and items of all held-out splits; `limit`: images to generate for a split and task (0: all)."""
     from data_pipelines.loader.requests import read_requests
@@ -167,7 +171,7 @@ def _evaluate(
     seen = read_requests(data / "train", "t2i", recipe.data, pixels, NUM_TRAINING_IMAGES)
     for split in SCORE_SPLITS:
         requests = {task: read_requests(data / split, task, recipe.data, pixels) for task in RECORD_KEYS}
-        answers = measures.answer_items(generator, split, requests["i2t"])
+        answers = measures.answer_items(generator, split, requests["i2t"], answer_tokens)
         scores += share_scores(answers, "exact match", "answer")
         for task in tasks_of_loss("flow"):
             if requests.get(task):
@@ -183,7 +187,8 @@ def _evaluate(
         scores += share_scores([replace(item, kind="any") for item in edits], "share of edits", "edit")
         items += [*answers, *images]
     if judge:
-        stems = measures.answer_items(generator, "heldout_stem", _stem_requests(recipe, data / "train"))
+        questions = _stem_requests(recipe, data / "train")
+        stems = measures.answer_items(generator, "heldout_stem", questions, answer_tokens)
         scores += share_scores(stems, "exact match", "answer")
         scores += share_scores([replace(item, kind="stem") for item in stems], "exact match", "answer")
         items += stems

@@ -20,6 +20,7 @@ from emma_train.generate.generator import Generator
 from emma_train.generate.items import EvaluationItem, cluster_stderr, make_score, share_stderr
 from emma_train.generate.settings import FlowSettings, TextSettings
 from emma_train.objectives.flow import add_noise, velocity_loss
+from emma_train.sequence.answers import final_answer
 from emma_train.sequence.layout import ImageRole
 from emma_train.sequence.pack import ImageTokens, pack
 from emma_train.sequence.request import Request
@@ -30,6 +31,7 @@ GROUP_BAR = 0.60
 VELOCITY_BAR = 0.60
 """Group answers: at least 60 % right. Velocity loss: at most 60 % of the baseline's."""
 ANSWER_TOKENS = 12
+"""Of answers without steps."""
 
 
 def with_bar(score: dict[str, Any]) -> dict[str, Any]:
@@ -47,19 +49,24 @@ def with_bar(score: dict[str, Any]) -> dict[str, Any]:
     return score
 
 
-def answer_items(generator: Generator, split: str, requests: Sequence[Request]) -> list[EvaluationItem]:
-    """Answers to questions, right where they match the truth exactly. Baseline: the commonest answer of the kind."""
+def answer_items(
+    generator: Generator, split: str, requests: Sequence[Request], max_tokens: int = ANSWER_TOKENS
+) -> list[EvaluationItem]:
+    """Answers to questions, right where they match the truth exactly; of an answer in steps, where its last part does.
+    Baseline: the commonest answer of the kind."""
+    truths = {r.key: final_answer(r.truth or "") for r in requests}
     commonest = {
-        kind: Counter(r.truth for r in requests if r.kind == kind).most_common(1)[0][0]
+        kind: Counter(truths[r.key] for r in requests if r.kind == kind).most_common(1)[0][0]
         for kind in {r.kind for r in requests}
     }
-    items, settings = [], TextSettings(max_tokens=ANSWER_TOKENS)
+    items, settings = [], TextSettings(max_tokens=max_tokens)
     for asked in _batches(sorted(requests, key=lambda r: r.kind)):
         for request, answer in zip(asked, generator.generate_text(asked, settings), strict=True):
-            right = {"exact_match": answer.strip() == request.truth}
+            truth = truths[request.key]
+            right = {"exact_match": final_answer(answer) == truth}
             item = EvaluationItem(split, "i2t", request.kind, request.key, request.text, request.seed, right)
             item.output, item.truth = answer.strip(), request.truth or ""
-            item.baseline = {"exact_match": commonest[request.kind] == request.truth}
+            item.baseline = {"exact_match": commonest[request.kind] == truth}
             items.append(item)
     return items
 
