@@ -115,7 +115,7 @@ def edit_add(rng: np.random.Generator, lead: Drawing, pool: DrawingPool) -> Edit
         fewer,
         scene,
         f"add {with_article(name)} {position_phrase(layer.position)}",
-        f"remove the {name}",
+        remove_instruction(layer.drawing),
         "add",
         "remove",
     )
@@ -127,13 +127,7 @@ def edit_replace(rng: np.random.Generator, lead: Drawing, pool: DrawingPool) -> 
     new = pool.another(rng, lead.style, {d.concept for d in scene.drawings})
     if new is None:
         return None
-    return swap(
-        scene,
-        lead,
-        new,
-        "replace",
-        lambda old, now: f"replace the {drawing_name(old)} with {with_article(drawing_name(now))}",
-    )
+    return swap(scene, lead, new, "replace", replace_instruction)
 
 
 def edit_recolour(rng: np.random.Generator, lead: Drawing, pool: DrawingPool) -> Edit | None:
@@ -141,12 +135,7 @@ def edit_recolour(rng: np.random.Generator, lead: Drawing, pool: DrawingPool) ->
     tones = pool.siblings(lead, "tone")
     if not tones:
         return None
-
-    def instruction(_: Drawing, now: Drawing) -> str:
-        skin = "yellow" if now.tone == "default" else without_hyphens(now.tone or "")
-        return f"give the {now.concept} {skin} skin"
-
-    return swap(any_scene(rng, lead, pool), lead, pick(rng, tones), "recolour", instruction)
+    return swap(any_scene(rng, lead, pool), lead, pick(rng, tones), "recolour", recolour_instruction)
 
 
 def edit_style(rng: np.random.Generator, lead: Drawing, pool: DrawingPool) -> Edit | None:
@@ -154,9 +143,7 @@ def edit_style(rng: np.random.Generator, lead: Drawing, pool: DrawingPool) -> Ed
     styles = pool.siblings(lead, "style")
     if not styles:
         return None
-    return swap(
-        lone_scene(rng, lead), lead, pick(rng, styles), "style", lambda _, now: f"make it {without_hyphens(now.style)}"
-    )
+    return swap(lone_scene(rng, lead), lead, pick(rng, styles), "style", style_instruction)
 
 
 def edit_background(rng: np.random.Generator, lead: Drawing, pool: DrawingPool) -> Edit | None:
@@ -165,8 +152,8 @@ def edit_background(rng: np.random.Generator, lead: Drawing, pool: DrawingPool) 
     return Edit(
         scene,
         replace(scene, background=colour),
-        f"make the background {colour}",
-        f"make the background {scene.background}",
+        background_instruction(colour),
+        background_instruction(scene.background),
         "background",
         "background",
     )
@@ -181,12 +168,37 @@ def edit_text(rng: np.random.Generator, lead: Drawing, pool: DrawingPool) -> Edi
         return Edit(bare, written, f"write {word}", "remove the word", "text", "text")
     other = pick(rng, [w for w in WORDS if w != word])
     changed = replace(bare, word=other)
-    return Edit(written, changed, f"change the word to {other}", f"change the word to {word}", "text", "text")
+    return Edit(written, changed, word_instruction(other), word_instruction(word), "text", "text")
 
 
 def swap(scene: Scene, old: Drawing, new: Drawing, kind: str, instruction: Callable[[Drawing, Drawing], str]) -> Edit:
     layers = tuple(replace(layer, drawing=new) if layer.drawing == old else layer for layer in scene.layers)
     return Edit(scene, replace(scene, layers=layers), instruction(old, new), instruction(new, old), kind, kind)
+
+
+def remove_instruction(drawing: Drawing) -> str:
+    return f"remove the {drawing_name(drawing)}"
+
+
+def replace_instruction(old: Drawing, new: Drawing) -> str:
+    return f"replace the {drawing_name(old)} with {with_article(drawing_name(new))}"
+
+
+def recolour_instruction(_: Drawing, new: Drawing) -> str:
+    skin = "yellow" if new.tone == "default" else without_hyphens(new.tone or "")
+    return f"give the {new.concept} {skin} skin"
+
+
+def style_instruction(_: Drawing, new: Drawing) -> str:
+    return f"make it {without_hyphens(new.style)}"
+
+
+def background_instruction(colour: str) -> str:
+    return f"make the background {colour}"
+
+
+def word_instruction(word: str) -> str:
+    return f"change the word to {word}"
 
 
 EDITS: dict[str, Callable[[np.random.Generator, Drawing, DrawingPool], Edit | None]] = {

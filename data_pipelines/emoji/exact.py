@@ -1,12 +1,13 @@
 """Judges generated images of the emoji world by reading them back: what is right, and how the image was read."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from data_pipelines.emoji.checker import Reading, SceneReader
 from data_pipelines.emoji.drawing_sheet import DrawingSheet
+from data_pipelines.emoji.edit_chains import EditChain
 from data_pipelines.emoji.facts import SceneLabels, judge_edit, judge_prompt, prompt_kind
 from data_pipelines.emoji.scenes import Scene, layered_caption
 from emma_train.sequence.request import Request
@@ -57,6 +58,18 @@ class ImageJudge:
         for (request, source, target, image), reading, unchanged in zip(known, readings, sources, strict=True):
             right = judge_edit(source, target, reading)
             judged.append(Judgement(request, request.kind, right, describe_reading(reading), image))
+            judged[-1].baseline = judge_edit(source, target, unchanged)
+        return judged
+
+    def chains(self, chains: Sequence[EditChain], num_steps: int, images: Sequence[np.ndarray]) -> list[Judgement]:
+        """One for each chain after its first `num_steps` edits: all that they change, and all else."""
+        judged = []
+        sources = self.reader.read([chain.request.images[0] for chain in chains])
+        for chain, image, reading, unchanged in zip(chains, images, self.reader.read(images), sources, strict=True):
+            source, target = chain.scenes[0], chain.scenes[num_steps]
+            request = replace(chain.request, text="; ".join(chain.texts[:num_steps]))
+            right = judge_edit(source, target, reading)
+            judged.append(Judgement(request, f"chain {num_steps}", right, describe_reading(reading), image))
             judged[-1].baseline = judge_edit(source, target, unchanged)
         return judged
 

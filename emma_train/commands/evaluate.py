@@ -32,6 +32,9 @@ NUM_STEM_QUESTIONS = 400
 STEM_SIDE, STEM_QUALITY = 128, 70
 """As the tiny data set stores its images."""
 
+MOST_EDIT_STEPS = 3
+"""More cannot always be made: each changes something else."""
+
 Scores = list[dict[str, Any]]
 
 
@@ -50,6 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--wandb", action="store_true", help="send the scores to the W&B run that trained the model")
     parser.add_argument(
         "--answer-tokens", type=int, default=12, help="emoji: tokens of an answer at most (%(default)s)"
+    )
+    parser.add_argument(
+        "--edit-steps", type=int, default=1, help="emoji: edits one after another, each judged, at most (%(default)s)"
     )
     parser.add_argument("--out", help="emoji: file for the scores (MODEL/scores.json); else: folder for the images")
     parser.add_argument(
@@ -77,6 +83,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     if arguments.limit is not None:
         check_range("--limit", arguments.limit, 0, 10**9)
     check_range("--answer-tokens", arguments.answer_tokens, 1, 1024)
+    check_range("--edit-steps", arguments.edit_steps, 1, MOST_EDIT_STEPS)
     if arguments.benchmark == "emoji":
         return _run_emoji(arguments)
     if arguments.compare:
@@ -108,7 +115,7 @@ def _run_emoji(arguments: argparse.Namespace) -> int:
     )
     flow = FlowSettings.of(recipe)
     settings = with_overrides(flow, given_settings(arguments, flow), "--")
-    scores, items = _evaluate(generator, recipe, data, limit, settings, arguments.answer_tokens)
+    scores, items = _evaluate(generator, recipe, data, limit, settings, arguments)
     about = _about(arguments, meta, settings, data, limit)
     write_results(_details_folder(out), scores, items, about)
     result = {"model": str(arguments.model), "stage": meta["stage"], "step": meta["step"], "scores": scores}
@@ -157,10 +164,16 @@ def _about(
 
 
 def _evaluate(
-    generator: "Generator", recipe: "Recipe", data: Path, limit: int, settings: "FlowSettings", answer_tokens: int
+    generator: "Generator",
+    recipe: "Recipe",
+    data: Path,
+    limit: int,
+    settings: "FlowSettings",
+    arguments: argparse.Namespace,
 ) -> tuple[Scores, list["EvaluationItem"]]:
     """Scores and items of all held-out splits; `limit`: images to generate for a split and task (0: all)."""
     from data_pipelines.loader.requests import read_requests
+    from emma_train.commands.edit_chains import judged_chains
     from emma_train.generate import scores as measures
     from emma_train.generate.items import share_scores
     from emma_train.sequence.tasks import RECORD_KEYS, tasks_of_loss
@@ -171,7 +184,7 @@ def _evaluate(
     seen = read_requests(data / "train", "t2i", recipe.data, pixels, NUM_TRAINING_IMAGES)
     for split in SCORE_SPLITS:
         requests = {task: read_requests(data / split, task, recipe.data, pixels) for task in RECORD_KEYS}
-        answers = measures.answer_items(generator, split, requests["i2t"], answer_tokens)
+        answers = measures.answer_items(generator, split, requests["i2t"], arguments.answer_tokens)
         scores += share_scores(answers, "exact match", "answer")
         for task in tasks_of_loss("flow"):
             if requests.get(task):
@@ -185,10 +198,16 @@ def _evaluate(
         scores += share_scores([item for item in images if item.task == "t2i"], "share of images", "image")
         scores += share_scores(edits, "share of edits", "edit")
         scores += share_scores([replace(item, kind="any") for item in edits], "share of edits", "edit")
-        items += [*answers, *images]
+        chains: list[EvaluationItem] = []
+        if judge and arguments.edit_steps > 1:
+            edits_asked = requests.get("it2i", [])[: limit or None]
+            judged = judged_chains(generator, judge, split, edits_asked, arguments.edit_steps, settings)
+            chains = [_item(split, judgement) for judgement in judged]
+            scores += share_scores(chains, "share of edits", "edits")
+        items += [*answers, *images, *chains]
     if judge:
         questions = _stem_requests(recipe, data / "train")
-        stems = measures.answer_items(generator, "heldout_stem", questions, answer_tokens)
+        stems = measures.answer_items(generator, "heldout_stem", questions, arguments.answer_tokens)
         scores += share_scores(stems, "exact match", "answer")
         scores += share_scores([replace(item, kind="stem") for item in stems], "exact match", "answer")
         items += stems
