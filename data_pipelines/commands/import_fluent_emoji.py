@@ -38,6 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="direct",
         help="steps: answers about sums, charts, counts and groups first say what they go by (%(default)s)",
     )
+    parser.add_argument(
+        "--chinese",
+        action="store_true",
+        help="questions and answers in Chinese too, beside the English ones (tiny worlds)",
+    )
     parser.add_argument("--size", type=int, default=128, help="image side in pixels")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
@@ -64,7 +69,9 @@ def run(arguments: argparse.Namespace) -> int:
     check_range("--shard-samples", arguments.shard_samples, 1, 1_000_000)
     check_range("--seed", arguments.seed, 0, 2**63)
     tokenizer = tokenizer_file(arguments.tokenizer)
-    world = replace(WORLDS[arguments.world], in_steps=arguments.answers == "steps")
+    world = replace(WORLDS[arguments.world], in_steps=arguments.answers == "steps", chinese=arguments.chinese)
+    if arguments.chinese and arguments.answers == "steps":
+        raise UserError("--chinese has direct answers alone; leave out --answers steps")
     if arguments.samples:
         for count in arguments.samples:
             check_range("--samples", count, 0, 100_000_000)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from data_pipelines.emoji.chinese import check_words
 from data_pipelines.emoji.concepts import Amounts, EmojiWorld
 from data_pipelines.emoji.drawing_sheet import make_sheet, write_sheet
 from data_pipelines.emoji.drawings import Catalogue, Drawing, select_drawings
@@ -56,7 +57,10 @@ def build_set(catalogue: Catalogue, world: EmojiWorld, out: Path, settings: Buil
     drawings = select_drawings(catalogue.drawings, world.concepts, world.tones)
     report_unmatched(catalogue, drawings)
     split = split_drawings(drawings)
-    maker = RecordMaker(settings.side, catalogue.version, world.captions, world.scene_captions, world.in_steps)
+    if world.chinese:
+        check_words(world.concepts)
+    options = (world.captions, world.scene_captions, world.in_steps, world.chinese)
+    maker = RecordMaker(settings.side, catalogue.version, *options)
     done = {}
     for name in SPLITS:
         drawings_of_split = [d for d in drawings if split[d] == name]
@@ -88,6 +92,7 @@ def provenance(catalogue: Catalogue, world: EmojiWorld, settings: BuildSettings,
         "split": split,
         "world": world.name,
         **({"answers": "steps"} if world.in_steps else {}),
+        **({"chinese": True} if world.chinese else {}),
         **asdict(settings),
     }
 

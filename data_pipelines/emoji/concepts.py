@@ -61,6 +61,8 @@ class EmojiWorld:
     capacity."""
     in_steps: bool = field(default=False)
     """Whether answers reason before they answer (reasoning.py)."""
+    chinese: bool = field(default=False)
+    """Whether understanding is in Chinese too (chinese.py)."""
 
 
 TINY = EmojiWorld(

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from data_pipelines.emoji.checker import Reading, SceneReader
+from data_pipelines.emoji.chinese import check_words, chinese_caption, chinese_instruction
 from data_pipelines.emoji.drawing_sheet import DrawingSheet
 from data_pipelines.emoji.edit_chains import EditChain
 from data_pipelines.emoji.facts import SceneLabels, judge_edit, judge_prompt, prompt_kind
@@ -72,6 +73,19 @@ class ImageJudge:
             judged.append(Judgement(request, f"chain {num_steps}", right, describe_reading(reading), image))
             judged[-1].baseline = judge_edit(source, target, unchanged)
         return judged
+
+    def in_chinese(self, requests: Sequence[Request]) -> list[Request]:
+        """Prompts and edits in Chinese, of those whose scenes are known. Raises UserError on another world's."""
+        check_words(frozenset(drawing.concept for drawing in self.reader.drawings))
+        asked = []
+        for request in requests:
+            scenes = [self.labels.scene(request.labels, name) for name in (*request.image_names, request.target_name)]
+            known = [scene for scene in scenes if scene is not None]
+            if len(known) == len(scenes) == 1:
+                asked.append(replace(request, text=chinese_caption(known[0])))
+            elif len(known) == len(scenes) == 2:
+                asked.append(replace(request, text=chinese_instruction(request.kind, *known)))
+        return asked
 
 
 def describe_reading(reading: Reading) -> str:

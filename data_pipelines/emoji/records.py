@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from data_pipelines.emoji.chinese import chinese_description, chinese_question
 from data_pipelines.emoji.drawings import Drawing
 from data_pipelines.emoji.edits import Edit
 from data_pipelines.emoji.prompts import Prompt
@@ -32,6 +33,8 @@ class RecordMaker:
     """Whether layered scenes are t2i targets too."""
     in_steps: bool = False
     """Whether answers reason before they answer."""
+    chinese: bool = False
+    """Whether there are questions, answers and descriptions in Chinese beside the English ones."""
 
     def single(self, rng: np.random.Generator, scene: Scene) -> tuple[Record, dict[str, Image.Image]]:
         """One drawing: four questions and a few captions."""
@@ -90,6 +93,8 @@ class RecordMaker:
     def stem(self, stem: StemImage) -> tuple[Record, dict[str, Image.Image]]:
         """A formula or chart with its questions."""
         asked = [question_alternative("img0", question, answer, "stem") for question, answer in stem.questions]
+        if self.chinese:
+            asked += [chinese_question(a) for a in asked]
         if self.in_steps:
             asked = [in_steps(a, stem_observation(stem.labels, a["turns"][0]["text"])) for a in asked]
         record = {
@@ -102,6 +107,9 @@ class RecordMaker:
 
     def i2t(self, asked: list[Record], scenes: Mapping[str, Scene]) -> list[Record]:
         """Questions about scenes by the names of their images, with the answers that this set has."""
+        if self.chinese:
+            described = [chinese_description(image, scene) for image, scene in scenes.items()]
+            asked = [*asked, *(chinese_question(a) for a in asked), *described]
         if not self.in_steps:
             return asked
         return [in_steps(a, scene_observation(scenes[a["images"][0]], a["kind"])) for a in asked]

@@ -71,7 +71,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="prompts to show instead: files, or a chat model's URL up to /v1",
     )
     images.add_argument("--rewrite-model", default="", metavar="NAME", help="the chat model's name at that URL")
-    images.add_argument("--language", choices=("en", "cn"), default="", help="of gedit's instructions (both)")
+    images.add_argument(
+        "--language", choices=("en", "cn"), default="", help="of gedit's instructions (both), or emoji's (en)"
+    )
     images.add_argument("--batch", type=int, default=16, help="images at once (%(default)s)")
     images.add_argument("--size", type=int, nargs=2, metavar=("WIDTH", "HEIGHT"), help="of an image in pixels")
     add_judge_arguments(parser.add_argument_group("of a chat model that judges a benchmark's images"))
@@ -109,6 +111,8 @@ def _run_emoji(arguments: argparse.Namespace) -> int:
     out = output_file("--out", Path(arguments.out or f"{arguments.model}/scores.json"))
     earlier = read_scores_file(Path(arguments.compare)) if arguments.compare else None
     data, limit = Path(arguments.data or EMOJI_DATA), EMOJI_LIMIT if arguments.limit is None else arguments.limit
+    if arguments.language == "cn" and arguments.edit_steps > 1:
+        raise UserError("--language cn has single edits alone; leave out --edit-steps")
     check_publishing(arguments)
     generator, recipe, meta = load_generator(
         arguments.model, arguments.device, not arguments.no_ema, arguments.precision, not arguments.no_experts
@@ -184,6 +188,8 @@ def _evaluate(
     seen = read_requests(data / "train", "t2i", recipe.data, pixels, NUM_TRAINING_IMAGES)
     for split in SCORE_SPLITS:
         requests = {task: read_requests(data / split, task, recipe.data, pixels) for task in RECORD_KEYS}
+        if arguments.language == "cn" and judge:
+            requests |= {task: judge.in_chinese(requests[task]) for task in ("t2i", "it2i") if task in requests}
         answers = measures.answer_items(generator, split, requests["i2t"], arguments.answer_tokens)
         scores += share_scores(answers, "exact match", "answer")
         for task in tasks_of_loss("flow"):
