@@ -161,6 +161,9 @@ def _about(
         "device": arguments.device,
         "dtype": arguments.precision,
         "limit": limit or None,
+        "language": arguments.language or "en",
+        "answer_tokens": arguments.answer_tokens,
+        "edit_steps": arguments.edit_steps,
         "data": str(data),
         "gen_kwargs": asdict(settings),
     }
@@ -180,16 +183,14 @@ def _evaluate(
     from emma_train.commands.edit_chains import judged_chains
     from emma_train.generate import scores as measures
     from emma_train.generate.items import share_scores
-    from emma_train.sequence.tasks import RECORD_KEYS, tasks_of_loss
+    from emma_train.sequence.tasks import tasks_of_loss
 
     pixels, judge = recipe.model.autoencoder.pixels, _image_judge(data)
     scores: Scores = []
     items: list[EvaluationItem] = []
     seen = read_requests(data / "train", "t2i", recipe.data, pixels, NUM_TRAINING_IMAGES)
     for split in SCORE_SPLITS:
-        requests = {task: read_requests(data / split, task, recipe.data, pixels) for task in RECORD_KEYS}
-        if arguments.language == "cn" and judge:
-            requests |= {task: judge.in_chinese(requests[task]) for task in ("t2i", "it2i") if task in requests}
+        requests = _requests(recipe, data / split, judge, arguments.language)
         answers = measures.answer_items(generator, split, requests["i2t"], arguments.answer_tokens)
         scores += share_scores(answers, "exact match", "answer")
         for task in tasks_of_loss("flow"):
@@ -218,6 +219,20 @@ def _evaluate(
         scores += share_scores([replace(item, kind="stem") for item in stems], "exact match", "answer")
         items += stems
     return [measures.with_bar(score) for score in scores], items
+
+
+def _requests(recipe: "Recipe", folder: Path, judge: "ImageJudge | None", language: str) -> dict[str, list["Request"]]:
+    """Questions, prompts and edits of a split by task; prompts and edits in the language. Raises UserError."""
+    from data_pipelines.loader.requests import read_requests
+    from emma_train.sequence.tasks import RECORD_KEYS
+
+    pixels = recipe.model.autoencoder.pixels
+    requests = {task: read_requests(folder, task, recipe.data, pixels) for task in RECORD_KEYS}
+    if language != "cn":
+        return requests
+    if judge is None:
+        raise UserError("--language cn needs what the exact scores need, and they are left out; see the warning before")
+    return requests | {task: judge.in_chinese(requests[task]) for task in ("t2i", "it2i") if task in requests}
 
 
 def _image_judge(data: Path) -> "ImageJudge | None":
