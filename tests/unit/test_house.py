@@ -109,6 +109,15 @@ def missing_documents(paths: list[Path]) -> Iterator[str]:
                     yield f"{path.relative_to(ROOT)}:{number}: {name} does not exist"
 
 
+def hidden_copies(paths: list[Path]) -> Iterator[str]:
+    """torch.tensor(..., device=...): a copy to the device for which the host waits, and which no dispatch mode sees."""
+    for path in paths:
+        for node in ast.walk(ast.parse(path.read_text())):
+            copies = isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.tensor", "torch.as_tensor")
+            if copies and any(keyword.arg == "device" for keyword in node.keywords):
+                yield f"{path.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node.func)} copies to the device"
+
+
 EVERYWHERE = sources(*PACKAGES, "tests")
 RULES = {
     "files are short": (long_files, EVERYWHERE),
@@ -116,6 +125,10 @@ RULES = {
     "names say type or role": (vague_names, EVERYWHERE),
     "a public name is defined in one file": (names_defined_twice, sources(*PACKAGES)),
     "documents that are named exist": (missing_documents, EVERYWHERE),
+    "a step copies nothing unseen": (
+        hidden_copies,
+        sources(*(f"emma_train/{room}" for room in ("model", "objectives", "training", "engine"))),
+    ),
 }
 
 
@@ -140,6 +153,8 @@ def test_the_rules_see_what_breaks_them(tmp_path: Path, monkeypatch: pytest.Monk
     assert list(long_functions(both)) == ["other.py:5: g has 501 lines, more than 60"]
     assert list(names_defined_twice(both)) == ["one.py: `C` is also defined in other.py"]
     assert list(missing_documents(both)) == [f"other.py:1: {document} does not exist"]
+    one.write_text("a = torch.tensor([1])\nb = torch.tensor(\n    [1], device=a.device\n)\n")
+    assert list(hidden_copies([one])) == ["one.py:2: torch.tensor copies to the device"]
 
 
 if __name__ == "__main__":
