@@ -12,7 +12,7 @@ stage1_vs_stage0, stage1_vs_router    seconds of a Stage 1 micro-step over one o
                             the same understanding samples
 compile_vs_eager            seconds of eager layers over compiled ones (--compile; takes a minute)
 data_wait_share             of the time of the steps of recipes/tiny/stage1.yaml, the trainer's wait for packs
-host_copies                 of a micro-step of Stage 1 at the width of EMMA-4B on the meta device
+host_copies_*               of a micro-step of each stage at the width of EMMA-4B on the meta device
 kernels_*                   of an eager layer of EMMA-4B, forward and backward: shallow and deep ones of the decoder
                             with 6,176 tokens, and one of the encoder with 8,192 patches
 compiled_kernels_*, compiled_gb_*    the same after torch.compile's fusion, and gigabytes moved by all kernels but
@@ -61,7 +61,7 @@ from tests.card import card_on_cpu, card_on_meta  # noqa: E402
 from tests.gpu.step_setting import CACHED_LATENTS, set_random_weights  # noqa: E402
 from tests.host_copies import host_copies  # noqa: E402
 from tests.kernels import eager_kernels, fused  # noqa: E402
-from tests.unit.emma_train.training.test_host_copies import micro_step  # noqa: E402
+from tests.unit.emma_train.training.test_host_copies import LOADS, micro_step  # noqa: E402
 
 RECIPES = ROOT / "recipes" / "emma-4b"
 SIZES: dict[str, dict[str, float]] = {
@@ -185,8 +185,7 @@ def counts() -> dict[str, float]:
     with pytest.MonkeyPatch.context() as patch:
         card = card_on_meta(patch)
         next(card)
-        run = micro_step("stage1")
-        copies = len(host_copies(run))
+        copies = {f"host_copies_{stage}": len(host_copies(micro_step(stage))) for stage in LOADS}
         kernels = {f"kernels_{kind}": eager_kernels(kind) for kind in LAYERS}
         next(card, None)
     with pytest.MonkeyPatch.context() as patch:
@@ -197,7 +196,7 @@ def counts() -> dict[str, float]:
     recipe = load_recipe(RECIPES / "stage1.yaml", ["engine.replicate=32", "init.from=null"])
     counted = simulate(recipe, "stage1", 256, partial(make_optimizer, config=recipe.optimizer))
     return {
-        "host_copies": copies,
+        **copies,
         **kernels,
         **{f"compiled_kernels_{kind}": layer.nodes for kind, layer in compiled.items()},
         **{f"compiled_gb_{kind}": round(layer.elementwise_bytes / 1e9, 2) for kind, layer in compiled.items()},
