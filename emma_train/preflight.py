@@ -10,7 +10,7 @@ from emma_train.errors import UserError
 from emma_train.export.export import is_export
 from emma_train.plan import Plan, problems
 from emma_train.plan.samples import ReadIndexRows
-from emma_train.storage.paths import parse_path
+from emma_train.storage.paths import as_local, parse_path
 from emma_train.storage.urls import is_local, local_path
 from emma_train.training.build import stored_config
 from emma_train.training.resume_rule import recipe_to_resume
@@ -34,15 +34,24 @@ def absent_inputs(stages: Stages, folder: Path = Path()) -> list[str]:
         }
         shards = {**sources, **validated, "train.sample_from": recipe.train.sample_from}
         others = {"model.autoencoder.path": recipe.model.autoencoder.path, "data.tokenizer": recipe.data.tokenizer}
-        # The later stages of a pipeline start from those before.
+        # The later stages of a pipeline start from those before, and a run that goes on from its own checkpoint.
         start = {"init.from": recipe.init.source} if index == 0 else {}
         for key, path, file in [
             *((key, path, "manifest.json") for key, path in shards.items()),
             *((key, path, "") for key, path in (others | start).items()),
         ]:
-            if path and is_local(path) and not (folder / local_path(path) / file).exists():
+            if not path or not is_local(path) or (folder / local_path(path) / file).exists():
+                continue
+            if key not in start or not _has_checkpoint(recipe, folder):
                 absent[f"{key}: {Path(path) / file} is not there"] = None
     return list(absent)
+
+
+def _has_checkpoint(recipe: Recipe, folder: Path = Path()) -> bool:
+    """Whether a run goes on instead of starting from init.from; relative paths belong to `folder`."""
+    checkpoints = RunFolder(recipe).checkpoints
+    local = as_local(checkpoints)
+    return folders.newest_checkpoint(checkpoints if local is None else folder / local) is not None
 
 
 def working_folder(recipe: Path, stages: Stages) -> Path:
@@ -73,6 +82,7 @@ def check_start(
         if checkpoint is not None:
             step = (folders.read_meta(checkpoint) or {})["step"]
             recipe_to_resume(recipe, stored_config(checkpoint), str(checkpoint), step)
-    source = stages[0][1].init.source
+    first = stages[0][1]
+    source = None if _has_checkpoint(first) else first.init.source
     if source and is_local(source) and parse_path(source).exists() and not is_export(parse_path(source)):
         folders.find_checkpoint(source)

@@ -92,7 +92,7 @@ CHINESE_STEM_QUESTIONS = {
 AT_QUESTIONS = {f"What is {position_phrase(name)}?": f"{POSITION_WORDS[name]}是什么" for name in POSITIONS}
 VALUE_QUESTION = "What is the value of "
 KIND_END = " zh"
-"""Of the kind of a question in Chinese, so that it has a score of its own."""
+"""Added to the kind of a question, so that questions in Chinese are scored apart."""
 
 
 def check_words(concepts: frozenset[str] | None) -> None:

@@ -5,5 +5,5 @@ ANSWER_MARK = "Answer: "
 
 
 def final_answer(text: str) -> str:
-    """What stands after the last ANSWER_MARK, or all of a text without one; without spaces around it."""
+    """The text after the last ANSWER_MARK, or all of it where there is no mark, without spaces at both ends."""
     return text.rpartition(ANSWER_MARK)[2].strip()

@@ -108,6 +108,11 @@ def test_a_checkpoint_that_contradicts_the_recipe(launched, tmp_path: Path) -> N
     code, _, error = launched(*words, *small, *slurm, "data.seed=7")
     assert code == 2
     assert "data.seed is 7 in the recipe and 0 in the checkpoint" in error
+    # Initial weights that were removed since are not needed to go on, only to start.
+    overrides = [*words[1:], *small, f"run.root={tmp_path / 'runs'}", f"init.from={tmp_path / 'gone'}"]
+    assert absent_inputs(load_stages(TINY / "stage0.yaml", overrides), ROOT) == []
+    started = load_stages(TINY / "stage0.yaml", [*overrides, "run.name=b"])
+    assert absent_inputs(started, ROOT) == [f"init.from: {tmp_path / 'gone'} is not there"]
 
 
 def test_a_stage_starts_from_an_export_too(launched, tmp_path: Path) -> None:
