@@ -125,17 +125,19 @@ OUT ?= runs/gpu$(if $(DRY),-dry)
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 GPU_tests := tests/gpu/run_tests.py
 GPU_step := tests/gpu/step.py
+GPU_stages := tests/gpu/step.py --only one-card from-shards stage0 stage2 stage3 stage4_expert stage4_router --table stages
 GPU_baselines := tests/gpu/step.py --only one-card tokenwise tokenwise-flex padded --table baselines
 GPU_attention := tests/bench/attention.py --packs mixed --tokens 8192 16384 32768
 # With DRY=1 the same scripts prove themselves on a CPU with tiny sizes, where compiling would take an hour, so nothing is
 # compiled. Tests that need a card skip themselves there.
 DRY_step := --device cpu --tiny --minutes 55
+DRY_stages := $(DRY_step)
 DRY_baselines := $(DRY_step)
 DRY_attention := --tokens 512 1024 --side 4 --heads 4 --kv-heads 2 --dim 32
 
 # Without `make setup`: a machine with a GPU has a torch of its own. Each part ends within nine minutes.
-gpu: ## on an NVIDIA GPU: its tests; with PART=step, baselines or attention the speed of these; results go to runs/gpu (OUT=); DRY=1 tries it on a CPU
-	@$(if $(GPU_$(PART)),,echo "gpu: PART is $(PART); use tests, step, baselines or attention"; exit 2)
+gpu: ## on an NVIDIA GPU: its tests; with PART=step, stages, baselines or attention the speed of these; results go to runs/gpu (OUT=); DRY=1 tries it on a CPU
+	@$(if $(GPU_$(PART)),,echo "gpu: PART is $(PART); use tests, step, stages, baselines or attention"; exit 2)
 	PYTHONPATH=.:$$PYTHONPATH $(if $(DRY),TORCH_COMPILE_DISABLE=1) timeout $(if $(DRY),3600,540) $(GPU_PYTHON) $(GPU_$(PART)) $(if $(DRY),$(DRY_$(PART))) --out $(OUT)
 
 WHEELS ?= -r tests/gpu/wheels.txt

@@ -115,6 +115,21 @@ def fused(kind: str) -> Fused:
     return Fused(len(nodes), sum(num_bytes for is_extern, num_bytes in nodes if not is_extern))
 
 
+def graph_breaks(kind: str) -> int:
+    """Graphs beyond the first that torch.compile makes of the forward pass of a layer, on the meta device."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    layer, run = layer_of(kind, META)
+    run(torch.compile(layer.forward, backend=keep, dynamic=False))
+    torch._dynamo.reset()
+    return len(graphs) - 1
+
+
 def _scheduled(graph: torch.fx.GraphModule, inputs: list[Any]) -> list[tuple[bool, int]]:
     """The scheduler's kernels: whether the code is of others, as that of products, and bytes."""
     from torch._inductor import ir

@@ -1,12 +1,17 @@
 """Copies of a rank's tensors in host memory, so that training can change the tensors while the copies are written."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from emma_train.engine.flat_shard import FlatShard, local
+
+LARGEST = 2**28
+"""Bytes of a pinned allocation, unless one tensor has more."""
+ALIGNMENT = 512
+"""Bytes: a tensor starts at a multiple of it in its allocation."""
 
 
 class Staging:
@@ -18,6 +23,7 @@ class Staging:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._buffers: dict[str, Tensor] = {}
+        self._layout: dict[str, tuple[torch.Size, torch.dtype]] = {}
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def wait_for_compute(self) -> None:
@@ -28,14 +34,14 @@ class Staging:
 
     def copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Host copies of this rank's parts of the tensors, by name. They are valid until the next copy."""
+        parts = {name: local(tensor) for name, tensor in tensors.items()}
+        if self._layout != (layout := {name: (part.shape, part.dtype) for name, part in parts.items()}):
+            self._buffers = {}  # frees the old ones first
+            self._buffers = allocate(parts, pinned=self._stream is not None)
+            self._layout = layout
         with torch.no_grad():
-            for name, tensor in tensors.items():
-                part = local(tensor)
-                buffer = self._buffers.get(name)
-                if buffer is None or buffer.shape != part.shape or buffer.dtype != part.dtype:
-                    buffer = torch.empty(part.shape, dtype=part.dtype, pin_memory=self._stream is not None)
-                    self._buffers[name] = buffer
-                buffer.copy_(part, non_blocking=True)
+            for name, part in parts.items():
+                self._buffers[name].copy_(part, non_blocking=True)
         if self._stream is not None:
             self._stream.synchronize()
         return {name: _with_values(tensor, self._buffers[name]) for name, tensor in tensors.items()}
@@ -45,6 +51,33 @@ class Staging:
         """Run this thread's device work in a separate stream, so that it does not wait for the training thread's."""
         with torch.cuda.stream(self._stream):
             yield
+
+
+def allocate(parts: Mapping[str, Tensor], pinned: bool) -> dict[str, Tensor]:
+    """Empty host tensors like the parts. They share allocations of LARGEST bytes at most, because torch rounds every
+    pinned one up to a power of two: one for each tensor would take up to twice the memory."""
+    sizes = {name: -(-part.nbytes // ALIGNMENT) * ALIGNMENT for name, part in parts.items()}
+    buffers: dict[str, Tensor] = {}
+    for names in group(sizes):
+        memory = torch.empty(sum(sizes[name] for name in names), dtype=torch.uint8, pin_memory=pinned).numpy()
+        start = 0
+        for name in names:
+            part = parts[name]
+            # From numpy, a tensor has a storage of its own; torch.distributed.checkpoint copies views of a larger one.
+            values = torch.from_numpy(memory[start : start + part.nbytes])
+            buffers[name] = values.view(part.dtype).view(part.shape)
+            start += sizes[name]
+    return buffers
+
+
+def group(sizes: Mapping[str, int]) -> Sequence[Sequence[str]]:
+    """Names in groups whose sizes add up to LARGEST at most, largest first, each in the first group with room."""
+    groups: list[tuple[list[str], int]] = []
+    for name in sorted(sizes, key=lambda name: -sizes[name]):
+        fits = next((i for i, (_, used) in enumerate(groups) if used + sizes[name] <= LARGEST), len(groups))
+        names, used = groups[fits] if fits < len(groups) else ([], 0)
+        groups[fits : fits + 1] = [([*names, name], used + sizes[name])]
+    return [names for names, _ in groups]
 
 
 def _with_values(tensor: Tensor, buffer: Tensor) -> Tensor:

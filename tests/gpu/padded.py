@@ -22,13 +22,13 @@ from emma_train.engine.torch_private import lerp_in_place
 from emma_train.sequence.layout import ImageRole, TextSegment
 from emma_train.sequence.pack import Sample, pack
 from emma_train.stages.stage import stage_of
+from tests.gpu.kernel_time import profile
 from tests.gpu.step_setting import (
     Scale,
     Setting,
     make_recipe,
     make_samples,
     memory,
-    profile,
     reset_memory,
     utilisation,
     wait,
@@ -128,7 +128,8 @@ def measure_padded(setting: Setting, scale: Scale, out: Path) -> dict[str, Any]:
     """Build the baseline, run the steps, and return what they took, under the names of `step_setting.measure`."""
     torch.manual_seed(0)
     recipe, device = make_recipe(setting, scale), torch.device(scale.device)
-    samples, side = _samples(recipe, setting, scale)
+    samples = make_samples(recipe, setting, scale)
+    side = next(image.grid[0] for image in samples[0][0].images.values())
     batches = [padded(recipe, rows, side) for rows in samples]
     started = time.perf_counter()
     with device:
@@ -143,7 +144,8 @@ def measure_padded(setting: Setting, scale: Scale, out: Path) -> dict[str, Any]:
     seconds = statistics.median(s for s, _ in timed)
     packs = [pack(rows) for rows in samples]
     if setting.profile:
-        (out / f"profile-{setting.name}.txt").write_text(profile(step.run))
+        profiled = profile(step.run)
+        (out / f"profile-{setting.name}.txt").write_text(profiled.table)
     return {
         **asdict(setting),
         "num_layers": recipe.model.decoder.num_layers,
@@ -195,17 +197,6 @@ def padded(recipe: Recipe, samples: Sequence[Sample], side: int) -> PaddedBatch:
     rng = np.random.default_rng(0)
     images = torch.from_numpy(rng.uniform(-1, 1, (len(seen), 3, pixels, pixels)).astype(np.float32))
     return PaddedBatch(ids, labels, mask[:, None], images, torch.cat(seen), torch.cat(latents), torch.cat(made))
-
-
-def _samples(recipe: Recipe, setting: Setting, scale: Scale) -> tuple[list[list[Sample]], int]:
-    """Those of `step_setting.make_packs`, by micro-step, and the side of their images in visual tokens."""
-    rng = np.random.default_rng(0)
-    side = 4 if scale.tiny else 16
-    steps = [
-        [s for pair in range(setting.pairs) for s in make_samples(recipe, f"{number}-{pair}", side, side, rng)]
-        for number in range(scale.micro_steps)
-    ]
-    return steps, side
 
 
 class _Step:

@@ -1,10 +1,11 @@
-"""Speed and memory of whole optimizer steps of Stage 1 at the width of EMMA-4B, on one card.
+"""Speed and memory of whole optimizer steps at the width of EMMA-4B, on one card: Stage 1, the other stages beside it.
 
     python tests/gpu/step.py [--out DIR] [--minutes 8.5] [--layers N] [--only NAME ...]
     python tests/gpu/step.py --device cpu --tiny --out DIR      proves the script on a machine without a GPU
 
-Stage 1 as its recipe has it (FSDP2 on one rank, bf16, AdamW, averages, clipping, latents cached), with random weights,
-as many decoder layers as fit, and packs of random images and text in the recipe's shape. Each setting runs in a process
+A stage as its recipe has it (FSDP2 on one rank, bf16, AdamW, averages, clipping, latents cached), with random weights,
+as many decoder layers as fit in Stage 1, and packs of random images and text in the recipe's shape. `from-shards` is
+`emma-train train` itself, with loader workers that read shards. Each setting runs in a process
 of its own, so one that fails, or that is out of time, leaves the others alone. After each setting the results
 are written as JSON and as Markdown, and the kernels of one step as profile-SETTING.txt, to DIR (or $OUT, or runs/gpu).
 
@@ -30,6 +31,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 from emma_train.training.environment import commit  # noqa: E402
 from tests.gpu.padded import measure_padded  # noqa: E402
+from tests.gpu.stage_packs import SHAPES  # noqa: E402
 from tests.gpu.step_setting import Scale, Setting, measure  # noqa: E402
 
 FULL_LAYERS = 36
@@ -40,13 +42,15 @@ SETTINGS = (
     Setting("compile", profile=True),
     Setting("one-card", changes=ONE_CARD, profile=True),
     Setting("one-card-half-depth", changes=ONE_CARD, depth=0.5),
-    Setting("one-card-16-pairs", changes=ONE_CARD, pairs=16, depth=0.75),
+    Setting("one-card-16-pairs", changes=ONE_CARD, times=2, depth=0.75),
     Setting("one-card-deterministic", changes=ONE_CARD, deterministic=True),
     Setting("fp8-tensorwise", changes=(*ONE_CARD, "engine.fp8=tensorwise"), profile=True),
     Setting("fp8-rowwise", changes=(*ONE_CARD, "engine.fp8=rowwise"), profile=True),
-    Setting("tokenwise", changes=ONE_CARD, pairs=4, tokenwise=True),
-    Setting("tokenwise-flex", changes=ONE_CARD, pairs=4, tokenwise=True, backend="flex"),
+    Setting("tokenwise", changes=ONE_CARD, times=0.5, tokenwise=True),
+    Setting("tokenwise-flex", changes=ONE_CARD, times=0.5, tokenwise=True, backend="flex"),
     Setting("padded", compile=False, padded=True, profile=True),
+    Setting("from-shards", changes=ONE_CARD, from_shards=True),
+    *(Setting(stage, stage=stage, changes=ONE_CARD) for stage in SHAPES if stage != "stage1"),
     Setting("eager-sdpa", compile=False, backend="sdpa"),
     Setting("eager-flex", compile=False, backend="flex"),
     Setting("compile-flex", backend="flex"),
@@ -68,10 +72,13 @@ COLUMNS = {
     "first_loss": "first loss",
     "last_loss": "last loss",
     "peak_gib": "peak GiB",
+    "planned_gib": "planned GiB",
     "reserved_gib": "reserved GiB",
     "graphs": "graphs",
     "graphs_after_first_step": "graphs later",
     "waits": "waits for the device",
+    "num_kernels": "kernels",
+    "data_wait": "data wait",
 }
 
 
@@ -84,7 +91,7 @@ def main() -> int:
     scale = Scale(arguments.device, arguments.tiny, num_layers, micro_steps, num_steps)
     if arguments.result:
         setting = next(setting for setting in SETTINGS if setting.name == arguments.only[0])
-        values = (measure_padded if setting.padded else measure)(setting, scale, arguments.out)
+        values = measured(setting, scale, arguments.out)
         arguments.result.write_text(json.dumps(values))
         return 0
     settings = [setting for setting in SETTINGS if not arguments.only or setting.name in arguments.only]
@@ -95,6 +102,15 @@ def main() -> int:
     table = (arguments.out / arguments.table).with_suffix(".md").read_text()
     logging.info("step: results in %s\n%s", arguments.out, table)
     return 0 if any("step_s" in result for result in results) else 1
+
+
+def measured(setting: Setting, scale: Scale, out: Path) -> dict[str, Any]:
+    """What a setting measures, in this process."""
+    if setting.from_shards:
+        from tests.gpu.from_shards import measure_from_shards  # needs packages that the others do without
+
+        return measure_from_shards(setting, scale, out)
+    return (measure_padded if setting.padded else measure)(setting, scale, out)
 
 
 def parse() -> argparse.Namespace:
@@ -177,7 +193,7 @@ def write(path: Path, facts: Mapping[str, Any], results: Sequence[Mapping[str, A
     path.with_suffix(".json").write_text(
         json.dumps({**facts, "settings": results, "full_depth": full}, indent=1) + "\n"
     )
-    lines = ["# Optimizer steps of Stage 1", "", ", ".join(f"{key} {value}" for key, value in facts.items()), ""]
+    lines = ["# Optimizer steps", "", ", ".join(f"{key} {value}" for key, value in facts.items()), ""]
     lines += [f"| {' | '.join(COLUMNS.values())} |", "|---" * len(COLUMNS) + "|"]
     for result in results:
         values = {**result, "waits": sum(result.get("waits_for_device", {}).values())}
@@ -185,7 +201,7 @@ def write(path: Path, facts: Mapping[str, Any], results: Sequence[Mapping[str, A
             lines.append(f"| {result['name']} | {result['error'].replace('|', '/')} |" + " |" * (len(COLUMNS) - 2))
         else:
             lines.append(f"| {' | '.join(cell(values.get(key)) for key in COLUMNS)} |")
-    lines += over_baselines(results)
+    lines += [*over_baselines(results), *over_stage1(results)]
     if full:
         lines += [
             "",
@@ -195,6 +211,8 @@ def write(path: Path, facts: Mapping[str, Any], results: Sequence[Mapping[str, A
         if kernels := result.get("kernels"):
             by_size = ", ".join(f"heads of {head_dim}: {kernel}" for head_dim, kernel in kernels.items())
             lines += ["", f"{result['name']}, attention with {by_size}"]
+        if parts := result.get("ms_of_part"):
+            lines += ["", f"{result['name']}, ms of a step: {', '.join(f'{k} {cell(v)}' for k, v in parts.items())}"]
         if waits := result.get("waits_for_device"):
             lines += ["", f"{result['name']}, waits: {', '.join(f'{line} x {n}' for line, n in waits.items())}"]
     path.with_suffix(".md").write_text("\n".join(lines) + "\n")
@@ -205,6 +223,13 @@ def over_baselines(results: Sequence[Mapping[str, Any]]) -> list[str]:
     speeds = {result["name"]: result["samples_per_s"] for result in results if "step_s" in result}
     baselines = [name for name in ("padded", "tokenwise", "tokenwise-flex") if name in speeds and "one-card" in speeds]
     return [line for b in baselines for line in ("", f"one-card over {b}: {speeds['one-card'] / speeds[b]:.2f}")]
+
+
+def over_stage1(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line for each other stage: its peak of memory over that of Stage 1 with the same settings."""
+    peaks = {result["name"]: result["peak_gib"] for result in results if result.get("peak_gib")}
+    stages = [stage for stage in SHAPES if stage in peaks and "one-card" in peaks]
+    return [line for s in stages for line in ("", f"memory of {s} over one-card's: {peaks[s] / peaks['one-card']:.2f}")]
 
 
 def at_full_depth(results: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:

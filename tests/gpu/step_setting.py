@@ -1,4 +1,4 @@
-"""One setting of the step benchmark (step.py): whole optimizer steps of Stage 1, measured in a process of its own."""
+"""One setting of the step benchmark (step.py): whole optimizer steps of a stage, measured in a process of its own."""
 
 import statistics
 import time
@@ -25,14 +25,18 @@ from emma_train.flops.work import module_flops, pack_work
 from emma_train.model.autoencoder import Autoencoder
 from emma_train.model.varlen import kernel_name
 from emma_train.objectives.loss import LossAccumulator, count, losses
-from emma_train.sequence.layout import ImageRole, ImageSegment, Segment, TextSegment
-from emma_train.sequence.pack import ImageTokens, PackedBatch, Sample, pack
+from emma_train.plan.arithmetic import Plan
+from emma_train.plan.cards import GIB
+from emma_train.plan.samples import MeanSample, StepLoad
+from emma_train.sequence.layout import ImageRole, ImageSegment, TextSegment
+from emma_train.sequence.pack import PackedBatch, Sample, pack
 from emma_train.stages.stage import Stage, stage_of
 from emma_train.training.build import TrainingParts, build
 from emma_train.training.forward import micro_loss
+from tests.gpu.kernel_time import profile
+from tests.gpu.stage_packs import SHAPES, PackShape, samples_of_pack
 
 ROOT = Path(__file__).parents[2]
-RECIPE = ROOT / "recipes" / "emma-4b" / "stage1.yaml"
 CACHED_LATENTS = cast(Autoencoder, SimpleNamespace(scale=0.41407))
 """Stands for DC-AE: where latents are cached only its scale is used, here that of dc-ae-f32c32-sana-1.0."""
 TINY = {
@@ -52,13 +56,16 @@ class Setting:
     backend: str = "flash"
     depth: float = 1.0
     """Decoder layers, over those that fit the card."""
-    pairs: int = 8
-    """Understanding and generation samples of a pack, so many of each: 8 as in the recipe, about 6.1 k tokens."""
+    stage: str = "stage1"
+    times: float = 1.0
+    """Samples of a pack, over those of the recipe: 8 understanding and 8 generation samples, about 6.1 k tokens."""
     tokenwise: bool = False
     """Whether an image to make has a token for each 16 pixels, as behind an 8x autoencoder with patches of 2 (BAGEL),
     not for each 32."""
     padded: bool = False
     """Whether it is the baseline (padded.py) that runs: a padded batch through modules of Hugging Face."""
+    from_shards: bool = False
+    """Whether `emma-train train` runs, on shards (from_shards.py)."""
     deterministic: bool = False
     """Whether torch.compile chooses kernels without timing them, so that every start has the same."""
     profile: bool = False
@@ -88,7 +95,8 @@ def measure(setting: Setting, scale: Scale, out: Path) -> dict[str, Any]:
         started = time.perf_counter()
         parts = build(recipe, stage, world, resuming=True)
         set_random_weights(parts)
-        packs = make_packs(recipe, setting, scale, pin=world.device.type == "cuda")
+        samples = make_samples(recipe, setting, scale)
+        packs = make_packs(samples, pin=world.device.type == "cuda")
         step = Step(recipe, stage, world, parts, packs)
         build_s = time.perf_counter() - started
         first_s, first_loss = step.timed()
@@ -121,6 +129,7 @@ def measure(setting: Setting, scale: Scale, out: Path) -> dict[str, Any]:
                 for head_dim in (recipe.model.vision.hidden // recipe.model.vision.heads, recipe.model.decoder.head_dim)
                 if setting.backend == "flash"
             },
+            "planned_gib": planned_bytes(recipe, samples) / GIB,
             **memory(world.device),
             **utilisation(recipe, stage, packs, seconds, world.device),
         }
@@ -128,14 +137,26 @@ def measure(setting: Setting, scale: Scale, out: Path) -> dict[str, Any]:
         try:
             values["waits_for_device"] = waits_for_device(step.run, world.device)
             if setting.profile:
-                (out / f"profile-{setting.name}.txt").write_text(profile(step.run))
+                profiled = profile(step.run)
+                values |= {"num_kernels": profiled.count, "ms_of_part": profiled.ms_of_part}
+                (out / f"profile-{setting.name}.txt").write_text(profiled.table)
         except RuntimeError as error:  # extras, which may be out of reach on a rented machine
             values["warning"] = str(error)
         return values
 
 
 def make_recipe(setting: Setting, scale: Scale) -> Recipe:
-    """Stage 1 of EMMA-4B at a depth that fits one card; or tiny."""
+    """A stage of EMMA-4B at a depth that fits one card; or tiny."""
+    return load_recipe(recipe_path(setting), changes_of(setting, scale))
+
+
+def recipe_path(setting: Setting) -> Path:
+    """The file of the stage that a setting measures."""
+    return ROOT / "recipes" / "emma-4b" / f"{setting.stage}.yaml"
+
+
+def changes_of(setting: Setting, scale: Scale) -> list[str]:
+    """KEY=VALUE of what differs from the stage's file."""
     num_layers = max(2, round(scale.num_layers * setting.depth / 2) * 2)
     values: dict[str, Any] = {
         "model.decoder.num_layers": num_layers,
@@ -147,7 +168,7 @@ def make_recipe(setting: Setting, scale: Scale) -> Recipe:
     }
     if scale.tiny:
         values |= {f"{section}.{key}": value for section, sizes in TINY.items() for key, value in sizes.items()}
-    return load_recipe(RECIPE, [*(f"{key}={value}" for key, value in values.items()), *setting.changes])
+    return [*(f"{key}={value}" for key, value in values.items()), *setting.changes]
 
 
 @torch.no_grad()
@@ -166,43 +187,55 @@ def set_random_weights(parts: TrainingParts) -> None:
     parts.engine.sync_compute_weights()
 
 
-def make_packs(recipe: Recipe, setting: Setting, scale: Scale, pin: bool) -> list[PackedBatch]:
-    """Packs of Stage 1's shape: images of 512² with cached latents, prompts, questions and answers of several lengths,
-    so that no two packs have equally many tokens."""
-    rng = np.random.default_rng(0)
-    side = 4 if scale.tiny else 16
-    packs = []
-    for number in range(scale.micro_steps):
-        samples = [
-            sample
-            for pair in range(setting.pairs)
-            for sample in make_samples(recipe, f"{number}-{pair}", side, side * (1 + setting.tokenwise), rng)
-        ]
-        packs.append(pack(samples))
+def make_samples(recipe: Recipe, setting: Setting, scale: Scale) -> list[list[Sample]]:
+    """The samples of each micro-step: texts of several lengths, so that no two packs have equally many tokens."""
+    rng, shape = np.random.default_rng(0), SHAPES[setting.stage]
+    if scale.tiny:
+        shape = PackShape(shape.samples, shape.side // 4)
+    return [
+        samples_of_pack(recipe, str(number), shape, rng, setting.times, setting.tokenwise)
+        for number in range(scale.micro_steps)
+    ]
+
+
+def make_packs(samples: list[list[Sample]], pin: bool) -> list[PackedBatch]:
+    """Packs of these samples, in pinned memory for a GPU."""
+    packs = [pack(of_pack) for of_pack in samples]
     return [PackBuffer.of(batch).pin_memory().batch() for batch in packs] if pin else packs
 
 
-def make_samples(recipe: Recipe, key: str, seen_side: int, made_side: int, rng: np.random.Generator) -> list[Sample]:
-    """An understanding sample with about 130 tokens of text in it, half of them to be predicted, and a generation
-    sample with as much in its prompt; sides in visual tokens."""
-    vision, channels = recipe.model.vision, recipe.model.autoencoder.channels
+def planned_bytes(recipe: Recipe, samples: list[list[Sample]]) -> float:
+    """What `emma-train plan` expects of a GPU that has these packs, of the longest one, without an autoencoder."""
+    plan = Plan(recipe, "", 1, "h100-80g")  # memory does not depend on the kind of GPU
+    load = load_of(plan.loads[-1], [sample for of_pack in samples for sample in of_pack])
+    longest = max(sum(sample.num_tokens for sample in of_pack) for of_pack in samples)
+    return sum(size for name, size in plan.memory(load, 1, longest).kept.items() if "autoencoder" not in name)
 
-    def text(low: int, high: int, supervised: bool = False) -> TextSegment:
-        ids = rng.integers(0, recipe.model.decoder.vocab, int(rng.integers(low, high)))
-        return TextSegment(tuple(int(i) for i in ids), supervised)
 
-    def image(side: int, with_pixels: bool) -> ImageTokens:
-        shape = (side**2 * vision.shuffle**2, 3 * vision.patch**2)
-        patches = rng.integers(0, 256, shape, dtype=np.uint8) if with_pixels else None
-        return ImageTokens((side, side), patches, rng.standard_normal((side**2, channels), dtype=np.float32))
+def load_of(assumed: StepLoad, samples: list[Sample]) -> StepLoad:
+    """The load of a step of these samples."""
 
-    seen: list[Segment] = [text(4, 5), ImageSegment("a", ImageRole.UND), text(40, 80), text(48, 96, supervised=True)]
-    made: list[Segment] = [text(96, 160), ImageSegment("a", ImageRole.TARGET)]
-    noise_seed, time_seed = (int(seed) for seed in rng.integers(0, 2**40, 2))
-    return [
-        Sample(f"u{key}", "i2t", seen, {"a": image(seen_side, with_pixels=True)}),
-        Sample(f"g{key}", "t2i", made, {"a": image(made_side, with_pixels=False)}, noise_seed, time_seed),
-    ]
+    def tokens(sample: Sample, *roles: ImageRole) -> int:
+        images = [s for s in sample.segments if isinstance(s, ImageSegment) and s.role in roles]
+        return sum(sample.segment_tokens(image) for image in images)
+
+    def mean(of_task: list[Sample]) -> MeanSample:
+        texts = [s for sample in of_task for s in sample.segments if isinstance(s, TextSegment)]
+        seen = sum(tokens(sample, ImageRole.UND, ImageRole.REFERENCE) for sample in of_task) / len(of_task)
+        return MeanSample(
+            text=sum(len(text.ids) for text in texts) / len(of_task),
+            supervised=sum(len(text.ids) for text in texts if text.supervised) / len(of_task),
+            seen=seen,
+            images_seen=float(seen > 0),
+            made=sum(tokens(sample, ImageRole.TARGET) for sample in of_task) / len(of_task),
+            measured=True,
+        )
+
+    by_task: dict[str, list[Sample]] = {}
+    for sample in samples:
+        by_task.setdefault(sample.task, []).append(sample)
+    counts = {task: len(of_task) for task, of_task in by_task.items()}
+    return StepLoad(assumed.phase, counts, {task: mean(of_task) for task, of_task in by_task.items()})
 
 
 class Step:
@@ -298,12 +331,3 @@ def waits_for_device(step: Callable[[], Any], device: torch.device) -> dict[str,
             torch.cuda.set_sync_debug_mode("default")
     lines = Counter(f"{Path(w.filename).name}:{w.lineno}" for w in caught if "called a synchronizing" in str(w.message))
     return dict(lines.most_common())
-
-
-def profile(step: Callable[[], Any]) -> str:
-    """The kernels of one step by the time they take, as a table."""
-    with torch.profiler.profile() as profiler:  # of the CPU, and of the GPU where there is one
-        step()
-    averages = profiler.key_averages()
-    sort_by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-    return averages.table(sort_by=sort_by, row_limit=60, max_name_column_width=90)

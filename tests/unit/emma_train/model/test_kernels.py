@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from emma_train.model.decoder import RMSNorm
+from emma_train.model.decoder import MLP, RMSNorm
 from tests.card import card_on_cpu, card_on_meta, norms_as_on_a_card
-from tests.kernels import Kernels, eager_kernels, eight_pairs, fused
+from tests.kernels import Kernels, eager_kernels, eight_pairs, fused, graph_breaks
 
 
 @pytest.fixture
@@ -34,6 +34,20 @@ def test_a_compiled_layer_launches_few_kernels_and_moves_few_bytes() -> None:
     shallow = fused("shallow")
     assert 70 < shallow.nodes <= 90
     assert 2.8e9 < shallow.elementwise_bytes <= 3.2e9
+
+
+@pytest.mark.usefixtures("cpu")
+def test_a_planted_graph_break_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One in each of the two branches of a layer, and those of the functions around them."""
+    assert graph_breaks("deep") == 0
+    plain = MLP.forward
+
+    def broken(self: MLP, x: torch.Tensor) -> torch.Tensor:
+        torch._dynamo.graph_break()
+        return plain(self, x)
+
+    monkeypatch.setattr(MLP, "forward", broken)
+    assert graph_breaks("deep") >= 2
 
 
 def test_slices_are_counted_with_their_zeros() -> None:
