@@ -17,7 +17,8 @@ kernels_*                   of an eager layer of EMMA-4B, forward and backward: 
                             with 6,176 tokens, and one of the encoder with 8,192 patches
 compiled_kernels_*, compiled_gb_*    the same after torch.compile's fusion, and gigabytes moved by all kernels but
                             products and attention
-graph_breaks                graphs beyond one of compiled layers of the three kinds, with flash-attn 3, flash-attn 2 and torch's kernel
+graph_breaks                graphs beyond one of compiled layers of the three kinds, with flash-attn 3, flash-attn 2 and
+                            torch's kernel
 all_reduces                 of an optimizer step of Stage 1 on rank 0 of 256, in 32 replicas
 
 Times are medians of three after one to warm up, of a small model with random weights in float32, forward and backward,
