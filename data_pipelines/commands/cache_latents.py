@@ -19,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--side", type=int, nargs="+", default=[512], help="as in the recipe; several are allowed")
     parser.add_argument("--max-tokens", type=int, default=4096, help="of native images, as in recipe (%(default)s)")
     parser.add_argument("--min-pixels", type=int, default=0, help="of native images, as in the recipe (%(default)s)")
+    parser.add_argument("--dtype", choices=("float16", "float32"), default="float16", help="of the stored values")
     parser.add_argument("--batch-size", type=int, default=32, help="images encoded at once")
 
 
@@ -42,5 +43,5 @@ def run(arguments: argparse.Namespace) -> int:
     if wrong := [side for side in arguments.side if side % autoencoder.pixels]:
         raise UserError(f"--side {wrong[0]}: must be a multiple of {autoencoder.pixels}, the pixels of a latent")
     for folder in folders:
-        cache_latents(folder, autoencoder, images, device, rank, size)
+        cache_latents(folder, autoencoder, images, device, rank, size, arguments.dtype)
     return 0

@@ -22,6 +22,8 @@ from emma_train.storage.storage_error import StorageError
 from emma_train.storage.urls import display_url, replace_suffix
 
 log = logging.getLogger(__name__)
+VALUE_TYPES = {"F16": "<f2", "F32": "<f4"}
+"""numpy's names of the types that a file of latents may have, by those of safetensors."""
 FIRST_READ = 1 << 18
 """Bytes of the first read of a file: the header of one or two thousand images."""
 
@@ -69,10 +71,11 @@ def cached_latent(
             if decodes_differently(opened):
                 return None
     try:
+        size = table.dtype.itemsize * int(table.shapes[row].prod())
         for _ in range(2):
-            data = storage.read_range(url, int(table.offsets[row]), 4 * int(table.shapes[row].prod()), table.version)
+            data = storage.read_range(url, int(table.offsets[row]), size, table.version)
             if crc32(data) == table.crc32[row]:
-                return np.frombuffer(data, "<f4").reshape(table.shapes[row])
+                return np.frombuffer(data, table.dtype).astype(np.float32, copy=False).reshape(table.shapes[row])
             storage.forget(url, table.version)
         log.warning("%s: the latent of %s is damaged; the image is encoded again", display_url(url), name)
     except StorageError as error:
@@ -92,6 +95,8 @@ class _LatentTable:
     shapes: np.ndarray
     """[latents, 2]"""
     crc32: np.ndarray
+    dtype: np.dtype
+    """Of all values of the file."""
     decoding: int
     """Version of the decoding of the images (DECODING)."""
 
@@ -112,12 +117,14 @@ def _read_table(url: str, fingerprint: str, shard: str, storage: ShardReader) ->
             return None
         checksums = json.loads(metadata["crc32"])
         names = sorted(values, key=_hash)
+        (dtype,) = {values[name]["dtype"] for name in names} or {"F32"}
         return _LatentTable(
             version,
             np.array([_hash(name) for name in names], np.uint64),
             np.array([start + values[name]["data_offsets"][0] for name in names], np.int64),
             np.array([values[name]["shape"] for name in names], np.int32).reshape(-1, 2),
             np.array([checksums[name] for name in names], np.uint32),
+            np.dtype(VALUE_TYPES[dtype]),
             int(metadata.get("decoding", 1)),
         )
     except StorageError as error:

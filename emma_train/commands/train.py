@@ -117,7 +117,7 @@ def _train_locked(
     checkpoint = _find_checkpoint(run_folder, world)
     recipe = _with_stored_values(recipe, checkpoint, world)
     stage = stage_of(recipe, str(file))
-    autoencoder = Autoencoder(recipe.model.autoencoder, world.device)
+    autoencoder = Autoencoder(recipe.model.autoencoder, world.device, load=False)
     tokenizer = TextTokenizer(recipe.data.tokenizer, recipe.data.template)
     _check_content(recipe, checkpoint, content_hashes(tokenizer, autoencoder.fingerprint), world)
     stream = Stream(recipe, world.dp_rank, world.dp_size, autoencoder.fingerprint, pin=world.device.type == "cuda")

@@ -3,9 +3,12 @@ how exact that is): bf16 can give NaN (Sana #96)."""
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +17,7 @@ from emma_train.config.schema import AutoencoderConfig
 from emma_train.errors import UserError, describe_shortage
 from emma_train.storage.safetensors_io import read_json
 
+log = logging.getLogger(__name__)
 WEIGHTS_STEM = "diffusion_pytorch_model"
 WEIGHTS = f"{WEIGHTS_STEM}.safetensors"
 
@@ -21,28 +25,37 @@ WEIGHTS = f"{WEIGHTS_STEM}.safetensors"
 class Autoencoder:
     """Images <-> latents. Not a torch Module on purpose: no optimizer, wrapper or checkpoint can take hold of it."""
 
-    def __init__(self, config: AutoencoderConfig, device: torch.device) -> None:
-        """Raises UserError where the folder is not a DC-AE of the recipe's shape."""
+    def __init__(self, config: AutoencoderConfig, device: torch.device, load: bool = True) -> None:
+        """`load` False leaves the weights on the disk until they are needed: never, where all latents are cached.
+        Raises UserError where the folder is not a DC-AE of the recipe's shape."""
+        folder = Path(config.path)
+        self.config, self.device = config, device
+        self.fingerprint = fingerprint(folder)
+        stored = autoencoder_config(folder, config.chunk)
+        if (stored.channels, stored.pixels) != (config.channels, config.pixels):
+            raise UserError(
+                f"model.autoencoder.path {folder}: has {stored.channels} channels at {stored.pixels}x, but the recipe "
+                f"says {config.channels} at {config.pixels}x"
+            )
+        self.scale = scaling_factor(folder)
+        set_float32_precision()
+        if load:
+            _ = self._model
+
+    @cached_property
+    def _model(self) -> Any:
         from diffusers import AutoencoderDC
 
-        self.config, self.device = config, device
-        self.fingerprint = fingerprint(Path(config.path))
-        with loading(Path(config.path)):
+        log.info("loading the autoencoder")
+        with loading(Path(self.config.path)):
             model = AutoencoderDC.from_pretrained(
-                config.path,
+                self.config.path,
                 torch_dtype=torch.float32,
                 local_files_only=True,
                 low_cpu_mem_usage=False,
                 use_safetensors=True,  # the other format is a pickle
             )
-        if model.config.latent_channels != config.channels or model.spatial_compression_ratio != config.pixels:
-            raise UserError(
-                f"model.autoencoder.path {config.path}: has {model.config.latent_channels} channels at "
-                f"{model.spatial_compression_ratio}x, but the recipe says {config.channels} at {config.pixels}x"
-            )
-        set_float32_precision()
-        self._model = model.eval().requires_grad_(False).to(device)
-        self.scale = float(model.config.scaling_factor)
+        return model.eval().requires_grad_(False).to(self.device)
 
     @torch.no_grad()
     def encode(self, images: Sequence[Tensor]) -> list[Tensor]:
@@ -78,6 +91,15 @@ def set_float32_precision() -> None:
     """
     torch.backends.cudnn.allow_tf32 = True
     torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def scaling_factor(folder: Path) -> float:
+    """By which latents are multiplied, from a folder's config.json; 1, as in diffusers, where it says nothing. Raises
+    UserError."""
+    value = read_json(folder / "config.json").get("scaling_factor", 1.0)
+    if not isinstance(value, int | float) or not value > 0:
+        raise UserError(f"{folder / 'config.json'}: scaling_factor is {value!r}, no positive number; copy it again")
+    return float(value)
 
 
 def autoencoder_config(folder: Path, chunk: int) -> AutoencoderConfig:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from emma_train.plan.arithmetic import Plan
 from emma_train.plan.roofline import step_seconds
 
-LATENT_VALUE = 4
-"""Bytes of a value of a cached latent."""
+LATENT_VALUE = 2
+"""Bytes of a value of a cached latent, in float16."""
 
 
 @dataclass(frozen=True)

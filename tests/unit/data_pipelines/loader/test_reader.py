@@ -1,7 +1,7 @@
 """Reading planned samples: the bytes are verified, unusable samples raise SampleError, dropout follows its rates."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from data_pipelines.shards.latents import latents_metadata, latents_path, transf
 from emma_train.config.schema import ImageConfig, Recipe
 from emma_train.model.autoencoder import Autoencoder
 from emma_train.sequence.layout import ImageRole, TextSegment
-from emma_train.sequence.pack import Sample, image_segments, pack
+from emma_train.sequence.pack import PackedBatch, Sample, image_segments, pack
 from emma_train.sequence.tokens import TextTokenizer
 from emma_train.training.forward import clean_latents
 from tests.helpers import PATCH, SHUFFLE, tiny_model, tiny_recipe, tokenizer
@@ -212,9 +212,14 @@ def autoencoder() -> Autoencoder:
 def cached(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with cached latents at 64 pixels."""
     folder = write_shards(tmp_path_factory.mktemp("cached") / "set", every_task(6, side=80), per_shard=7)
-    num = cache_latents(folder, tiny_model().autoencoder, [ImageConfig(side=64)], torch.device("cpu"))
+    tiny = tiny_model().autoencoder
+    num = cache_latents(folder, tiny, [ImageConfig(side=64)], torch.device("cpu"), dtype="float32")
     assert num == 6 + 6 + 12
     return folder
+
+
+def pack_of(recipe: Recipe, num: int, mark: str) -> PackedBatch:
+    return pack([reader_of(recipe, mark).read(planned) for planned in planned_of(recipe, num)])
 
 
 def test_cached_latents_are_those_of_online_encoding(cached: Path, autoencoder: Autoencoder) -> None:
@@ -226,7 +231,42 @@ def test_cached_latents_are_those_of_online_encoding(cached: Path, autoencoder: 
     assert without.latents is None
     # Targets are not even decoded where their latent is known.
     assert len(with_cache.patches) == len(without.patches) - 4 * with_cache.counts[3]
-    assert torch.equal(clean_latents(with_cache, autoencoder), clean_latents(without, autoencoder))
+    lazy = Autoencoder(tiny_model().autoencoder, torch.device("cpu"), load=False)
+    latents = clean_latents(with_cache, lazy)
+    assert "_model" not in vars(lazy)
+    assert torch.equal(latents, clean_latents(without, autoencoder))
+    assert torch.equal(latents, clean_latents(without, lazy))
+
+
+def test_latents_in_float16_take_half_of_the_space_and_are_rounded(
+    cached: Path, tmp_path: Path, autoencoder: Autoencoder
+) -> None:
+    """To 11 bits, which is nearer than TF32, in which a GPU encodes."""
+    folder = write_shards(tmp_path / "set", every_task(6, side=80), per_shard=7)
+    assert main(["cache-latents", str(folder), "--autoencoder", tiny_model().autoencoder.path, "--side", "64"]) == 0
+    exact, half = (pack_of(recipe_of(f), 6, autoencoder.fingerprint).latents for f in (cached, folder))
+    assert exact is not None and half is not None and half.dtype == torch.float32
+    assert not torch.equal(exact, half)
+    torch.testing.assert_close(half, exact, rtol=2**-11, atol=1e-6)
+    for path in cached.glob("*.latents.safetensors"):
+        values, halves = load_file(path), load_file(folder / path.name)
+        assert all(halves[name].nbytes * 2 == value.nbytes for name, value in values.items())
+
+
+def test_a_latent_that_is_not_finite_is_left_out_of_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    encode = Autoencoder.encode
+
+    def too_large(self: Autoencoder, images: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        first, *others = encode(self, images)
+        return [first * 1e6, *others]
+
+    monkeypatch.setattr(Autoencoder, "encode", too_large)
+    folder = write_shards(tmp_path, [prompt("p000", side=64), prompt("p001", side=64)])
+    cache_latents(folder, tiny_model().autoencoder, [ImageConfig(side=64)], torch.device("cpu"))
+    assert list(load_file(folder / "shard-000000.square-64.latents.safetensors")) == ["p001/img0"]
+    assert "the latent of p000/img0 has values that are not finite as float16" in caplog.text
 
 
 def test_a_cache_of_another_autoencoder_or_of_other_images_is_ignored(cached: Path, autoencoder: Autoencoder) -> None:
@@ -254,7 +294,7 @@ def test_an_image_that_cannot_be_decoded_is_left_out_of_the_cache(
 def test_processes_share_the_shards_of_a_cache(cached: Path, tmp_path: Path) -> None:
     folder = write_shards(tmp_path / "set", every_task(6, side=80), per_shard=7)
     images, tiny = [ImageConfig(side=64)], tiny_model().autoencoder
-    numbers = [cache_latents(folder, tiny, images, torch.device("cpu"), rank, 2) for rank in range(2)]
+    numbers = [cache_latents(folder, tiny, images, torch.device("cpu"), rank, 2, "float32") for rank in range(2)]
     assert sum(numbers) == 6 + 6 + 12
     assert min(numbers) > 0
     for path in cached.glob("*.latents.safetensors"):

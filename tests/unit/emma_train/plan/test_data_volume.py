@@ -17,7 +17,7 @@ def test_assumed_sizes_in_closed_form() -> None:
     text = sum(n * load.means[task].text for task, n in load.samples.items())
     pixels, steps = 4096 * 512 * 512, 244141
     assert volume.read == pytest.approx(steps * (4 * text + 0.25 * pixels))
-    assert volume.latents == steps * 4096 * 256 * 32 * 4
+    assert volume.latents == steps * 4096 * 256 * 32 * 2
     assert volume.per_hour(8) == pytest.approx(volume.read / 8 / volume.seconds * 3600)
     assert not volume.measured and "in part assumed, 0.25 bytes a pixel" in data_line(planned, Network())
     assert data_volume(plan(FULL / "stage4_router.yaml")).latents == 0
