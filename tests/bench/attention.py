@@ -3,11 +3,13 @@
     python tests/bench/attention.py [--json] [--out DIR] [--packs mixed] [--tokens 4096 ...] [--side 16]
 
 dense is one mask over the whole pack, sdpa one per sample, spans two calls of variable length, flex FlexAttention (CUDA
-only: its backward refuses a CPU). On a CPU the spans go run by run. Ratios are to dense.
+only: its backward refuses a CPU). On a CPU the spans go run by run. Ratios are to dense. encoder is that of the vision
+encoder, images of one size: as the model computes it, and as a batch by torch's own kernels.
 """
 
 import argparse
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -16,10 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 
 from emma_train.model.attention import AttentionPlan, MaskPlan, attention, build_plan, hybrid_mask, prepare_masks
+from emma_train.model.varlen import find_kernel
 from emma_train.sequence.layout import ImageRole, ImageSegment, Segment, TextSegment
 from emma_train.sequence.pack import ImageTokens, PackedBatch, Sample, pack
+from emma_train.sequence.spans import full_call
 from emma_train.training.environment import commit
 
 DENSE_TOKENS = 16384
@@ -55,7 +61,7 @@ def dense(batch: PackedBatch) -> AttentionPlan:
 def measure(
     batch: PackedBatch, plan: Callable[[], AttentionPlan], shape: tuple[int, int, int], dtype: torch.dtype
 ) -> float:
-    """Seconds of forward and backward: the median of five after one to warm up."""
+    """Milliseconds of forward and backward."""
     heads, kv_heads, dim = shape
     device = batch.sample.device
     q, k, v = (
@@ -63,14 +69,8 @@ def measure(
         for num in (heads, kv_heads, kv_heads)
     )
     weight = torch.randn(batch.num_tokens, heads, dim, device=device, dtype=dtype)
-    prepared, seconds = plan(), []
-    for _ in range(6):
-        _wait(device)
-        started = time.perf_counter()
-        (attention(q, k, v, prepared) * weight).sum().backward()
-        _wait(device)
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds[1:])
+    prepared = plan()
+    return milliseconds(lambda: attention(q, k, v, prepared) * weight, device)
 
 
 def main() -> None:
@@ -98,6 +98,9 @@ def main() -> None:
             results |= compare(batch, f"{name}_{tokens}", (args.heads, args.kv_heads, args.dim), device)
             if args.out:  # at once, should the time run out
                 write(args.out, facts, results)
+    results |= encoder(8 if device.type == "cuda" else 1, device)
+    if args.out:
+        write(args.out, facts, results)
     if args.json:
         print(json.dumps({**facts, **results}))
         return
@@ -117,12 +120,45 @@ def compare(batch: PackedBatch, name: str, shape: tuple[int, int, int], device: 
         if batch.num_tokens > DENSE_TOKENS:
             del forms["dense"]
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    seconds = {form: measure(batch, plan, shape, dtype) for form, plan in forms.items()}
-    values = {f"{name}_{form}_ms": round(1000 * s, 2) for form, s in seconds.items()}
-    base = "dense" if "dense" in seconds else "sdpa"
-    return values | {
-        f"{name}_{form}_vs_{base}": round(s / seconds[base], 4) for form, s in seconds.items() if form != base
-    }
+    taken = {form: measure(batch, plan, shape, dtype) for form, plan in forms.items()}
+    base = "dense" if "dense" in taken else "sdpa"
+    ratios = {f"{name}_{form}_vs_{base}": round(ms / taken[base], 4) for form, ms in taken.items() if form != base}
+    return {**{f"{name}_{form}_ms": ms for form, ms in taken.items()}, **ratios}
+
+
+def encoder(images: int, device: torch.device) -> dict[str, float]:
+    """Milliseconds of attention over images of 1,024 patches, 16 heads of 72; NaN where a kernel refuses them."""
+    patches, heads, dim = 1024, 16, 72
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    shape = (images * patches, heads, dim)
+    q, k, v = (torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in "qkv")
+    call = full_call([patches] * images, device)
+
+    def batched() -> torch.Tensor:
+        queries, keys, values = (x.view(images, patches, heads, dim).transpose(1, 2) for x in (q, k, v))
+        return scaled_dot_product_attention(queries, keys, values)
+
+    kernels = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION) if device.type == "cuda" else (SDPBackend.MATH,)
+    taken = {"encoder_as_in_the_model_ms": milliseconds(lambda: find_kernel(device, dim)(q, k, v, call), device)}
+    for kernel in kernels:
+        with sdpa_kernel(kernel):
+            try:
+                taken[f"encoder_{kernel.name.lower()}_ms"] = milliseconds(batched, device)
+            except RuntimeError:
+                taken[f"encoder_{kernel.name.lower()}_ms"] = math.nan
+    return taken
+
+
+def milliseconds(compute: Callable[[], torch.Tensor], device: torch.device) -> float:
+    """Of forward and backward: the median of five after one to warm up."""
+    taken = []
+    for _ in range(6):
+        _wait(device)
+        started = time.perf_counter()
+        compute().sum().backward()
+        _wait(device)
+        taken.append(1000 * (time.perf_counter() - started))
+    return round(statistics.median(taken[1:]), 2)
 
 
 def write(out: Path, facts: dict[str, Any], results: dict[str, float]) -> None:
