@@ -101,4 +101,5 @@ def test_kernels_are_counted_by_what_they_do() -> None:
 def test_training_from_shards_is_measured(tmp_path: Path) -> None:
     values = measure_from_shards(Setting("from-shards", compile=False, from_shards=True), TINY, tmp_path)
     assert 0 <= values["data_wait"] < 1 and values["step_s"] > 0
+    assert not values["autoencoder_loaded"], "latents of all images are cached"
     assert values["samples_per_s"] * values["step_s"] == pytest.approx(16, rel=0.5)
