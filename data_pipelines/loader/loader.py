@@ -277,6 +277,7 @@ class SlotDataset(Dataset["PackBuffer | UserError | RunError"]):
         self.planner = planner
         self.reader = reader
         self.reading = CurrentReads()
+        self._has_warned = False
 
     def __getitem__(self, planned: PlannedSlot) -> "PackBuffer | UserError | RunError":
         # Errors are returned: torch would replace an error that a worker raises by one with the worker's traceback.
@@ -290,6 +291,7 @@ class SlotDataset(Dataset["PackBuffer | UserError | RunError"]):
         """The pack of one slot. Raises RunError if none of its samples can be read."""
         samples, unreadable, replaced = self._read_samples(planned.samples, use_cached=True)
         if not _are_packable(samples):
+            self._warn_of_unused_latents(planned.step, samples)
             samples, unreadable, replaced = self._read_samples(planned.samples, use_cached=False)
         if not samples:
             raise RunError(
@@ -297,6 +299,16 @@ class SlotDataset(Dataset["PackBuffer | UserError | RunError"]):
                 f"{unreadable[-1]}"
             )
         return LoadedSlot(pack(samples, len(planned.samples) - len(samples)), unreadable, replaced)
+
+    def _warn_of_unused_latents(self, step: int, samples: Sequence[Sample]) -> None:
+        """Once in each worker: who caches the latents of one task alone gains nothing by them."""
+        tasks = sorted({s.task for s in samples if any(image.latent is None for image in s.images.values())})
+        if not self._has_warned:
+            log.warning(
+                "step %d: all images of a pack are encoded, because some of %s have no cached latent; write them with "
+                "emma-data cache-latents and the mode and side of data.und and data.gen", step, " and ".join(tasks),
+            )  # fmt: skip
+        self._has_warned = True
 
     def _read_samples(
         self, planned: Sequence[SampleRef], use_cached: bool

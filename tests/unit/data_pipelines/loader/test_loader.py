@@ -355,8 +355,10 @@ def test_a_request_to_stop_does_not_reach_the_workers(small: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_pack_of_which_only_some_latents_are_cached_encodes_all(tmp_path: Path, workers: int) -> None:
-    """If one image has no latent, all images of the pack are decoded, targets too."""
+def test_a_pack_of_which_only_some_latents_are_cached_encodes_all(
+    tmp_path: Path, workers: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """If one image has no latent, all images of the pack are decoded, targets too, and a warning says so once."""
     folder = write_shards(tmp_path, every_task(12, side=64), per_shard=18)
     tiny = tiny_model().autoencoder
     cache_latents(folder, tiny, [ImageConfig(side=64)], torch.device("cpu"))
@@ -370,6 +372,9 @@ def test_a_pack_of_which_only_some_latents_are_cached_encodes_all(tmp_path: Path
     mixed = [batch for step in Stream(recipe, 0, 1, mark).steps(1, 2) for batch in step.packs]
     kinds = {batch.latents is None for batch in mixed}
     assert True in kinds
+    if workers == 0:
+        (warning,) = caplog.messages
+        assert "step 1: all images of a pack are encoded, because some of i2t" in warning
     for batch, with_none, with_all in zip(mixed, plain, cached, strict=True):
         assert_same_pack(batch, with_none if batch.latents is None else with_all)
 
