@@ -29,7 +29,7 @@ from emma_train.errors import UserError
 from emma_train.sequence import layout
 from emma_train.sequence.tasks import RECORD_KEYS
 from emma_train.sequence.tokens import TextTokenizer
-from emma_train.storage.files import replacing, write_atomic
+from emma_train.storage.files import make_folder, replacing, write_atomic
 
 log = logging.getLogger(__name__)
 ROWS_AT_ONCE = 1024
@@ -70,6 +70,7 @@ def index_folder(
     provenance = _provenance(folder) if provenance is None else provenance
     refuse_names([folder.absolute().as_posix()], folder)
     refuse_provenance(provenance, folder)
+    make_folder(folder)
     if record_map is not None:
         write_map(folder, record_map)
     record_map = read_map(folder)

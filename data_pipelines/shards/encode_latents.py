@@ -10,7 +10,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from data_pipelines.shards.images import DECODING, image_members, load_resized
 from data_pipelines.shards.index import read_manifest, shard_url
@@ -18,7 +18,7 @@ from data_pipelines.shards.latents import is_current, latents_metadata, latents_
 from data_pipelines.shards.tar import crc32, groups
 from emma_train.config.schema import AutoencoderConfig, ImageConfig
 from emma_train.model.autoencoder import Autoencoder
-from emma_train.storage.files import replacing_path
+from emma_train.storage.files import make_folder, write_atomic
 
 log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -51,14 +51,16 @@ def cache_latents(
             metadata = _intact_metadata(path) if path.is_file() else {}
             if is_current(metadata, encoder.fingerprint, shard["sha256"]) and metadata.get("decoding") == str(DECODING):
                 continue
+            make_folder(path.parent)
             latents: dict[str, np.ndarray] = {}
             for images in _batches(_images(tar, image_config, autoencoder.pixels), AT_ONCE * autoencoder.chunk):
                 encoded = encoder.encode([image for _, image in images])
                 for (name, _), latent in zip(images, encoded, strict=True):
                     latents[name] = latent.cpu().to(getattr(torch, dtype)).numpy()
             _leave_out_infinite(latents, tar)
-            with replacing_path(path) as unfinished:
-                save_file(latents, unfinished, latents_metadata(encoder.fingerprint, shard["sha256"], latents))
+            # Not safetensors' save_file: its files can be read by their owner alone, and on a full disk it raises no
+            # OSError.
+            write_atomic(path, save(latents, latents_metadata(encoder.fingerprint, shard["sha256"], latents)))
             num += len(latents)
             log.info("%s: %d images", path, len(latents))
     return num

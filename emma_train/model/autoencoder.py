@@ -48,13 +48,16 @@ class Autoencoder:
 
         log.info("loading the autoencoder")
         with loading(Path(self.config.path)):
-            model = AutoencoderDC.from_pretrained(
+            model, info = AutoencoderDC.from_pretrained(
                 self.config.path,
                 torch_dtype=torch.float32,
                 local_files_only=True,
                 low_cpu_mem_usage=False,
                 use_safetensors=True,  # the other format is a pickle
+                output_loading_info=True,
             )
+            if missing := info["missing_keys"]:  # diffusers gives these random values, and only warns
+                raise ValueError(f"{len(missing)} weights are missing, such as {sorted(missing)[0]}")
         return model.eval().requires_grad_(False).to(self.device)
 
     @torch.no_grad()

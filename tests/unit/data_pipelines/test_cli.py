@@ -8,7 +8,7 @@ import pytest
 
 from data_pipelines.cli import main
 from tests.helpers import ASSETS
-from tests.shards import every_task, write_shards
+from tests.shards import every_task, prompt, write_shards
 
 TOKENIZER = ["--tokenizer", str(ASSETS / "tokenizer")]
 FAST = ["--size", "32", "--samples", "8", "6", "2", "--shard-samples", "10"]
@@ -120,3 +120,15 @@ def test_without_npm_the_error_names_the_way_out(
 def test_an_unknown_command_exits_2_from_the_shell() -> None:
     done = subprocess.run([sys.executable, "-m", "data_pipelines", "nonsense"], capture_output=True, check=False)
     assert done.returncode == 2
+
+
+@pytest.mark.parametrize(
+    "command", [["index", *TOKENIZER], ["cache-latents", "--autoencoder", str(ASSETS / "autoencoder"), "--side", "64"]]
+)
+def test_a_folder_that_cannot_be_written_is_one_line(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_shards(tmp_path / "set", [prompt("p000", side=64)])
+    monkeypatch.setattr("os.access", lambda *_: False)
+    assert main([command[0], str(folder), *command[1:]]) == 2
+    assert f"error: {folder}: cannot write into this folder" in capsys.readouterr().err.splitlines()[-1]

@@ -251,6 +251,8 @@ def test_latents_in_float16_take_half_of_the_space_and_are_rounded(
     for path in cached.glob("*.latents.safetensors"):
         values, halves = load_file(path), load_file(folder / path.name)
         assert all(halves[name].nbytes * 2 == value.nbytes for name, value in values.items())
+        # Whoever may read the shards may read the latents.
+        assert (folder / path.name).stat().st_mode == (folder / "manifest.json").stat().st_mode
 
 
 def test_a_latent_that_is_not_finite_is_left_out_of_the_cache(

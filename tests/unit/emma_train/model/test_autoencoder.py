@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from emma_train.config.schema import AutoencoderConfig
 from emma_train.errors import UserError
-from emma_train.model.autoencoder import Autoencoder, fingerprint
+from emma_train.model.autoencoder import WEIGHTS, Autoencoder, fingerprint
 from tests.helpers import ASSETS, make_image
 
 FOLDER = ASSETS / "autoencoder"
@@ -67,3 +68,13 @@ def test_the_fingerprint_follows_weights_and_config_but_not_the_library(
 def test_a_recipe_that_expects_another_shape_is_told() -> None:
     with pytest.raises(UserError, match="has 32 channels at 32x, but the recipe says 16 at 32x"):
         Autoencoder(AutoencoderConfig(path=str(FOLDER), channels=16), CPU)
+
+
+def test_weights_that_are_missing_are_an_error_not_random_values(tmp_path: Path) -> None:
+    copied = shutil.copytree(FOLDER, tmp_path / "copy")
+    weights = load_file(copied / WEIGHTS)
+    first = min(weights)
+    del weights[first]
+    save_file(weights, copied / WEIGHTS, {"format": "pt"})
+    with pytest.raises(UserError, match=f"1 weights are missing, such as {first}.*copy or download them again"):
+        Autoencoder(AutoencoderConfig(path=str(copied)), CPU)
