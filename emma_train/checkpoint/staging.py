@@ -49,6 +49,10 @@ class Staging:
     @contextmanager
     def side_stream(self) -> Iterator[None]:
         """Run this thread's device work in a separate stream, so that it does not wait for the training thread's."""
+        if self._stream is not None:
+            # A new thread's device is the first of the machine, to which torch would go back at the end of the block;
+            # CUDA then makes a context there, of half a gigabyte, for each rank of the node.
+            torch.cuda.set_device(self._device)
         with torch.cuda.stream(self._stream):
             yield
 

@@ -91,7 +91,7 @@ def main() -> int:
     scale = Scale(arguments.device, arguments.tiny, num_layers, micro_steps, num_steps)
     if arguments.result:
         setting = next(setting for setting in SETTINGS if setting.name == arguments.only[0])
-        values = measured(setting, scale, arguments.out)
+        values = measured(setting, scale, arguments.out, 60 * arguments.minutes)
         arguments.result.write_text(json.dumps(values))
         return 0
     settings = [setting for setting in SETTINGS if not arguments.only or setting.name in arguments.only]
@@ -104,12 +104,12 @@ def main() -> int:
     return 0 if any("step_s" in result for result in results) else 1
 
 
-def measured(setting: Setting, scale: Scale, out: Path) -> dict[str, Any]:
-    """What a setting measures, in this process."""
+def measured(setting: Setting, scale: Scale, out: Path, longest_s: float) -> dict[str, Any]:
+    """What a setting measures, in this process, which is killed after `longest_s`."""
     if setting.from_shards:
         from tests.gpu.from_shards import measure_from_shards  # needs packages that the others do without
 
-        return measure_from_shards(setting, scale, out)
+        return measure_from_shards(setting, scale, out, longest_s)
     return (measure_padded if setting.padded else measure)(setting, scale, out)
 
 
@@ -152,6 +152,7 @@ def run_setting(setting: Setting, scale: Scale, out: Path, deadline: float) -> d
         # One rank talks to nobody, but gloo and NCCL look for a network all the same.
         loopback = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
         command += ["--device", scale.device, "--layers", str(scale.num_layers), *(["--tiny"] if scale.tiny else [])]
+        command += ["--minutes", str(seconds / 60)]
         try:
             done = subprocess.run(
                 command, capture_output=True, text=True, timeout=seconds, env={**loopback, **os.environ}

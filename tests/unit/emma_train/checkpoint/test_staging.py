@@ -1,5 +1,8 @@
 """Host copies of a rank's tensors: their values, and the memory that they take."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -64,3 +67,23 @@ def test_pinned_memory_of_the_full_model_is_hardly_larger_than_its_tensors(shard
 
 def _allocated(size: int) -> int:
     return 1 << (size - 1).bit_length()
+
+
+def test_the_saving_thread_leaves_the_first_card_to_the_first_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.cuda.stream returns at its end to the device of the thread, which in a new thread is card 0."""
+    calls: list[str] = []
+
+    @contextmanager
+    def stream(stream: object) -> Iterator[None]:
+        calls.append(f"stream {stream}")
+        yield
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"of {device}")
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(f"set {device}"))
+    with Staging(torch.device("cuda", 3)).side_stream():
+        pass
+    assert calls == ["set cuda:3", "stream of cuda:3"]
+    with Staging(CPU).side_stream():
+        pass
+    assert calls[2:] == ["stream None"]
