@@ -1,6 +1,7 @@
 """Makes packed batches of one rank from the plan. The trainer's process plans; stateless workers read ahead."""
 
 import errno
+import gc
 import itertools
 import logging
 import math
@@ -304,10 +305,8 @@ class SlotDataset(Dataset["PackBuffer | UserError | RunError"]):
         """Once in each worker: who caches the latents of one task alone gains nothing by them."""
         tasks = sorted({s.task for s in samples if any(image.latent is None for image in s.images.values())})
         if not self._has_warned:
-            log.warning(
-                "step %d: all images of a pack are encoded, because some of %s have no cached latent; write them with "
-                "emma-data cache-latents and the mode and side of data.und and data.gen", step, " and ".join(tasks),
-            )  # fmt: skip
+            text = "step %d: all images of a pack are encoded, because some of %s have no cached latent (docs/data.md)"
+            log.warning(text, step, " and ".join(tasks))
         self._has_warned = True
 
     def _read_samples(
@@ -388,6 +387,8 @@ def _start_worker(number: int, reports: WorkerReports, reading: CurrentReads) ->
 
     A scheduler signals all processes of a job at once, but the trainer needs its workers until it has stopped.
     """
+    # The trainer collects garbage at chosen steps only, which a fork inherits; each request to S3 leaves some.
+    gc.enable()
     signals = (*STOP_SIGNALS, REPORT_SIGNAL)
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     trainer = os.getppid()

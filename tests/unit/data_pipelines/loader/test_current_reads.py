@@ -1,5 +1,6 @@
 """What a loader says of itself: samples that are being read, and workers that are well, stopped or silent."""
 
+import gc
 import os
 import re
 import signal
@@ -42,6 +43,25 @@ def test_a_long_read_is_shown_on_the_console(monkeypatch: pytest.MonkeyPatch) ->
     now = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: now + 42)
     assert reading.lines() == ["! reads a/1 of shard-000007.tar since 42 s"]
+
+
+def test_a_worker_collects_garbage_though_the_trainer_does_not() -> None:
+    """As training/health.py has it, which would let memory of workers grow with every request to an object store."""
+    context = get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+
+    def start() -> None:
+        _start_worker(0, WorkerReports(), CurrentReads())
+        sender.send(gc.isenabled())
+
+    process = context.Process(target=start, daemon=True)
+    gc.disable()
+    try:
+        process.start()
+    finally:
+        gc.enable()
+    assert receiver.poll(20) and receiver.recv()
+    process.join()
 
 
 @pytest.mark.seconds
