@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch.nn.functional import interpolate
 
 from emma_train.config.schema import ImageConfig
@@ -59,6 +59,8 @@ def open_image(data: bytes | memoryview) -> Image.Image:
         image = Image.open(io.BytesIO(data))
     except Image.DecompressionBombError:
         raise ValueError(f"an image of more than {2 * MAX_PIXELS:,} pixels") from None
+    except UnidentifiedImageError:  # whose text names the buffer
+        raise UnidentifiedImageError("cannot identify image file") from None
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"an image of {image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
     if image.format == "EPS":  # PIL would run Ghostscript, and so the program that the file is

@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_flow_arguments(settings)
     settings.add_argument("--temperature", type=float, help="0 takes the likeliest token")
     settings.add_argument("--max-tokens", type=int, help="longest answer")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of noise and of sampled text (%(default)s)")
     parser.add_argument("--batch", type=int, default=16, help="images at once (%(default)s)")
 
 

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also build the model for N ranks of a process group that sends nothing, and count what a rank keeps and "
         "sends (replaces --gpus; no GPU, no memory for weights; fsdp only)",
     )
-    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="%(default)s")
+    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="GPUs of a node (%(default)s)")
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
