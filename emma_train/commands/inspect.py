@@ -21,9 +21,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """Print a table of the checkpoint, or do what the option asks for. Returns 1 if --verify meets damage."""
     from emma_train.checkpoint.inspect import copy_self_contained
+    from emma_train.errors import UserError
+    from emma_train.export.export import META, is_export
     from emma_train.storage.paths import parse_path
 
     path = parse_path(arguments.checkpoint)
+    if is_export(path):
+        raise UserError(f"{path}: is an export, not a checkpoint; its {META} says what it was made from")
     if arguments.self_contained:
         print(copy_self_contained(path, parse_path(arguments.self_contained)))
         return 0

@@ -45,6 +45,7 @@ def line_of(*argv: str) -> str:
         (["evaluate", "MODEL", "--limit", "-1"], "--limit is -1; give a number from 0 to"),
         (["plan", "recipes/tiny/stage1.yaml", "--gpus", "0"], "--gpus is 0; give a number from 1 to"),
         (["report", "PARENT"], "holds no run"),
+        (["inspect", "MODEL"], "is an export, not a checkpoint; its meta.json says what it was made from"),
         (["generate", "MODEL", *QUESTION, "--max-tokens", "1000000"], "--max_tokens is 1000000; it is a number from 0"),
         (["generate", "MODEL", *QUESTION, "--size", "32768", "32"], "both must be multiples of 32 up to 16384"),
     ],
