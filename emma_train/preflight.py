@@ -34,7 +34,7 @@ def absent_inputs(stages: Stages, folder: Path = Path()) -> list[str]:
         }
         shards = {**sources, **validated, "train.sample_from": recipe.train.sample_from}
         others = {"model.autoencoder.path": recipe.model.autoencoder.path, "data.tokenizer": recipe.data.tokenizer}
-        # The later stages of a pipeline start from those before, and a run that goes on from its own checkpoint.
+        # A later stage of a pipeline starts from the stage before it. A run with a checkpoint does not read init.from.
         start = {"init.from": recipe.init.source} if index == 0 else {}
         for key, path, file in [
             *((key, path, "manifest.json") for key, path in shards.items()),

@@ -302,9 +302,9 @@ class SlotDataset(Dataset["PackBuffer | UserError | RunError"]):
         return LoadedSlot(pack(samples, len(planned.samples) - len(samples)), unreadable, replaced)
 
     def _warn_of_unused_latents(self, step: int, samples: Sequence[Sample]) -> None:
-        """Once in each worker: who caches the latents of one task alone gains nothing by them."""
-        tasks = sorted({s.task for s in samples if any(image.latent is None for image in s.images.values())})
+        """Warn once in each worker: a cache of the latents of one task alone saves no time."""
         if not self._has_warned:
+            tasks = sorted({s.task for s in samples if any(image.latent is None for image in s.images.values())})
             text = "step %d: all images of a pack are encoded, because some of %s have no cached latent (docs/data.md)"
             log.warning(text, step, " and ".join(tasks))
         self._has_warned = True

@@ -59,7 +59,7 @@ def open_image(data: bytes | memoryview) -> Image.Image:
         image = Image.open(io.BytesIO(data))
     except Image.DecompressionBombError:
         raise ValueError(f"an image of more than {2 * MAX_PIXELS:,} pixels") from None
-    except UnidentifiedImageError:  # whose text names the buffer
+    except UnidentifiedImageError:  # Pillow's message has the address of the buffer
         raise UnidentifiedImageError("cannot identify image file") from None
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"an image of {image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")

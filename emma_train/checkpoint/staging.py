@@ -67,7 +67,7 @@ def allocate(parts: Mapping[str, Tensor], pinned: bool) -> dict[str, Tensor]:
         start = 0
         for name in names:
             part = parts[name]
-            # From numpy, a tensor has a storage of its own; torch.distributed.checkpoint copies views of a larger one.
+            # A tensor made from numpy has its own storage; torch.distributed.checkpoint copies views of a larger one.
             values = torch.from_numpy(memory[start : start + part.nbytes])
             buffers[name] = values.view(part.dtype).view(part.shape)
             start += sizes[name]

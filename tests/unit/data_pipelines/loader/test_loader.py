@@ -373,7 +373,7 @@ def test_a_pack_of_which_only_some_latents_are_cached_encodes_all(
     kinds = {batch.latents is None for batch in mixed}
     assert True in kinds
     if workers == 0:
-        (warning,) = caplog.messages
+        (warning,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
         assert "step 1: all images of a pack are encoded, because some of i2t" in warning
     for batch, with_none, with_all in zip(mixed, plain, cached, strict=True):
         assert_same_pack(batch, with_none if batch.latents is None else with_all)
